@@ -1,0 +1,18 @@
+//! Every byte that crosses a process boundary in Coppice, as types: no I/O, no KVM, no threads.
+//!
+//! - [`agent`]: host and guest agent, over vsock or COM1 (also without the standard library, for the embedded guest)
+//! - [`handshake`]: vmm and page server, over a Unix stream socket; and the page server's counters
+//! - [`vm`], [`snapshot`], [`error`]: the REST documents of the vmm
+
+#![cfg_attr(not(feature = "std"), no_std)]
+#![forbid(unsafe_code)]
+
+pub mod agent;
+#[cfg(feature = "std")]
+pub mod error;
+#[cfg(feature = "std")]
+pub mod handshake;
+#[cfg(feature = "std")]
+pub mod snapshot;
+#[cfg(feature = "std")]
+pub mod vm;
