@@ -1,5 +1,51 @@
 //! Bytes on disk: what a snapshot is, how it is written, whole or not at all, and how it is read and refused.
+//!
+//! - [`manifest`]: `snap.json`, the readable description that binds all the other files
+//! - [`state`]: what is saved of a machine besides its memory, and `state.bin`
+//! - [`create`]: write beside, sync, rename
+//! - [`load`]: read and check everything but the memory; refuse what is not understood
+//! - [`image`]: the memory image, checked chunk by chunk where it is served, or once before it is mapped
+//! - [`verify`]: check everything, the whole memory included
+//! - [`compat`]: may a snapshot run on this host
+//!
+//! docs/snapshot-format.md describes the same for users.
 
 #![forbid(unsafe_code)]
 
+mod chunk;
+pub mod compat;
+pub mod create;
+mod dir;
+pub mod image;
+pub mod load;
+pub mod manifest;
+mod stamp;
 pub mod state;
+pub mod verify;
+
+pub use dir::FileError;
+
+/// Version of the format that this crate writes, and the only one that it reads.
+pub const FORMAT_VERSION: u32 = 1;
+/// Unit in which memory is laid out and left out when it is zero, in bytes.
+pub const PAGE_BYTES: u64 = 4096;
+/// Unit in which memory is digested, in bytes.
+pub const CHUNK_BYTES: u64 = 64 * 1024;
+
+/// Names of the files of a snapshot.
+pub mod file {
+    /// The manifest.
+    pub const MANIFEST: &str = "snap.json";
+    /// The state of vCPUs, VM and devices.
+    pub const STATE: &str = "state.bin";
+    /// The memory image.
+    pub const MEMORY: &str = "mem.bin";
+    /// Digests of the memory image, one per chunk.
+    pub const DIGESTS: &str = "mem.b3";
+    /// A note that the memory image has not changed since it was checked. Advisory, local to the host.
+    pub const STAMP: &str = "mem.stamp";
+}
+
+// The format is pinned. A change of any of these strands every stored snapshot: read "Versions" in
+// docs/snapshot-format.md first.
+const _: () = assert!(FORMAT_VERSION == 1 && PAGE_BYTES == 4096 && CHUNK_BYTES == 65536);

@@ -5,10 +5,12 @@
 //! says otherwise.
 
 mod devices;
+mod file;
 mod machine;
 mod vcpu;
 
 pub use devices::{DeviceState, QueueState, SerialState, VirtioMmioState, VsockState};
+pub use file::{StateError, decode, encode};
 pub use machine::{ClockState, IrqchipState, PitChannel, PitState, VmState};
 pub use vcpu::{
     CpuidEntry, DebugRegs, DescriptorTable, ExceptionEvent, InterruptEvent, Msr, NmiEvent, Regs, Segment, SmiEvent,
@@ -26,4 +28,13 @@ pub struct MachineState {
     pub vm: VmState,
     /// The devices that the vmm emulates.
     pub devices: DeviceState,
+}
+
+impl MachineState {
+    /// A machine that never ran: all values zero, all lists as long as the format wants them. For tests and tools that
+    /// care about memory only.
+    pub fn blank(vcpus: usize) -> MachineState {
+        let vcpu = VcpuState { xsave: vec![0; 4096], lapic: vec![0; 1024], ..VcpuState::default() };
+        MachineState { vcpus: vec![vcpu; vcpus], vm: VmState::default(), devices: DeviceState::default() }
+    }
 }

@@ -1,0 +1,80 @@
+//! Writing a snapshot: beside its final place, synced, then renamed. It is whole or absent.
+//!
+//! ```text
+//!   Staging::begin        .NAME.partial-PID-N/ is made beside the target and locked
+//!        |
+//!   write_memory          mem.bin, chunk by chunk; may take long, may be cancelled
+//!        |
+//!   commit                mem.b3, state.bin, snap.json, mem.stamp; sync; rename to NAME; sync the parent
+//! ```
+//!
+//! A [`Staging`] that is dropped before `commit` has succeeded removes what it has written. What a killed process left
+//! behind is found by its lock being free, and removed by the next `begin` for the same target.
+
+mod source;
+mod staging;
+
+pub(crate) use source::next_data;
+pub use source::{BytesSource, FileSource, MemorySource};
+pub use staging::{Facts, MemoryDigest, Staging};
+
+use crate::manifest::BadField;
+use crate::state::StateError;
+use std::io;
+use std::path::PathBuf;
+
+/// Why a snapshot was not created. Nothing is left behind.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// Something is at the target already.
+    #[error("{path} exists already; snapshots are never overwritten: remove it or choose another name")]
+    Exists {
+        /// The target.
+        path: PathBuf,
+    },
+    /// The directory that should hold the snapshot is not there.
+    #[error("the directory {path} that should hold the snapshot does not exist; create it first")]
+    NoParent {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The target has no name of its own.
+    #[error("{path} cannot be the name of a snapshot: it must end in a name of at most 200 bytes")]
+    BadName {
+        /// The target.
+        path: PathBuf,
+    },
+    /// The file system is full, or a limit or quota is reached.
+    #[error("no space for {path}: the memory alone needs {needed_bytes} bytes; free space or choose another directory")]
+    NoSpace {
+        /// Which file.
+        path: PathBuf,
+        /// What the memory image takes, in bytes.
+        needed_bytes: u64,
+    },
+    /// A file cannot be written.
+    #[error("cannot write {path}: {source}")]
+    Write {
+        /// Which file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The guest's memory cannot be read.
+    #[error("cannot read the guest's memory at image offset {offset:#x}: {source}")]
+    Source {
+        /// Where, in bytes.
+        offset: u64,
+        /// What the source said.
+        source: io::Error,
+    },
+    /// The state cannot be saved.
+    #[error("the state of the machine cannot be saved: {0}")]
+    State(#[from] StateError),
+    /// A value that no manifest can have.
+    #[error("the snapshot cannot be described: {0}")]
+    Manifest(#[from] BadField),
+    /// Cancelled on request.
+    #[error("cancelled; nothing was kept")]
+    Cancelled,
+}

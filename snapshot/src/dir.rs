@@ -1,0 +1,182 @@
+//! Files of one directory, reached through its descriptor: a directory that is renamed or replaced while it is being
+//! read or written cannot mix two snapshots.
+
+use rustix::fs::{AtFlags, Mode, OFlags};
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+/// Why a file of a snapshot cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// The file is not there.
+    #[error(
+        "{path} is missing: the snapshot is incomplete; copy the whole directory again or create the snapshot anew"
+    )]
+    Missing {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// It is a link, a directory, a device or the like.
+    #[error("{path} is not a regular file; links are not followed inside a snapshot: put the file itself there")]
+    NotRegular {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// The system refused.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// It is longer than any such file can be.
+    #[error("{path} has {found} bytes, more than the {limit} that such a file can have: it belongs to no snapshot")]
+    TooLong {
+        /// Which file.
+        path: PathBuf,
+        /// Its length, in bytes.
+        found: u64,
+        /// The longest accepted, in bytes.
+        limit: u64,
+    },
+    /// Its length is not the one that the manifest implies.
+    #[error(
+        "{path} has {found} bytes and should have {expected}: it was cut short or replaced; copy the snapshot again"
+    )]
+    WrongSize {
+        /// Which file.
+        path: PathBuf,
+        /// Its length, in bytes.
+        found: u64,
+        /// The length that it should have, in bytes.
+        expected: u64,
+    },
+}
+
+/// An open directory.
+#[derive(Debug)]
+pub(crate) struct Dir {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+impl AsFd for Dir {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Dir {
+    pub(crate) fn open(path: &Path) -> io::Result<Dir> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Dir { fd: rustix::fs::open(path, flags, Mode::empty())?, path: path.to_owned() })
+    }
+
+    /// Opens a directory in this one; not through a link.
+    pub(crate) fn open_dir(&self, name: impl AsRef<OsStr>) -> io::Result<Dir> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&self.fd, name.as_ref(), flags, Mode::empty())?;
+        Ok(Dir { fd, path: self.path.join(name.as_ref()) })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Path of a file of this directory, for messages.
+    pub(crate) fn join(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Opens a regular file for reading and returns its length, in bytes.
+    pub(crate) fn open_file(&self, name: &str) -> Result<(File, u64), FileError> {
+        // NONBLOCK: opening a FIFO must not wait for a writer. It means nothing for regular files.
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let read = |source: io::Error| match rustix::io::Errno::from_io_error(&source) {
+            Some(rustix::io::Errno::NOENT) => FileError::Missing { path: self.join(name) },
+            Some(rustix::io::Errno::LOOP) => FileError::NotRegular { path: self.join(name) },
+            _ => FileError::Read { path: self.join(name), source },
+        };
+        let file = File::from(rustix::fs::openat(&self.fd, name, flags, Mode::empty()).map_err(|e| read(e.into()))?);
+        let metadata = file.metadata().map_err(read)?;
+        if !metadata.is_file() {
+            return Err(FileError::NotRegular { path: self.join(name) });
+        }
+        Ok((file, metadata.len()))
+    }
+
+    /// Opens a regular file of a known length.
+    pub(crate) fn open_sized(&self, name: &str, expected: u64) -> Result<File, FileError> {
+        match self.open_file(name)? {
+            (file, len) if len == expected => Ok(file),
+            (_, found) => Err(FileError::WrongSize { path: self.join(name), found, expected }),
+        }
+    }
+
+    /// Reads a whole file of at most `limit` bytes.
+    pub(crate) fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>, FileError> {
+        let (file, found) = self.open_file(name)?;
+        if found > limit {
+            return Err(FileError::TooLong { path: self.join(name), found, limit });
+        }
+        self.read_open(name, &file, found)
+    }
+
+    /// Reads a whole file whose length is known.
+    pub(crate) fn read_sized(&self, name: &str, expected: u64) -> Result<Vec<u8>, FileError> {
+        let file = self.open_sized(name, expected)?;
+        self.read_open(name, &file, expected)
+    }
+
+    fn read_open(&self, name: &str, file: &File, expected: u64) -> Result<Vec<u8>, FileError> {
+        let mut bytes = Vec::with_capacity(expected as usize);
+        let mut bounded = file.take(expected);
+        bounded.read_to_end(&mut bytes).map_err(|source| FileError::Read { path: self.join(name), source })?;
+        if bytes.len() as u64 != expected {
+            return Err(FileError::WrongSize { path: self.join(name), found: bytes.len() as u64, expected });
+        }
+        Ok(bytes)
+    }
+
+    /// Creates a file that only its owner may read and write. It must not exist.
+    pub(crate) fn create_file(&self, name: &str) -> io::Result<File> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(File::from(rustix::fs::openat(&self.fd, name, flags, Mode::RUSR | Mode::WUSR)?))
+    }
+
+    /// Creates a file with these contents and syncs it.
+    pub(crate) fn write_file(&self, name: &str, contents: &[u8]) -> io::Result<()> {
+        let mut file = self.create_file(name)?;
+        file.write_all(contents)?;
+        file.sync_all()
+    }
+
+    pub(crate) fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        Ok(rustix::fs::renameat(&self.fd, from, &self.fd, to)?)
+    }
+
+    pub(crate) fn remove_file(&self, name: impl AsRef<OsStr>) -> io::Result<()> {
+        Ok(rustix::fs::unlinkat(&self.fd, name.as_ref(), AtFlags::empty())?)
+    }
+
+    /// Removes an empty directory in this one.
+    pub(crate) fn remove_dir(&self, name: impl AsRef<OsStr>) -> io::Result<()> {
+        Ok(rustix::fs::unlinkat(&self.fd, name.as_ref(), AtFlags::REMOVEDIR)?)
+    }
+
+    /// Removes every file in this directory, as far as that goes.
+    pub(crate) fn clear(&self) {
+        let Ok(entries) = rustix::fs::Dir::read_from(&self.fd) else { return };
+        for entry in entries.flatten() {
+            let _ = rustix::fs::unlinkat(&self.fd, entry.file_name(), AtFlags::empty());
+        }
+    }
+
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        Ok(rustix::fs::fsync(&self.fd)?)
+    }
+}

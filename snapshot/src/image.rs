@@ -1,0 +1,245 @@
+//! The memory image: served chunk by chunk, each checked ([`MemoryImage`]), or mapped whole after it was checked once
+//! ([`ensure_trusted`]).
+
+use crate::CHUNK_BYTES;
+use crate::chunk::{self, DIGEST_BYTES, Digest, ZeroDigests};
+use crate::create::next_data;
+use crate::dir::FileError;
+use crate::load::Snapshot;
+use crate::stamp::Stamp;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+/// Why a memory image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// A file is absent, is no regular file, has the wrong length or cannot be read.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The digests are not those of the manifest.
+    #[error("{path} is damaged or belongs to another snapshot: it does not match the manifest; copy it again")]
+    Digests {
+        /// The file of digests.
+        path: PathBuf,
+    },
+    /// A chunk's bytes are not those that the snapshot was made with.
+    #[error(
+        "{path} is damaged at offset {offset:#x}: the digest of that chunk does not match; copy it again or create the snapshot anew"
+    )]
+    Damaged {
+        /// The memory image.
+        path: PathBuf,
+        /// Where the chunk begins, in bytes.
+        offset: u64,
+    },
+    /// There is no such chunk.
+    #[error("{path} has {chunks} chunks; chunk {index} was asked for")]
+    NoSuchChunk {
+        /// The memory image.
+        path: PathBuf,
+        /// The chunk that was asked for.
+        index: u64,
+        /// How many there are.
+        chunks: u64,
+    },
+    /// Somebody wrote the image while it was being checked.
+    #[error("{path} changed while it was being checked; nothing may write to a snapshot")]
+    Changed {
+        /// The memory image.
+        path: PathBuf,
+    },
+    /// The image cannot be read.
+    #[error("cannot read {path} at offset {offset:#x}: {source}")]
+    Read {
+        /// The memory image.
+        path: PathBuf,
+        /// Where, in bytes.
+        offset: u64,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// A memory image from which single chunks are read. What it hands out is what the snapshot was made with.
+///
+/// It can be shared by threads.
+#[derive(Debug)]
+pub struct MemoryImage {
+    file: File,
+    path: PathBuf,
+    size: u64,
+    root: String,
+    digests: Vec<Digest>,
+    zero: ZeroDigests,
+}
+
+impl MemoryImage {
+    /// Opens the image of a snapshot and checks its digests against the manifest.
+    pub fn open(snapshot: &Snapshot) -> Result<MemoryImage, ImageError> {
+        let (dir, memory) = (snapshot.open_dir(), &snapshot.manifest().memory);
+        let path = dir.join(&memory.file);
+        let file = snapshot.memory_file().try_clone();
+        let file = file.map_err(|source| ImageError::Read { path: path.clone(), offset: 0, source })?;
+        let table_len = chunk::count(memory.size_bytes) * DIGEST_BYTES as u64;
+        let table = dir.read_sized(&memory.digests, table_len)?;
+        if blake3::hash(&table).to_hex().as_str() != memory.root {
+            return Err(ImageError::Digests { path: dir.join(&memory.digests) });
+        }
+        Ok(MemoryImage {
+            file,
+            path,
+            size: memory.size_bytes,
+            root: memory.root.clone(),
+            digests: table.as_chunks().0.to_vec(),
+            zero: ZeroDigests::new(memory.size_bytes),
+        })
+    }
+
+    /// Size of the image, in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Number of chunks.
+    pub fn chunks(&self) -> u64 {
+        self.digests.len() as u64
+    }
+
+    /// Root digest, in hex. Two images with the same root hold the same memory.
+    pub fn root(&self) -> &str {
+        &self.root
+    }
+
+    /// The image file, open for reading. Nothing has checked what is read or mapped from it directly.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Whether a chunk is all zero. Chunks beyond the end are.
+    pub fn chunk_is_zero(&self, index: u64) -> bool {
+        self.digest_of(index).is_none_or(|digest| digest == self.zero.of(index))
+    }
+
+    /// Reads and checks a chunk into the beginning of `buf`, which must have room for it, and returns its length: that
+    /// of a chunk ([`CHUNK_BYTES`]), or less for the last one.
+    ///
+    /// # Panics
+    ///
+    /// If `buf` is shorter than the chunk.
+    pub fn read_chunk(&self, index: u64, buf: &mut [u8]) -> Result<usize, ImageError> {
+        let Some(digest) = self.digest_of(index) else {
+            return Err(ImageError::NoSuchChunk { path: self.path.clone(), index, chunks: self.chunks() });
+        };
+        let buf = &mut buf[..chunk::len(self.size, index)];
+        if digest == self.zero.of(index) {
+            // What the snapshot was made with, whatever the file holds there.
+            buf.fill(0);
+            return Ok(buf.len());
+        }
+        self.read_from_file(index, buf)?;
+        if chunk::digest(buf) != *digest {
+            return Err(self.damaged(index));
+        }
+        Ok(buf.len())
+    }
+
+    fn digest_of(&self, index: u64) -> Option<&Digest> {
+        self.digests.get(usize::try_from(index).ok()?)
+    }
+
+    fn read_from_file(&self, index: u64, buf: &mut [u8]) -> Result<(), ImageError> {
+        let offset = index * CHUNK_BYTES;
+        let read = self.file.read_exact_at(buf, offset);
+        read.map_err(|source| ImageError::Read { path: self.path.clone(), offset, source })
+    }
+
+    fn damaged(&self, index: u64) -> ImageError {
+        ImageError::Damaged { path: self.path.clone(), offset: index * CHUNK_BYTES }
+    }
+
+    /// Compares the whole file with the digests, holes that should be data and data that should be holes included.
+    /// `damaged` hears of each chunk that differs; an error from it ends the search. Returns the bytes that were read.
+    pub(crate) fn check_file(
+        &self,
+        mut damaged: impl FnMut(ImageError) -> Result<(), ImageError>,
+    ) -> Result<u64, ImageError> {
+        let mut buf = vec![0; CHUNK_BYTES as usize];
+        let (mut bytes, mut index) = (0, 0);
+        while index < self.chunks() {
+            let at = index * CHUNK_BYTES;
+            let data = next_data(&self.file, at, self.size);
+            let data = data.map_err(|source| ImageError::Read { path: self.path.clone(), offset: at, source })?;
+            let (from, to) = match data {
+                Some(range) => (range.start / CHUNK_BYTES, range.end.div_ceil(CHUNK_BYTES)),
+                None => (self.chunks(), self.chunks()),
+            };
+            for hole in (index..from).filter(|i| !self.chunk_is_zero(*i)) {
+                damaged(self.damaged(hole))?;
+            }
+            for chunk in from..to {
+                let buf = &mut buf[..chunk::len(self.size, chunk)];
+                self.read_from_file(chunk, buf)?;
+                bytes += buf.len() as u64;
+                if Some(&chunk::digest(buf)) != self.digest_of(chunk) {
+                    damaged(self.damaged(chunk))?;
+                }
+            }
+            index = to;
+        }
+        Ok(bytes)
+    }
+}
+
+/// A memory image that may be mapped.
+#[derive(Debug)]
+pub struct Trust {
+    /// The file that was checked, open for reading. Map this one.
+    pub file: File,
+    /// Why it is trusted.
+    pub basis: Basis,
+}
+
+/// Why a memory image is trusted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Basis {
+    /// Its stamp says that it has not changed since it was checked.
+    Stamp,
+    /// It was checked now.
+    Verified {
+        /// How much was read, in bytes.
+        bytes: u64,
+    },
+}
+
+/// Makes sure that the image file as a whole is what the snapshot was made with, for the case that the kernel pages it
+/// in and nobody can check. A matching stamp is enough; otherwise the file is read and checked now, and stamped.
+pub fn ensure_trusted(snapshot: &Snapshot) -> Result<Trust, ImageError> {
+    let root = &snapshot.manifest().memory.root;
+    let path = || snapshot.open_dir().join(&snapshot.manifest().memory.file);
+    let unreadable = |source| ImageError::Read { path: path(), offset: 0, source };
+    let file = snapshot.memory_file().try_clone().map_err(unreadable)?;
+    let now = Stamp::of(&file, root).map_err(unreadable)?;
+    if Stamp::read(snapshot.open_dir()).as_ref() == Some(&now) {
+        return Ok(Trust { file, basis: Basis::Stamp });
+    }
+    let bytes = MemoryImage::open(snapshot)?.check_file(Err)?;
+    stamp(snapshot, &now)?;
+    Ok(Trust { file, basis: Basis::Verified { bytes } })
+}
+
+/// Stamps an image that was found right, if it is still as it was before the check. A stamp that cannot be written
+/// costs the next user another check, no more.
+pub(crate) fn stamp(snapshot: &Snapshot, before: &Stamp) -> Result<(), ImageError> {
+    let path = || snapshot.open_dir().join(&snapshot.manifest().memory.file);
+    let root = &snapshot.manifest().memory.root;
+    let after = Stamp::of(snapshot.memory_file(), root);
+    if after.map_err(|source| ImageError::Read { path: path(), offset: 0, source })? != *before {
+        return Err(ImageError::Changed { path: path() });
+    }
+    if !before.is_too_fresh() {
+        let _ = before.write(snapshot.open_dir());
+    }
+    Ok(())
+}

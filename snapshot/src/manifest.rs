@@ -1,0 +1,350 @@
+//! `snap.json`: the readable description of a snapshot, which binds all its other files by size and digest.
+
+use crate::{CHUNK_BYTES, FORMAT_VERSION, PAGE_BYTES};
+use serde::{Deserialize, Serialize};
+
+/// Longest manifest that is read, in bytes.
+pub const MAX_BYTES: u64 = 1024 * 1024;
+/// Most vCPUs that a snapshot can have.
+pub const MAX_VCPUS: u32 = 64;
+/// Most guest memory that a snapshot can have, in bytes.
+pub const MAX_MEMORY_BYTES: u64 = 1 << 40;
+/// Longest `state.bin`, in bytes.
+pub const MAX_STATE_BYTES: u64 = 8 * 1024 * 1024;
+/// Most memory regions.
+const MAX_REGIONS: usize = 64;
+/// Longest of the short texts, in bytes.
+const MAX_TEXT: usize = 256;
+/// Longest path, in bytes.
+const MAX_PATH: usize = 4096;
+
+/// The manifest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Version of the format: [`FORMAT_VERSION`].
+    pub format_version: u32,
+    /// Version of the vmm that wrote the snapshot.
+    pub vmm_version: String,
+    /// When the snapshot was completed, in milliseconds since the Unix epoch.
+    pub created_unix_ms: u64,
+    /// Architecture, as `uname -m` names it.
+    pub arch: String,
+    /// CPU of the host that wrote the snapshot.
+    pub cpu: Cpu,
+    /// Kernel release of that host. For information.
+    pub host_kernel: String,
+    /// Size of the machine.
+    pub machine: Machine,
+    /// The memory image.
+    pub memory: Memory,
+    /// The state file.
+    pub state: StateFile,
+    /// Devices whose host side a restore has to provide.
+    pub devices: Devices,
+    /// What the agent in the guest had announced when the snapshot was taken.
+    pub readiness: Option<Readiness>,
+    /// BLAKE3 of this manifest, in hex: see [`Manifest::expected_digest`].
+    pub digest: String,
+}
+
+/// A CPU, as CPUID leaves 0, 1 and 0x8000_0002.. describe it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cpu {
+    /// Vendor, such as `AuthenticAMD`. A snapshot runs on CPUs of the same vendor only.
+    pub vendor: String,
+    /// Family.
+    pub family: u32,
+    /// Model.
+    pub model: u32,
+    /// Stepping.
+    pub stepping: u32,
+    /// Brand name. For information.
+    pub brand: String,
+}
+
+/// Size of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest memory, in bytes.
+    pub memory_bytes: u64,
+}
+
+/// The memory image and its digests.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Memory {
+    /// Name of the image file.
+    pub file: String,
+    /// Its length, in bytes. Holes count.
+    pub size_bytes: u64,
+    /// Where the image belongs in the guest.
+    pub regions: Vec<MemoryRegion>,
+    /// Length of a digested chunk, in bytes.
+    pub chunk_bytes: u64,
+    /// Name of the file of digests.
+    pub digests: String,
+    /// BLAKE3 of the file of digests, in hex. It names the contents of the memory.
+    pub root: String,
+}
+
+/// A run of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryRegion {
+    /// Guest-physical address of its first byte.
+    pub guest_addr: u64,
+    /// Its length, in bytes.
+    pub size_bytes: u64,
+    /// Where it begins in the memory image, in bytes.
+    pub offset: u64,
+}
+
+/// The state file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StateFile {
+    /// Its name.
+    pub file: String,
+    /// Its length, in bytes.
+    pub size_bytes: u64,
+    /// Its BLAKE3, in hex.
+    pub digest: String,
+}
+
+/// Devices whose host side a restore has to provide.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Devices {
+    /// The vsock device, if the machine has one.
+    pub vsock: Option<VsockDevice>,
+}
+
+/// The host side of the vsock device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockDevice {
+    /// The guest's context id.
+    pub guest_cid: u64,
+    /// The Unix socket that the machine was configured with, as it was given. A restore uses it unless told otherwise.
+    pub uds_path: String,
+}
+
+/// What an agent has announced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Readiness {
+    /// The agent answers.
+    Agent,
+    /// All services have started.
+    Full,
+    /// All services were started, some failed.
+    Degraded,
+}
+
+/// A value of a manifest that no snapshot can have.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{field}` {problem}")]
+pub struct BadField {
+    /// Which value, as a path in the document.
+    pub field: String,
+    /// What is wrong with it.
+    pub problem: String,
+}
+
+impl BadField {
+    fn new(field: impl Into<String>, problem: impl Into<String>) -> BadField {
+        BadField { field: field.into(), problem: problem.into() }
+    }
+}
+
+impl Manifest {
+    /// The digest that belongs into [`Manifest::digest`]: BLAKE3, in hex, over the compact JSON of the manifest with
+    /// an empty digest. White space and the order of fields in the file do not matter, every value does.
+    pub fn expected_digest(&self) -> String {
+        let unsealed = Manifest { digest: String::new(), ..self.clone() };
+        blake3::hash(&to_json(&unsealed, false)).to_hex().to_string()
+    }
+
+    /// Sets the digest, after the last change of a value.
+    pub fn seal(&mut self) {
+        self.digest = self.expected_digest();
+    }
+
+    /// The contents of `snap.json`.
+    pub fn to_json(&self) -> Vec<u8> {
+        to_json(self, true)
+    }
+
+    /// Number of chunks of the memory image.
+    pub fn chunks(&self) -> u64 {
+        self.memory.size_bytes.div_ceil(CHUNK_BYTES)
+    }
+
+    /// Checks every value that can be checked without looking at another file. The digest is not looked at.
+    pub fn check(&self) -> Result<(), BadField> {
+        let Manifest {
+            format_version,
+            vmm_version,
+            created_unix_ms: _,
+            arch,
+            cpu,
+            host_kernel,
+            machine,
+            memory,
+            state,
+            devices,
+            readiness: _,
+            digest: _,
+        } = self;
+        if *format_version != FORMAT_VERSION {
+            return Err(BadField::new("format_version", format!("must be {FORMAT_VERSION}")));
+        }
+        for (field, text) in [
+            ("vmm_version", vmm_version),
+            ("arch", arch),
+            ("cpu.vendor", &cpu.vendor),
+            ("cpu.brand", &cpu.brand),
+            ("host_kernel", host_kernel),
+        ] {
+            check_text(field, text)?;
+        }
+        if !(1..=MAX_VCPUS).contains(&machine.vcpus) {
+            return Err(BadField::new("machine.vcpus", format!("must be 1 to {MAX_VCPUS}, not {}", machine.vcpus)));
+        }
+        memory.check(machine.memory_bytes)?;
+        check_name("state.file", &state.file)?;
+        check_hex("state.digest", &state.digest)?;
+        if state.size_bytes > MAX_STATE_BYTES {
+            return Err(BadField::new("state.size_bytes", format!("must be at most {MAX_STATE_BYTES}")));
+        }
+        let mut names = [&memory.file, &memory.digests, &state.file];
+        names.sort_unstable();
+        if names.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err(BadField::new("memory.file", "and `memory.digests` and `state.file` must be three files"));
+        }
+        match &devices.vsock {
+            Some(vsock) => vsock.check(),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Memory {
+    fn check(&self, memory_bytes: u64) -> Result<(), BadField> {
+        let Memory { file, size_bytes, regions, chunk_bytes, digests, root } = self;
+        check_name("memory.file", file)?;
+        check_name("memory.digests", digests)?;
+        check_hex("memory.root", root)?;
+        if *chunk_bytes != CHUNK_BYTES {
+            return Err(BadField::new("memory.chunk_bytes", format!("must be {CHUNK_BYTES}, not {chunk_bytes}")));
+        }
+        if memory_bytes != *size_bytes {
+            let problem = format!("is {memory_bytes}, but `memory.size_bytes` is {size_bytes}; they must be equal");
+            return Err(BadField::new("machine.memory_bytes", problem));
+        }
+        Memory::check_layout(regions, *size_bytes)
+    }
+
+    /// Checks that `regions` lay out an image of `size_bytes`.
+    pub(crate) fn check_layout(regions: &[MemoryRegion], size_bytes: u64) -> Result<(), BadField> {
+        if !(PAGE_BYTES..=MAX_MEMORY_BYTES).contains(&size_bytes) {
+            let problem = format!("must be {PAGE_BYTES} to {MAX_MEMORY_BYTES}, not {size_bytes}");
+            return Err(BadField::new("memory.size_bytes", problem));
+        }
+        check_regions(regions, size_bytes)
+    }
+}
+
+/// Regions are in ascending order, apart from each other in the guest, next to each other in the image, which they
+/// cover.
+fn check_regions(regions: &[MemoryRegion], size_bytes: u64) -> Result<(), BadField> {
+    if !(1..=MAX_REGIONS).contains(&regions.len()) {
+        return Err(BadField::new("memory.regions", format!("must have 1 to {MAX_REGIONS} entries")));
+    }
+    let (mut guest_free, mut image_end) = (0u64, 0u64);
+    for (i, region) in regions.iter().enumerate() {
+        let MemoryRegion { guest_addr, size_bytes: len, offset } = *region;
+        let at = |field: &str| format!("memory.regions[{i}].{field}");
+        for (field, value) in [("guest_addr", guest_addr), ("size_bytes", len), ("offset", offset)] {
+            if !value.is_multiple_of(PAGE_BYTES) {
+                return Err(BadField::new(at(field), format!("is {value}, not a multiple of {PAGE_BYTES}")));
+            }
+        }
+        if len == 0 {
+            return Err(BadField::new(at("size_bytes"), "must not be 0"));
+        }
+        if guest_addr < guest_free {
+            return Err(BadField::new(at("guest_addr"), "overlaps the region before it, or comes before it"));
+        }
+        if offset != image_end {
+            return Err(BadField::new(at("offset"), format!("must be {image_end}, where the region before it ends")));
+        }
+        let too_far = || BadField::new(at("size_bytes"), "reaches beyond the end of the address space");
+        guest_free = guest_addr.checked_add(len).ok_or_else(too_far)?;
+        image_end = offset.checked_add(len).ok_or_else(too_far)?;
+    }
+    if image_end != size_bytes {
+        let problem = format!("cover {image_end} bytes, but `memory.size_bytes` is {size_bytes}");
+        return Err(BadField::new("memory.regions", problem));
+    }
+    Ok(())
+}
+
+impl VsockDevice {
+    fn check(&self) -> Result<(), BadField> {
+        let VsockDevice { guest_cid, uds_path } = self;
+        if !(3..u64::from(u32::MAX)).contains(guest_cid) {
+            let problem = format!("must be 3 to {}, not {guest_cid}", u32::MAX - 1);
+            return Err(BadField::new("devices.vsock.guest_cid", problem));
+        }
+        if uds_path.is_empty() || uds_path.len() > MAX_PATH || uds_path.contains('\0') {
+            return Err(BadField::new("devices.vsock.uds_path", format!("must be a path of at most {MAX_PATH} bytes")));
+        }
+        Ok(())
+    }
+}
+
+fn check_text(field: &str, text: &str) -> Result<(), BadField> {
+    if text.len() > MAX_TEXT || text.chars().any(char::is_control) {
+        return Err(BadField::new(field, format!("must be one line of at most {MAX_TEXT} bytes")));
+    }
+    Ok(())
+}
+
+/// A file of a snapshot lies in its directory: a name is no path.
+fn check_name(field: &str, name: &str) -> Result<(), BadField> {
+    let plain = !name.starts_with('.') && !name.contains(['/', '\0']);
+    if name.is_empty() || name.len() > 64 || !plain {
+        let problem = "must be the plain name of a file in the snapshot's directory";
+        return Err(BadField::new(field, problem));
+    }
+    Ok(())
+}
+
+fn check_hex(field: &str, digest: &str) -> Result<(), BadField> {
+    if digest.len() != 64 || !digest.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+        return Err(BadField::new(field, "must be 64 lower-case hexadecimal digits"));
+    }
+    Ok(())
+}
+
+/// Takes the contents of a `snap.json` whose values were edited on purpose and returns them with the digest set right.
+pub fn reseal(json: &[u8]) -> Result<Vec<u8>, serde_json::Error> {
+    let mut manifest: Manifest = serde_json::from_slice(json)?;
+    manifest.seal();
+    Ok(manifest.to_json())
+}
+
+fn to_json(manifest: &Manifest, pretty: bool) -> Vec<u8> {
+    let json = if pretty { serde_json::to_vec_pretty(manifest) } else { serde_json::to_vec(manifest) };
+    let mut json = json.expect("numbers, strings and lists of them always have a JSON form");
+    if pretty {
+        json.push(b'\n');
+    }
+    json
+}

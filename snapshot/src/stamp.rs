@@ -1,0 +1,77 @@
+//! `mem.stamp`: a note that the memory image is still the file that was checked.
+//!
+//! Checking a whole image takes longer than restoring it. The note identifies the file that was checked, with the time
+//! of its last change, which the kernel keeps: a file that was written since, or replaced, does not match. The note is
+//! advisory and belongs to one host. It guards against accidents, not against whoever may write to the directory.
+
+use crate::dir::Dir;
+use crate::file;
+use serde::{Deserialize, Serialize};
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Longest stamp that is read, in bytes.
+const MAX_BYTES: u64 = 4096;
+/// Two changes within this time may carry the same time stamp (the kernel's clock for files ticks every 1 to 10 ms).
+const GRANULARITY: Duration = Duration::from_millis(20);
+
+/// Identity of a memory image that was checked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Stamp {
+    dev: u64,
+    ino: u64,
+    size: u64,
+    mtime_ns: i64,
+    ctime_ns: i64,
+    root: String,
+}
+
+impl Stamp {
+    /// The stamp that fits the file as it is now.
+    pub(crate) fn of(file: &File, root: &str) -> io::Result<Stamp> {
+        Ok(Stamp::from_metadata(&file.metadata()?, root))
+    }
+
+    fn from_metadata(metadata: &Metadata, root: &str) -> Stamp {
+        let ns = |seconds: i64, nanos: i64| seconds.saturating_mul(1_000_000_000).saturating_add(nanos);
+        Stamp {
+            dev: metadata.dev(),
+            ino: metadata.ino(),
+            size: metadata.size(),
+            mtime_ns: ns(metadata.mtime(), metadata.mtime_nsec()),
+            ctime_ns: ns(metadata.ctime(), metadata.ctime_nsec()),
+            root: root.to_owned(),
+        }
+    }
+
+    /// Whether the file changed so recently that a further change might go unnoticed.
+    pub(crate) fn is_too_fresh(&self) -> bool {
+        let changed = UNIX_EPOCH + Duration::from_nanos(self.ctime_ns.max(self.mtime_ns).max(0) as u64);
+        SystemTime::now() < changed + GRANULARITY
+    }
+
+    pub(crate) fn to_json(&self) -> Vec<u8> {
+        let mut json = serde_json::to_vec_pretty(self).expect("numbers and strings always have a JSON form");
+        json.push(b'\n');
+        json
+    }
+
+    /// The stamp of a snapshot, if there is one that can be read.
+    pub(crate) fn read(dir: &Dir) -> Option<Stamp> {
+        serde_json::from_slice(&dir.read(file::STAMP, MAX_BYTES).ok()?).ok()
+    }
+
+    /// Puts this stamp in the place of an older one.
+    pub(crate) fn write(&self, dir: &Dir) -> io::Result<()> {
+        let temporary = format!(".{}.{}", file::STAMP, std::process::id());
+        let _ = dir.remove_file(&temporary);
+        let written = dir.write_file(&temporary, &self.to_json()).and_then(|()| dir.rename(&temporary, file::STAMP));
+        if written.is_err() {
+            let _ = dir.remove_file(&temporary);
+        }
+        written
+    }
+}

@@ -1,0 +1,274 @@
+//! `state.bin`: a machine's state as versioned sections.
+//!
+//! ```text
+//!   0                8          12         16
+//!   | magic          | format   | sections | section 0 ... section n-1, and nothing after them
+//!   | "coppice\n"    | u32 LE=1 | u32 LE=n |
+//!
+//! section:
+//!   0        4          8         16          48
+//!   | kind   | version  | length  | BLAKE3    | body: `length` bytes, postcard
+//!   | 4 char | u32 LE   | u64 LE  | 32 bytes  |
+//! ```
+//!
+//! The digest covers the 16 bytes before it and the body. The sections are one `vcpu` per vCPU in order of their
+//! numbers, one `vm  ` and one `devs`. Each kind has a version of its own; a section of another kind or version is
+//! refused by name, as are bytes left over in a section or after the last one.
+
+use super::{DeviceState, IrqchipState, MachineState, VcpuState, VmState};
+use serde::{Serialize, de::DeserializeOwned};
+
+const MAGIC: [u8; 8] = *b"coppice\n";
+const FORMAT: u32 = 1;
+const FILE_HEADER: usize = 16;
+const SECTION_HEADER: usize = 48;
+
+/// A section kind, and the only version of it that is written and read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Kind {
+    name: [u8; 4],
+    version: u32,
+}
+
+const VCPU: Kind = Kind { name: *b"vcpu", version: 1 };
+const VM: Kind = Kind { name: *b"vm  ", version: 1 };
+const DEVICES: Kind = Kind { name: *b"devs", version: 1 };
+
+/// Length of a local APIC's register page, in bytes.
+const LAPIC_BYTES: usize = 1024;
+/// Length of an interrupt controller's state, in bytes.
+const IRQCHIP_BYTES: usize = 512;
+/// Shortest and longest XSAVE area, in bytes. AMX tiles need 11 KiB.
+const XSAVE_BYTES: std::ops::RangeInclusive<usize> = 4096..=64 * 1024;
+/// Most entries in any other list of a section. KVM's own limits are lower.
+const MAX_ENTRIES: usize = 4096;
+
+/// Why bytes are no saved state of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StateError {
+    /// The first bytes are not those of a state file.
+    #[error("it does not begin as a state file does")]
+    Magic,
+    /// Another layout of the file.
+    #[error("its layout is version {found}; this program reads version {supported}")]
+    Format {
+        /// Version in the file.
+        found: u32,
+        /// Version that is read.
+        supported: u32,
+    },
+    /// The file ends within a section.
+    #[error("it ends in the middle of section {section}")]
+    Truncated {
+        /// Number of the section, from 0.
+        section: u32,
+    },
+    /// A section that this program does not know.
+    #[error("section {section} is of the unknown kind `{kind}`; a newer program wrote it")]
+    UnknownKind {
+        /// Number of the section, from 0.
+        section: u32,
+        /// Its kind.
+        kind: String,
+    },
+    /// A section in another version.
+    #[error("section `{kind}` has version {found}; this program reads version {supported}")]
+    UnknownVersion {
+        /// Kind of the section.
+        kind: String,
+        /// Version in the file.
+        found: u32,
+        /// Version that is read.
+        supported: u32,
+    },
+    /// A section's digest is not that of its bytes.
+    #[error("section {section} (`{kind}`) is damaged: its digest does not match")]
+    Digest {
+        /// Number of the section, from 0.
+        section: u32,
+        /// Its kind.
+        kind: String,
+    },
+    /// A section's bytes are not an encoding of what it should hold.
+    #[error("section {section} (`{kind}`) cannot be decoded, or holds more than it should")]
+    Body {
+        /// Number of the section, from 0.
+        section: u32,
+        /// Its kind.
+        kind: String,
+    },
+    /// A section that must be there once is absent or repeated.
+    #[error("it has {found} sections `{kind}` and must have {expected}")]
+    Count {
+        /// Kind of the section.
+        kind: String,
+        /// How many there are.
+        found: usize,
+        /// How many there must be.
+        expected: &'static str,
+    },
+    /// Bytes after the last section.
+    #[error("{bytes} bytes are left over after its last section")]
+    Leftover {
+        /// How many.
+        bytes: usize,
+    },
+    /// A list of a length that it cannot have.
+    #[error("`{field}` has {found} entries, which no machine has")]
+    Length {
+        /// Which list.
+        field: &'static str,
+        /// Its length.
+        found: usize,
+    },
+}
+
+/// Encodes a machine's state as the contents of `state.bin`. State that [`decode`] would refuse is refused here.
+pub fn encode(state: &MachineState) -> Result<Vec<u8>, StateError> {
+    let MachineState { vcpus, vm, devices } = state;
+    check(state)?;
+    let mut out = Vec::with_capacity(16 * 1024 * (vcpus.len() + 1));
+    out.extend_from_slice(&MAGIC);
+    out.extend_from_slice(&FORMAT.to_le_bytes());
+    out.extend_from_slice(&(vcpus.len() as u32 + 2).to_le_bytes());
+    for vcpu in vcpus {
+        put(&mut out, VCPU, vcpu);
+    }
+    put(&mut out, VM, vm);
+    put(&mut out, DEVICES, devices);
+    Ok(out)
+}
+
+fn put<T: Serialize>(out: &mut Vec<u8>, kind: Kind, body: &T) {
+    let at = out.len();
+    out.extend_from_slice(&kind.name);
+    out.extend_from_slice(&kind.version.to_le_bytes());
+    out.extend_from_slice(&[0; SECTION_HEADER - 8]);
+    *out = postcard::to_extend(body, std::mem::take(out)).expect("memory is the only limit of this encoding");
+    let len = (out.len() - at - SECTION_HEADER) as u64;
+    out[at + 8..at + 16].copy_from_slice(&len.to_le_bytes());
+    let digest = section_digest(&out[at..at + 16], &out[at + SECTION_HEADER..]);
+    out[at + 16..at + SECTION_HEADER].copy_from_slice(&digest);
+}
+
+fn section_digest(head: &[u8], body: &[u8]) -> [u8; 32] {
+    *blake3::Hasher::new().update(head).update(body).finalize().as_bytes()
+}
+
+/// Decodes the contents of a `state.bin`.
+pub fn decode(bytes: &[u8]) -> Result<MachineState, StateError> {
+    let (header, mut rest) = bytes.split_first_chunk::<FILE_HEADER>().ok_or(StateError::Magic)?;
+    let (magic, numbers) = header.split_at(8);
+    if magic != MAGIC {
+        return Err(StateError::Magic);
+    }
+    let format = le32(&numbers[0..4]);
+    if format != FORMAT {
+        return Err(StateError::Format { found: format, supported: FORMAT });
+    }
+    let (mut vcpus, mut vms, mut devices) = (Vec::new(), Vec::new(), Vec::new());
+    for number in 0..le32(&numbers[4..8]) {
+        let section = Section::take(number, &mut rest)?;
+        match &section.kind {
+            b"vcpu" => vcpus.push(section.decode::<VcpuState>(VCPU)?),
+            b"vm  " => vms.push(section.decode::<VmState>(VM)?),
+            b"devs" => devices.push(section.decode::<DeviceState>(DEVICES)?),
+            _ => return Err(StateError::UnknownKind { section: number, kind: section.kind_name() }),
+        }
+    }
+    if !rest.is_empty() {
+        return Err(StateError::Leftover { bytes: rest.len() });
+    }
+    if vcpus.is_empty() {
+        return Err(StateError::Count { kind: name(&VCPU.name), found: 0, expected: "one per vCPU" });
+    }
+    let state = MachineState { vcpus, vm: only(VM, vms)?, devices: only(DEVICES, devices)? };
+    check(&state)?;
+    Ok(state)
+}
+
+fn only<T>(kind: Kind, mut found: Vec<T>) -> Result<T, StateError> {
+    match (found.pop(), found.len()) {
+        (Some(one), 0) => Ok(one),
+        (last, others) => Err(StateError::Count {
+            kind: name(&kind.name),
+            found: others + usize::from(last.is_some()),
+            expected: "one",
+        }),
+    }
+}
+
+/// A section as it lies in the file.
+struct Section<'b> {
+    number: u32,
+    kind: [u8; 4],
+    version: u32,
+    body: &'b [u8],
+    intact: bool,
+}
+
+impl<'b> Section<'b> {
+    /// Takes the next section off `rest`.
+    fn take(number: u32, rest: &mut &'b [u8]) -> Result<Section<'b>, StateError> {
+        let truncated = StateError::Truncated { section: number };
+        let (header, after) = rest.split_first_chunk::<SECTION_HEADER>().ok_or(truncated.clone())?;
+        let [k0, k1, k2, k3, ..] = *header;
+        let len = u64::from_le_bytes(header[8..16].try_into().expect("8 bytes"));
+        let body = usize::try_from(len).ok().and_then(|len| after.get(..len)).ok_or(truncated)?;
+        *rest = &after[body.len()..];
+        let intact = section_digest(&header[..16], body) == header[16..];
+        Ok(Section { number, kind: [k0, k1, k2, k3], version: le32(&header[4..8]), body, intact })
+    }
+
+    fn decode<T: DeserializeOwned>(&self, kind: Kind) -> Result<T, StateError> {
+        let Kind { name: _, version: supported } = kind;
+        if self.version != supported {
+            return Err(StateError::UnknownVersion { kind: self.kind_name(), found: self.version, supported });
+        }
+        if !self.intact {
+            return Err(StateError::Digest { section: self.number, kind: self.kind_name() });
+        }
+        match postcard::take_from_bytes(self.body) {
+            Ok((value, [])) => Ok(value),
+            _ => Err(StateError::Body { section: self.number, kind: self.kind_name() }),
+        }
+    }
+
+    fn kind_name(&self) -> String {
+        name(&self.kind)
+    }
+}
+
+/// Checks the lengths of lists. What they hold is for KVM and the devices to judge.
+fn check(state: &MachineState) -> Result<(), StateError> {
+    let MachineState { vcpus, vm, devices } = state;
+    for VcpuState { xsave, lapic, xcrs, msrs, cpuid, .. } in vcpus {
+        ensure("vcpu.xsave", xsave.len(), XSAVE_BYTES.contains(&xsave.len()))?;
+        ensure("vcpu.lapic", lapic.len(), lapic.len() == LAPIC_BYTES)?;
+        for (field, len) in [("vcpu.xcrs", xcrs.len()), ("vcpu.msrs", msrs.len()), ("vcpu.cpuid", cpuid.len())] {
+            ensure(field, len, len <= MAX_ENTRIES)?;
+        }
+    }
+    ensure("vm.irqchips", vm.irqchips.len(), vm.irqchips.len() <= 16)?;
+    for IrqchipState { chip_id: _, chip } in &vm.irqchips {
+        ensure("vm.irqchips.chip", chip.len(), chip.len() == IRQCHIP_BYTES)?;
+    }
+    let DeviceState { serial, vsock } = devices;
+    ensure("devices.serial.in_buffer", serial.in_buffer.len(), serial.in_buffer.len() <= MAX_ENTRIES)?;
+    if let Some(vsock) = vsock {
+        ensure("devices.vsock.transport.queues", vsock.transport.queues.len(), vsock.transport.queues.len() <= 64)?;
+    }
+    Ok(())
+}
+
+fn ensure(field: &'static str, found: usize, holds: bool) -> Result<(), StateError> {
+    if holds { Ok(()) } else { Err(StateError::Length { field, found }) }
+}
+
+fn name(kind: &[u8; 4]) -> String {
+    kind.escape_ascii().to_string().trim_end().to_owned()
+}
+
+fn le32(bytes: &[u8]) -> u32 {
+    u32::from_le_bytes(bytes.try_into().expect("4 bytes"))
+}

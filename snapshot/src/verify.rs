@@ -1,0 +1,83 @@
+//! Checking a snapshot in full, memory included.
+
+use crate::image::{self, ImageError, MemoryImage};
+use crate::load::{self, LoadError};
+use crate::stamp::Stamp;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+/// What was found right.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// The directory.
+    pub path: PathBuf,
+    /// Version of the format.
+    pub format_version: u32,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Guest memory, in bytes.
+    pub memory_bytes: u64,
+    /// Memory that the file holds data for and that was therefore read, in bytes.
+    pub checked_bytes: u64,
+    /// Chunks of memory that are all zero.
+    pub zero_chunks: u64,
+    /// Chunks of memory.
+    pub chunks: u64,
+    /// Root digest of the memory, in hex.
+    pub root: String,
+}
+
+/// Why a snapshot is not what it was made as.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    /// Its small files.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Its memory image cannot be read or does not belong to it.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// Chunks of its memory image are damaged.
+    #[error("{first} (damaged chunks in all: {damaged} of {chunks})")]
+    Damaged {
+        /// The first of them.
+        first: ImageError,
+        /// How many.
+        damaged: u64,
+        /// How many chunks there are.
+        chunks: u64,
+    },
+}
+
+/// Reads and checks everything. If all is right the memory image is stamped, so that restores need not check it.
+pub fn verify(path: &Path) -> Result<Report, VerifyError> {
+    let snapshot = load::open(path)?;
+    let image = MemoryImage::open(&snapshot)?;
+    let manifest = snapshot.manifest();
+    let before = Stamp::of(snapshot.memory_file(), image.root()).map_err(|source| ImageError::Read {
+        path: snapshot.open_dir().join(&manifest.memory.file),
+        offset: 0,
+        source,
+    })?;
+
+    let (mut first, mut damaged) = (None, 0);
+    let checked_bytes = image.check_file(|fault| {
+        damaged += 1;
+        first.get_or_insert(fault);
+        Ok(())
+    })?;
+    if let Some(first) = first {
+        return Err(VerifyError::Damaged { first, damaged, chunks: image.chunks() });
+    }
+    image::stamp(&snapshot, &before)?;
+
+    Ok(Report {
+        path: snapshot.dir().to_owned(),
+        format_version: manifest.format_version,
+        vcpus: manifest.machine.vcpus,
+        memory_bytes: manifest.machine.memory_bytes,
+        checked_bytes,
+        zero_chunks: (0..image.chunks()).filter(|i| image.chunk_is_zero(*i)).count() as u64,
+        chunks: image.chunks(),
+        root: manifest.memory.root.clone(),
+    })
+}

@@ -1,0 +1,122 @@
+//! A small snapshot to try things on.
+#![allow(dead_code, missing_docs, reason = "each test program uses its part of this")]
+
+use proptest::prelude::*;
+use snapshot::compat::HostFacts;
+use snapshot::create::{BytesSource, CreateError, Facts, Staging};
+use snapshot::manifest::{Cpu, Devices, Manifest, Readiness, VsockDevice};
+use snapshot::state::{IrqchipState, MachineState, Msr, QueueState, VirtioMmioState, VsockState};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+pub const PAGE: usize = 4096;
+pub const CHUNK: usize = 65536;
+pub static NEVER: AtomicBool = AtomicBool::new(false);
+
+pub fn host() -> HostFacts {
+    let cpu = Cpu { vendor: "AuthenticAMD".into(), family: 25, model: 1, stepping: 1, brand: "Some CPU".into() };
+    HostFacts { arch: "x86_64".into(), cpu, kernel: "6.18.0".into() }
+}
+
+pub fn facts() -> Facts {
+    Facts {
+        vmm_version: "0.1.0".into(),
+        host: host(),
+        devices: Devices { vsock: Some(VsockDevice { guest_cid: 3, uds_path: "run/v.sock".into() }) },
+        readiness: Some(Readiness::Full),
+    }
+}
+
+/// A state in which no two neighbouring values are equal by accident.
+pub fn state(vcpus: usize) -> MachineState {
+    let mut state = MachineState::blank(vcpus);
+    for (i, vcpu) in state.vcpus.iter_mut().enumerate() {
+        vcpu.regs.rip = 0xffff_ffff_8100_0000 + i as u64;
+        vcpu.regs.rflags = 0x202;
+        vcpu.sregs.cs.selector = 0x10;
+        vcpu.xsave = (0..4096u32).map(|n| (n * 7 + i as u32) as u8).collect();
+        vcpu.lapic = (0..1024u32).map(|n| (n * 13) as u8).collect();
+        vcpu.msrs = (0..60).map(|n| Msr { index: 0xc000_0080 + n, data: u64::from(n) << 40 }).collect();
+        vcpu.tsc_khz = 2_450_000;
+    }
+    state.vm.clock.realtime = 1_700_000_000_000_000_000;
+    state.vm.irqchips = (0..3).map(|chip_id| IrqchipState { chip_id, chip: vec![chip_id as u8; 512] }).collect();
+    let queue = QueueState { max_size: 256, size: 128, ready: true, desc_table: 0x10_0000, ..QueueState::default() };
+    let transport = VirtioMmioState { status: 0xf, queues: vec![queue; 3], ..VirtioMmioState::default() };
+    state.devices.vsock = Some(VsockState { guest_cid: 3, transport, needs_reset: true });
+    state
+}
+
+/// 4 chunks and 2 pages: data, a chunk with a zero page inside, zero, data in one page only, a short last chunk.
+pub fn memory() -> Vec<u8> {
+    let mut memory = vec![0; 4 * CHUNK + 2 * PAGE];
+    let mut fill = |from: usize, to: usize| (from..to).for_each(|i| memory[i] = (i / 251 + i % 251) as u8 | 1);
+    fill(0, CHUNK);
+    fill(CHUNK, CHUNK + 3 * PAGE);
+    fill(CHUNK + 4 * PAGE, CHUNK + 5 * PAGE);
+    fill(3 * CHUNK + 15 * PAGE, 4 * CHUNK + PAGE);
+    memory
+}
+
+pub fn create_at(target: &Path, memory: &[u8], state: &MachineState) -> Result<Manifest, CreateError> {
+    let mut staging = Staging::begin(target)?;
+    let digest = staging.write_memory(&mut BytesSource::new(memory), &NEVER)?;
+    staging.commit(digest, facts(), state)
+}
+
+/// A directory that goes away with the value, and a snapshot in it.
+pub struct Sample {
+    pub root: tempfile::TempDir,
+    pub dir: PathBuf,
+    pub manifest: Manifest,
+}
+
+impl Sample {
+    pub fn new() -> Sample {
+        Sample::of(&memory(), &state(1))
+    }
+
+    pub fn of(memory: &[u8], state: &MachineState) -> Sample {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("snap");
+        let manifest = create_at(&dir, memory, state).unwrap();
+        Sample { root, dir, manifest }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    pub fn bytes(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.path(name)).unwrap()
+    }
+
+    /// Puts a file in the place of another, whatever its mode.
+    pub fn put(&self, name: &str, bytes: &[u8]) {
+        let _ = std::fs::remove_file(self.path(name));
+        std::fs::write(self.path(name), bytes).unwrap();
+    }
+
+    /// Changes the manifest and sets its digest right, as somebody would who forges one.
+    pub fn forge(&self, change: impl FnOnce(&mut serde_json::Value)) {
+        let mut value: serde_json::Value = serde_json::from_slice(&self.bytes("snap.json")).unwrap();
+        change(&mut value);
+        let json = serde_json::to_vec(&value).unwrap();
+        self.put("snap.json", &snapshot::manifest::reseal(&json).unwrap_or(json));
+    }
+}
+
+/// Memory of pages that are zero or not, in runs.
+pub fn any_memory() -> impl Strategy<Value = Vec<u8>> {
+    prop::collection::vec((any::<bool>(), 1usize..24, any::<u8>()), 1..12).prop_map(|runs| {
+        let mut memory = Vec::new();
+        for (data, pages, seed) in runs {
+            let at = memory.len();
+            memory.resize(at + pages * PAGE, 0);
+            if data {
+                memory[at..].iter_mut().enumerate().for_each(|(i, b)| *b = (i as u8) ^ seed);
+            }
+        }
+        memory
+    })
+}
