@@ -1,1 +1,115 @@
-//! Page server.
+//! The page server: gives the memory of a snapshot to any number of guests, which share every page they have not written.
+//!
+//! For each image and user there is a *store*, a memfd that is empty at first. A guest maps it privately and registers
+//! the mapping with userfaultfd. Touching a page that is not in the store raises an event; the server puts the page,
+//! with its neighbours, into the store and wakes the guest. Every other guest then finds the page by an ordinary kernel
+//! fault: no event, no copy.
+//!
+//! Follow a fault: [`event_loop`] (waiting) -> [`server`] (who is that?) -> [`session`] (reads the event) -> [`region`]
+//! (which chunk?) -> [`store`] (is it there?) -> [`source`] (reads and checks it) -> [`mmap`] (`UFFDIO_COPY`) -> back in
+//! [`session`] (wakes the guest).
+//!
+//! Follow a client: [`listener`] -> [`handshake`] (bytes to requests) -> [`server`] (grants a store, checks regions and
+//! the userfaultfd) -> [`session`]. [`client`] is the other end of the same conversation.
+
+pub mod client;
+pub mod event_loop;
+pub mod handshake;
+pub mod listener;
+pub mod metrics;
+pub mod mmap;
+pub mod options;
+pub mod page_set;
+pub mod process;
+pub mod region;
+pub mod server;
+pub mod session;
+pub mod source;
+pub mod store;
+pub mod uffd;
+
+pub use options::{Command, Options, USAGE, UsageError};
+
+use listener::{ListenError, Listener};
+use process::Signals;
+use server::Server;
+use snapshot::image::MemoryImage;
+use source::Source;
+use std::io;
+use std::path::PathBuf;
+
+/// Why the page server could not start, or had to stop.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// There is no userfaultfd to be had.
+    #[error(transparent)]
+    Uffd(#[from] uffd::UffdError),
+    /// A snapshot cannot be opened.
+    #[error("snapshot {0}: {1}")]
+    Snapshot(PathBuf, snapshot::load::LoadError),
+    /// The memory image of a snapshot cannot be opened.
+    #[error("snapshot {0}: {1}")]
+    Image(PathBuf, snapshot::image::ImageError),
+    /// A socket cannot be made.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The parent cannot be told that the server is ready.
+    #[error("cannot write to descriptor {0} given with --ready-fd: {1}")]
+    Ready(i32, io::Error),
+    /// Something that every process should be able to do.
+    #[error("cannot set up the server: {0}")]
+    Setup(io::Error),
+    /// The event loop failed.
+    #[error("the event loop failed: {0}")]
+    Loop(#[from] event_manager::Error),
+}
+
+impl RunError {
+    /// The exit code that belongs to this failure.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            RunError::Uffd(_) => 77,
+            _ => 1,
+        }
+    }
+}
+
+/// Serves until SIGTERM or SIGINT. Must be called while the process has one thread: signals are blocked, the umask is
+/// changed for a moment.
+pub fn run(options: &Options) -> Result<(), RunError> {
+    drop(uffd::create_user_only()?);
+    let images = open_images(&options.snapshots)?;
+    let signals = Signals::catch().map_err(RunError::Setup)?;
+    raise_descriptor_limit();
+    let socket = Listener::bind(&options.socket)?;
+    let metrics = options.metrics.as_deref().map(Listener::bind).transpose()?;
+    let server = Server::new(images, socket, metrics, Some(signals)).map_err(RunError::Setup)?;
+    for snapshot in &options.snapshots {
+        log::info!("serving {} on {}", snapshot.display(), options.socket.display());
+    }
+    if let Some(number) = options.ready_fd {
+        process::signal_ready(number).map_err(|error| RunError::Ready(number, error))?;
+    }
+    event_loop::run(server)?;
+    log::info!("stopped");
+    Ok(())
+}
+
+fn open_images(paths: &[PathBuf]) -> Result<Vec<Box<dyn Source>>, RunError> {
+    let open = |path: &PathBuf| -> Result<Box<dyn Source>, RunError> {
+        let snapshot = snapshot::load::open(path).map_err(|error| RunError::Snapshot(path.clone(), error))?;
+        let image = MemoryImage::open(&snapshot).map_err(|error| RunError::Image(path.clone(), error))?;
+        Ok(Box::new(image))
+    };
+    paths.iter().map(open).collect()
+}
+
+/// Every guest takes three descriptors; the usual limit of 1024 is soon reached. Failing is not fatal.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        log::warn!("cannot raise the limit of open files: {error}");
+    }
+}

@@ -1,0 +1,121 @@
+//! The client's half of the handshake, for the vmm: from a socket path to a guest that is being served.
+//!
+//! ```text
+//!   greet() -> Greeted { store }    map the store privately, register the ranges with a userfaultfd, then
+//!   Greeted::attach() -> UnixStream keep it open for the life of the guest; its end means that the server is gone
+//! ```
+
+use api_spec::handshake::{Attach, HELLO_DEADLINE_MS, Hello, MAX_MESSAGE, REPLY_DEADLINE_MS, Region, Reply};
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use userfaultfd::Uffd;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+/// Why the page server does not serve this guest.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens there.
+    #[error("cannot connect to the page server at {path}: {source}; is it running?")]
+    Connect {
+        /// The socket.
+        path: std::path::PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It said no.
+    #[error("the page server refused: {0}")]
+    Refused(String),
+    /// It does not answer.
+    #[error("no answer to the {0} message in time; if this is a Firecracker-style handler, use --uffd-mode copy")]
+    Silent(&'static str),
+    /// It hung up.
+    #[error("the page server closed the connection during the handshake")]
+    Closed,
+    /// It answered something else.
+    #[error("the page server's answer makes no sense here: {0}")]
+    Unexpected(String),
+    /// The connection failed.
+    #[error("the connection to the page server failed: {0}")]
+    Socket(#[from] io::Error),
+}
+
+/// A client that has its store and is to register it.
+#[derive(Debug)]
+pub struct Greeted {
+    stream: UnixStream,
+    /// The page store: read-only, to be mapped privately, and not touched before it is registered.
+    pub store: OwnedFd,
+}
+
+/// Connects and asks for the store of an image.
+pub fn greet(path: &Path, hello: &Hello) -> Result<Greeted, ClientError> {
+    let stream = UnixStream::connect(path).map_err(|source| ClientError::Connect { path: path.into(), source })?;
+    (&stream).write_all(&line(hello)?)?;
+    match receive(&stream, "hello", HELLO_DEADLINE_MS)? {
+        (Reply::Store { size, .. }, Some(store)) if size == hello.size => Ok(Greeted { stream, store }),
+        (other, _) => Err(unexpected(other)),
+    }
+}
+
+impl Greeted {
+    /// Hands over the userfaultfd with which the regions are registered. The caller keeps its own.
+    pub fn attach(self, regions: Vec<Region>, uffd: &Uffd) -> Result<UnixStream, ClientError> {
+        let line = line(&Attach { regions })?;
+        let sent = self.stream.send_with_fd(&line[..], uffd.as_raw_fd());
+        let sent = sent.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        (&self.stream).write_all(&line[sent..])?;
+        match receive(&self.stream, "attach", REPLY_DEADLINE_MS)? {
+            (Reply::Serving, None) => Ok(self.stream),
+            (other, _) => Err(unexpected(other)),
+        }
+    }
+}
+
+fn unexpected(reply: Reply) -> ClientError {
+    match reply {
+        Reply::Refused { reason } => ClientError::Refused(reason),
+        other => ClientError::Unexpected(format!("{other:?}")),
+    }
+}
+
+fn line(message: &impl serde::Serialize) -> io::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+/// Reads one answer, and the descriptor that came with it.
+fn receive(
+    stream: &UnixStream,
+    question: &'static str,
+    deadline_ms: u64,
+) -> Result<(Reply, Option<OwnedFd>), ClientError> {
+    let deadline = Instant::now() + Duration::from_millis(deadline_ms);
+    let (mut text, mut descriptor) = (Vec::new(), None);
+    let mut bytes = [0; 4096];
+    while text.last() != Some(&b'\n') {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() || text.len() >= MAX_MESSAGE {
+            return Err(ClientError::Silent(question));
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.recv_with_fd(&mut bytes) {
+            Ok((0, _)) => return Err(ClientError::Closed),
+            Ok((count, file)) => {
+                text.extend_from_slice(&bytes[..count]);
+                descriptor = file.map(OwnedFd::from).or(descriptor);
+            }
+            Err(error) if matches!(error.errno(), libc::EAGAIN | libc::EINTR) => {}
+            Err(error) if error.errno() == libc::ECONNRESET => return Err(ClientError::Closed),
+            Err(error) => return Err(io::Error::from_raw_os_error(error.errno()).into()),
+        }
+    }
+    if let Some(store) = &descriptor {
+        rustix::io::fcntl_setfd(store, rustix::io::FdFlags::CLOEXEC).map_err(io::Error::from)?;
+    }
+    let reply = serde_json::from_slice(&text).map_err(|error| ClientError::Unexpected(error.to_string()))?;
+    Ok((reply, descriptor))
+}

@@ -1,0 +1,174 @@
+//! A listening Unix socket that only its owner may connect to, and that goes away with the server.
+
+use rustix::fs::Mode;
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+/// Longest path that a socket address holds, in bytes.
+const MAX_PATH: usize = 107;
+
+/// A socket could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// The path does not fit into an address.
+    #[error("socket path {path} has {len} bytes, {MAX_PATH} fit: choose a shorter one")]
+    TooLong {
+        /// The path.
+        path: PathBuf,
+        /// Its length.
+        len: usize,
+    },
+    /// Somebody listens there.
+    #[error("{0} is in use: stop the server that listens there, or choose another path")]
+    InUse(PathBuf),
+    /// Something else is there.
+    #[error("{0} exists and is no socket: remove it, or choose another path")]
+    NotASocket(PathBuf),
+    /// A step failed.
+    #[error("cannot {step} socket {path}: {source}")]
+    Failed {
+        /// What was tried.
+        step: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+/// A listening socket and its file, which is removed on drop if it is still the one that was made.
+#[derive(Debug)]
+pub struct Listener {
+    socket: UnixListener,
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Listener {
+    /// Listens at `path`, taking the place of a socket that nobody listens on any more.
+    ///
+    /// The umask, which belongs to the whole process, is changed for the moment of creation.
+    pub fn bind(path: &Path) -> Result<Self, ListenError> {
+        let len = path.as_os_str().len();
+        if len > MAX_PATH {
+            return Err(ListenError::TooLong { path: path.into(), len });
+        }
+        let failed = |step| move |source| ListenError::Failed { step, path: path.into(), source };
+        clear_way(path)?;
+        let umask = rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);
+        let bound = UnixListener::bind(path);
+        rustix::process::umask(umask);
+        let socket = bound.map_err(failed("bind"))?;
+        socket.set_nonblocking(true).map_err(failed("configure"))?;
+        let identity = identity(path).map_err(failed("look at"))?;
+        Ok(Self { socket, path: path.into(), identity })
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Takes one connection; `None` when nobody is waiting.
+    pub fn accept(&self) -> io::Result<Option<UnixStream>> {
+        loop {
+            match self.socket.accept() {
+                Ok((stream, _)) => return Ok(Some(stream)),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return Ok(None),
+                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
+                    _ => return Err(error),
+                },
+            }
+        }
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|now| now == self.identity) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|meta| (meta.dev(), meta.ino()))
+}
+
+/// Removes a socket that nobody listens on; refuses to touch anything else.
+fn clear_way(path: &Path) -> Result<(), ListenError> {
+    let failed = |step| move |source| ListenError::Failed { step, path: path.into(), source };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed("look at")(error)),
+        Ok(meta) if !meta.file_type().is_socket() => return Err(ListenError::NotASocket(path.into())),
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(failed("remove the abandoned"))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(failed("probe")(error)),
+        Ok(_) => Err(ListenError::InUse(path.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mode_is_0600_and_the_file_goes_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = Listener::bind(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        drop(listener);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_long_path_is_refused_before_anything_is_created() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x".repeat(108));
+        assert!(matches!(Listener::bind(&path), Err(ListenError::TooLong { .. })));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_live_socket_and_a_file_are_refused_and_an_abandoned_socket_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        assert!(matches!(Listener::bind(&path), Err(ListenError::InUse(_))));
+        drop(listener);
+        assert!(path.exists());
+        drop(Listener::bind(&path).unwrap());
+        fs::write(&path, "mine").unwrap();
+        assert!(matches!(Listener::bind(&path), Err(ListenError::NotASocket(_))));
+        assert_eq!(fs::read(&path).unwrap(), b"mine");
+    }
+
+    #[test]
+    fn a_file_that_replaced_the_socket_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = Listener::bind(&path).unwrap();
+        fs::rename(&path, dir.path().join("moved")).unwrap();
+        fs::write(&path, "mine").unwrap();
+        drop(listener);
+        assert_eq!(fs::read(&path).unwrap(), b"mine");
+    }
+}

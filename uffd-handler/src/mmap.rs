@@ -1,0 +1,137 @@
+//! The server's own mapping of a store, and the two ways in which bytes get into it.
+
+// UNSAFETY: memory is mapped and unmapped, and filled through pointers into the mapping.
+#![allow(unsafe_code)]
+
+use crate::uffd::{self, UffdError};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+use userfaultfd::Uffd;
+
+/// A store could not be mapped.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// The mapping was refused.
+    #[error("cannot map {0} bytes of page store: {1}")]
+    Map(usize, io::Error),
+    /// No userfaultfd to fill it with.
+    #[error(transparent)]
+    Uffd(#[from] UffdError),
+    /// The userfaultfd would not take it.
+    #[error("cannot register the page store with userfaultfd: {0}")]
+    Register(userfaultfd::Error),
+}
+
+/// How far one attempt to put bytes into the store got.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Copied {
+    /// So many bytes, from the start of those offered: at least a page.
+    Bytes(usize),
+    /// None: the first page is there already.
+    Exists,
+    /// None, for now: try again.
+    Again,
+}
+
+/// A shared, writable mapping of a store, registered for missing faults with a userfaultfd of its own while it lives.
+///
+/// The registration makes `UFFDIO_COPY` possible, by which a page appears whole or not at all, and keeps the kernel
+/// from joining the store's pages into huge ones where some are absent.
+#[derive(Debug)]
+pub struct StoreMapping {
+    base: NonNull<u8>,
+    len: usize,
+    /// Last field: it is closed after `drop` has unmapped the range.
+    uffd: Uffd,
+}
+
+impl StoreMapping {
+    /// Maps the first `len` bytes (not zero) of `memfd`.
+    pub fn new(memfd: BorrowedFd, len: usize) -> Result<Self, MapError> {
+        let uffd = uffd::create_user_only()?;
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
+        // SAFETY: without MAP_FIXED the kernel picks free addresses, so that no memory of this process is replaced.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, memfd.as_raw_fd(), 0) };
+        if base == libc::MAP_FAILED {
+            return Err(MapError::Map(len, io::Error::last_os_error()));
+        }
+        let base = NonNull::new(base.cast()).ok_or_else(|| MapError::Map(len, io::ErrorKind::Other.into()))?;
+        let mapping = Self { base, len, uffd };
+        mapping.uffd.register(mapping.base.as_ptr().cast(), len).map_err(MapError::Register)?;
+        mapping.advise(libc::MADV_DONTFORK)?;
+        mapping.advise(libc::MADV_DONTDUMP)?;
+        Ok(mapping)
+    }
+
+    fn advise(&self, advice: libc::c_int) -> Result<(), MapError> {
+        // SAFETY: the range is this mapping, whole; DONTFORK and DONTDUMP, the callers' advice, leave its bytes alone.
+        match unsafe { libc::madvise(self.base.as_ptr().cast(), self.len, advice) } {
+            0 => Ok(()),
+            _ => Err(MapError::Map(self.len, io::Error::last_os_error())),
+        }
+    }
+
+    /// Puts whole pages of `bytes` at `offset`, where there are none yet: one attempt.
+    pub fn copy(&self, offset: usize, bytes: &[u8]) -> io::Result<Copied> {
+        let target = self.range(offset, bytes.len());
+        // SAFETY: the source is a slice and the target lies in this mapping (`range` checks it), where nothing else of
+        // this process keeps a reference; the kernel only adds pages that are absent.
+        let result = unsafe { self.uffd.copy(bytes.as_ptr().cast(), target.cast(), bytes.len(), false) };
+        interpret(result)
+    }
+
+    /// Replaces bytes at `offset`, in pages that are present: for those that somebody else brought into being.
+    ///
+    /// The caller has made sure that they are present; this thread would wait for itself in one that is not.
+    pub fn overwrite(&self, offset: usize, bytes: &[u8]) {
+        let target = self.range(offset, bytes.len());
+        // SAFETY: source and target are distinct (a slice of ours, and this mapping, to which no reference exists), and
+        // `range` has checked the length. Other processes that read the page meanwhile see old or new bytes.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
+    }
+
+    fn range(&self, offset: usize, len: usize) -> *mut u8 {
+        let fits = offset.checked_add(len).is_some_and(|end| end <= self.len);
+        assert!(fits, "{len} bytes at {offset} are outside of a store of {} bytes", self.len);
+        // SAFETY: the offset is within the mapping, as was just checked.
+        unsafe { self.base.as_ptr().add(offset) }
+    }
+}
+
+impl Drop for StoreMapping {
+    fn drop(&mut self) {
+        // SAFETY: the range is this mapping, whole, and its only owner is going away.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+/// Makes one word of the several ways in which the crate and the kernel report an incomplete copy.
+fn interpret(result: userfaultfd::Result<usize>) -> io::Result<Copied> {
+    match result {
+        Ok(bytes) => Ok(Copied::Bytes(bytes)),
+        // A signed count or error number that the crate has cast: only a positive one is progress.
+        Err(userfaultfd::Error::PartiallyCopied(count)) => match count as isize {
+            1.. => Ok(Copied::Bytes(count)),
+            _ => Ok(Copied::Again),
+        },
+        Err(userfaultfd::Error::CopyFailed(errno)) => match errno as i32 {
+            libc::EEXIST => Ok(Copied::Exists),
+            other => Err(io::Error::from_raw_os_error(other)),
+        },
+        Err(other) => Err(io::Error::other(other.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_negative_count_is_no_progress() {
+        let partial = |count: isize| interpret(Err(userfaultfd::Error::PartiallyCopied(count as usize))).unwrap();
+        assert_eq!(partial(8192), Copied::Bytes(8192));
+        assert_eq!(partial(0), Copied::Again);
+        assert_eq!(partial(-(libc::EAGAIN as isize)), Copied::Again);
+    }
+}

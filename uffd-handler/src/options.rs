@@ -1,0 +1,135 @@
+//! The command line.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+/// What `--help` prints.
+pub const USAGE: &str = "\
+Serves the memory of snapshots to microVMs, which share every page that they have not written.
+
+Usage: uffd-handler --socket PATH --snapshot SNAPSHOT [--snapshot SNAPSHOT]... [options]
+
+  --socket PATH        Unix socket to serve on; created, mode 0600, removed at the end
+  --snapshot SNAPSHOT  a snapshot directory, or the snap.json in it
+  --metrics PATH       Unix socket that gives the counters, as JSON, to whoever connects
+  --ready-fd N         write one byte to descriptor N, and close it, when the socket listens
+  --help               print this
+  --version            print the version
+
+Ends with 0 on SIGTERM or SIGINT, 1 on failure, 2 on bad usage, 77 if userfaultfd is not possible here.
+";
+
+/// What to serve, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Socket to serve on.
+    pub socket: PathBuf,
+    /// Snapshots to serve: directories, or `snap.json` files.
+    pub snapshots: Vec<PathBuf>,
+    /// Socket for the counters.
+    pub metrics: Option<PathBuf>,
+    /// Descriptor to write a byte to when the socket listens.
+    pub ready_fd: Option<RawFd>,
+}
+
+/// What a command line asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Serve.
+    Serve(Options),
+    /// Print [`USAGE`].
+    Help,
+    /// Print the version.
+    Version,
+}
+
+/// A command line that asks for nothing sensible.
+#[derive(Debug, thiserror::Error)]
+pub enum UsageError {
+    /// An option that is unknown, or lacks its value.
+    #[error("{0}")]
+    Syntax(#[from] lexopt::Error),
+    /// An option that must be there.
+    #[error("{0} is missing")]
+    Missing(&'static str),
+    /// An option that makes sense once only.
+    #[error("{0} was given twice")]
+    Twice(&'static str),
+    /// A standard stream, or no descriptor at all.
+    #[error("--ready-fd {0}: must be 3 or more")]
+    ReadyFd(RawFd),
+}
+
+impl Command {
+    /// Parses the arguments that follow the program's name (and the subcommand's, if it is one).
+    pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
+        use lexopt::prelude::*;
+        let (mut socket, mut snapshots, mut metrics, mut ready_fd) = (None, Vec::new(), None, None);
+        let mut parser = lexopt::Parser::from_args(args);
+        while let Some(arg) = parser.next()? {
+            match arg {
+                Long("socket") => once(&mut socket, "--socket", parser.value()?.into())?,
+                Long("snapshot") => snapshots.push(parser.value()?.into()),
+                Long("metrics") => once(&mut metrics, "--metrics", parser.value()?.into())?,
+                Long("ready-fd") => once(&mut ready_fd, "--ready-fd", parser.value()?.parse()?)?,
+                Long("help") | Short('h') => return Ok(Command::Help),
+                Long("version") => return Ok(Command::Version),
+                other => return Err(other.unexpected().into()),
+            }
+        }
+        if let Some(number) = ready_fd.filter(|&number| number < 3) {
+            return Err(UsageError::ReadyFd(number));
+        }
+        if snapshots.is_empty() {
+            return Err(UsageError::Missing("--snapshot"));
+        }
+        let socket = socket.ok_or(UsageError::Missing("--socket"))?;
+        Ok(Command::Serve(Options { socket, snapshots, metrics, ready_fd }))
+    }
+}
+
+fn once<T>(slot: &mut Option<T>, name: &'static str, value: T) -> Result<(), UsageError> {
+    match slot.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(UsageError::Twice(name)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Command, String> {
+        Command::parse(line.split_whitespace().map(OsString::from)).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn all_options() {
+        let options = Options {
+            socket: "s".into(),
+            snapshots: vec!["a".into(), "b/snap.json".into()],
+            metrics: Some("m".into()),
+            ready_fd: Some(5),
+        };
+        let line = "--socket s --snapshot a --snapshot=b/snap.json --metrics m --ready-fd 5";
+        assert_eq!(parse(line), Ok(Command::Serve(options)));
+        assert_eq!(parse("--socket s --help"), Ok(Command::Help));
+    }
+
+    #[test]
+    fn bad_usage_is_named() {
+        for (line, part) in [
+            ("--snapshot a", "--socket is missing"),
+            ("--socket s", "--snapshot is missing"),
+            ("--socket s --socket t --snapshot a", "twice"),
+            ("--socket s --snapshot a --ready-fd 1", "3 or more"),
+            ("--socket s --snapshot a --ready-fd x", "invalid"),
+            ("--socket s --snapshot a more", "more"),
+            ("--sockets s", "--sockets"),
+        ] {
+            let error = parse(line).unwrap_err();
+            assert!(error.contains(part), "{line}: {error}");
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! What the operating system tells the server about itself and its peers: signals, credentials, inherited descriptors.
+
+// UNSAFETY: signalfd, getsockopt and the adoption of an inherited descriptor have no safe form in the crates we use.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use vmm_sys_util::signal::{block_signal, create_sigset};
+
+/// SIGTERM and SIGINT, as something to poll instead of something that strikes.
+#[derive(Debug)]
+pub struct Signals(OwnedFd);
+
+impl Signals {
+    /// Blocks both signals in this thread and makes a descriptor that becomes readable when one is pending.
+    ///
+    /// Call it before other threads are started; those inherit the blocking.
+    pub fn catch() -> io::Result<Self> {
+        let wanted = [libc::SIGTERM, libc::SIGINT];
+        for signal in wanted {
+            block_signal(signal).map_err(|error| io::Error::other(error.to_string()))?;
+        }
+        let set = create_sigset(&wanted).map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        // SAFETY: `set` is an initialized signal set that the call only reads; -1 asks for a new descriptor.
+        owned(unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) }).map(Self)
+    }
+}
+
+impl AsRawFd for Signals {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// Takes the descriptor that a call has returned, or the error that it left.
+fn owned(fd: RawFd) -> io::Result<OwnedFd> {
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the callers pass what a system call has just created for this process, and nothing else has its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Who is at the other end of a Unix socket, as of its connecting.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Credentials {
+    /// Process id; 0 if it is not visible from here.
+    pub pid: u32,
+    /// User id.
+    pub uid: u32,
+}
+
+/// Asks the kernel who connected.
+pub fn peer_credentials<S: AsFd>(socket: &S) -> io::Result<Credentials> {
+    let cred: libc::ucred = socket_option(socket.as_fd(), libc::SO_PEERCRED)?;
+    Ok(Credentials { pid: cred.pid as u32, uid: cred.uid })
+}
+
+/// A descriptor that becomes readable when the peer's process ends; `None` where the kernel has none (before 6.5).
+pub fn peer_pidfd<S: AsFd>(socket: &S) -> Option<OwnedFd> {
+    const SO_PEERPIDFD: libc::c_int = 77;
+    let fd: libc::c_int = socket_option(socket.as_fd(), SO_PEERPIDFD).ok()?;
+    owned(fd).ok()
+}
+
+/// Plain data that `getsockopt` may fill with anything.
+trait Plain: Copy {}
+impl Plain for libc::ucred {}
+impl Plain for libc::c_int {}
+
+fn socket_option<T: Plain>(socket: BorrowedFd, name: libc::c_int) -> io::Result<T> {
+    let mut value = MaybeUninit::<T>::zeroed();
+    let mut len = size_of::<T>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, which `value` has.
+    let result =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, name, value.as_mut_ptr().cast(), &mut len) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it was zeroed and then written over; `Plain` types are valid whatever their bytes are.
+    Ok(unsafe { value.assume_init() })
+}
+
+/// Writes one byte to descriptor `number`, which the parent left open for us, and closes it.
+pub fn signal_ready(number: RawFd) -> io::Result<()> {
+    // SAFETY: only the number is looked at; the call fails on one that is not open.
+    if unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, and the command line says that it was made for this purpose and is ours to close. Standard
+    // streams, which others use, are refused with the options.
+    let mut file = unsafe { File::from_raw_fd(number) };
+    file.write_all(b"1")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn the_peer_of_a_pair_is_this_process() {
+        let (near, _far) = UnixStream::pair().unwrap();
+        let cred = peer_credentials(&near).unwrap();
+        assert_eq!(cred, Credentials { pid: std::process::id(), uid: rustix::process::getuid().as_raw() });
+    }
+}

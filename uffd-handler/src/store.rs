@@ -1,0 +1,209 @@
+//! The page store: a memfd that holds the pages of one image that any guest of one user has touched so far.
+//!
+//! ```text
+//!   image file --read_chunk, checked--> buffer --UFFDIO_COPY--> server's shared mapping = page of the memfd
+//!                                                                         |  ordinary kernel faults
+//!                                                          private mappings of every guest
+//! ```
+//!
+//! Rules that keep every guest's words right:
+//! - only `UFFDIO_COPY` fills the store, so that a page is there whole or not at all;
+//! - once mapped here the memfd is sealed against writing, resizing and further seals;
+//! - a hole that is read through a mapping *without* userfaultfd becomes a page of zeros for everyone. Seals do not
+//!   prevent that, so it is looked for: the memfd must never hold more pages than were put into it ([`Store::audit`]).
+//!   Swapping does not change what the kernel counts, and the server itself never discards or preallocates anything, so
+//!   that a surplus is always somebody else's doing.
+
+use crate::mmap::{Copied, MapError, StoreMapping};
+use crate::page_set::PageSet;
+use crate::region::{CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE};
+use crate::source::{Chunk, Source, SourceError};
+use rustix::fs::{MemfdFlags, Mode, SealFlags, SeekFrom};
+use rustix::io::Errno;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+/// Attempts at a copy that the kernel asks to repeat, before it counts as failed.
+const COPY_ATTEMPTS: u32 = 1000;
+/// Bytes in the blocks in which `fstat` counts.
+const STAT_BLOCK: u64 = 512;
+
+/// A store could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// A step of making the memfd.
+    #[error("cannot {0} the page store: {1}")]
+    Memfd(&'static str, io::Error),
+    /// Mapping it.
+    #[error(transparent)]
+    Map(#[from] MapError),
+}
+
+/// A chunk could not be put into a store.
+#[derive(Debug, thiserror::Error)]
+pub enum FillError {
+    /// The image cannot deliver it. No chunk of this image is served any more.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The kernel did not take it, mostly for want of memory.
+    #[error("cannot fill chunk {0} of the page store: {1}")]
+    Copy(u64, io::Error),
+}
+
+/// What [`Store::ensure`] had to do.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Filled {
+    /// Pages put into the store.
+    pub pages: u64,
+    /// Pages that were there without our doing, put right.
+    pub foreign: u64,
+}
+
+/// What [`Store::audit`] found.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Audit {
+    /// Exactly what was put there.
+    Clean,
+    /// So many pages too many.
+    Surplus(u64),
+}
+
+/// The pages of one image that guests of one user share.
+#[derive(Debug)]
+pub struct Store {
+    memfd: OwnedFd,
+    /// The same file, opened for reading only: what clients are given.
+    hand_out: File,
+    mapping: StoreMapping,
+    size: u64,
+    present: PageSet,
+}
+
+impl Store {
+    /// Makes an empty store of `size` bytes, a multiple of the page size.
+    pub fn create(size: u64) -> Result<Self, CreateError> {
+        let failed = |step| move |error: Errno| CreateError::Memfd(step, error.into());
+        let memfd = rustix::fs::memfd_create("coppice-store", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .map_err(failed("create"))?;
+        rustix::fs::ftruncate(&memfd, size).map_err(failed("size"))?;
+        let mapping = StoreMapping::new(memfd.as_fd(), size as usize)?;
+        rustix::fs::fcntl_add_seals(&memfd, seals()).map_err(failed("seal"))?;
+        // So that other users cannot open what they are given again, for writing.
+        rustix::fs::fchmod(&memfd, Mode::RUSR).map_err(failed("restrict"))?;
+        let hand_out = File::open(format!("/proc/self/fd/{}", memfd.as_raw_fd()))
+            .map_err(|error| CreateError::Memfd("reopen", error))?;
+        Ok(Self { memfd, hand_out, mapping, size, present: PageSet::new(size / PAGE_SIZE) })
+    }
+
+    /// The descriptor that clients get: read-only, sealed.
+    pub fn hand_out(&self) -> BorrowedFd<'_> {
+        self.hand_out.as_fd()
+    }
+
+    /// Pages that the server has filled.
+    pub fn filled_pages(&self) -> u64 {
+        self.present.count()
+    }
+
+    /// Sees to it that all pages of a chunk are in the store, reading them from `source` if any is missing.
+    pub fn ensure(&mut self, chunk: u64, source: &dyn Source, buffer: &mut Chunk) -> Result<Filled, FillError> {
+        let pages = self.pages_of(chunk);
+        let mut filled = Filled::default();
+        if self.present.first_gap(pages.clone()).is_none() {
+            return Ok(filled);
+        }
+        let bytes = source.read_chunk(chunk, buffer)?;
+        let expected = ((pages.end - pages.start) * PAGE_SIZE) as usize;
+        if bytes != expected {
+            return Err(SourceError(format!("chunk {chunk} has {bytes} bytes instead of {expected}")).into());
+        }
+        while let Some(gap) = self.present.first_gap(pages.clone()) {
+            let within =
+                ((gap.start - pages.start) * PAGE_SIZE) as usize..((gap.end - pages.start) * PAGE_SIZE) as usize;
+            self.fill_gap(gap, &buffer[within], &mut filled).map_err(|error| FillError::Copy(chunk, error))?;
+        }
+        Ok(filled)
+    }
+
+    /// Fills the first pages of a gap, as many as the kernel takes at once; at least one.
+    fn fill_gap(&mut self, gap: Range<u64>, bytes: &[u8], filled: &mut Filled) -> io::Result<()> {
+        let offset = (gap.start * PAGE_SIZE) as usize;
+        for _ in 0..COPY_ATTEMPTS {
+            match self.mapping.copy(offset, bytes)? {
+                Copied::Bytes(copied) => {
+                    let pages = copied as u64 / PAGE_SIZE;
+                    self.present.insert(gap.start..gap.start + pages);
+                    filled.pages += pages;
+                    return Ok(());
+                }
+                Copied::Exists => {
+                    self.put_right(gap.start, &bytes[..PAGE_SIZE as usize]);
+                    filled.foreign += 1;
+                    return Ok(());
+                }
+                Copied::Again => continue,
+            }
+        }
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    /// Gives a page that is present, but was not put there by us, the bytes that it should have.
+    fn put_right(&mut self, page: u64, bytes: &[u8]) {
+        self.mapping.overwrite((page * PAGE_SIZE) as usize, bytes);
+        self.present.insert(page..page + 1);
+    }
+
+    /// Compares what the store holds with what was put into it.
+    pub fn audit(&self) -> io::Result<Audit> {
+        let held = rustix::fs::fstat(&self.memfd)?.st_blocks as u64 * STAT_BLOCK / PAGE_SIZE;
+        Ok(match held.saturating_sub(self.present.count()) {
+            0 => Audit::Clean,
+            surplus => Audit::Surplus(surplus),
+        })
+    }
+
+    /// Finds the pages that are not ours and puts their bytes right; returns how many.
+    ///
+    /// Guests that have not read those pages yet will read them right. The store stays suspect all the same.
+    pub fn repair(&mut self, source: &dyn Source, buffer: &mut Chunk) -> Result<u64, FillError> {
+        let mut repaired = 0;
+        let mut from = 0;
+        while let Some(data) = self.next_data(from).map_err(|error| FillError::Copy(from / CHUNK_SIZE, error))? {
+            for page in data.start / PAGE_SIZE..data.end.div_ceil(PAGE_SIZE) {
+                repaired += u64::from(self.repair_page(page, source, buffer)?);
+            }
+            from = data.end;
+        }
+        Ok(repaired)
+    }
+
+    fn repair_page(&mut self, page: u64, source: &dyn Source, buffer: &mut Chunk) -> Result<bool, FillError> {
+        if self.present.contains(page) {
+            return Ok(false);
+        }
+        source.read_chunk(page / CHUNK_PAGES, buffer)?;
+        let start = (page % CHUNK_PAGES * PAGE_SIZE) as usize;
+        self.put_right(page, &buffer[start..start + PAGE_SIZE as usize]);
+        Ok(true)
+    }
+
+    /// The first range at or after `from` that holds pages.
+    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+        let start = match rustix::fs::seek(&self.memfd, SeekFrom::Data(from)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        Ok(Some(start..rustix::fs::seek(&self.memfd, SeekFrom::Hole(start))?))
+    }
+
+    fn pages_of(&self, chunk: u64) -> Range<u64> {
+        chunk * CHUNK_PAGES..((chunk + 1) * CHUNK_PAGES).min(self.size / PAGE_SIZE)
+    }
+}
+
+fn seals() -> SealFlags {
+    SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL
+}
