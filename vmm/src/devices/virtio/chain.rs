@@ -155,10 +155,7 @@ mod tests {
     #[test]
     fn nothing_outside_is_touched() {
         let mem = mem();
-        assert_eq!(
-            buffer(&[(0, 4)]).read(&mem, 2, &mut [0; 3]),
-            Err(ChainError::Short { len: 4, needed: 5 })
-        );
+        assert_eq!(buffer(&[(0, 4)]).read(&mem, 2, &mut [0; 3]), Err(ChainError::Short { len: 4, needed: 5 }));
         assert_eq!(buffer(&[(0xfff, 4)]).write(&mem, 0, &[1; 4]), Err(ChainError::Memory(0xfff)));
         assert_eq!(buffer(&[(u64::MAX, 4)]).write(&mem, 2, &[1]), Err(ChainError::Memory(u64::MAX)));
     }

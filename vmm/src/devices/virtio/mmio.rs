@@ -122,8 +122,13 @@ impl MmioTransport {
 
     /// Tells the driver that the device's configuration has changed.
     pub fn config_changed(&mut self) {
-        self.config_generation = self.config_generation.wrapping_add(1);
+        self.renew_config();
         self.interrupt.config_changed();
+    }
+
+    /// Marks the configuration as another one than before, without interrupting the driver.
+    pub fn renew_config(&mut self) {
+        self.config_generation = self.config_generation.wrapping_add(1);
     }
 
     /// The state to save. The device must have come to rest before.
@@ -337,7 +342,7 @@ impl BusDevice for MmioTransport {
         }
         data.fill(0);
         match <&mut [u8; 4]>::try_from(data) {
-            Ok(data) if offset % 4 == 0 => *data = self.read_register(offset).to_le_bytes(),
+            Ok(data) if offset.is_multiple_of(4) => *data = self.read_register(offset).to_le_bytes(),
             _ => log::debug!("virtio device {}: register {offset:#x} was not read as 32 bits", self.device_type),
         }
     }
@@ -347,7 +352,7 @@ impl BusDevice for MmioTransport {
             return lock(&*self.device).write_config(offset - CONFIG, data);
         }
         match <[u8; 4]>::try_from(data) {
-            Ok(data) if offset % 4 == 0 => self.write_register(offset, u32::from_le_bytes(data)),
+            Ok(data) if offset.is_multiple_of(4) => self.write_register(offset, u32::from_le_bytes(data)),
             _ => log::debug!("virtio device {}: register {offset:#x} was not written as 32 bits", self.device_type),
         }
     }

@@ -5,6 +5,7 @@ pub mod interrupt;
 pub mod mmio;
 pub mod queue;
 pub mod status;
+pub mod vsock;
 
 use std::sync::Arc;
 

@@ -162,7 +162,7 @@ impl QueueConfig {
 
 /// Checks that a part of a queue is aligned and in guest memory.
 fn part(part: &'static str, addr: u64, align: u64, len: u64, mem: &GuestMemory) -> Result<(), QueueError> {
-    if addr % align != 0 {
+    if !addr.is_multiple_of(align) {
         return Err(QueueError::Alignment { part, addr, align });
     }
     // Address 0 is what a driver leaves when it sets up nothing.
@@ -183,7 +183,14 @@ mod tests {
     }
 
     fn good() -> QueueConfig {
-        QueueConfig { size: 8, ready: true, desc_table: 0x1000, avail_ring: 0x2000, used_ring: 0x3000, ..QueueConfig::new(16) }
+        QueueConfig {
+            size: 8,
+            ready: true,
+            desc_table: 0x1000,
+            avail_ring: 0x2000,
+            used_ring: 0x3000,
+            ..QueueConfig::new(16)
+        }
     }
 
     #[test]
@@ -218,7 +225,10 @@ mod tests {
             );
         }
         for addr in [0, end - 64, u64::MAX & !3] {
-            assert_eq!(refused(QueueConfig { used_ring: addr, ..good() }), QueueError::Memory { part: "used ring", addr });
+            assert_eq!(
+                refused(QueueConfig { used_ring: addr, ..good() }),
+                QueueError::Memory { part: "used ring", addr }
+            );
         }
         for (config, align) in [
             (QueueConfig { desc_table: 0x1008, ..good() }, 16),
@@ -237,10 +247,7 @@ mod tests {
         assert_eq!(config.save(queue.as_ref()), state, "every field comes back");
 
         let refused = |state: QueueState| QueueConfig::restore(&state, 16, &mem, false).unwrap_err();
-        assert_eq!(
-            refused(QueueState { max_size: 32, ..state }),
-            QueueError::MaxSize { saved: 32, offered: 16 }
-        );
+        assert_eq!(refused(QueueState { max_size: 32, ..state }), QueueError::MaxSize { saved: 32, offered: 16 });
         assert_eq!(refused(QueueState { size: 5, ..state }), QueueError::Size { size: 5, max: 16 });
         assert_eq!(
             refused(QueueState { next_avail: 20, ..state }),
