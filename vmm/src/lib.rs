@@ -1,1 +1,2 @@
 //! The machine.
+pub mod devices;

@@ -1,0 +1,37 @@
+//! The devices that the guest sees.
+//!
+//! | file | what it is |
+//! |---|---|
+//! | `bus.rs` | which device answers an address; one bus for ports, one for memory |
+//! | `serial.rs` | the serial port COM1 |
+//! | `output.rs` | a writer that never blocks whoever writes to it, for the serial port |
+//! | `i8042.rs` | the keyboard controller, of which only the reset line exists |
+//! | `virtio/mod.rs` | what a virtio device is to its transport |
+//! | `virtio/mmio.rs` | the virtio-mmio transport |
+//! | `virtio/status.rs` | the rules of its status register |
+//! | `virtio/queue.rs` | the set-up of a virtqueue, and when it may be used |
+//! | `virtio/chain.rs` | descriptor chains as runs of guest memory |
+//! | `virtio/interrupt.rs` | how a device interrupts the guest, and how it fails |
+//! | `virtio/vsock/` | the socket device between guest and host |
+//!
+//! vCPU threads reach devices through a bus; everything else that a device does happens on the event thread.
+//! Locks are taken in one order: transport, then device. A device never calls its transport.
+//!
+//! All writes to guest memory go through `vm-memory`, so a bitmap in [`GuestMemory`] sees every page that a device
+//! has written.
+
+pub mod bus;
+pub mod i8042;
+pub mod output;
+pub mod serial;
+pub mod virtio;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// The memory of the guest.
+pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
+
+/// Locks `mutex`. A thread that panicked while it held the lock does not take the other threads with it.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,54 @@
+//! virtio devices (virtio 1.2) on the MMIO transport.
+
+pub mod chain;
+pub mod interrupt;
+pub mod mmio;
+pub mod queue;
+pub mod status;
+pub mod vsock;
+
+use std::sync::Arc;
+
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::GuestMemory;
+use interrupt::Interrupt;
+
+/// `VIRTIO_F_VERSION_1`: the device is not a legacy one. Every driver must accept it.
+pub const VERSION_1: u64 = 1 << virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+/// `VIRTIO_RING_F_EVENT_IDX`: both sides say at which index they want to be told of news.
+pub const EVENT_IDX: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+/// A virtio device as its transport sees it.
+///
+/// The transport calls it on vCPU threads, and on the event thread for save and restore.
+pub trait VirtioDevice: Send {
+    /// The device's number in the virtio specification.
+    fn device_type(&self) -> u32;
+
+    /// The largest size of each queue, in order. Powers of two.
+    fn queue_max_sizes(&self) -> &'static [u16];
+
+    /// The features that the device offers.
+    fn features(&self) -> u64;
+
+    /// The event that tells the device of news in each queue, in order.
+    fn queue_events(&self) -> Vec<Arc<EventFd>>;
+
+    /// Reads the configuration space. What is beyond it reads as zeros.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the configuration space. What cannot be written there is ignored.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+
+    /// The driver is ready: from here on the device may use its queues. They have been checked. Touches no guest
+    /// memory.
+    fn activate(&mut self, mem: GuestMemory, queues: Vec<Queue>, interrupt: Arc<Interrupt>);
+
+    /// The queues of a device that is active and has not failed; otherwise none.
+    fn queues(&self) -> &[Queue];
+
+    /// Back to the state before activation. The device does not touch guest memory any more when this returns.
+    fn reset(&mut self);
+}
