@@ -1,0 +1,1 @@
+//! Virtio-vsock connections.
