@@ -24,6 +24,7 @@ pub mod process;
 pub mod region;
 pub mod server;
 pub mod session;
+pub mod socket;
 pub mod source;
 pub mod store;
 pub mod uffd;
