@@ -60,7 +60,7 @@ fn measure() -> Result<()> {
 }
 
 fn make_snapshot(target: &Path) -> Result<String> {
-    let memory: Vec<u8> = (0..SIZE / 8).flat_map(|i| (i as u64 * 0x9e37_79b9_7f4a_7c15 | 1).to_le_bytes()).collect();
+    let memory: Vec<u8> = (0..SIZE / 8).flat_map(|i| ((i as u64 * 0x9e37_79b9_7f4a_7c15) | 1).to_le_bytes()).collect();
     let mut staging = Staging::begin(target)?;
     let digest = staging.write_memory(&mut BytesSource::new(&memory), &AtomicBool::new(false))?;
     let cpu = Cpu { vendor: "AuthenticAMD".into(), ..Cpu::default() };
@@ -125,7 +125,11 @@ impl Guest {
             // SAFETY: inside of the mapping, which is never unmapped.
             unsafe {
                 let byte = self.base.add(at);
-                if write { byte.write_volatile(1) } else { drop(std::hint::black_box(byte.read_volatile())) }
+                if write {
+                    byte.write_volatile(1)
+                } else {
+                    let _ = std::hint::black_box(byte.read_volatile());
+                }
             }
         }
         begin.elapsed().as_secs_f64() * 1e6 / (SIZE / stride) as f64

@@ -179,7 +179,7 @@ fn who_talks_or_faults_elsewhere_after_the_handshake_is_dropped() {
 }
 
 #[test]
-fn a_userfaultfd_that_turns_blocking_does_not_stop_the_server() {
+fn a_userfaultfd_that_turns_blocking_costs_its_owner_only() {
     with_userfaultfd(|| {
         let sample = Sample::of_bytes(MIB);
         let server = Server::start(&sample);
@@ -189,11 +189,7 @@ fn a_userfaultfd_that_turns_blocking_does_not_stop_the_server() {
         let bad = std::sync::Arc::new(bad);
         let guest = bad.clone();
         std::thread::spawn(move || guest.view.get(0));
-        // Whether it is seen to be blocking or served all the same: the other is.
-        until("it is dropped, or was served", || {
-            let metrics = server.metrics();
-            metrics.sessions.len() == 1 || metrics.sessions[1].uffd_events > 0
-        });
+        until("it is dropped", || server.metrics().sessions.len() == 1);
         good.view.check_all();
         std::mem::forget(bad);
     });
