@@ -190,6 +190,7 @@ pub fn signal_process(pid: u32, signal: i32) {
 }
 
 /// Memory mapped from a store.
+#[derive(Debug)]
 pub struct View {
     base: *mut u8,
     len: usize,
@@ -203,11 +204,22 @@ unsafe impl Sync for View {}
 impl View {
     /// Maps a store privately. Reading it before it is registered damages the store.
     pub fn map(store: &impl AsRawFd, len: usize) -> View {
-        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_NORESERVE);
+        View::try_map(store, len, libc::MAP_PRIVATE | libc::MAP_NORESERVE).unwrap()
+    }
+
+    /// Maps a store so that writes would reach it.
+    pub fn try_map_shared(store: &impl AsRawFd, len: usize) -> std::io::Result<View> {
+        View::try_map(store, len, libc::MAP_SHARED)
+    }
+
+    fn try_map(store: &impl AsRawFd, len: usize, flags: i32) -> std::io::Result<View> {
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let base = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, store.as_raw_fd(), 0) };
-        assert_ne!(base, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
-        View { base: base.cast(), len }
+        if base == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(View { base: base.cast(), len })
     }
 
     pub fn address(&self) -> u64 {
