@@ -5,6 +5,7 @@
 //!   Greeted::attach() -> UnixStream keep it open for the life of the guest; its end means that the server is gone
 //! ```
 
+use crate::socket::{Passed, receive};
 use api_spec::handshake::{Attach, HELLO_DEADLINE_MS, Hello, MAX_MESSAGE, REPLY_DEADLINE_MS, Region, Reply};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -54,7 +55,7 @@ pub struct Greeted {
 pub fn greet(path: &Path, hello: &Hello) -> Result<Greeted, ClientError> {
     let stream = UnixStream::connect(path).map_err(|source| ClientError::Connect { path: path.into(), source })?;
     (&stream).write_all(&line(hello)?)?;
-    match receive(&stream, "hello", HELLO_DEADLINE_MS)? {
+    match receive_reply(&stream, "hello", HELLO_DEADLINE_MS)? {
         (Reply::Store { size, .. }, Some(store)) if size == hello.size => Ok(Greeted { stream, store }),
         (other, _) => Err(unexpected(other)),
     }
@@ -67,7 +68,7 @@ impl Greeted {
         let sent = self.stream.send_with_fd(&line[..], uffd.as_raw_fd());
         let sent = sent.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
         (&self.stream).write_all(&line[sent..])?;
-        match receive(&self.stream, "attach", REPLY_DEADLINE_MS)? {
+        match receive_reply(&self.stream, "attach", REPLY_DEADLINE_MS)? {
             (Reply::Serving, None) => Ok(self.stream),
             (other, _) => Err(unexpected(other)),
         }
@@ -88,7 +89,7 @@ fn line(message: &impl serde::Serialize) -> io::Result<Vec<u8>> {
 }
 
 /// Reads one answer, and the descriptor that came with it.
-fn receive(
+fn receive_reply(
     stream: &UnixStream,
     question: &'static str,
     deadline_ms: u64,
@@ -102,19 +103,22 @@ fn receive(
             return Err(ClientError::Silent(question));
         }
         stream.set_read_timeout(Some(left))?;
-        match stream.recv_with_fd(&mut bytes) {
+        match receive(stream, &mut bytes) {
             Ok((0, _)) => return Err(ClientError::Closed),
-            Ok((count, file)) => {
+            Ok((count, passed)) => {
                 text.extend_from_slice(&bytes[..count]);
-                descriptor = file.map(OwnedFd::from).or(descriptor);
+                match passed {
+                    Passed::One(one) if descriptor.is_none() => descriptor = Some(one),
+                    Passed::None => {}
+                    _ => return Err(ClientError::Unexpected("more than one descriptor".into())),
+                }
             }
-            Err(error) if matches!(error.errno(), libc::EAGAIN | libc::EINTR) => {}
-            Err(error) if error.errno() == libc::ECONNRESET => return Err(ClientError::Closed),
-            Err(error) => return Err(io::Error::from_raw_os_error(error.errno()).into()),
+            Err(error) => match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => {}
+                io::ErrorKind::ConnectionReset => return Err(ClientError::Closed),
+                _ => return Err(error.into()),
+            },
         }
-    }
-    if let Some(store) = &descriptor {
-        rustix::io::fcntl_setfd(store, rustix::io::FdFlags::CLOEXEC).map_err(io::Error::from)?;
     }
     let reply = serde_json::from_slice(&text).map_err(|error| ClientError::Unexpected(error.to_string()))?;
     Ok((reply, descriptor))

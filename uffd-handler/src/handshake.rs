@@ -10,6 +10,7 @@
 
 use crate::process::{Credentials, peer_credentials};
 use crate::region::PAGE_SIZE;
+use crate::socket::{Passed, receive};
 use api_spec::handshake::{Attach, Hello, MAX_MESSAGE, REPLY_DEADLINE_MS, Region, Reply};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -110,17 +111,18 @@ impl Handshake {
     pub fn receive(&mut self) -> Result<Option<Request>, HandshakeError> {
         let mut bytes = [0; 4096];
         loop {
-            let (count, file) = match self.stream.recv_with_fd(&mut bytes) {
+            let (count, passed) = match receive(&self.stream, &mut bytes) {
                 Ok(received) => received,
-                Err(error) => match error.errno() {
-                    libc::EAGAIN => return Ok(None),
-                    libc::EINTR => continue,
-                    libc::ENOBUFS => return Err(HandshakeError::Descriptors("more than one descriptor")),
-                    errno => return Err(io::Error::from_raw_os_error(errno).into()),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return Ok(None),
+                    io::ErrorKind::Interrupted => continue,
+                    _ => return Err(error.into()),
                 },
             };
-            if let Some(file) = file {
-                self.keep_descriptor(file.into())?;
+            match passed {
+                Passed::None => {}
+                Passed::One(descriptor) => self.keep_descriptor(descriptor)?,
+                Passed::Many => return Err(HandshakeError::Descriptors("more than one descriptor")),
             }
             if count == 0 {
                 return Err(HandshakeError::Closed);
@@ -132,9 +134,7 @@ impl Handshake {
     }
 
     fn keep_descriptor(&mut self, descriptor: OwnedFd) -> Result<(), HandshakeError> {
-        // Received without close-on-exec; the server starts no programs, but its library's user may.
-        let _ = rustix::io::fcntl_setfd(&descriptor, rustix::io::FdFlags::CLOEXEC);
-        if self.stage == Stage::Hello && !self.line.is_empty() {
+        if self.stage == Stage::Hello {
             return Err(HandshakeError::Descriptors("a descriptor with the hello message"));
         }
         match self.descriptor.replace(descriptor) {
@@ -162,8 +162,7 @@ impl Handshake {
         let line = std::mem::take(&mut self.line);
         let malformed = |error: serde_json::Error| HandshakeError::Malformed(self.stage.name(), error.to_string());
         match (self.stage, self.descriptor.take()) {
-            (Stage::Hello, Some(_)) => Err(HandshakeError::Descriptors("a descriptor with the hello message")),
-            (Stage::Hello, None) => serde_json::from_slice(&line).map(Request::Hello).map_err(malformed),
+            (Stage::Hello, _) => serde_json::from_slice(&line).map(Request::Hello).map_err(malformed),
             (Stage::Attach, None) => Err(HandshakeError::Descriptors("no userfaultfd with the attach message")),
             (Stage::Attach, Some(uffd)) => {
                 let Attach { regions } = serde_json::from_slice(&line).map_err(malformed)?;

@@ -5,8 +5,8 @@
 //! with its neighbours, into the store and wakes the guest. Every other guest then finds the page by an ordinary kernel
 //! fault: no event, no copy.
 //!
-//! Follow a fault: [`event_loop`] (waiting) -> [`server`] (who is that?) -> [`session`] (reads the event) -> [`region`]
-//! (which chunk?) -> [`store`] (is it there?) -> [`source`] (reads and checks it) -> [`mmap`] (`UFFDIO_COPY`) -> back in
+//! Follow a fault: [`event_loop`] (waiting) -> [`server`] (who is that?) -> [`session`] (reads the event, with
+//! [`events`]) -> [`region`] (which chunk?) -> [`store`] (is it there?) -> [`source`] (reads and checks it) -> [`mmap`] (`UFFDIO_COPY`) -> back in
 //! [`session`] (wakes the guest).
 //!
 //! Follow a client: [`listener`] -> [`handshake`] (bytes to requests) -> [`server`] (grants a store, checks regions and
@@ -14,6 +14,7 @@
 
 pub mod client;
 pub mod event_loop;
+pub mod events;
 pub mod handshake;
 pub mod listener;
 pub mod metrics;
@@ -24,6 +25,7 @@ pub mod process;
 pub mod region;
 pub mod server;
 pub mod session;
+pub mod socket;
 pub mod source;
 pub mod store;
 pub mod uffd;

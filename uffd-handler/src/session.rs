@@ -6,26 +6,29 @@
 //! by an ordinary kernel fault. The wake-up is sent for every event, also when the page was there already: somebody
 //! else's filling it does not wake this guest's threads.
 
+use crate::events::{BATCH, FaultReader};
 use crate::process::{Credentials, peer_pidfd};
 use crate::region::Regions;
 use crate::source::{Chunk, Source};
 use crate::store::{FillError, Store};
 use api_spec::handshake::SessionMetrics;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use userfaultfd::{Event, EventBuffer, Uffd};
+use userfaultfd::Uffd;
 
-/// Events that are read at once.
-const EVENT_BATCH: usize = 64;
 /// Batches of one guest that are served before others get their turn.
 const BATCHES_IN_A_TURN: usize = 4;
 
 /// Why a session cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
-    /// The userfaultfd cannot be read or woken.
-    #[error("its userfaultfd failed: {0}")]
-    Uffd(#[from] userfaultfd::Error),
+    /// The userfaultfd cannot be read.
+    #[error("its userfaultfd cannot be read: {0}")]
+    Read(#[from] io::Error),
+    /// Its threads cannot be woken.
+    #[error("its userfaultfd does not wake: {0}")]
+    Wake(#[from] userfaultfd::Error),
     /// A fault where the client has no region.
     #[error("it faulted at {0:#x}, which is in none of its regions")]
     Outside(u64),
@@ -36,8 +39,7 @@ pub enum SessionError {
 
 /// Buffers that all sessions use in turn.
 pub struct Scratch {
-    events: EventBuffer,
-    addresses: Vec<u64>,
+    faults: FaultReader,
     /// Room for the chunk that is being filled.
     pub chunk: Box<Chunk>,
 }
@@ -45,11 +47,7 @@ pub struct Scratch {
 impl Scratch {
     /// Allocates them.
     pub fn new() -> Self {
-        Self {
-            events: EventBuffer::new(EVENT_BATCH),
-            addresses: Vec::with_capacity(EVENT_BATCH),
-            chunk: Box::new([0; size_of::<Chunk>()]),
-        }
+        Self { faults: FaultReader::new(), chunk: Box::new([0; size_of::<Chunk>()]) }
     }
 }
 
@@ -107,37 +105,25 @@ impl Session {
     ) -> Result<Turn, SessionError> {
         let mut turn = Turn::default();
         for _ in 0..BATCHES_IN_A_TURN {
-            let read = self.read_faults(scratch)?;
-            turn.events += scratch.addresses.len() as u64;
-            for index in 0..scratch.addresses.len() {
-                turn.foreign += self.answer(scratch.addresses[index], store, image, &mut scratch.chunk)?;
+            let read = scratch.faults.read(&self.uffd)?;
+            self.log_others(scratch.faults.others());
+            for &address in scratch.faults.addresses() {
+                turn.foreign += self.answer(address, store, image, &mut scratch.chunk)?;
+                turn.events += 1;
             }
-            if read < EVENT_BATCH {
+            if read < BATCH {
                 break;
             }
         }
         Ok(turn)
     }
 
-    /// Reads one batch of events, leaves the faults' addresses in `scratch` and returns how many events there were.
-    fn read_faults(&mut self, scratch: &mut Scratch) -> Result<usize, SessionError> {
-        scratch.addresses.clear();
-        let mut read = 0;
-        for event in self.uffd.read_events(&mut scratch.events)? {
-            read += 1;
-            match event? {
-                Event::Pagefault { addr, .. } => scratch.addresses.push(addr as u64),
-                other if !self.other_event_logged => {
-                    self.other_event_logged = true;
-                    log::warn!(
-                        "session {}: ignoring {other:?} and further events that are no faults",
-                        self.counters.id
-                    );
-                }
-                _ => {}
-            }
+    /// Says once that a guest's userfaultfd delivers what nobody asked for.
+    fn log_others(&mut self, others: usize) {
+        if others > 0 && !self.other_event_logged {
+            self.other_event_logged = true;
+            log::warn!("session {}: ignoring events that are no faults", self.counters.id);
         }
-        Ok(read)
     }
 
     /// Puts the page of one fault into the store and wakes who waits for it; returns the foreign pages met.
