@@ -375,3 +375,282 @@ fn set_half(value: &mut u64, select: u32, half: u32) {
         _ => {}
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use snapshot::state::QueueState;
+    use virtio_queue::{Queue, QueueT};
+    use vm_memory::GuestAddress;
+
+    const FEATURE: u64 = 1 << 5;
+
+    /// A device with two queues that only remembers.
+    struct Probe {
+        events: Vec<Arc<EventFd>>,
+        queues: Vec<Queue>,
+        resets: usize,
+        config: Vec<u8>,
+    }
+
+    impl VirtioDevice for Probe {
+        fn device_type(&self) -> u32 {
+            42
+        }
+        fn queue_max_sizes(&self) -> &'static [u16] {
+            &[16, 8]
+        }
+        fn features(&self) -> u64 {
+            FEATURE | EVENT_IDX
+        }
+        fn queue_events(&self) -> Vec<Arc<EventFd>> {
+            self.events.clone()
+        }
+        fn read_config(&self, offset: u64, data: &mut [u8]) {
+            data.fill(offset as u8);
+        }
+        fn write_config(&mut self, _: u64, data: &[u8]) {
+            self.config = data.to_vec();
+        }
+        fn activate(&mut self, _: GuestMemory, queues: Vec<Queue>, _: Arc<Interrupt>) {
+            self.queues = queues;
+        }
+        fn queues(&self) -> &[Queue] {
+            &self.queues
+        }
+        fn reset(&mut self) {
+            self.resets += 1;
+            self.queues.clear();
+        }
+    }
+
+    struct Rig {
+        transport: MmioTransport,
+        device: Arc<Mutex<Probe>>,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let event = || Arc::new(EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap());
+            let device = Probe { events: vec![event(), event()], queues: vec![], resets: 0, config: vec![] };
+            let device = Arc::new(Mutex::new(device));
+            let mem = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+            let interrupt = Arc::new(Interrupt::new().unwrap());
+            Rig { transport: MmioTransport::new(device.clone(), mem, interrupt), device }
+        }
+
+        fn read(&mut self, offset: u64) -> u32 {
+            let mut data = [0xee; 4];
+            self.transport.read(offset, &mut data);
+            u32::from_le_bytes(data)
+        }
+
+        fn write(&mut self, offset: u64, value: u32) {
+            self.transport.write(offset, &value.to_le_bytes());
+        }
+
+        fn negotiate(&mut self, features: u64) {
+            self.write(0x70, 1);
+            self.write(0x70, 3);
+            for select in [0, 1] {
+                self.write(0x24, select);
+                self.write(0x20, half(features, select));
+            }
+            self.write(0x70, 0xb);
+        }
+
+        fn set_up_queue(&mut self, index: u32, base: u32) {
+            self.write(0x30, index);
+            self.write(0x38, 8);
+            self.write(0x80, base);
+            self.write(0x90, base + 0x400);
+            self.write(0xa0, base + 0x800);
+            self.write(0x44, 1);
+        }
+
+        fn start(&mut self) {
+            self.negotiate(VERSION_1 | FEATURE);
+            self.set_up_queue(0, 0x1000);
+            self.set_up_queue(1, 0x2000);
+            self.write(0x70, 0xf);
+        }
+
+        fn live_queues(&self) -> usize {
+            lock(&self.device).queues.len()
+        }
+    }
+
+    #[test]
+    fn a_driver_finds_and_starts_the_device() {
+        let mut rig = Rig::new();
+        assert_eq!([0, 4, 8].map(|offset| rig.read(offset)), [MAGIC, 2, 42]);
+        rig.write(0x14, 0);
+        assert_eq!(rig.read(0x10), FEATURE as u32 | EVENT_IDX as u32);
+        rig.write(0x14, 1);
+        assert_eq!(rig.read(0x10), 1, "VERSION_1 is always offered");
+        rig.start();
+        assert_eq!(rig.read(0x70), 0xf);
+        let device = lock(&rig.device);
+        assert_eq!(device.queues.iter().map(QueueT::size).collect::<Vec<_>>(), [8, 8]);
+        assert_eq!(device.queues[1].used_ring(), 0x2800);
+    }
+
+    #[test]
+    fn unknown_features_and_legacy_drivers_are_refused() {
+        for features in [VERSION_1 | 1 << 20, FEATURE] {
+            let mut rig = Rig::new();
+            rig.negotiate(features);
+            assert_eq!(rig.read(0x70), 3);
+        }
+    }
+
+    #[test]
+    fn a_bad_queue_does_not_become_ready_and_stops_the_device() {
+        for (register, value) in
+            [(0x38, 0), (0x38, 7), (0x38, 0x10008), (0x80, 0x20000), (0x84, 1), (0x90, 1), (0xa0, 2)]
+        {
+            let mut rig = Rig::new();
+            rig.negotiate(VERSION_1);
+            rig.set_up_queue(1, 0x2000);
+            rig.write(0x44, 0);
+            rig.write(register, value);
+            rig.write(0x44, 1);
+            assert_eq!(rig.read(0x44), 0, "{register:#x}");
+            assert_eq!(rig.read(0x70), 0xb | status::NEEDS_RESET);
+            rig.set_up_queue(0, 0x1000);
+            rig.write(0x70, 0xf);
+            assert_eq!(rig.live_queues(), 0, "a failed device does not start");
+        }
+    }
+
+    #[test]
+    fn starting_without_a_queue_stops_the_device() {
+        let mut rig = Rig::new();
+        rig.negotiate(VERSION_1);
+        rig.set_up_queue(0, 0x1000);
+        rig.write(0x70, 0xf);
+        assert_eq!((rig.read(0x70), rig.live_queues()), (0xf | status::NEEDS_RESET, 0));
+        assert_eq!(rig.read(0x60), 2, "the driver is told");
+    }
+
+    #[test]
+    fn queues_stand_still_while_in_use_and_disabling_one_stops_the_device() {
+        let mut rig = Rig::new();
+        rig.start();
+        rig.write(0x80, 0x3000);
+        rig.write(0x38, 4);
+        assert_eq!(rig.transport.save().queues[1].desc_table, 0x2000);
+        assert_eq!(rig.read(0x70), 0xf);
+        rig.write(0x44, 0);
+        assert_eq!((rig.read(0x70), rig.live_queues()), (0xf | status::NEEDS_RESET, 0));
+        rig.write(0x70, 0);
+        assert_eq!(rig.read(0x70), 0);
+        rig.start();
+        assert_eq!((rig.read(0x70), rig.live_queues()), (0xf, 2), "a reset heals");
+    }
+
+    #[test]
+    fn notifications_that_arrive_as_writes_reach_the_device() {
+        let mut rig = Rig::new();
+        rig.write(0x50, 1);
+        rig.write(0x50, 9);
+        assert!(lock(&rig.device).events[0].read().is_err());
+        assert_eq!(lock(&rig.device).events[1].read().unwrap(), 1);
+    }
+
+    #[test]
+    fn interrupts_are_shown_and_acknowledged() {
+        let mut rig = Rig::new();
+        rig.transport.interrupt().used_buffers();
+        rig.transport.config_changed();
+        assert_eq!((rig.read(0x60), rig.read(0xfc)), (3, 1));
+        rig.write(0x64, 1);
+        assert_eq!(rig.read(0x60), 2);
+    }
+
+    #[test]
+    fn odd_accesses_are_harmless() {
+        let mut rig = Rig::new();
+        let mut data = [0xee; 8];
+        rig.transport.read(0, &mut data);
+        assert_eq!(data, [0; 8]);
+        rig.transport.read(2, &mut data[..4]);
+        assert_eq!(data, [0; 8]);
+        rig.transport.write(0x70, &[1]);
+        assert_eq!(rig.read(0x70), 0);
+        rig.write(0x30, 77);
+        assert_eq!((rig.read(0x34), rig.read(0x44)), (0, 0), "there is no such queue");
+        rig.write(0x38, 4);
+        rig.write(0x44, 1);
+        rig.transport.read(0x100 + 7, &mut data[..2]);
+        assert_eq!(data[..2], [7, 7]);
+        rig.transport.write(0x100, &[5]);
+        assert_eq!(lock(&rig.device).config, [5]);
+    }
+
+    fn saved() -> VirtioMmioState {
+        let mut rig = Rig::new();
+        rig.start();
+        rig.transport.interrupt().used_buffers();
+        rig.transport.renew_config();
+        rig.write(0x14, 1);
+        lock(&rig.device).queues[1].set_next_avail(7);
+        lock(&rig.device).queues[1].set_next_used(6);
+        rig.transport.save()
+    }
+
+    #[test]
+    fn every_field_survives_save_and_restore() {
+        let state = saved();
+        assert_eq!((state.queues[1].next_avail, state.queues[1].next_used), (7, 6));
+        let mut rig = Rig::new();
+        rig.transport.restore(&state).unwrap();
+        assert_eq!(rig.transport.save(), state);
+        assert_eq!(rig.live_queues(), 2);
+        assert!(rig.transport.interrupt().event().read().is_err(), "restoring raises nothing");
+    }
+
+    #[test]
+    fn a_device_in_mid_setup_or_failed_survives_too() {
+        let mut rig = Rig::new();
+        rig.negotiate(VERSION_1);
+        rig.set_up_queue(0, 0x1000);
+        let half_way = rig.transport.save();
+        rig.write(0x70, 0xf);
+        let failed = rig.transport.save();
+        assert_eq!(failed.status, 0xf | status::NEEDS_RESET);
+        for state in [half_way, failed, Rig::new().transport.save()] {
+            let mut rig = Rig::new();
+            rig.transport.restore(&state).unwrap();
+            assert_eq!((rig.transport.save(), rig.live_queues()), (state, 0));
+        }
+    }
+
+    #[test]
+    fn damaged_states_are_refused_by_name_and_change_nothing() {
+        let refused = |change: fn(&mut VirtioMmioState)| {
+            let mut state = saved();
+            change(&mut state);
+            let mut rig = Rig::new();
+            let fresh = rig.transport.save();
+            let error = rig.transport.restore(&state).unwrap_err();
+            assert_eq!((rig.transport.save(), rig.live_queues()), (fresh, 0));
+            error
+        };
+        assert_eq!(refused(|s| s.driver_features |= 1), TransportError::Features(1));
+        assert_eq!(refused(|s| s.status = 5), TransportError::Status(5));
+        assert_eq!(refused(|s| s.interrupt_status = 4), TransportError::InterruptStatus(4));
+        assert_eq!(refused(|s| s.queues.truncate(1)), TransportError::QueueCount { saved: 1, offered: 2 });
+        assert_eq!(refused(|s| s.queues[1].ready = false), TransportError::QueueNotReady(1));
+        let queue = |change: fn(&mut QueueState)| {
+            let mut state = saved();
+            change(&mut state.queues[1]);
+            Rig::new().transport.restore(&state).unwrap_err()
+        };
+        assert!(matches!(queue(|q| q.size = 3), TransportError::Queue { index: 1, error: QueueError::Size { .. } }));
+        assert!(matches!(
+            queue(|q| q.desc_table = 0x10000),
+            TransportError::Queue { index: 1, error: QueueError::Memory { .. } }
+        ));
+    }
+}

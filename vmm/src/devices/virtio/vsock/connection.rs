@@ -348,3 +348,338 @@ impl Connection {
         (op::CREDIT_UPDATE, 0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PORTS: Ports = Ports { host: 1024, guest: 5000 };
+
+    fn packet(op: u16) -> Header {
+        Header { op, kind: STREAM, buf_alloc: 1 << 20, ..Header::default() }
+    }
+
+    fn data(payload: &[u8]) -> Header {
+        Header { len: payload.len() as u32, ..packet(op::RW) }
+    }
+
+    fn shutdown(flags: u32) -> Header {
+        Header { flags, ..packet(op::SHUTDOWN) }
+    }
+
+    fn next(connection: &mut Connection) -> Option<(u16, Vec<u8>)> {
+        let mut payload = Vec::new();
+        connection.next_packet(4096, &mut payload).map(|header| (header.op, payload))
+    }
+
+    /// A connection that the guest has asked for and been answered.
+    fn open() -> Connection {
+        let mut connection = Connection::accepted(PORTS, &packet(op::REQUEST));
+        assert_eq!(next(&mut connection).unwrap().0, op::RESPONSE);
+        connection
+    }
+
+    #[test]
+    fn a_request_of_the_host_waits_for_its_answer() {
+        let mut connection = Connection::requested(PORTS);
+        connection.from_host(b"early");
+        assert_eq!(connection.receive(&packet(op::RESPONSE), &[]), Received::Broken, "nothing has been asked");
+        assert_eq!(next(&mut connection).unwrap().0, op::REQUEST);
+        assert!(!connection.has_packet(), "no data before the answer");
+        assert_eq!(connection.receive(&packet(op::RESPONSE), &[]), Received::Accepted);
+        assert_eq!(next(&mut connection), Some((op::RW, b"early".to_vec())));
+    }
+
+    #[test]
+    fn a_refused_request_is_over() {
+        let mut connection = Connection::requested(PORTS);
+        next(&mut connection);
+        assert_eq!(connection.receive(&packet(op::RST), &[]), Received::Noted);
+        assert_eq!(connection.fate(), Fate::Over);
+    }
+
+    #[test]
+    fn a_client_that_leaves_early_is_taken_back() {
+        let mut connection = Connection::requested(PORTS);
+        connection.host_gone();
+        assert_eq!(connection.fate(), Fate::Over, "the guest has not heard of it");
+        let mut connection = Connection::requested(PORTS);
+        next(&mut connection);
+        connection.host_gone();
+        assert_eq!(connection.fate(), Fate::Reset);
+    }
+
+    #[test]
+    fn broken_rules_are_noticed() {
+        let broken = |header: Header, payload: &[u8]| open().receive(&header, payload) == Received::Broken;
+        assert!(broken(packet(op::REQUEST), &[]));
+        assert!(broken(packet(op::RESPONSE), &[]));
+        assert!(broken(packet(0), &[]));
+        assert!(broken(packet(8), &[]));
+        assert!(broken(data(&[0; BUFFER + 1]), &[0; BUFFER + 1]), "more than there is room for");
+        assert!(broken(Header { len: u32::MAX, ..packet(op::RW) }, &[]), "a payload too long to be read");
+        let mut connection = open();
+        connection.receive(&shutdown(NO_SEND), &[]);
+        assert_eq!(connection.receive(&data(b"x"), b"x"), Received::Broken, "data after the end");
+    }
+
+    #[test]
+    fn the_hosts_end_follows_its_last_byte() {
+        let mut connection = open();
+        connection.from_host(b"last");
+        connection.host_ended();
+        assert_eq!(connection.host_room(), 0);
+        assert_eq!(next(&mut connection), Some((op::RW, b"last".to_vec())));
+        let mut payload = Vec::new();
+        let end = connection.next_packet(100, &mut payload).unwrap();
+        assert_eq!((end.op, end.flags), (op::SHUTDOWN, NO_SEND));
+        assert_eq!(next(&mut connection), None, "said once");
+        assert_eq!(connection.receive(&data(b"still"), b"still"), Received::Noted, "the other way is open");
+        assert_eq!(connection.for_host(), b"still");
+    }
+
+    #[test]
+    fn the_guests_end_follows_its_last_byte() {
+        let mut connection = open();
+        connection.receive(&data(b"last"), b"last");
+        connection.receive(&shutdown(NO_SEND), &[]);
+        assert!(!connection.nothing_more_for_host());
+        connection.host_took(4);
+        assert!(connection.nothing_more_for_host());
+        connection.from_host(b"still");
+        assert_eq!(next(&mut connection), Some((op::RW, b"still".to_vec())));
+        assert_eq!(connection.fate(), Fate::Lives);
+        connection.receive(&shutdown(NO_RECEIVE), &[]);
+        assert_eq!(connection.fate(), Fate::Reset, "both ends are shut: the guest waits for the reset");
+    }
+
+    #[test]
+    fn a_reset_still_delivers_what_came_before() {
+        let mut connection = open();
+        connection.receive(&data(b"last"), b"last");
+        connection.from_host(b"too late");
+        connection.receive(&packet(op::RST), &[]);
+        assert!(!connection.has_packet());
+        assert_eq!(connection.fate(), Fate::Lives);
+        connection.host_took(4);
+        assert_eq!(connection.fate(), Fate::Over);
+        assert_eq!(connection.receive(&packet(op::RST), &[]), Received::Noted, "a reset is never answered");
+    }
+
+    #[test]
+    fn a_host_that_is_gone_swallows_data() {
+        let mut connection = open();
+        connection.receive(&data(b"lost"), b"lost");
+        connection.host_gone();
+        connection.host_ended();
+        connection.receive(&data(&[0; BUFFER]), &[0; BUFFER]);
+        assert!(connection.for_host().is_empty());
+        let mut payload = Vec::new();
+        let packet = connection.next_packet(100, &mut payload).unwrap();
+        assert_eq!((packet.op, packet.flags), (op::SHUTDOWN, BOTH_ENDS));
+        assert_eq!(packet.fwd_cnt as usize, BUFFER + 4);
+        assert!(connection.waits_for_last_word());
+    }
+
+    #[test]
+    fn credit_is_asked_for_once_and_told_when_asked() {
+        let mut connection = open();
+        connection.receive(&Header { buf_alloc: 3, ..packet(op::CREDIT_UPDATE) }, &[]);
+        connection.from_host(b"abcdef");
+        assert_eq!(next(&mut connection), Some((op::RW, b"abc".to_vec())));
+        assert_eq!(next(&mut connection), Some((op::CREDIT_REQUEST, vec![])));
+        assert_eq!(next(&mut connection), None);
+        connection.receive(&Header { buf_alloc: 3, fwd_cnt: 1, ..packet(op::CREDIT_UPDATE) }, &[]);
+        assert_eq!(next(&mut connection), Some((op::RW, b"d".to_vec())));
+        connection.receive(&Header { buf_alloc: 3, fwd_cnt: 0, ..packet(op::CREDIT_REQUEST) }, &[]);
+        assert_eq!(next(&mut connection), Some((op::CREDIT_REQUEST, vec![])), "an old count gives no credit");
+        assert_eq!(
+            connection.receive(&Header { buf_alloc: 3, fwd_cnt: 9, ..packet(op::CREDIT_REQUEST) }, &[]),
+            Received::Noted
+        );
+        assert_eq!(next(&mut connection), Some((op::CREDIT_UPDATE, vec![])), "nor does an impossible one");
+    }
+
+    /// One thing that happens to the model.
+    #[derive(Clone, Debug)]
+    enum Event {
+        HostSends(usize),
+        HostTakes(usize),
+        GuestSends(usize),
+        GuestConsumes(usize),
+        GuestTellsCredit,
+        GuestAsksCredit,
+        DeviceSends(usize),
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            (1usize..3000).prop_map(Event::HostSends),
+            (1usize..40000).prop_map(Event::HostTakes),
+            (1usize..40000).prop_map(Event::GuestSends),
+            (1usize..3000).prop_map(Event::GuestConsumes),
+            Just(Event::GuestTellsCredit),
+            Just(Event::GuestAsksCredit),
+            (1usize..4096).prop_map(Event::DeviceSends),
+        ]
+    }
+
+    /// A guest and a host that keep the rules, and a record of every byte.
+    struct Model {
+        connection: Connection,
+        room: u32,
+        /// How many bytes each has sent and received; byte number n is `byte(n)`.
+        host_sent: usize,
+        guest_received: usize,
+        guest_consumed: usize,
+        guest_sent: usize,
+        host_received: usize,
+        /// What the guest knows of the device's credit.
+        device_room: u32,
+        device_consumed: u32,
+    }
+
+    fn byte(n: usize) -> u8 {
+        (n % 251) as u8
+    }
+
+    fn bytes(from: usize, len: usize) -> Vec<u8> {
+        (from..from + len).map(byte).collect()
+    }
+
+    impl Model {
+        fn new(room: u32) -> Self {
+            let request = Header { buf_alloc: room, ..packet(op::REQUEST) };
+            let mut model = Model {
+                connection: Connection::accepted(PORTS, &request),
+                room,
+                host_sent: 0,
+                guest_received: 0,
+                guest_consumed: 0,
+                guest_sent: 0,
+                host_received: 0,
+                device_room: 0,
+                device_consumed: 0,
+            };
+            model.apply(&Event::DeviceSends(1));
+            model
+        }
+
+        fn guest_says(&mut self, op: u16, payload: &[u8]) {
+            let header = Header {
+                len: payload.len() as u32,
+                buf_alloc: self.room,
+                fwd_cnt: self.guest_consumed as u32,
+                ..packet(op)
+            };
+            assert_eq!(self.connection.receive(&header, payload), Received::Noted);
+        }
+
+        fn guest_credit(&self) -> usize {
+            let under_way = (self.guest_sent as u32).wrapping_sub(self.device_consumed);
+            self.device_room.saturating_sub(under_way) as usize
+        }
+
+        fn apply(&mut self, event: &Event) -> bool {
+            match *event {
+                Event::HostSends(len) => {
+                    let len = len.min(self.connection.host_room());
+                    self.connection.from_host(&bytes(self.host_sent, len));
+                    self.host_sent += len;
+                    len > 0
+                }
+                Event::HostTakes(len) => {
+                    let offered = self.connection.for_host();
+                    let len = len.min(offered.len());
+                    assert_eq!(offered[..len], bytes(self.host_received, len));
+                    self.connection.host_took(len);
+                    self.host_received += len;
+                    len > 0
+                }
+                Event::GuestSends(len) => {
+                    let len = len.min(self.guest_credit());
+                    let payload = bytes(self.guest_sent, len);
+                    self.guest_sent += len;
+                    self.guest_says(op::RW, &payload);
+                    len > 0
+                }
+                Event::GuestConsumes(len) => {
+                    let len = len.min(self.guest_received - self.guest_consumed);
+                    self.guest_consumed += len;
+                    len > 0
+                }
+                Event::GuestTellsCredit => {
+                    self.guest_says(op::CREDIT_UPDATE, &[]);
+                    false
+                }
+                Event::GuestAsksCredit => {
+                    self.guest_says(op::CREDIT_REQUEST, &[]);
+                    false
+                }
+                Event::DeviceSends(room) => self.device_sends(room),
+            }
+        }
+
+        fn device_sends(&mut self, room: usize) -> bool {
+            let mut payload = Vec::new();
+            let promised = self.connection.has_packet();
+            let sent = self.connection.next_packet(room, &mut payload);
+            assert_eq!(sent.is_some(), promised);
+            let Some(header) = sent else { return false };
+            assert!(payload.len() <= room);
+            assert_eq!(payload, bytes(self.guest_received, payload.len()), "in order, none lost or doubled");
+            self.guest_received += payload.len();
+            assert!(self.guest_received - self.guest_consumed <= self.room as usize, "credit is kept");
+            (self.device_room, self.device_consumed) = (header.buf_alloc, header.fwd_cnt);
+            if header.op == op::CREDIT_REQUEST {
+                self.apply(&Event::GuestTellsCredit);
+            }
+            true
+        }
+
+        /// Lets everything under way arrive, without either side sending anything new.
+        fn drain(&mut self) {
+            loop {
+                let mut moved = self.apply(&Event::HostTakes(usize::MAX));
+                moved |= self.apply(&Event::GuestConsumes(usize::MAX));
+                self.apply(&Event::GuestTellsCredit);
+                moved |= self.apply(&Event::DeviceSends(1000));
+                if !moved {
+                    return;
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn streams_carry_every_byte_in_order(room in 1u32..10_000, events in proptest::collection::vec(event(), 1..200)) {
+            let mut model = Model::new(room);
+            for event in &events {
+                model.apply(event);
+            }
+            model.drain();
+            prop_assert_eq!(model.guest_received, model.host_sent);
+            prop_assert_eq!(model.host_received, model.guest_sent);
+            // A guest that ran out of credit has been told of more without asking.
+            prop_assert!(model.guest_credit() > BUFFER / 4);
+        }
+
+        #[test]
+        fn no_packets_make_a_connection_fail_badly(packets in proptest::collection::vec(
+            (0u16..9, any::<u32>(), any::<u32>(), 0u32..4, 0usize..70_000), 1..40)
+        ) {
+            let mut connection = open();
+            for (op, buf_alloc, fwd_cnt, flags, len) in packets {
+                let header = Header { op, buf_alloc, fwd_cnt, flags, len: len as u32, ..Header::default() };
+                if connection.receive(&header, &vec![0; len]) == Received::Broken || connection.fate() != Fate::Lives {
+                    break;
+                }
+                connection.from_host(&vec![1; connection.host_room().min(100)]);
+                next(&mut connection);
+                connection.host_took(connection.for_host().len().min(len));
+            }
+        }
+    }
+}
