@@ -7,6 +7,7 @@
 //! - [`stub`]: the stub, and what it shares with Rust
 //! - [`loader`]: what the boot loader left in memory
 //! - [`hw`], [`apic`], [`serial`], [`smp`]: registers
+//! - [`virtio`], [`socket`]: the way to the host
 //! - [`machine`]: the machine as the agent sees it
 //! - [`runtime`]: memory functions, panics and faults
 //!
@@ -23,13 +24,14 @@ mod machine;
 mod runtime;
 mod serial;
 mod smp;
+mod socket;
 mod stub;
+mod virtio;
 
-use api_spec::agent::{GuestKind, Level, Response};
 use embedded_guest::agent::Agent;
-use embedded_guest::frames::Answer;
 use machine::Hardware;
 use serial::Line;
+use socket::Socket;
 
 /// Where the stub arrives in ring 3, once: `protocol` says how the machine was booted, `params` points at what the
 /// loader left.
@@ -40,10 +42,14 @@ extern "C" fn boot_main(protocol: u64, params: u64) -> ! {
     let machine = Hardware::new(&boot);
     let mut agent = Agent::new(machine, hw::random_seed(), boot.cmdline.tsc_khz.unwrap_or(0));
     let mut line = serial::Port::find().map(Line::new);
-    if let Some(line) = &mut line {
+    if line.is_some() {
         apic::route(serial::IRQ, stub::Vector::Serial);
-        let ready = Response::Ready { level: Level::Full, kind: GuestKind::Embedded };
-        line.send(&Answer::new(0, ready));
+    }
+    let mut socket = Socket::find(&boot);
+    match (&mut socket, &mut line) {
+        (Some(socket), _) => socket.announce(),
+        (None, Some(line)) => line.announce(),
+        (None, None) => {}
     }
 
     let mut timer_runs = false;
@@ -53,16 +59,17 @@ extern "C" fn boot_main(protocol: u64, params: u64) -> ! {
             agent.tick();
             timer_runs = false;
         }
+        if let Some(socket) = &mut socket {
+            socket.work(causes.contains(stub::VIRTIO), &mut agent);
+        }
         if let Some(line) = &mut line {
             if causes.contains(stub::SERIAL) {
                 line.receive(&mut agent);
             }
-            if causes.contains(stub::TIMER) {
-                line.ticked(&mut agent);
-            }
+            line.ticked(&mut agent);
         }
-        let waiting = line.as_ref().is_some_and(Line::waits);
-        if waiting && !timer_runs {
+        let waits = socket.as_ref().is_some_and(Socket::waits) || line.as_ref().is_some_and(Line::waits);
+        if waits && !timer_runs {
             apic::start_timer();
             timer_runs = true;
         }

@@ -83,8 +83,12 @@ impl Line {
         Line { port, input: INPUT.take(), filled: 0, waits: None }
     }
 
-    /// Sends an answer.
-    pub fn send(&mut self, answer: &Answer) {
+    /// Tells the host that the guest is ready.
+    pub fn announce(&mut self) {
+        self.send(&Answer::new(0, frames::READY));
+    }
+
+    fn send(&mut self, answer: &Answer) {
         self.port.write(answer.bytes());
     }
 
