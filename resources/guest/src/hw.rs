@@ -49,6 +49,7 @@ pub fn relax() {
 }
 
 /// 32 bytes from the processor's random generator, if it has one, and the time-stamp counter.
+#[cold]
 pub fn random_seed() -> [u8; 32] {
     const RDRAND: u32 = 1 << 30;
     // SAFETY: every 64-bit processor has the instruction. (Newer compilers do not ask for `unsafe` here.)

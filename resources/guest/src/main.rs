@@ -33,46 +33,71 @@ use machine::Hardware;
 use serial::Line;
 use socket::Socket;
 
+/// Everything that works after boot. It lies at the very end of the stack, so a clone that answers a request writes two
+/// pages: the stack's last one, and the one with rings and buffers behind it.
+struct Guest {
+    agent: Agent<Hardware>,
+    socket: Option<Socket>,
+    line: Option<Line>,
+    timer_runs: bool,
+}
+
 /// Where the stub arrives in ring 3, once: `protocol` says how the machine was booted, `params` points at what the
 /// loader left.
 #[unsafe(no_mangle)]
 extern "C" fn boot_main(protocol: u64, params: u64) -> ! {
-    let boot = loader::read(protocol, params);
-    apic::enable();
-    let machine = Hardware::new(&boot);
-    let mut agent = Agent::new(machine, hw::random_seed(), boot.cmdline.tsc_khz.unwrap_or(0));
-    let mut line = serial::Port::find().map(Line::new);
-    if line.is_some() {
-        apic::route(serial::IRQ, stub::Vector::Serial);
+    let mut guest = Guest::boot(protocol, params);
+    loop {
+        guest.work();
+        stub::wait();
     }
-    let mut socket = Socket::find(&boot);
-    match (&mut socket, &mut line) {
-        (Some(socket), _) => socket.announce(),
-        (None, Some(line)) => line.announce(),
-        (None, None) => {}
+}
+
+impl Guest {
+    /// Sets up the machine and tells the host about it.
+    #[cold]
+    #[inline(never)]
+    fn boot(protocol: u64, params: u64) -> Self {
+        let boot = loader::read(protocol, params);
+        apic::enable();
+        let machine = Hardware::new(&boot);
+        let mut guest = Guest {
+            agent: Agent::new(machine, hw::random_seed(), boot.cmdline.tsc_khz.unwrap_or(0)),
+            socket: Socket::find(&boot),
+            line: serial::Port::find().map(Line::new),
+            timer_runs: false,
+        };
+        if guest.line.is_some() {
+            apic::route(serial::IRQ, stub::Vector::Serial);
+        }
+        match (&mut guest.socket, &mut guest.line) {
+            (Some(socket), _) => socket.announce(),
+            (None, Some(line)) => line.announce(),
+            (None, None) => {}
+        }
+        guest
     }
 
-    let mut timer_runs = false;
-    loop {
+    /// Does what there is to do.
+    fn work(&mut self) {
         let causes = stub::take_pending();
         if causes.contains(stub::TIMER) {
-            agent.tick();
-            timer_runs = false;
+            self.agent.tick();
+            self.timer_runs = false;
         }
-        if let Some(socket) = &mut socket {
-            socket.work(causes.contains(stub::VIRTIO), &mut agent);
+        if let Some(socket) = &mut self.socket {
+            socket.work(causes.contains(stub::VIRTIO), &mut self.agent);
         }
-        if let Some(line) = &mut line {
+        if let Some(line) = &mut self.line {
             if causes.contains(stub::SERIAL) {
-                line.receive(&mut agent);
+                line.receive(&mut self.agent);
             }
-            line.ticked(&mut agent);
+            line.ticked(&mut self.agent);
         }
-        let waits = socket.as_ref().is_some_and(Socket::waits) || line.as_ref().is_some_and(Line::waits);
-        if waits && !timer_runs {
+        let waits = self.socket.as_ref().is_some_and(Socket::waits) || self.line.as_ref().is_some_and(Line::waits);
+        if waits && !self.timer_runs {
             apic::start_timer();
-            timer_runs = true;
+            self.timer_runs = true;
         }
-        stub::wait();
     }
 }

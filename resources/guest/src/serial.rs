@@ -26,6 +26,7 @@ pub struct Port(());
 
 impl Port {
     /// Looks for the port and has it interrupt when bytes arrive.
+    #[cold]
     pub fn find() -> Option<Self> {
         const RECEIVE_INTERRUPT: u8 = 1;
         const FIFO_ON: u8 = 1;

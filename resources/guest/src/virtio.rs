@@ -8,14 +8,15 @@ use crate::stub::Vector;
 use crate::{apic, hw};
 use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 use embedded_guest::cmdline::MmioDevice;
+use embedded_guest::frames::MAX_ANSWER;
 use embedded_guest::vsock::{Header, PACKET_HEADER, Wire};
 
 const VSOCK: u32 = 19;
 const RECEIVE: usize = 16;
 const TRANSMIT: usize = 8;
 const EVENT: usize = 4;
-const RECEIVE_BYTES: usize = 256;
-const TRANSMIT_BYTES: usize = 128;
+const RECEIVE_BYTES: usize = 128;
+const TRANSMIT_BYTES: usize = (PACKET_HEADER + MAX_ANSWER).next_multiple_of(8);
 const EVENT_BYTES: usize = 8;
 
 /// Register offsets.
@@ -142,7 +143,7 @@ impl<const N: usize> Rings<N> {
 }
 
 /// `N` buffers of `BYTES` bytes, as words.
-#[repr(C, align(64))]
+#[repr(C, align(8))]
 struct Buffers<const N: usize, const WORDS: usize>([[AtomicU64; WORDS]; N]);
 
 impl<const N: usize, const WORDS: usize> Buffers<N, WORDS> {
@@ -173,7 +174,7 @@ static EVENT_RINGS: Rings<EVENT> = Rings::NEW;
 static TRANSMIT_BUFFERS: Buffers<TRANSMIT, { TRANSMIT_BYTES / 8 }> = Buffers::NEW;
 #[unsafe(link_section = ".hot.queues")]
 static EVENT_BUFFERS: Buffers<EVENT, { EVENT_BYTES / 8 }> = Buffers::NEW;
-#[unsafe(link_section = ".hot.receive")]
+#[unsafe(link_section = ".hot.queues")]
 static RECEIVE_BUFFERS: Buffers<RECEIVE, { RECEIVE_BYTES / 8 }> = Buffers::NEW;
 
 /// A queue as the driver sees it.
@@ -192,6 +193,7 @@ impl<const N: usize> Queue<N> {
     const QUIET: u16 = 1;
 
     /// Gives the device queue `number`, with descriptor `i` for buffer `i`.
+    #[cold]
     fn set_up<const WORDS: usize>(
         registers: Registers,
         number: u32,
@@ -293,6 +295,7 @@ impl Device {
         boot.cmdline.devices().iter().find_map(|device| Self::set_up(device))
     }
 
+    #[cold]
     fn set_up(device: &MmioDevice) -> Option<Self> {
         const MAGIC: u32 = 0x7472_6976;
         const VERSION: u32 = 2;
