@@ -39,6 +39,7 @@ fn write(register: u64, value: u32) {
 }
 
 /// Switches this CPU's LAPIC on, with the timer ready and the legacy interrupt pins off.
+#[cold]
 pub fn enable() {
     write(SPURIOUS, ENABLED | Vector::Spurious as u32);
     write(LVT_LINT0, MASKED);
@@ -53,6 +54,7 @@ pub fn start_timer() {
 }
 
 /// Routes an input of the IOAPIC to a vector of the boot CPU, edge-triggered.
+#[cold]
 pub fn route(input: u32, vector: Vector) {
     if input < IOAPIC_INPUTS {
         ioapic_write(0x11 + 2 * input, 0);

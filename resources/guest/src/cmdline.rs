@@ -29,6 +29,7 @@ pub struct CommandLine {
 
 impl CommandLine {
     /// Reads a command line.
+    #[cold]
     pub fn parse(line: &[u8]) -> Self {
         let mut parsed = CommandLine::default();
         for word in line.split(|byte| byte.is_ascii_whitespace()) {

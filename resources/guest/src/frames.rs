@@ -1,11 +1,14 @@
 //! Agent frames out of a stream of bytes.
 
-use api_spec::agent::{self, Envelope, HEADER_LEN, Request, Response};
+use api_spec::agent::{self, Envelope, GuestKind, HEADER_LEN, Level, Request, Response};
 
 /// Longest body that the guest takes, in bytes; requests are far shorter.
 pub const MAX_BODY: usize = 1024;
 /// Longest frame that the guest sends, in bytes.
-pub const MAX_ANSWER: usize = 80;
+pub const MAX_ANSWER: usize = 64;
+
+/// What the guest says unasked, once.
+pub const READY: Response = Response::Ready { level: Level::Full, kind: GuestKind::Embedded };
 
 /// What a stream begins with.
 #[derive(Debug, PartialEq, Eq)]

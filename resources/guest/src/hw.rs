@@ -49,9 +49,12 @@ pub fn relax() {
 }
 
 /// 32 bytes from the processor's random generator, if it has one, and the time-stamp counter.
+#[cold]
 pub fn random_seed() -> [u8; 32] {
     const RDRAND: u32 = 1 << 30;
-    let has_rdrand = x86_64::__cpuid(1).ecx & RDRAND != 0;
+    // SAFETY: every 64-bit processor has the instruction. (Newer compilers do not ask for `unsafe` here.)
+    #[allow(unused_unsafe)]
+    let has_rdrand = unsafe { x86_64::__cpuid(1) }.ecx & RDRAND != 0;
     let mut seed = [0; 32];
     for chunk in seed.chunks_exact_mut(8) {
         let word = if has_rdrand { rdrand() } else { 0 } ^ tsc();

@@ -17,6 +17,8 @@ pub struct Boot {
 }
 
 /// Reads the loader's data at `params`.
+#[cold]
+#[inline(never)]
 pub fn read(protocol: u64, params: u64) -> Boot {
     // SAFETY: the stub passes on what the loader gave it for this protocol.
     let (cmdline, map) = unsafe { if protocol == PVH { pvh(params) } else { linux(params) } };

@@ -17,6 +17,7 @@ pub struct Hardware {
 
 impl Hardware {
     /// The machine that the loader describes, with all its CPUs up.
+    #[cold]
     pub fn new(boot: &Boot) -> Self {
         const MAPPED: u64 = 1 << 32;
         let cpus = smp::Cpus::bring_up(boot.cmdline.vcpus.unwrap_or(1));

@@ -7,6 +7,7 @@
 //! - [`stub`]: the stub, and what it shares with Rust
 //! - [`loader`]: what the boot loader left in memory
 //! - [`hw`], [`apic`], [`serial`], [`smp`]: registers
+//! - [`virtio`], [`socket`]: the way to the host
 //! - [`machine`]: the machine as the agent sees it
 //! - [`runtime`]: memory functions, panics and faults
 //!
@@ -23,49 +24,80 @@ mod machine;
 mod runtime;
 mod serial;
 mod smp;
+mod socket;
 mod stub;
+mod virtio;
 
-use api_spec::agent::{GuestKind, Level, Response};
 use embedded_guest::agent::Agent;
-use embedded_guest::frames::Answer;
 use machine::Hardware;
 use serial::Line;
+use socket::Socket;
+
+/// Everything that works after boot. It lies at the very end of the stack, so a clone that answers a request writes two
+/// pages: the stack's last one, and the one with rings and buffers behind it.
+struct Guest {
+    agent: Agent<Hardware>,
+    socket: Option<Socket>,
+    line: Option<Line>,
+    timer_runs: bool,
+}
 
 /// Where the stub arrives in ring 3, once: `protocol` says how the machine was booted, `params` points at what the
 /// loader left.
 #[unsafe(no_mangle)]
 extern "C" fn boot_main(protocol: u64, params: u64) -> ! {
-    let boot = loader::read(protocol, params);
-    apic::enable();
-    let machine = Hardware::new(&boot);
-    let mut agent = Agent::new(machine, hw::random_seed(), boot.cmdline.tsc_khz.unwrap_or(0));
-    let mut line = serial::Port::find().map(Line::new);
-    if let Some(line) = &mut line {
-        apic::route(serial::IRQ, stub::Vector::Serial);
-        let ready = Response::Ready { level: Level::Full, kind: GuestKind::Embedded };
-        line.send(&Answer::new(0, ready));
+    let mut guest = Guest::boot(protocol, params);
+    loop {
+        guest.work();
+        stub::wait();
+    }
+}
+
+impl Guest {
+    /// Sets up the machine and tells the host about it.
+    #[cold]
+    #[inline(never)]
+    fn boot(protocol: u64, params: u64) -> Self {
+        let boot = loader::read(protocol, params);
+        apic::enable();
+        let machine = Hardware::new(&boot);
+        let mut guest = Guest {
+            agent: Agent::new(machine, hw::random_seed(), boot.cmdline.tsc_khz.unwrap_or(0)),
+            socket: Socket::find(&boot),
+            line: serial::Port::find().map(Line::new),
+            timer_runs: false,
+        };
+        if guest.line.is_some() {
+            apic::route(serial::IRQ, stub::Vector::Serial);
+        }
+        match (&mut guest.socket, &mut guest.line) {
+            (Some(socket), _) => socket.announce(),
+            (None, Some(line)) => line.announce(),
+            (None, None) => {}
+        }
+        guest
     }
 
-    let mut timer_runs = false;
-    loop {
+    /// Does what there is to do.
+    fn work(&mut self) {
         let causes = stub::take_pending();
         if causes.contains(stub::TIMER) {
-            agent.tick();
-            timer_runs = false;
+            self.agent.tick();
+            self.timer_runs = false;
         }
-        if let Some(line) = &mut line {
+        if let Some(socket) = &mut self.socket {
+            socket.work(causes.contains(stub::VIRTIO), &mut self.agent);
+        }
+        if let Some(line) = &mut self.line {
             if causes.contains(stub::SERIAL) {
-                line.receive(&mut agent);
+                line.receive(&mut self.agent);
             }
-            if causes.contains(stub::TIMER) {
-                line.ticked(&mut agent);
-            }
+            line.ticked(&mut self.agent);
         }
-        let waiting = line.as_ref().is_some_and(Line::waits);
-        if waiting && !timer_runs {
+        let waits = self.socket.as_ref().is_some_and(Socket::waits) || self.line.as_ref().is_some_and(Line::waits);
+        if waits && !self.timer_runs {
             apic::start_timer();
-            timer_runs = true;
+            self.timer_runs = true;
         }
-        stub::wait();
     }
 }

@@ -26,6 +26,7 @@ pub struct Port(());
 
 impl Port {
     /// Looks for the port and has it interrupt when bytes arrive.
+    #[cold]
     pub fn find() -> Option<Self> {
         const RECEIVE_INTERRUPT: u8 = 1;
         const FIFO_ON: u8 = 1;
@@ -83,8 +84,12 @@ impl Line {
         Line { port, input: INPUT.take(), filled: 0, waits: None }
     }
 
-    /// Sends an answer.
-    pub fn send(&mut self, answer: &Answer) {
+    /// Tells the host that the guest is ready.
+    pub fn announce(&mut self) {
+        self.send(&Answer::new(0, frames::READY));
+    }
+
+    fn send(&mut self, answer: &Answer) {
         self.port.write(answer.bytes());
     }
 

@@ -56,6 +56,7 @@ pub struct Cpus {
 
 impl Cpus {
     /// Brings up the CPUs with APIC ids 1 to `count` - 1. One that does not come up is left out.
+    #[cold]
     pub fn bring_up(count: u32) -> Self {
         let mut up = [false; MAX_CPUS];
         up[0] = true;
@@ -141,7 +142,7 @@ extern "C" fn ap_main(index: u64) -> ! {
     apic::enable();
     mailbox.state.store(state::READY, Ordering::Release);
     loop {
-        stub::take_pending_of(cpu);
+        stub::take_pending_of_ap(cpu);
         // A job may have been stopped before it was seen; it still wants a result.
         if matches!(mailbox.state.load(Ordering::Acquire), state::BURN | state::STOP) {
             let burn = burn(u64::MAX, &mailbox.state);

@@ -54,6 +54,12 @@ struct Ring0 {
 // SAFETY: only the stub uses the stack, and only the CPU it belongs to.
 unsafe impl Sync for Ring0 {}
 
+impl Ring0 {
+    fn take(&self) -> Causes {
+        Causes(self.pending.swap(0, Ordering::SeqCst))
+    }
+}
+
 /// What the stub's `ap_start` label marks: how the next application processor begins in ring 3.
 #[repr(C)]
 pub struct ApStart {
@@ -65,7 +71,8 @@ pub struct ApStart {
 }
 
 unsafe extern "C" {
-    safe static ring0: [Ring0; MAX_CPUS];
+    safe static boot_ring0: Ring0;
+    safe static ap_ring0: [Ring0; MAX_CPUS];
     safe static ap_start: ApStart;
     static trampoline: u8;
     static trampoline_end: u8;
@@ -75,12 +82,12 @@ unsafe extern "C" {
 
 /// Takes the causes that have come up on the boot CPU since the last call.
 pub fn take_pending() -> Causes {
-    take_pending_of(0)
+    boot_ring0.take()
 }
 
-/// Takes the causes that have come up on this CPU, which is number `cpu`.
-pub fn take_pending_of(cpu: usize) -> Causes {
-    Causes(ring0[cpu].pending.swap(0, Ordering::SeqCst))
+/// Takes the causes that have come up on application processor `cpu`, which is the caller.
+pub fn take_pending_of_ap(cpu: usize) -> Causes {
+    ap_ring0[cpu].take()
 }
 
 /// Waits until there is a pending cause on this CPU, using no CPU time.

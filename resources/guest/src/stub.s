@@ -182,6 +182,7 @@ gdt:
     .quad 0
     .set cpu, cpu + 1
     .endr
+.globl gdt_end
 gdt_end:
 
 idt_pointer:
@@ -197,7 +198,11 @@ tss:
     .set cpu, 0
     .rept CPUS
     .long 0
-    .quad ring0 + RING0_SIZE * cpu + RING0_TOP
+    .if cpu == 0
+    .quad boot_ring0 + RING0_TOP
+    .else
+    .quad ap_ring0 + RING0_SIZE * cpu + RING0_TOP
+    .endif
     .fill 90, 1, 0
     .word 104                   # where the bitmap begins
     .fill 12, 1, 0xff
@@ -310,9 +315,15 @@ boot_stack_top:
     .skip 4096
 fault_stack_top:
 
-.section .hot.ring0, "aw", @nobits
-.balign 64
-.globl ring0
-ring0:
+.section .bss.ring0, "aw", @nobits
+.balign 16
+.globl ap_ring0
+ap_ring0:
     .skip RING0_SIZE * CPUS
+
+.section .hot.ring0, "aw", @nobits
+.balign 16
+.globl boot_ring0
+boot_ring0:
+    .skip RING0_SIZE
 .text
