@@ -58,7 +58,8 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens on `path`, which only our own user may connect to. A socket file that nobody listens on is replaced.
+    /// Listens on `path`, which only our own user may connect to (for the instant until its mode is set, whoever the
+    /// process's umask lets; put it into a private folder where that matters). A socket file that nobody listens on is replaced.
     pub fn bind(path: &Path) -> Result<Self, ListenError> {
         let len = path.as_os_str().len();
         if len > MAX_PATH {
@@ -111,11 +112,16 @@ impl Listener {
     pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
         let mut path = OsString::from(&self.path);
         path.push(format!("_{port}"));
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        rustix::net::connect(&socket, &SocketAddrUnix::new(path.as_bytes())?)?;
-        Ok(socket.into())
+        dial(path.as_bytes())
     }
+}
+
+/// Connects without waiting: a listener whose queue is full refuses with [`ErrorKind::WouldBlock`].
+fn dial(path: &[u8]) -> io::Result<UnixStream> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
 }
 
 impl Drop for Listener {
@@ -134,11 +140,11 @@ fn make_way(path: &Path) -> Result<(), ListenError> {
         return Err(ListenError::NotASocket(path.into()));
     }
     let io = |error| ListenError::Io { path: path.into(), error };
-    match UnixStream::connect(path) {
+    match dial(path.as_os_str().as_bytes()) {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(io),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(io(error)),
-        Ok(_) => Err(ListenError::InUse(path.into())),
+        Err(error) if error.kind() != ErrorKind::WouldBlock => Err(io(error)),
+        _ => Err(ListenError::InUse(path.into())),
     }
 }
 

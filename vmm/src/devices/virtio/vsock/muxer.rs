@@ -181,7 +181,7 @@ impl Muxer {
     /// The guest wants to reach a port of the host.
     fn request(&mut self, ports: Ports, header: &Header, listener: &Listener) {
         if !self.make_room() {
-            log::warn!("vsock: {MAX_CONNECTIONS} streams are open; the guest's request is refused");
+            log::debug!("vsock: {MAX_CONNECTIONS} streams are open; the guest's request is refused");
             return self.answer_with_reset(header);
         }
         let host = match ports.host {
