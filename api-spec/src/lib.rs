@@ -1,13 +1,16 @@
-//! Every byte that crosses a process boundary in Coppice, as types: no I/O, no KVM, no threads.
+//! Every byte that crosses a process boundary in Coppice, as types: no KVM, no threads, and no I/O but in [`client`].
 //!
 //! - [`agent`]: host and guest agent, over vsock or COM1 (also without the standard library, for the embedded guest)
 //! - [`handshake`]: vmm and page server, over a Unix stream socket; and the page server's counters
 //! - [`vm`], [`snapshot`], [`error`]: the REST documents of the vmm
+//! - [`client`]: blocking clients of the agent, the REST API and the page server's metrics
 
 #![cfg_attr(not(feature = "std"), no_std)]
 #![forbid(unsafe_code)]
 
 pub mod agent;
+#[cfg(feature = "std")]
+pub mod client;
 #[cfg(feature = "std")]
 pub mod error;
 #[cfg(feature = "std")]

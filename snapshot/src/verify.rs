@@ -4,6 +4,7 @@ use crate::image::{self, ImageError, MemoryImage};
 use crate::load::{self, LoadError};
 use crate::stamp::Stamp;
 use serde::Serialize;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 /// What was found right.
@@ -25,6 +26,17 @@ pub struct Report {
     pub chunks: u64,
     /// Root digest of the memory, in hex.
     pub root: String,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Report { path, format_version, vcpus, memory_bytes, checked_bytes, zero_chunks, chunks, root } = self;
+        writeln!(f, "{} is whole: every byte is what was written", path.display())?;
+        writeln!(f, "  format   {format_version}")?;
+        writeln!(f, "  machine  {vcpus} vCPU, {} MiB", memory_bytes >> 20)?;
+        writeln!(f, "  memory   {} KiB read; {zero_chunks} of {chunks} chunks are zero", checked_bytes >> 10)?;
+        writeln!(f, "  root     {root}")
+    }
 }
 
 /// Why a snapshot is not what it was made as.

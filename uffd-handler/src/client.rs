@@ -6,6 +6,7 @@
 //! ```
 
 use crate::socket::{Passed, receive};
+use api_spec::client::unix;
 use api_spec::handshake::{Attach, HELLO_DEADLINE_MS, Hello, MAX_MESSAGE, REPLY_DEADLINE_MS, Region, Reply};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -19,27 +20,22 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens there.
-    #[error("cannot connect to the page server at {path}: {source}; is it running?")]
-    Connect {
-        /// The socket.
-        path: std::path::PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    #[error("cannot connect: {0}; is it running? `uffd-handler --socket PATH --snapshot SNAPSHOT` starts one")]
+    Connect(io::Error),
     /// It said no.
-    #[error("the page server refused: {0}")]
+    #[error("refused: {0}")]
     Refused(String),
     /// It does not answer.
     #[error("no answer to the {0} message in time; if this is a Firecracker-style handler, use --uffd-mode copy")]
     Silent(&'static str),
     /// It hung up.
-    #[error("the page server closed the connection during the handshake")]
+    #[error("it closed the connection during the handshake")]
     Closed,
     /// It answered something else.
-    #[error("the page server's answer makes no sense here: {0}")]
+    #[error("its answer makes no sense here: {0}")]
     Unexpected(String),
     /// The connection failed.
-    #[error("the connection to the page server failed: {0}")]
+    #[error("the connection failed: {0}")]
     Socket(#[from] io::Error),
 }
 
@@ -53,7 +49,9 @@ pub struct Greeted {
 
 /// Connects and asks for the store of an image.
 pub fn greet(path: &Path, hello: &Hello) -> Result<Greeted, ClientError> {
-    let stream = UnixStream::connect(path).map_err(|source| ClientError::Connect { path: path.into(), source })?;
+    let patience = Duration::from_millis(REPLY_DEADLINE_MS);
+    let stream = unix::connect(path, patience).map_err(ClientError::Connect)?;
+    stream.set_write_timeout(Some(patience))?;
     (&stream).write_all(&line(hello)?)?;
     match receive_reply(&stream, "hello", HELLO_DEADLINE_MS)? {
         (Reply::Store { size, .. }, Some(store)) if size == hello.size => Ok(Greeted { stream, store }),

@@ -40,6 +40,14 @@ pub enum ListenError {
     },
 }
 
+/// Checks that a path fits into a socket address.
+pub fn check_path(path: &Path) -> Result<(), ListenError> {
+    match path.as_os_str().len() {
+        0..=MAX_PATH => Ok(()),
+        len => Err(ListenError::TooLong { path: path.into(), len }),
+    }
+}
+
 /// A listening socket and its file, which is removed on drop if it is still the one that was made.
 #[derive(Debug)]
 pub struct Listener {
@@ -53,10 +61,7 @@ impl Listener {
     ///
     /// The umask, which belongs to the whole process, is changed for the moment of creation.
     pub fn bind(path: &Path) -> Result<Self, ListenError> {
-        let len = path.as_os_str().len();
-        if len > MAX_PATH {
-            return Err(ListenError::TooLong { path: path.into(), len });
-        }
+        check_path(path)?;
         let failed = |step| move |source| ListenError::Failed { step, path: path.into(), source };
         clear_way(path)?;
         let umask = rustix::process::umask(Mode::RWXG | Mode::RWXO | Mode::XUSR);

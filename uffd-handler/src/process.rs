@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use vmm_sys_util::signal::{block_signal, create_sigset};
+use vmm_sys_util::signal::{Error as SignalError, block_signal, create_sigset};
 
 /// SIGTERM and SIGINT, as something to poll instead of something that strikes.
 #[derive(Debug)]
@@ -20,7 +20,11 @@ impl Signals {
     pub fn catch() -> io::Result<Self> {
         let wanted = [libc::SIGTERM, libc::SIGINT];
         for signal in wanted {
-            block_signal(signal).map_err(|error| io::Error::other(error.to_string()))?;
+            match block_signal(signal) {
+                // Whoever started us may have blocked it already.
+                Ok(()) | Err(SignalError::SignalAlreadyBlocked(_)) => {}
+                Err(error) => return Err(io::Error::other(error.to_string())),
+            }
         }
         let set = create_sigset(&wanted).map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
         // SAFETY: `set` is an initialized signal set that the call only reads; -1 asks for a new descriptor.

@@ -89,11 +89,6 @@ impl Report {
     pub fn exit_code(&self) -> u8 {
         if self.count(Status::Fail) > 0 { 77 } else { 0 }
     }
-
-    /// The report as one JSON document.
-    pub fn to_json(&self) -> String {
-        serde_json::to_string_pretty(self).expect("texts always have a JSON form")
-    }
 }
 
 impl fmt::Display for Report {
@@ -170,7 +165,7 @@ mod tests {
 
     #[test]
     fn programs_read_json() {
-        let json: serde_json::Value = serde_json::from_str(&report().to_json()).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&serde_json::to_string(&report()).unwrap()).unwrap();
         assert_eq!(json["checks"][1]["status"], "warn");
         assert_eq!(json["checks"][1]["remedy"], "do this");
         assert_eq!(json["checks"][0].get("remedy"), None);

@@ -1,2 +1,25 @@
-//! vmm.
-fn main() {}
+//! `vmm`: one microVM, and the tools around it. `main` prints, [`vmm::cli::run`] decides.
+
+use std::process::ExitCode;
+use vmm::cli::{self, BAD_USAGE, Command};
+
+fn main() -> ExitCode {
+    let command = match Command::parse(std::env::args_os().skip(1)) {
+        Ok(command) => command,
+        Err(error) => {
+            eprintln!("vmm: {error}; see vmm --help");
+            return exit(BAD_USAGE);
+        }
+    };
+    match cli::run(command) {
+        Ok(code) => exit(code),
+        Err(error) => {
+            eprintln!("vmm: {error}");
+            exit(error.exit_code())
+        }
+    }
+}
+
+fn exit(code: i32) -> ExitCode {
+    ExitCode::from(code as u8)
+}

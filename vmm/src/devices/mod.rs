@@ -28,8 +28,7 @@ pub mod virtio;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// The memory of the guest.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
+use crate::memory::GuestMemory;
 
 /// Locks `mutex`. A thread that panicked while it held the lock does not take the other threads with it.
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -1,12 +1,16 @@
 //! A writer that never blocks whoever writes to it.
 //!
 //! A guest writes to its serial port on a vCPU thread, and what reads our standard output may be a pipe that nobody
-//! empties. [`Output`] hands the bytes to a thread of its own and, when that one has fallen too far behind, drops them.
+//! empties. [`Output`] hands the bytes to a thread of its own and, when that one has fallen too far behind, refuses
+//! them. A guest that writes nothing costs neither the thread nor the memory.
 
 use std::io::{self, Write};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, channel, sync_channel};
+use std::mem;
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
+
+use super::lock;
 
 /// How many bytes may wait to be written.
 const BACKLOG: usize = 64 * 1024;
@@ -17,47 +21,68 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 ///
 /// Dropping it waits up to a second for the backlog to be written.
 pub struct Output {
-    bytes: Option<SyncSender<u8>>,
-    finished: Receiver<()>,
+    shared: Arc<Shared>,
+    /// Until the first byte: what the thread will write to.
+    inner: Option<Box<dyn Write + Send>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    backlog: Mutex<Backlog>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Backlog {
+    waiting: Vec<u8>,
+    /// The thread is writing bytes that it has taken.
+    busy: bool,
+    /// Nobody will add bytes any more.
+    closed: bool,
 }
 
 impl Output {
-    /// Starts the thread that writes to `inner`.
-    pub fn new(inner: Box<dyn Write + Send>) -> io::Result<Self> {
-        let (bytes, backlog) = sync_channel(BACKLOG);
-        // The thread drops its end when it is done, and that is the whole message.
-        let (alive, finished) = channel();
-        thread::Builder::new().name("output".into()).spawn(move || {
-            copy(&backlog, inner);
-            drop(alive);
-        })?;
-        Ok(Output { bytes: Some(bytes), finished })
+    /// Will write to `inner`, on a thread that the first byte starts.
+    pub fn new(inner: Box<dyn Write + Send>) -> Self {
+        Output { shared: Arc::default(), inner: Some(inner) }
     }
 }
 
-/// Writes what arrives until nobody can send any more. Errors lose bytes, never the thread: the reader may come back.
-fn copy(backlog: &Receiver<u8>, mut inner: Box<dyn Write + Send>) {
-    let mut batch = Vec::new();
-    while let Ok(first) = backlog.recv() {
-        batch.clear();
-        batch.push(first);
-        batch.extend(backlog.try_iter().take(4095));
-        let _ = inner.write_all(&batch).and_then(|()| inner.flush());
+/// Writes what arrives until nobody can add any more. Errors lose bytes, never the thread: the reader may come back.
+fn copy(shared: &Shared, mut inner: Box<dyn Write + Send>) {
+    let mut backlog = lock(&shared.backlog);
+    loop {
+        let bytes = mem::take(&mut backlog.waiting);
+        backlog.busy = !bytes.is_empty();
+        if backlog.busy {
+            drop(backlog);
+            let _ = inner.write_all(&bytes).and_then(|()| inner.flush());
+            backlog = lock(&shared.backlog);
+            continue;
+        }
+        shared.changed.notify_all();
+        if backlog.closed {
+            return;
+        }
+        backlog = shared.changed.wait(backlog).unwrap_or_else(std::sync::PoisonError::into_inner);
     }
 }
 
 impl Write for Output {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        let Some(sender) = &self.bytes else { return Err(io::ErrorKind::BrokenPipe.into()) };
-        for (sent, byte) in data.iter().enumerate() {
-            match sender.try_send(*byte) {
-                Ok(()) => {}
-                Err(_) if sent > 0 => return Ok(sent),
-                Err(TrySendError::Full(_)) => return Err(io::ErrorKind::WouldBlock.into()),
-                Err(TrySendError::Disconnected(_)) => return Err(io::ErrorKind::BrokenPipe.into()),
-            }
+        if let Some(inner) = self.inner.take() {
+            let shared = self.shared.clone();
+            thread::Builder::new().name("output".into()).spawn(move || copy(&shared, inner))?;
         }
-        Ok(data.len())
+        let mut backlog = lock(&self.shared.backlog);
+        let taken = data.len().min(BACKLOG - backlog.waiting.len());
+        if taken == 0 && !data.is_empty() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        backlog.waiting.extend_from_slice(&data[..taken]);
+        drop(backlog);
+        self.shared.changed.notify_all();
+        Ok(taken)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -67,8 +92,12 @@ impl Write for Output {
 
 impl Drop for Output {
     fn drop(&mut self) {
-        self.bytes = None;
-        if let Err(RecvTimeoutError::Timeout) = self.finished.recv_timeout(LAST_WORDS) {
+        let mut backlog = lock(&self.shared.backlog);
+        backlog.closed = true;
+        self.shared.changed.notify_all();
+        let written = |backlog: &mut Backlog| backlog.busy || !backlog.waiting.is_empty();
+        let wait = self.shared.changed.wait_timeout_while(backlog, LAST_WORDS, written);
+        if wait.is_ok_and(|(_, waited)| waited.timed_out()) {
             log::warn!("serial output is lost: whoever reads it has not done so for {LAST_WORDS:?}");
         }
     }
@@ -77,13 +106,14 @@ impl Drop for Output {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::mpsc::{Receiver, channel};
     use std::sync::{Arc, Mutex};
 
     /// Appends to a vector that the test also holds.
     #[derive(Clone, Default)]
-    struct Shared(Arc<Mutex<Vec<u8>>>);
+    struct Sink(Arc<Mutex<Vec<u8>>>);
 
-    impl Write for Shared {
+    impl Write for Sink {
         fn write(&mut self, data: &[u8]) -> io::Result<usize> {
             self.0.lock().unwrap().extend(data);
             Ok(data.len())
@@ -110,8 +140,8 @@ mod tests {
 
     #[test]
     fn everything_is_written_in_order_before_the_drop_returns() {
-        let shared = Shared::default();
-        let mut output = Output::new(Box::new(shared.clone())).unwrap();
+        let shared = Sink::default();
+        let mut output = Output::new(Box::new(shared.clone()));
         let text: Vec<u8> = (0..20_000u32).map(|n| n as u8).collect();
         output.write_all(&text).unwrap();
         drop(output);
@@ -121,9 +151,9 @@ mod tests {
     #[test]
     fn a_blocked_reader_costs_bytes_and_never_blocks() {
         let (release, blocked) = channel();
-        let mut output = Output::new(Box::new(Blocked(blocked))).unwrap();
+        let mut output = Output::new(Box::new(Blocked(blocked)));
         let mut refused = None;
-        for _ in 0..=BACKLOG + 4096 {
+        for _ in 0..=2 * BACKLOG {
             if let Err(error) = output.write(b"x") {
                 refused = Some(error.kind());
                 break;

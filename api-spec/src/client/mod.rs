@@ -1,0 +1,9 @@
+//! Blocking clients. Every call has a deadline; nothing here needs an async runtime.
+
+pub mod agent;
+pub mod metrics;
+pub mod rest;
+pub mod unix;
+
+pub use agent::AgentClient;
+pub use rest::RestClient;

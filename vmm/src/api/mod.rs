@@ -1,0 +1,73 @@
+//! The REST API: HTTP/1.1 on a Unix socket.
+//!
+//! ```text
+//!   socket --server--> bytes --http--> Message --router--> Request --> the driver, which owns the VM
+//! ```
+//!
+//! [`http`] and [`router`] are pure; [`server`] does the I/O on the event loop's thread.
+
+pub mod http;
+pub mod router;
+pub mod server;
+
+use api_spec::snapshot::{SnapshotCreate, SnapshotLoad};
+use api_spec::vm::{Action, BootSource, MachineConfig, VmPatch, Vsock};
+
+/// A request that has been understood, before anyone has asked whether it is legal now.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Request {
+    /// `GET /`
+    Info,
+    /// `GET /version`
+    Version,
+    /// `GET /vm/config`
+    Config,
+    /// `GET /machine-config`
+    GetMachineConfig,
+    /// `PUT /machine-config`
+    PutMachineConfig(MachineConfig),
+    /// `PUT /boot-source`
+    PutBootSource(BootSource),
+    /// `PUT /vsock`
+    PutVsock(Vsock),
+    /// `PUT /actions`
+    Action(Action),
+    /// `PATCH /vm`
+    PatchVm(VmPatch),
+    /// `PUT /snapshot/create`
+    SnapshotCreate(SnapshotCreate),
+    /// `PUT /snapshot/load`
+    SnapshotLoad(SnapshotLoad),
+    /// `GET /snapshot/status`
+    SnapshotStatus,
+}
+
+/// An answer: a status and a JSON body, or none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Response {
+    /// HTTP status.
+    pub status: u16,
+    /// JSON body; empty with status 204.
+    pub body: Vec<u8>,
+}
+
+impl Response {
+    /// 204: done, nothing to say.
+    pub fn done() -> Self {
+        Response { status: 204, body: Vec::new() }
+    }
+
+    /// 200 with a document.
+    pub fn document(document: &impl serde::Serialize) -> Self {
+        match serde_json::to_vec(document) {
+            Ok(body) => Response { status: 200, body },
+            Err(e) => Response::fault(500, &format!("cannot encode the answer: {e}")),
+        }
+    }
+
+    /// An error with its message.
+    pub fn fault(status: u16, message: &str) -> Self {
+        let body = api_spec::error::ErrorBody { fault_message: message.to_owned() };
+        Response { status, body: serde_json::to_vec(&body).unwrap_or_default() }
+    }
+}

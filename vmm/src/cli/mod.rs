@@ -1,0 +1,148 @@
+//! The command line: what it asks for, and doing it. `main` prints, [`run`] decides.
+
+mod options;
+
+pub use options::{Command, LoadOptions, RunOptions, USAGE, UsageError};
+
+use crate::demo::{self, DemoError};
+use crate::doctor;
+use crate::loader::EMBEDDED_GUEST;
+use crate::logging;
+use crate::machine::boot::BootError;
+use crate::machine::driver::{self, RunError, Start};
+use crate::machine::restore::RestoreError;
+use crate::memory::uffd::UffdError;
+use api_spec::vm::VmConfig;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+/// Exit code: done.
+pub const DONE: i32 = 0;
+/// Exit code: failed.
+pub const FAILED: i32 = 1;
+/// Exit code: bad usage.
+pub const BAD_USAGE: i32 = 2;
+/// Exit code: not possible on this host.
+pub const HOST_CANNOT: i32 = 77;
+
+/// Longest configuration file, in bytes.
+const MAX_CONFIG: u64 = 1 << 20;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// A configuration file that cannot be read.
+    #[error("cannot read the configuration {path}: {source}")]
+    ReadConfig {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A configuration file that is none.
+    #[error("the configuration {path} is not what it should be: {source}")]
+    BadConfig {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and where.
+        source: serde_json::Error,
+    },
+    /// The VM.
+    #[error(transparent)]
+    Run(#[from] RunError),
+    /// The page server.
+    #[error(transparent)]
+    PageServer(#[from] uffd_handler::RunError),
+    /// The demonstration.
+    #[error(transparent)]
+    Demo(#[from] DemoError),
+    /// A snapshot that is not in order.
+    #[error(transparent)]
+    Verify(#[from] snapshot::verify::VerifyError),
+    /// A file that cannot be written.
+    #[error("cannot write {path}: {source}")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Standard output that cannot be written.
+    #[error("cannot write to standard output: {0}")]
+    Stdout(io::Error),
+}
+
+impl CliError {
+    /// The exit code that belongs to this failure.
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            CliError::Run(RunError::Boot(BootError::Kvm(e)) | RunError::Restore(RestoreError::Kvm(e)))
+                if e.host_cannot() =>
+            {
+                HOST_CANNOT
+            }
+            CliError::Run(RunError::Restore(RestoreError::Uffd(UffdError::Create(_)))) => HOST_CANNOT,
+            CliError::PageServer(e) => e.exit_code().into(),
+            CliError::Demo(e) if e.host_cannot() => HOST_CANNOT,
+            _ => FAILED,
+        }
+    }
+}
+
+/// Does what a command line asks for, and returns the exit code of a command that did not fail.
+pub fn run(command: Command) -> Result<i32, CliError> {
+    match command {
+        Command::Help(text) => print(text),
+        Command::Version => print(&format!("vmm {}\n", env!("CARGO_PKG_VERSION"))),
+        Command::Run(options) => run_vm(options),
+        Command::Demo(options) => Ok(demo::run(&options).map(|()| DONE)?),
+        Command::Doctor { json } => {
+            let report = doctor::run();
+            print(&if json { to_json(&report) } else { report.to_string() })?;
+            Ok(report.exit_code().into())
+        }
+        Command::GuestExport(path) => {
+            let write = |source| CliError::Write { path: path.clone(), source };
+            fs::write(&path, EMBEDDED_GUEST).map_err(write)?;
+            Ok(DONE)
+        }
+        Command::PageServer(options) => {
+            logging::start(log::LevelFilter::Info);
+            Ok(uffd_handler::run(&options).map(|()| DONE)?)
+        }
+        Command::Verify { path, json } => {
+            let report = snapshot::verify::verify(&path)?;
+            print(&if json { to_json(&report) } else { report.to_string() })
+        }
+    }
+}
+
+fn to_json(document: &impl serde::Serialize) -> String {
+    // Our own documents have string keys and no failing serializers.
+    serde_json::to_string_pretty(document).map_or_else(|e| format!("{{\"error\":\"{e}\"}}\n"), |text| text + "\n")
+}
+
+fn print(text: &str) -> Result<i32, CliError> {
+    io::stdout().write_all(text.as_bytes()).map_err(CliError::Stdout)?;
+    Ok(DONE)
+}
+
+fn run_vm(options: RunOptions) -> Result<i32, CliError> {
+    logging::start(options.log_level);
+    let RunOptions { id, api_sock, config, restore, log_level: _ } = options;
+    let start = match (config, restore) {
+        (Some(path), _) => Start::Boot(read_config(&path)?),
+        (None, Some(load)) => Start::Restore(load.request()),
+        (None, None) => Start::Api,
+    };
+    driver::run(id, api_sock.as_deref(), start)?;
+    Ok(DONE)
+}
+
+fn read_config(path: &Path) -> Result<VmConfig, CliError> {
+    let read = |source| CliError::ReadConfig { path: path.to_owned(), source };
+    let mut text = Vec::new();
+    File::open(path).map_err(read)?.take(MAX_CONFIG).read_to_end(&mut text).map_err(read)?;
+    serde_json::from_slice(&text).map_err(|source| CliError::BadConfig { path: path.to_owned(), source })
+}

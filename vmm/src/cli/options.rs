@@ -1,0 +1,318 @@
+//! What a command line asks for. Pure.
+
+use crate::demo::DemoOptions;
+use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad, VsockOverride};
+use log::LevelFilter;
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// What `--help` prints.
+pub const USAGE: &str = "\
+Boots, snapshots and restores one microVM.
+
+Usage: vmm --config FILE [options]            boot what the file describes
+       vmm --restore SNAPSHOT [options]       restore a snapshot (its directory or its snap.json)
+       vmm --api-sock PATH [options]          wait for instructions over HTTP
+       vmm demo [options]                     boot, snapshot, and restore clones; see `vmm demo --help`
+       vmm doctor [--json]                    say what this host can do, with remedies
+       vmm guest export FILE                  write the embedded guest's kernel, for other VMMs to boot
+       vmm snapshot verify SNAPSHOT [--json]  check every byte of a snapshot
+       vmm uffd-handler [options]             run the page server; see `vmm uffd-handler --help`
+
+Options:
+  --config FILE          the machine, as JSON (`--config-file` means the same)
+  --restore SNAPSHOT     the snapshot to restore
+  --uffd PATH            with --restore: take memory from the page server that listens there
+  --uffd-mode MODE       with --uffd: `shared` (default); `copy` is not offered yet
+  --vsock PATH           with --restore: the Unix socket of the vsock device, instead of the snapshot's own
+  --paused               with --restore: leave the vCPUs standing still
+  --same-generation      with --restore: keep the generation id, so that the guest takes itself for the original (tests)
+  --api-sock PATH        Unix socket of the REST API; created, mode 0600, removed at the end
+  --id NAME              the VM's name in the API (default `anonymous-instance`)
+  --log-level LEVEL      error, warn, info, debug or trace (default `warn`); the log goes to standard error
+  --help, --version
+
+The guest's console COM1 is standard input and output.
+Ends with 0 when the guest has reset its machine or on SIGTERM or SIGINT, 1 on failure, 2 on bad usage, and 77 if this
+host cannot run microVMs.
+";
+
+/// How to run a VM.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunOptions {
+    /// Name in the API.
+    pub id: String,
+    /// Socket of the API.
+    pub api_sock: Option<PathBuf>,
+    /// What to boot.
+    pub config: Option<PathBuf>,
+    /// What to restore.
+    pub restore: Option<LoadOptions>,
+    /// What to log.
+    pub log_level: LevelFilter,
+}
+
+/// What to restore.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// The snapshot.
+    pub snapshot: PathBuf,
+    /// The page server's socket.
+    pub uffd: Option<PathBuf>,
+    /// The vsock device's socket.
+    pub vsock: Option<PathBuf>,
+    /// Leave vCPUs standing still.
+    pub paused: bool,
+    /// Keep the generation id.
+    pub same_generation: bool,
+}
+
+impl LoadOptions {
+    /// The request that means the same over the API.
+    pub fn request(&self) -> SnapshotLoad {
+        let uffd = |path: &PathBuf| MemBackend { backend_path: path.clone(), backend_type: MemBackendType::UffdShared };
+        SnapshotLoad {
+            snapshot_path: self.snapshot.clone(),
+            mem_backend: self.uffd.as_ref().map(uffd),
+            resume_vm: !self.paused,
+            vsock_override: self.vsock.as_ref().map(|path| VsockOverride { uds_path: path.clone() }),
+            new_generation: !self.same_generation,
+        }
+    }
+}
+
+/// What a command line asks for.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Command {
+    /// Print this text.
+    Help(&'static str),
+    /// Print the version.
+    Version,
+    /// Run a VM.
+    Run(RunOptions),
+    /// Run the demonstration.
+    Demo(DemoOptions),
+    /// Examine the host.
+    Doctor {
+        /// Print JSON.
+        json: bool,
+    },
+    /// Write the embedded guest to a file.
+    GuestExport(PathBuf),
+    /// Run the page server.
+    PageServer(uffd_handler::Options),
+    /// Check a snapshot.
+    Verify {
+        /// The snapshot.
+        path: PathBuf,
+        /// Print JSON.
+        json: bool,
+    },
+}
+
+/// A command line that asks for nothing sensible.
+#[derive(Debug, thiserror::Error)]
+pub enum UsageError {
+    /// An option that is unknown, or lacks its value.
+    #[error("{0}")]
+    Syntax(#[from] lexopt::Error),
+    /// The page server's own options.
+    #[error("{0}")]
+    PageServer(#[from] uffd_handler::UsageError),
+    /// Something is missing.
+    #[error("{0}")]
+    Missing(&'static str),
+    /// Two things that exclude each other.
+    #[error("{0} and {1} exclude each other")]
+    Conflict(&'static str, &'static str),
+    /// An option that makes sense with another only.
+    #[error("{0} makes sense with {1} only")]
+    Needs(&'static str, &'static str),
+    /// A mode that this program does not have.
+    #[error("--uffd-mode copy is not offered yet: use a page server of the shared protocol (`uffd-handler`)")]
+    CopyMode,
+}
+
+impl Command {
+    /// Parses the arguments that follow the program's name.
+    pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
+        let args: Vec<OsString> = args.into_iter().collect();
+        let rest = args.get(1..).unwrap_or_default().to_vec();
+        match args.first().and_then(|first| first.to_str()) {
+            Some("demo") => parse_demo(rest),
+            Some("doctor") => parse_doctor(rest),
+            Some("guest") => parse_guest(rest),
+            Some("snapshot") => parse_snapshot(rest),
+            Some("uffd-handler") => parse_page_server(rest),
+            _ => parse_run(args),
+        }
+    }
+}
+
+fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
+    use lexopt::prelude::*;
+    let mut options = RunOptions {
+        id: "anonymous-instance".into(),
+        api_sock: None,
+        config: None,
+        restore: None,
+        log_level: LevelFilter::Warn,
+    };
+    let (mut snapshot, mut uffd, mut vsock) = (None, None, None);
+    let (mut paused, mut same_generation) = (false, false);
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("config" | "config-file") => options.config = Some(parser.value()?.into()),
+            Long("restore") => snapshot = Some(PathBuf::from(parser.value()?)),
+            Long("uffd") => uffd = Some(PathBuf::from(parser.value()?)),
+            Long("uffd-mode") => match parser.value()?.string()?.as_str() {
+                "shared" => {}
+                "copy" => return Err(UsageError::CopyMode),
+                other => {
+                    return Err(lexopt::Error::from(format!("--uffd-mode {other}: must be `shared` or `copy`")).into());
+                }
+            },
+            Long("vsock") => vsock = Some(PathBuf::from(parser.value()?)),
+            Long("paused") => paused = true,
+            Long("same-generation") => same_generation = true,
+            Long("api-sock") => options.api_sock = Some(parser.value()?.into()),
+            Long("id") => options.id = parser.value()?.string()?,
+            Long("log-level") => options.log_level = parser.value()?.parse()?,
+            Long("help") | Short('h') => return Ok(Command::Help(USAGE)),
+            Long("version") => return Ok(Command::Version),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    let only_with_restore = [
+        ("--uffd", uffd.is_some()),
+        ("--vsock", vsock.is_some()),
+        ("--paused", paused),
+        ("--same-generation", same_generation),
+    ];
+    match (snapshot, &options.config) {
+        (Some(_), Some(_)) => return Err(UsageError::Conflict("--config", "--restore")),
+        (Some(snapshot), None) => {
+            options.restore = Some(LoadOptions { snapshot, uffd, vsock, paused, same_generation });
+        }
+        (None, _) => {
+            if let Some((option, _)) = only_with_restore.into_iter().find(|(_, given)| *given) {
+                return Err(UsageError::Needs(option, "--restore"));
+            }
+        }
+    }
+    if options.config.is_none() && options.restore.is_none() && options.api_sock.is_none() {
+        return Err(UsageError::Missing("one of --config, --restore and --api-sock must be given"));
+    }
+    Ok(Command::Run(options))
+}
+
+fn parse_demo(args: Vec<OsString>) -> Result<Command, UsageError> {
+    use lexopt::prelude::*;
+    let mut options = DemoOptions::default();
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("clones") => options.clones = parser.value()?.parse()?,
+            Long("memory") => options.memory_mib = parser.value()?.parse()?,
+            Long("working-set") => options.working_set_mib = parser.value()?.parse()?,
+            Long("vcpus") => options.vcpus = parser.value()?.parse()?,
+            Long("dir") => options.dir = Some(parser.value()?.into()),
+            Long("no-reseed") => options.reseed = false,
+            Long("json") => options.json = true,
+            Long("help") | Short('h') => return Ok(Command::Help(crate::demo::USAGE)),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    options.check().map_err(|e| lexopt::Error::from(e.to_string()))?;
+    Ok(Command::Demo(options))
+}
+
+fn parse_doctor(args: Vec<OsString>) -> Result<Command, UsageError> {
+    use lexopt::prelude::*;
+    let mut json = false;
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("json") => json = true,
+            Long("help") | Short('h') => return Ok(Command::Help(USAGE)),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    Ok(Command::Doctor { json })
+}
+
+fn parse_guest(args: Vec<OsString>) -> Result<Command, UsageError> {
+    match <[OsString; 2]>::try_from(args) {
+        Ok([verb, path]) if verb == "export" => Ok(Command::GuestExport(path.into())),
+        _ => Err(UsageError::Missing("`guest` takes `export FILE`")),
+    }
+}
+
+fn parse_snapshot(args: Vec<OsString>) -> Result<Command, UsageError> {
+    const WANTED: UsageError = UsageError::Missing("`snapshot` takes `verify SNAPSHOT [--json]`");
+    use lexopt::prelude::*;
+    let (mut verb, mut path, mut json) = (None, None, false);
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("json") => json = true,
+            Long("help") | Short('h') => return Ok(Command::Help(USAGE)),
+            Value(value) if verb.is_none() => verb = Some(value),
+            Value(value) if path.is_none() => path = Some(PathBuf::from(value)),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    match (verb, path) {
+        (Some(verb), Some(path)) if verb == "verify" => Ok(Command::Verify { path, json }),
+        _ => Err(WANTED),
+    }
+}
+
+fn parse_page_server(args: Vec<OsString>) -> Result<Command, UsageError> {
+    Ok(match uffd_handler::Command::parse(args)? {
+        uffd_handler::Command::Serve(options) => Command::PageServer(options),
+        uffd_handler::Command::Help => Command::Help(uffd_handler::USAGE),
+        uffd_handler::Command::Version => Command::Version,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Command, UsageError> {
+        Command::parse(line.split_whitespace().map(OsString::from))
+    }
+
+    #[test]
+    fn the_restore_command_is_what_it_has_always_been() {
+        let Ok(Command::Run(options)) = parse("--restore snap.json --uffd /run/uffd.sock") else { panic!() };
+        let request = options.restore.unwrap().request();
+        assert_eq!(request.snapshot_path, PathBuf::from("snap.json"));
+        let backend = request.mem_backend.unwrap();
+        assert_eq!((backend.backend_type, backend.backend_path), (MemBackendType::UffdShared, "/run/uffd.sock".into()));
+        assert!(request.resume_vm && request.new_generation);
+    }
+
+    #[test]
+    fn options_that_do_not_belong_together_are_refused() {
+        for line in [
+            "",
+            "--config a --restore b",
+            "--config a --uffd b",
+            "--api-sock a --paused",
+            "--restore a --uffd b --uffd-mode copy",
+            "--nonsense",
+            "guest",
+            "guest export",
+            "snapshot verify",
+            "demo --clones 0",
+            "demo --memory 1",
+            "demo --memory 64 --working-set 64",
+            "uffd-handler --socket s",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+}

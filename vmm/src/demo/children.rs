@@ -1,0 +1,85 @@
+//! The processes of the demonstration. None of them outlives it.
+
+use super::{DemoError, io_error};
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Starts processes of this same program.
+pub struct Children {
+    program: PathBuf,
+}
+
+/// A process, which ends when this is dropped.
+pub struct Child {
+    name: String,
+    process: std::process::Child,
+    log: PathBuf,
+}
+
+/// How long a process may take to end in good order.
+const LAST_ORDERS: Duration = Duration::from_secs(2);
+
+impl Children {
+    /// Finds this program.
+    pub fn new() -> Result<Self, DemoError> {
+        let program = std::env::current_exe().map_err(io_error("cannot find this program's own file"))?;
+        Ok(Children { program })
+    }
+
+    /// Starts this program with the arguments that `arguments` adds; its log goes to `log`.
+    pub fn start(&self, name: &str, log: &Path, arguments: impl FnOnce(&mut Command)) -> Result<Child, DemoError> {
+        let log_file = File::create(log).map_err(io_error(format!("cannot write {}", log.display())))?;
+        let mut command = Command::new(&self.program);
+        arguments(&mut command);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log_file);
+        let process = command.spawn().map_err(io_error(format!("cannot start the process of the {name}")))?;
+        Ok(Child { name: name.to_owned(), process, log: log.to_owned() })
+    }
+}
+
+impl Child {
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// An error with the last line of the log, if the process has ended.
+    pub fn check_alive(&mut self) -> Result<(), DemoError> {
+        let status = self.process.try_wait().map_err(io_error(format!("cannot look after {}", self.name)))?;
+        let Some(status) = status else { return Ok(()) };
+        let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let last_words = log.lines().last().unwrap_or("its log is empty").to_owned();
+        Err(DemoError::Ended { name: self.name.clone(), status, last_words })
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        if self.process.try_wait()?.is_some() {
+            return Ok(());
+        }
+        // The process has not been waited for, so its number is still its own.
+        if let Some(pid) = Pid::from_raw(self.process.id() as i32) {
+            let _ = kill_process(pid, Signal::TERM);
+        }
+        let deadline = Instant::now() + LAST_ORDERS;
+        while Instant::now() < deadline {
+            if self.process.try_wait()?.is_some() {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.process.kill()?;
+        self.process.wait().map(drop)
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if let Err(e) = self.end() {
+            eprintln!("vmm: cannot end the process of the {}: {e}", self.name);
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! What the demonstration found out, as a table and as JSON.
+
+use super::DemoOptions;
+use crate::host;
+use api_spec::handshake::Metrics;
+use api_spec::snapshot::SnapshotStatus;
+use serde::Serialize;
+use std::fmt;
+use std::time::Duration;
+
+/// What the demonstration found out.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// From starting the process to the agent's first reply, in milliseconds.
+    pub boot_ms: f64,
+    /// How long the guest stood still for its snapshot, in microseconds.
+    pub snapshot_pause_us: u64,
+    /// From the request until the snapshot was complete on disk, in milliseconds.
+    pub snapshot_total_ms: f64,
+    /// Guest memory, in MiB.
+    pub memory_mib: u64,
+    /// Memory that every clone read, in MiB.
+    pub working_set_mib: u64,
+    /// vCPUs of each guest.
+    pub vcpus: u8,
+    /// This host.
+    pub host: Host,
+    /// The clones, in order.
+    pub clones: Vec<CloneReport>,
+    /// Whether the image's bytes were the same at the end.
+    pub image_digest_unchanged: bool,
+    /// Pages (4 KiB) that the page server had put into the store.
+    pub store_pages: u64,
+    /// All of it, in milliseconds.
+    pub total_ms: f64,
+}
+
+/// A host.
+#[derive(Clone, Debug, Serialize)]
+pub struct Host {
+    /// CPU.
+    pub cpu: String,
+    /// Number of CPUs.
+    pub cpus: usize,
+    /// Kernel release.
+    pub kernel: String,
+    /// Whether its KVM emulates ring 0.
+    pub ring0_emulated: bool,
+}
+
+/// What was found out about one clone.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct CloneReport {
+    /// Its number.
+    pub id: u32,
+    /// From before its process was started to the agent's first reply, in microseconds.
+    pub restore_to_reply_us: u64,
+    /// Page faults that the page server was asked about; absent if the server does not know the clone.
+    pub uffd_events: Option<u64>,
+    /// Guest RAM that is the clone's own because it wrote it, in KiB.
+    pub private_kib: u64,
+    /// Guest RAM that it has mapped from the store, in KiB.
+    pub shared_kib: u64,
+    /// Its share of guest RAM, in KiB: mapped pages divided by how many map them.
+    pub pss_kib: u64,
+    /// The boot nonce is that of the snapshotted guest: a restore, not a boot.
+    pub nonce_ok: bool,
+    /// Timer interrupts are counted on from the snapshot.
+    pub ticks_continue: bool,
+    /// Every word of the working set is what was snapshotted.
+    pub working_set_ok: bool,
+    /// No other clone gave the same random bytes.
+    pub random_unique: bool,
+    /// No other clone has the same generation id.
+    pub generation_unique: bool,
+    /// It has what it wrote and else what was snapshotted, as have the parent and the image.
+    pub isolated: bool,
+}
+
+impl CloneReport {
+    fn checks(&self) -> [(&'static str, bool); 7] {
+        [
+            ("nonce", self.nonce_ok),
+            ("ticks", self.ticks_continue),
+            ("memory", self.working_set_ok),
+            ("random", self.random_unique),
+            ("generation", self.generation_unique),
+            ("isolated", self.isolated),
+            ("served", self.uffd_events.is_some()),
+        ]
+    }
+}
+
+impl Report {
+    pub(super) fn new(
+        options: &DemoOptions,
+        boot: Duration,
+        snapshot: SnapshotStatus,
+        clones: Vec<CloneReport>,
+        image_digest_unchanged: bool,
+        metrics: &Metrics,
+        total: Duration,
+    ) -> Self {
+        let ms = |duration: Duration| (duration.as_secs_f64() * 1e6).round() / 1e3;
+        let facts = host::facts();
+        let host = Host {
+            cpu: if facts.cpu.brand.is_empty() { facts.cpu.vendor } else { facts.cpu.brand },
+            cpus: std::thread::available_parallelism().map_or(1, usize::from),
+            kernel: facts.kernel,
+            ring0_emulated: crate::vcpu::ring0_is_emulated(),
+        };
+        Report {
+            boot_ms: ms(boot),
+            snapshot_pause_us: snapshot.pause_us,
+            snapshot_total_ms: ms(Duration::from_micros(snapshot.total_us)),
+            memory_mib: options.memory_mib,
+            working_set_mib: options.working_set_mib,
+            vcpus: options.vcpus,
+            host,
+            clones,
+            image_digest_unchanged,
+            store_pages: metrics.stores.iter().map(|store| store.filled_pages).sum(),
+            total_ms: ms(total),
+        }
+    }
+
+    /// How many checks did not hold, and how many there were.
+    pub(super) fn failed_checks(&self) -> (usize, usize) {
+        let checks = self.clones.iter().flat_map(|clone| clone.checks().map(|(_, held)| held));
+        let (failed, all) = checks.fold((0, 0), |(failed, all), held| (failed + usize::from(!held), all + 1));
+        (failed + usize::from(!self.image_digest_unchanged), all + 1)
+    }
+
+    /// One JSON document.
+    pub(super) fn to_json(&self) -> String {
+        serde_json::to_string_pretty(self).map_or_else(|e| format!("{{\"error\":\"{e}\"}}\n"), |text| text + "\n")
+    }
+}
+
+/// A duration, in the unit that reads best.
+fn time(us: u64) -> String {
+    match us {
+        0..=9_999 => format!("{us} us"),
+        _ => format!("{:.1} ms", us as f64 / 1e3),
+    }
+}
+
+/// An amount of memory, in the unit that reads best.
+fn size(kib: u64) -> String {
+    match kib {
+        0..=9_999 => format!("{kib} KiB"),
+        _ => format!("{:.1} MiB", kib as f64 / 1024.0),
+    }
+}
+
+fn median(mut values: Vec<u64>) -> u64 {
+    values.sort_unstable();
+    values.get(values.len() / 2).copied().unwrap_or(0)
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Host { cpu, cpus, kernel, ring0_emulated } = &self.host;
+        let emulated = if *ring0_emulated { ", KVM emulates ring 0" } else { "" };
+        writeln!(f, "host      {cpu}, {cpus} CPUs, Linux {kernel}{emulated}")?;
+        writeln!(
+            f,
+            "guest     {} MiB, {} vCPU, working set {} MiB\n",
+            self.memory_mib, self.vcpus, self.working_set_mib
+        )?;
+        writeln!(f, "boot      {:>10}   process start to the agent's first reply", time((self.boot_ms * 1e3) as u64))?;
+        writeln!(
+            f,
+            "snapshot  {:>10}   of which the guest stood still {}\n",
+            time((self.snapshot_total_ms * 1e3) as u64),
+            time(self.snapshot_pause_us)
+        )?;
+        writeln!(f, "clone   first reply   page faults       private      shared         share   checks")?;
+        writeln!(f, "                        to server    (it wrote)                     (PSS)")?;
+        for clone in &self.clones {
+            let failed: Vec<_> = clone.checks().into_iter().filter(|(_, held)| !held).map(|(name, _)| name).collect();
+            let checks = if failed.is_empty() { "ok".to_owned() } else { format!("FAILED: {}", failed.join(", ")) };
+            let events = clone.uffd_events.map_or("?".to_owned(), |events| events.to_string());
+            writeln!(
+                f,
+                "{:>5}   {:>11}   {:>11}   {:>11}   {:>9}   {:>11}   {checks}",
+                clone.id,
+                time(clone.restore_to_reply_us),
+                events,
+                size(clone.private_kib),
+                size(clone.shared_kib),
+                size(clone.pss_kib)
+            )?;
+        }
+        let pick = |value: fn(&CloneReport) -> u64| self.clones.iter().map(value).collect::<Vec<_>>();
+        let events: u64 = self.clones.iter().filter_map(|clone| clone.uffd_events).sum();
+        writeln!(
+            f,
+            "  all   {:>11}   {:>11}   {:>11}   {:>9}   {:>11}",
+            format!("p50 {}", time(median(pick(|c| c.restore_to_reply_us)))),
+            events,
+            size(pick(|c| c.private_kib).iter().sum()),
+            "",
+            size(pick(|c| c.pss_kib).iter().sum())
+        )?;
+        let image = if self.image_digest_unchanged { "unchanged" } else { "CHANGED" };
+        writeln!(f, "\nstore     {:>10}   filled by the page server, once for all clones", size(self.store_pages * 4))?;
+        writeln!(f, "image     {image:>10}   by its digest, after all clones have written")?;
+        let (failed, all) = self.failed_checks();
+        let verdict =
+            if failed == 0 { format!("{all} checks held") } else { format!("{failed} of {all} checks FAILED") };
+        writeln!(f, "total     {:>10}   {verdict}", time((self.total_ms * 1e3) as u64))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn amounts_read_well() {
+        assert_eq!((time(950), time(12_345)), ("950 us".into(), "12.3 ms".into()));
+        assert_eq!((size(12), size(20_480)), ("12 KiB".into(), "20.0 MiB".into()));
+        assert_eq!((median(vec![3, 1, 2]), median(vec![])), (2, 0));
+    }
+
+    #[test]
+    fn a_clone_that_nobody_served_is_a_failed_check() {
+        let clone = CloneReport { uffd_events: None, ..Default::default() };
+        assert!(clone.checks().contains(&("served", false)));
+    }
+}

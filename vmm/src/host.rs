@@ -1,0 +1,46 @@
+//! What this host is, as snapshots record it.
+
+use snapshot::compat::HostFacts;
+use snapshot::manifest::Cpu;
+use std::arch::x86_64::__cpuid;
+
+/// Asks the CPU and the kernel.
+pub fn facts() -> HostFacts {
+    let uname = rustix::system::uname();
+    HostFacts {
+        arch: uname.machine().to_string_lossy().into_owned(),
+        cpu: cpu(),
+        kernel: uname.release().to_string_lossy().into_owned(),
+    }
+}
+
+fn cpu() -> Cpu {
+    let text = |words: &[u32]| {
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).take_while(|b| *b != 0).collect();
+        String::from_utf8_lossy(&bytes).trim().to_owned()
+    };
+    let leaf = __cpuid(0);
+    let vendor = text(&[leaf.ebx, leaf.edx, leaf.ecx]);
+    let signature = __cpuid(1).eax;
+    let (base_family, base_model) = ((signature >> 8) & 0xf, (signature >> 4) & 0xf);
+    let family = if base_family == 0xf { base_family + ((signature >> 20) & 0xff) } else { base_family };
+    let model = if base_family >= 6 { base_model | (((signature >> 16) & 0xf) << 4) } else { base_model };
+    let brand = if __cpuid(0x8000_0000).eax >= 0x8000_0004 {
+        let words: Vec<u32> =
+            (0x8000_0002..=0x8000_0004).map(__cpuid).flat_map(|l| [l.eax, l.ebx, l.ecx, l.edx]).collect();
+        text(&words)
+    } else {
+        String::new()
+    };
+    Cpu { vendor, family, model, stepping: signature & 0xf, brand }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn this_host_has_a_name() {
+        let facts = super::facts();
+        assert_eq!(facts.arch, "x86_64");
+        assert_eq!(facts.cpu.vendor.len(), 12, "{:?}", facts.cpu);
+    }
+}

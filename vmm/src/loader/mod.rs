@@ -1,0 +1,156 @@
+//! Puts a kernel, its command line and its initial RAM disk into guest memory.
+
+use crate::arch::boot::{Initrd, write_zero_page};
+use crate::arch::{COMMAND_LINE, COMMAND_LINE_MAX, HIGH_MEMORY, regs};
+use crate::memory::{GuestRam, PAGE_SIZE};
+use linux_loader::cmdline::Cmdline;
+use linux_loader::loader::{self, BzImage, Elf, KernelLoader, KernelLoaderResult, load_cmdline};
+use std::fs::File;
+use std::io::{self, Cursor, Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, ReadVolatile};
+
+/// The guest that this program carries.
+pub const EMBEDDED_GUEST: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/embedded-guest.elf"));
+
+/// Why a kernel could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// A file cannot be read.
+    #[error("cannot read {what} {path}: {source}")]
+    Read {
+        /// Kernel or initial RAM disk.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Not a kernel.
+    #[error(
+        "{path} is no kernel that can be booted here: it is neither an x86-64 ELF executable ({elf}) nor a bzImage ({bzimage})"
+    )]
+    NoKernel {
+        /// The file.
+        path: PathBuf,
+        /// Why it is no ELF.
+        elf: loader::Error,
+        /// Why it is no bzImage.
+        bzimage: loader::Error,
+    },
+    /// A kernel with no entry that we know.
+    #[error("{0} has no 64-bit entry point; build it for x86-64 with protocol 2.12 or newer")]
+    NoEntry(PathBuf),
+    /// The kernel does not fit.
+    #[error("{path} does not fit into {mib} MiB of guest memory; give the guest more (`mem_size_mib`)")]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Guest memory, in MiB.
+        mib: u64,
+    },
+    /// The command line is too long or has characters that it may not have.
+    #[error("the kernel command line is not usable: {0}; it may have {COMMAND_LINE_MAX} bytes of printable ASCII")]
+    CommandLine(linux_loader::cmdline::Error),
+    /// Something does not fit into guest memory.
+    #[error("cannot write boot data into guest memory: {0}")]
+    Memory(#[from] GuestMemoryError),
+    /// The loader refused.
+    #[error("cannot write boot data into guest memory: {0}")]
+    Write(loader::Error),
+    /// The zero page does not fit.
+    #[error("cannot write boot parameters into guest memory: {0}")]
+    ZeroPage(#[from] linux_loader::configurator::Error),
+}
+
+/// What to boot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// The guest that this program carries.
+    Embedded,
+    /// A file.
+    File(PathBuf),
+}
+
+/// Loads a kernel and all that it needs, and returns the address of its 64-bit entry.
+pub fn load(ram: &GuestRam, kernel: &Kernel, command_line: &str, initrd: Option<&Path>) -> Result<u64, LoadError> {
+    let (loaded, entry) = match kernel {
+        Kernel::Embedded => load_kernel(ram, Path::new("the embedded guest"), &mut Cursor::new(EMBEDDED_GUEST))?,
+        Kernel::File(path) => {
+            let read = |source| LoadError::Read { what: "kernel", path: path.clone(), source };
+            let mut file = open_regular(path).map_err(read)?;
+            load_kernel(ram, path, &mut file)?
+        }
+    };
+    let initrd = initrd.map(|path| load_initrd(ram, path, loaded.kernel_end)).transpose()?;
+    let line = Cmdline::try_from(command_line, COMMAND_LINE_MAX).map_err(LoadError::CommandLine)?;
+    load_cmdline(ram.memory(), GuestAddress(COMMAND_LINE), &line).map_err(LoadError::Write)?;
+    regs::write_tables(ram.memory())?;
+    write_zero_page(ram.memory(), ram.regions(), loaded.setup_header, command_line.len() + 1, initrd)?;
+    Ok(entry)
+}
+
+/// Opens a file that must be a regular one: reading from a FIFO or a terminal could last for ever.
+fn open_regular(path: &Path) -> io::Result<File> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("not a regular file")) }
+}
+
+fn load_kernel(
+    ram: &GuestRam,
+    path: &Path,
+    image: &mut (impl Read + ReadVolatile + Seek),
+) -> Result<(KernelLoaderResult, u64), LoadError> {
+    let high = Some(GuestAddress(HIGH_MEMORY));
+    let elf = match Elf::load(ram.memory(), None, image, high) {
+        Ok(loaded) => {
+            let entry = loaded.kernel_load.raw_value();
+            return Ok((loaded, entry));
+        }
+        Err(e) if is_too_large(&e) => return Err(too_large(ram, path)),
+        Err(e) => e,
+    };
+    let rewind = |source| LoadError::Read { what: "kernel", path: path.to_owned(), source };
+    image.seek(SeekFrom::Start(0)).map_err(rewind)?;
+    match BzImage::load(ram.memory(), None, image, high) {
+        Ok(loaded) => {
+            // The 64-bit entry lies 0x200 bytes into the loaded kernel, if the header says that there is one.
+            const XLF_KERNEL_64: u16 = 1;
+            let header = loaded.setup_header.unwrap_or_default();
+            if { header.xloadflags } & XLF_KERNEL_64 == 0 {
+                return Err(LoadError::NoEntry(path.to_owned()));
+            }
+            let entry = loaded.kernel_load.raw_value() + 0x200;
+            Ok((loaded, entry))
+        }
+        Err(e) if is_too_large(&e) => Err(too_large(ram, path)),
+        Err(bzimage) => Err(LoadError::NoKernel { path: path.to_owned(), elf, bzimage }),
+    }
+}
+
+fn is_too_large(error: &loader::Error) -> bool {
+    use linux_loader::loader::{bzimage, elf};
+    matches!(
+        error,
+        loader::Error::MemoryOverflow
+            | loader::Error::Elf(elf::Error::ReadKernelImage)
+            | loader::Error::Bzimage(bzimage::Error::ReadBzImageCompressedKernel)
+    )
+}
+
+fn too_large(ram: &GuestRam, path: &Path) -> LoadError {
+    LoadError::TooLarge { path: path.to_owned(), mib: ram.size() >> 20 }
+}
+
+/// Puts an initial RAM disk at the top of low memory, page-aligned.
+fn load_initrd(ram: &GuestRam, path: &Path, kernel_end: u64) -> Result<Initrd, LoadError> {
+    let read = |source| LoadError::Read { what: "initial RAM disk", path: path.to_owned(), source };
+    let mut file = open_regular(path).map_err(read)?;
+    let size = file.metadata().map_err(read)?.len();
+    let low = ram.memory().iter().next().map_or(0, |region| region.len());
+    let addr = low.checked_sub(size).map(|addr| addr & !(PAGE_SIZE - 1)).filter(|addr| *addr >= kernel_end);
+    let addr = addr.ok_or_else(|| too_large(ram, path))?;
+    vm_memory::Bytes::read_exact_volatile_from(ram.memory(), GuestAddress(addr), &mut file, size as usize)?;
+    Ok(Initrd { addr, size })
+}

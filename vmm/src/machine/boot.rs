@@ -1,0 +1,118 @@
+//! Path one: boot. Configuration -> memory -> VM -> kernel -> devices -> vCPUs, standing still.
+
+use super::config::BootPlan;
+use super::wiring::{self, Outside, WireError};
+use super::{Machine, start_vcpus};
+use crate::arch::cpuid;
+use crate::arch::regs::{self, RegsError};
+use crate::kvm::{self, KvmError};
+use crate::loader::{self, Kernel, LoadError};
+use crate::memory::layout::GENERATION_PAGE;
+use crate::memory::{GuestRam, MemoryError};
+use crate::vcpu::VcpuError;
+use crate::vcpu::state::{StateShape, VcpuStateError};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
+
+/// Why a machine could not be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// Boot registers.
+    #[error(transparent)]
+    Regs(#[from] RegsError),
+    /// CPUID.
+    #[error("KVM refused the CPUID of vCPU {vcpu}: {source}")]
+    Cpuid {
+        /// Number of the vCPU.
+        vcpu: u8,
+        /// What the kernel said.
+        source: kvm_ioctls::Error,
+    },
+    /// Devices.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// Generation id.
+    #[error("cannot write the generation id into guest memory: {0}")]
+    Generation(GuestMemoryError),
+    /// No randomness.
+    #[error("cannot get random bytes from the kernel: {0}")]
+    Random(rustix::io::Errno),
+    /// What the host keeps for a vCPU.
+    #[error(transparent)]
+    Shape(#[from] VcpuStateError),
+    /// Threads.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+}
+
+/// Builds a machine with its kernel loaded. Its vCPUs stand still.
+pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
+    let kvm = kvm::open()?;
+    let ram = GuestRam::fresh(plan.memory_bytes)?;
+    let vm = kvm::create(&kvm, &ram, plan.vcpus)?;
+    let notifier = outside.notifier.clone();
+    let devices = wiring::wire(&vm.fd, ram.memory(), plan.vsock.as_ref(), None, outside)?;
+    set_cpuid(&kvm, &vm.vcpus)?;
+    write_generation(ram.memory(), &fresh_generation().map_err(BootError::Random)?).map_err(BootError::Generation)?;
+
+    let command_line = command_line(plan, vm.vcpus.first());
+    let entry = loader::load(&ram, &plan.kernel, &command_line, plan.initrd.as_deref())?;
+    if let Some(boot_vcpu) = vm.vcpus.first() {
+        regs::set_boot_registers(boot_vcpu, entry)?;
+    }
+
+    let shape = StateShape::of_host(&kvm, &vm.fd)?;
+    let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
+    let vsock = plan.vsock.clone();
+    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, page_server: None, vsock, running: false })
+}
+
+/// Gives each vCPU its CPUID.
+fn set_cpuid(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
+    let supported = kvm::supported_cpuid(kvm)?;
+    let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+    for (number, vcpu) in vcpus.iter().enumerate() {
+        let number = number as u8;
+        let cpuid = cpuid::for_vcpu(&supported, number, vcpus.len() as u8, tsc_deadline);
+        vcpu.set_cpuid2(&cpuid).map_err(|source| BootError::Cpuid { vcpu: number, source })?;
+    }
+    Ok(())
+}
+
+/// The command line as configured, with what the guest cannot find out by itself: where its devices are.
+fn command_line(plan: &BootPlan, vcpu: Option<&VcpuFd>) -> String {
+    let mut words = vec![plan.command_line.clone()];
+    words.extend(wiring::device_words(plan.vsock.is_some()));
+    if plan.kernel == Kernel::Embedded {
+        words.push(format!("coppice.vcpus={}", plan.vcpus));
+        words.push(format!("coppice.generation={GENERATION_PAGE:#x}"));
+        if let Some(khz) = vcpu.and_then(|vcpu| vcpu.get_tsc_khz().ok()) {
+            words.push(format!("coppice.tsc_khz={khz}"));
+        }
+    }
+    words.retain(|word| !word.is_empty());
+    words.join(" ")
+}
+
+/// A generation id that no other guest has.
+pub(super) fn fresh_generation() -> Result<[u8; 16], rustix::io::Errno> {
+    let mut id = [0; 16];
+    let filled = rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())?;
+    // Requests of up to 256 bytes are never cut short once the kernel's generator is seeded (getrandom(2)).
+    debug_assert_eq!(filled, id.len());
+    Ok(id)
+}
+
+/// Writes a generation id where the guest finds it. No vCPU may run.
+pub(super) fn write_generation(memory: &crate::memory::GuestMemory, id: &[u8; 16]) -> Result<(), GuestMemoryError> {
+    memory.write_slice(id, GuestAddress(GENERATION_PAGE))
+}

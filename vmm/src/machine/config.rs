@@ -1,0 +1,144 @@
+//! Is a configuration one that can be built? Pure; the same check for the command line, the file and the API.
+
+use crate::loader::Kernel;
+use crate::memory::layout::{MAX_MIB, MIN_MIB};
+use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
+use std::path::PathBuf;
+use uffd_handler::listener;
+
+/// Most vCPUs that a VM may have.
+pub const MAX_VCPUS: u8 = 4;
+/// Context ids below this one have a meaning of their own.
+const MIN_CID: u32 = 3;
+
+/// Why a configuration cannot be built.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// vCPUs out of range.
+    #[error("machine-config.vcpu_count is {0}; it may be 1 to {MAX_VCPUS}")]
+    Vcpus(u8),
+    /// Memory out of range.
+    #[error("machine-config.mem_size_mib is {0}; it may be {MIN_MIB} to {MAX_MIB}")]
+    Memory(u64),
+    /// A reserved context id.
+    #[error("vsock.guest_cid is {0}; it may be {MIN_CID} to 4294967294")]
+    GuestCid(u32),
+    /// A socket path that is too long.
+    #[error("vsock.uds_path: {0}")]
+    UdsPath(String),
+    /// Nothing to boot.
+    #[error("boot-source is missing: name a kernel (`kernel_image_path`) or say `embedded_guest`")]
+    NoKernel,
+    /// Two things to boot.
+    #[error("boot-source names both a kernel (`kernel_image_path`) and `embedded_guest`; choose one")]
+    TwoKernels,
+    /// The embedded guest takes no RAM disk.
+    #[error("boot-source.initrd_path: the embedded guest takes no initial RAM disk")]
+    EmbeddedInitrd,
+}
+
+/// A configuration that can be built.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootPlan {
+    /// What to boot.
+    pub kernel: Kernel,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Command line as configured; the vmm appends its devices.
+    pub command_line: String,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Guest memory, in bytes.
+    pub memory_bytes: u64,
+    /// The vsock device.
+    pub vsock: Option<Vsock>,
+}
+
+/// Checks CPUs and memory.
+pub fn check_machine(config: &MachineConfig) -> Result<(), ConfigError> {
+    let MachineConfig { vcpu_count, mem_size_mib } = *config;
+    if !(1..=MAX_VCPUS).contains(&vcpu_count) {
+        return Err(ConfigError::Vcpus(vcpu_count));
+    }
+    if !(MIN_MIB..=MAX_MIB).contains(&mem_size_mib) {
+        return Err(ConfigError::Memory(mem_size_mib));
+    }
+    Ok(())
+}
+
+/// Checks what to boot.
+pub fn check_boot_source(source: &BootSource) -> Result<Kernel, ConfigError> {
+    match (&source.kernel_image_path, source.embedded_guest) {
+        (Some(_), true) => Err(ConfigError::TwoKernels),
+        (None, false) => Err(ConfigError::NoKernel),
+        (None, true) if source.initrd_path.is_some() => Err(ConfigError::EmbeddedInitrd),
+        (None, true) => Ok(Kernel::Embedded),
+        (Some(path), false) => Ok(Kernel::File(path.clone())),
+    }
+}
+
+/// Checks the vsock device.
+pub fn check_vsock(vsock: &Vsock) -> Result<(), ConfigError> {
+    if vsock.guest_cid < MIN_CID || vsock.guest_cid == u32::MAX {
+        return Err(ConfigError::GuestCid(vsock.guest_cid));
+    }
+    listener::check_path(&vsock.uds_path).map_err(|e| ConfigError::UdsPath(e.to_string()))
+}
+
+/// Checks a whole configuration.
+pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
+    let VmConfig { boot_source, machine_config, vsock } = config;
+    let source = boot_source.as_ref().ok_or(ConfigError::NoKernel)?;
+    let kernel = check_boot_source(source)?;
+    check_machine(machine_config)?;
+    vsock.as_ref().map(check_vsock).transpose()?;
+    Ok(BootPlan {
+        kernel,
+        initrd: source.initrd_path.clone(),
+        command_line: source.boot_args.clone().unwrap_or_default(),
+        vcpus: machine_config.vcpu_count,
+        memory_bytes: machine_config.mem_size_mib << 20,
+        vsock: vsock.clone(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> VmConfig {
+        VmConfig {
+            boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
+            machine_config: MachineConfig { vcpu_count: 4, mem_size_mib: 8 },
+            vsock: Some(Vsock { guest_cid: 3, uds_path: "/run/v".into() }),
+        }
+    }
+
+    #[test]
+    fn a_good_configuration_is_planned() {
+        let plan = plan(&good()).unwrap();
+        assert_eq!((plan.vcpus, plan.memory_bytes, plan.kernel), (4, 8 << 20, Kernel::Embedded));
+    }
+
+    #[test]
+    fn each_bad_value_is_refused_by_name() {
+        let with = |change: fn(&mut VmConfig)| {
+            let mut config = good();
+            change(&mut config);
+            plan(&config).unwrap_err()
+        };
+        assert_eq!(with(|c| c.machine_config.vcpu_count = 0), ConfigError::Vcpus(0));
+        assert_eq!(with(|c| c.machine_config.vcpu_count = 5), ConfigError::Vcpus(5));
+        assert_eq!(with(|c| c.machine_config.mem_size_mib = 7), ConfigError::Memory(7));
+        assert_eq!(with(|c| c.machine_config.mem_size_mib = u64::MAX), ConfigError::Memory(u64::MAX));
+        assert_eq!(with(|c| c.boot_source = None), ConfigError::NoKernel);
+        assert_eq!(with(|c| c.boot_source = Some(BootSource::default())), ConfigError::NoKernel);
+        let both = with(|c| c.boot_source.as_mut().unwrap().kernel_image_path = Some("k".into()));
+        assert_eq!(both, ConfigError::TwoKernels);
+        let initrd = with(|c| c.boot_source.as_mut().unwrap().initrd_path = Some("i".into()));
+        assert_eq!(initrd, ConfigError::EmbeddedInitrd);
+        assert_eq!(with(|c| c.vsock.as_mut().unwrap().guest_cid = 2), ConfigError::GuestCid(2));
+        let long = with(|c| c.vsock.as_mut().unwrap().uds_path = "x".repeat(108).into());
+        assert!(matches!(long, ConfigError::UdsPath(_)));
+    }
+}

@@ -1,0 +1,426 @@
+//! The one owner of the VM, on the event loop's thread: requests, notices, signals and the page server's fate all end up
+//! here, one at a time.
+
+use super::Machine;
+use super::boot::{BootError, boot};
+use super::config::{self, ConfigError};
+use super::requests::{self, NotNow, Phase};
+use super::restore::{RestoreError, restore};
+use super::snapshot::{self, Job, SnapshotError};
+use super::wiring::Outside;
+use crate::api::server::{Pending, Server};
+use crate::api::{Request, Response};
+use crate::console::Console;
+use crate::notice::{self, Notice, Notices, Notifier};
+use crate::vcpu::{GuestEnd, VcpuError};
+use api_spec::agent::Level;
+use api_spec::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus};
+use api_spec::vm::{Action, ActionType, InstanceInfo, InstanceState, Readiness, Version, VmConfig, VmPatch, VmState};
+use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use uffd_handler::listener::ListenError;
+use uffd_handler::process::Signals;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Anything that the event loop serves.
+pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
+
+/// Why a vmm ended, when nothing went wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest reset its machine.
+    Reset,
+    /// The process was asked to end.
+    Signal,
+}
+
+/// Why a vmm failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Something of the event loop itself.
+    #[error("the event loop failed: {0}")]
+    Loop(String),
+    /// No event descriptor, signal descriptor or thread.
+    #[error("cannot set up the vmm: {0}")]
+    Setup(#[from] io::Error),
+    /// The API's socket.
+    #[error(transparent)]
+    Api(#[from] ListenError),
+    /// The configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Boot.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Restore.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// The guest.
+    #[error("{0}")]
+    Guest(GuestEnd),
+    /// The page server.
+    #[error(
+        "the page server at {0} is gone, and without it the guest cannot go on: its untouched pages are lost; restore the guest again once the server runs"
+    )]
+    PageServerGone(PathBuf),
+}
+
+/// Why a request was refused.
+#[derive(Debug, thiserror::Error)]
+enum RequestError {
+    #[error(transparent)]
+    NotNow(#[from] NotNow),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    #[error("cannot watch the page server: {0}")]
+    Watch(io::Error),
+}
+
+/// What to do first.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Start {
+    /// Wait for the API.
+    Api,
+    /// Boot this.
+    Boot(VmConfig),
+    /// Restore this.
+    Restore(SnapshotLoad),
+}
+
+/// Runs a vmm until it ends.
+pub fn run(id: String, api: Option<&Path>, start: Start) -> Result<Ending, RunError> {
+    let mut manager = EventManager::<Subscriber>::new().map_err(loop_error)?;
+    let driver = Arc::new(Mutex::new(Driver::new(id, api)?));
+    manager.add_subscriber(driver.clone());
+    crate::devices::lock(&driver).start(start)?;
+    loop {
+        let (arrivals, ending) = crate::devices::lock(&driver).take_news();
+        if let Some(ending) = ending {
+            return ending;
+        }
+        for subscriber in arrivals {
+            manager.add_subscriber(subscriber);
+        }
+        manager.run().map_err(loop_error)?;
+    }
+}
+
+fn loop_error(e: event_manager::Error) -> RunError {
+    RunError::Loop(e.to_string())
+}
+
+/// The one owner of the VM.
+struct Driver {
+    id: String,
+    config: VmConfig,
+    configured: bool,
+    machine: Option<Machine>,
+    readiness: Option<Readiness>,
+    /// The snapshot that is being written, and who waits for it.
+    job: Option<(Job, Pending)>,
+    status: SnapshotStatus,
+    api: Option<Server>,
+    notifier: Notifier,
+    notices: Notices,
+    reset: EventFd,
+    signals: Signals,
+    /// Subscribers that the event loop does not know yet.
+    arrivals: Vec<Subscriber>,
+    ending: Option<Result<Ending, RunError>>,
+}
+
+impl Driver {
+    fn new(id: String, api: Option<&Path>) -> Result<Self, RunError> {
+        let signals = Signals::catch()?;
+        let api = api.map(Server::listen).transpose()?;
+        let (notifier, notices) = notice::channel()?;
+        let reset = EventFd::new(EFD_NONBLOCK)?;
+        Ok(Driver {
+            id,
+            config: VmConfig::default(),
+            configured: false,
+            machine: None,
+            readiness: None,
+            job: None,
+            status: SnapshotStatus::default(),
+            api,
+            notifier,
+            notices,
+            reset,
+            signals,
+            arrivals: Vec::new(),
+            ending: None,
+        })
+    }
+
+    fn start(&mut self, start: Start) -> Result<(), RunError> {
+        match start {
+            Start::Api => Ok(()),
+            Start::Boot(config) => {
+                self.config = config;
+                self.boot().map_err(|e| match e {
+                    RequestError::Config(e) => RunError::Config(e),
+                    RequestError::Boot(e) => RunError::Boot(e),
+                    other => RunError::Loop(other.to_string()),
+                })
+            }
+            Start::Restore(load) => self.load(&load).map_err(|e| match e {
+                RequestError::Restore(e) => RunError::Restore(e),
+                RequestError::Watch(e) => RunError::Setup(e),
+                other => RunError::Loop(other.to_string()),
+            }),
+        }
+    }
+
+    /// Subscribers for the event loop, and the end if it has come.
+    fn take_news(&mut self) -> (Vec<Subscriber>, Option<Result<Ending, RunError>>) {
+        (std::mem::take(&mut self.arrivals), self.ending.take())
+    }
+
+    fn end(&mut self, ending: Result<Ending, RunError>) {
+        self.ending.get_or_insert(ending);
+    }
+
+    fn phase(&self) -> Phase {
+        match &self.machine {
+            None => Phase::NotStarted { configured: self.configured },
+            Some(machine) if machine.is_running() => Phase::Running,
+            Some(_) => Phase::Paused,
+        }
+    }
+
+    fn outside(&self) -> Result<Outside, io::Error> {
+        Ok(Outside { notifier: self.notifier.clone(), console: Console::output(), reset: self.reset.try_clone()? })
+    }
+
+    fn adopt(&mut self, machine: Machine) {
+        if let Some(vsock) = &machine.devices().vsock {
+            self.arrivals.push(vsock.device.clone());
+        }
+        Console::feed(&machine.devices().serial);
+        self.config.machine_config.vcpu_count = machine.vcpu_count();
+        self.config.machine_config.mem_size_mib = machine.memory_bytes() >> 20;
+        self.config.vsock = machine.vsock().cloned();
+        self.machine = Some(machine);
+    }
+
+    fn boot(&mut self) -> Result<(), RequestError> {
+        let plan = config::plan(&self.config)?;
+        let outside = self.outside().map_err(RequestError::Watch)?;
+        let mut machine = boot(&plan, outside)?;
+        machine.resume();
+        self.adopt(machine);
+        log::info!("booted: {} vCPUs, {} MiB", plan.vcpus, plan.memory_bytes >> 20);
+        Ok(())
+    }
+
+    fn load(&mut self, load: &SnapshotLoad) -> Result<(), RequestError> {
+        let outside = self.outside().map_err(RequestError::Watch)?;
+        let mut machine = restore(load, outside)?;
+        if let Some(server) = machine.page_server() {
+            watch_page_server(server.path(), server.connection().map_err(RequestError::Watch)?, self.notifier.clone())
+                .map_err(RequestError::Watch)?;
+        }
+        if load.resume_vm {
+            machine.resume();
+        }
+        self.adopt(machine);
+        Ok(())
+    }
+
+    fn create_snapshot(&mut self, create: &SnapshotCreate, from: Pending) -> Result<(), RequestError> {
+        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+        let job = snapshot::create(machine, create, self.readiness, self.notifier.clone())?;
+        self.job = Some((job, from));
+        self.status = SnapshotStatus { state: SnapshotState::Writing, ..Default::default() };
+        Ok(())
+    }
+
+    fn patch_vm(&mut self, patch: VmPatch) -> Result<(), RequestError> {
+        let changes = requests::changes(self.phase(), patch.state);
+        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+        match patch.state {
+            _ if !changes => {}
+            VmState::Paused => machine.pause()?,
+            VmState::Resumed => machine.resume(),
+        }
+        Ok(())
+    }
+
+    /// Answers a request; `None` if the answer comes later.
+    fn answer(&mut self, request: Request, from: Pending) -> Option<Response> {
+        let outcome = requests::may(&request, self.phase(), self.job.is_some())
+            .map_err(RequestError::from)
+            .and_then(|()| self.obey(request, from));
+        match outcome {
+            Ok(response) => response,
+            Err(e) => Some(Response::fault(400, &e.to_string())),
+        }
+    }
+
+    /// Does what a legal request asks for.
+    fn obey(&mut self, request: Request, from: Pending) -> Result<Option<Response>, RequestError> {
+        let done = Ok(Some(Response::done()));
+        match request {
+            Request::Info => Ok(Some(Response::document(&self.info()))),
+            Request::Version => {
+                let version = Version { firecracker_version: env!("CARGO_PKG_VERSION").into() };
+                Ok(Some(Response::document(&version)))
+            }
+            Request::Config => Ok(Some(Response::document(&self.config))),
+            Request::GetMachineConfig => Ok(Some(Response::document(&self.config.machine_config))),
+            Request::SnapshotStatus => Ok(Some(Response::document(&self.status))),
+            Request::PutMachineConfig(machine) => {
+                config::check_machine(&machine)?;
+                self.configure(|config| config.machine_config = machine);
+                done
+            }
+            Request::PutBootSource(source) => {
+                config::check_boot_source(&source)?;
+                self.configure(|config| config.boot_source = Some(source));
+                done
+            }
+            Request::PutVsock(vsock) => {
+                config::check_vsock(&vsock)?;
+                self.configure(|config| config.vsock = Some(vsock));
+                done
+            }
+            Request::Action(Action { action_type: ActionType::InstanceStart }) => self.boot().and(done),
+            Request::PatchVm(patch) => self.patch_vm(patch).and(done),
+            Request::SnapshotLoad(load) => self.load(&load).and(done),
+            Request::SnapshotCreate(create) => self.create_snapshot(&create, from).and(Ok(None)),
+        }
+    }
+
+    fn configure(&mut self, change: impl FnOnce(&mut VmConfig)) {
+        change(&mut self.config);
+        self.configured = true;
+    }
+
+    fn info(&self) -> InstanceInfo {
+        InstanceInfo {
+            id: self.id.clone(),
+            state: match self.phase() {
+                Phase::NotStarted { .. } => InstanceState::NotStarted,
+                Phase::Paused => InstanceState::Paused,
+                Phase::Running => InstanceState::Running,
+            },
+            vmm_version: env!("CARGO_PKG_VERSION").into(),
+            app_name: "Coppice".into(),
+            readiness: self.readiness,
+        }
+    }
+
+    fn on_api(&mut self, events: Events, ops: &mut EventOps) {
+        let Some(api) = &mut self.api else { return };
+        let requests = api.on_event(events, ops);
+        self.answer_all(requests, ops);
+    }
+
+    fn answer_all(&mut self, requests: Vec<(Pending, Request)>, ops: &mut EventOps) {
+        let mut queue = std::collections::VecDeque::from(requests);
+        while let Some((from, request)) = queue.pop_front() {
+            if let Some(response) = self.answer(request, from)
+                && let Some(api) = &mut self.api
+            {
+                queue.extend(api.respond(from, &response, ops));
+            }
+        }
+    }
+
+    fn on_notice(&mut self, notice: Notice, ops: &mut EventOps) {
+        match notice {
+            Notice::Ready(level) => {
+                let readiness = match level {
+                    Level::Agent => Readiness::Agent,
+                    Level::Full => Readiness::Full,
+                    Level::Degraded => Readiness::Degraded,
+                };
+                log::info!("the guest's agent is ready ({readiness:?})");
+                self.readiness = Some(readiness);
+            }
+            Notice::End(end) => self.end(Err(RunError::Guest(end))),
+            Notice::PageServerGone(path) => self.end(Err(RunError::PageServerGone(path))),
+            Notice::SnapshotWritten => self.on_snapshot_written(ops),
+        }
+    }
+
+    fn on_snapshot_written(&mut self, ops: &mut EventOps) {
+        let Some((job, from)) = self.job.take() else { return };
+        self.status = job.finish();
+        let response = match &self.status.error {
+            None => Response::done(),
+            Some(error) => Response::fault(400, error),
+        };
+        log::info!(
+            "snapshot {:?}: the guest stood still {} us; {} us in all",
+            self.status.state,
+            self.status.pause_us,
+            self.status.total_us
+        );
+        let further = self.api.as_mut().map(|api| api.respond(from, &response, ops)).unwrap_or_default();
+        self.answer_all(further, ops);
+    }
+}
+
+impl MutEventSubscriber for Driver {
+    fn init(&mut self, ops: &mut EventOps) {
+        let mut sources = vec![self.notices.event().as_raw_fd(), self.reset.as_raw_fd(), self.signals.as_raw_fd()];
+        sources.extend(self.api.as_ref().map(|api| api.listener().as_raw_fd()));
+        for fd in sources {
+            if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+                self.end(Err(RunError::Loop(e.to_string())));
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let fd = events.fd();
+        if self.api.as_ref().is_some_and(|api| api.owns(fd)) {
+            self.on_api(events, ops);
+        } else if fd == self.reset.as_raw_fd() {
+            log::info!("the guest reset its machine");
+            self.end(Ok(Ending::Reset));
+        } else if fd == self.signals.as_raw_fd() {
+            self.end(Ok(Ending::Signal));
+        } else {
+            for notice in self.notices.take() {
+                self.on_notice(notice, ops);
+            }
+        }
+    }
+}
+
+/// How long the event loop has to end the process in good order after the page server is gone.
+const LAST_ORDERS: Duration = Duration::from_millis(500);
+
+/// Watches the connection to the page server on a thread of its own, since the event loop itself may be waiting for a
+/// page. The guest never reads wrong bytes meanwhile: the vmm holds its own descriptor of the userfaultfd, so untouched
+/// pages stay unreadable.
+fn watch_page_server(path: &Path, connection: std::os::unix::net::UnixStream, notifier: Notifier) -> io::Result<()> {
+    let path = path.to_owned();
+    std::thread::Builder::new().name("page-server".into()).spawn(move || {
+        use rustix::event::{PollFd, PollFlags, poll};
+        connection.set_nonblocking(true).ok();
+        // The server says nothing more; whatever makes the connection readable is its end.
+        while let Err(rustix::io::Errno::INTR) = poll(&mut [PollFd::new(&connection, PollFlags::IN)], None) {}
+        notifier.send(Notice::PageServerGone(path.clone()));
+        std::thread::sleep(LAST_ORDERS);
+        log::error!("{}", RunError::PageServerGone(path));
+        std::process::exit(crate::cli::FAILED);
+    })?;
+    Ok(())
+}

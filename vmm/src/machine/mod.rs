@@ -1,0 +1,99 @@
+//! The machine: what it is made of, and the paths that make it.
+//!
+//! ```text
+//!                 boot                       PATCH /vm Resumed
+//!   NotStarted ----------> Paused  ------------------------------> Running
+//!       |                  ^    ^  <------------------------------   |  |
+//!       |     restore      |    |        PATCH /vm Paused            |  | the guest resets, or cannot go on
+//!       +------------------+    +---- snapshot (pause, state, freeze, +  v
+//!                                     resume; memory in the background)  the process ends
+//! ```
+//!
+//! - [`config`], [`requests`]: what can be built, and what is legal when (pure)
+//! - [`boot`], [`restore`], [`snapshot`]: the three long constructions, each readable from top to bottom
+//! - [`wiring`]: devices and their places
+//! - [`driver`]: the one owner of all this, on the event loop
+
+pub mod boot;
+pub mod config;
+pub mod driver;
+pub mod requests;
+pub mod restore;
+pub mod snapshot;
+pub mod wiring;
+
+use crate::memory::GuestRam;
+use crate::memory::uffd::PageServer;
+use crate::notice::Notifier;
+use crate::vcpu::state::StateShape;
+use crate::vcpu::{self, Buses, Vcpu, VcpuError};
+use api_spec::vm::Vsock;
+use kvm_ioctls::{VcpuFd, VmFd};
+use wiring::Devices;
+
+/// One microVM. Fields are dropped in this order: threads end before the VM, and the VM before its memory.
+#[derive(Debug)]
+pub struct Machine {
+    vcpus: Vec<Vcpu>,
+    devices: Devices,
+    shape: StateShape,
+    vm: VmFd,
+    ram: GuestRam,
+    page_server: Option<PageServer>,
+    vsock: Option<Vsock>,
+    running: bool,
+}
+
+impl Machine {
+    /// Whether vCPUs run.
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
+    /// Guest memory, in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        self.ram.size()
+    }
+
+    /// Number of vCPUs.
+    pub fn vcpu_count(&self) -> u8 {
+        self.vcpus.len() as u8
+    }
+
+    /// The vsock device as it stands on the host.
+    pub fn vsock(&self) -> Option<&Vsock> {
+        self.vsock.as_ref()
+    }
+
+    /// Devices and their places.
+    pub fn devices(&self) -> &Devices {
+        &self.devices
+    }
+
+    /// The page server that memory comes from, if any.
+    pub fn page_server(&self) -> Option<&PageServer> {
+        self.page_server.as_ref()
+    }
+
+    /// Lets all vCPUs run.
+    pub fn resume(&mut self) {
+        self.devices.resume();
+        self.vcpus.iter().for_each(Vcpu::run);
+        self.running = true;
+    }
+
+    /// Brings all vCPUs to a standstill.
+    pub fn pause(&mut self) -> Result<(), VcpuError> {
+        vcpu::pause_all(&self.vcpus)?;
+        self.running = false;
+        Ok(())
+    }
+}
+
+/// Starts the threads of vCPUs, standing still.
+fn start_vcpus(fds: Vec<VcpuFd>, buses: &Buses, notifier: &Notifier) -> Result<Vec<Vcpu>, VcpuError> {
+    fds.into_iter()
+        .enumerate()
+        .map(|(number, fd)| Vcpu::start(number as u8, fd, buses.clone(), notifier.clone()))
+        .collect()
+}

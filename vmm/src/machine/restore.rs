@@ -1,0 +1,192 @@
+//! Path two: restore. Snapshot -> memory (and the page server's word that it serves) -> VM -> state -> devices -> vCPUs,
+//! standing still.
+
+use super::boot::{fresh_generation, write_generation};
+use super::config::{self, ConfigError, MAX_VCPUS};
+use super::wiring::{self, Outside, WireError};
+use super::{Machine, start_vcpus};
+use crate::host;
+use crate::kvm::state::VmStateError;
+use crate::kvm::{self, KvmError};
+use crate::memory::layout;
+use crate::memory::uffd::{self, PageServer, UffdError};
+use crate::memory::{GuestRam, MemoryError};
+use crate::vcpu::VcpuError;
+use crate::vcpu::state::{StateShape, VcpuStateError};
+use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad};
+use api_spec::vm::Vsock;
+use snapshot::compat::Mismatch;
+use snapshot::image::{ImageError, ensure_trusted};
+use snapshot::load::{LoadError, Snapshot};
+use snapshot::manifest::Manifest;
+use std::path::PathBuf;
+use vm_memory::GuestMemoryError;
+
+/// Why a snapshot could not be restored.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The snapshot.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// It does not belong on this host.
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+    /// It is of a machine that this program does not build.
+    #[error(
+        "the snapshot's memory of {bytes} bytes does not lie as this program lays it out; it was written by another one"
+    )]
+    Layout {
+        /// Guest memory, in bytes.
+        bytes: u64,
+    },
+    /// It is of a machine that this program does not build.
+    #[error("the snapshot has {0} vCPUs; this program runs 1 to {MAX_VCPUS}")]
+    Vcpus(u32),
+    /// Something was asked for that this program does not have.
+    #[error(
+        "mem_backend.backend_type `Uffd` (copy mode) is not offered yet; use `UffdShared` with our page server, or `File`"
+    )]
+    CopyMode,
+    /// A memory file that is not the snapshot's.
+    #[error(
+        "mem_backend.backend_path {given} is not the snapshot's memory file {expected}; leave mem_backend out to use that"
+    )]
+    OtherMemory {
+        /// What was asked for.
+        given: PathBuf,
+        /// What the snapshot has.
+        expected: PathBuf,
+    },
+    /// Another host side for a device that is not there.
+    #[error("vsock_override: the snapshot has no vsock device")]
+    NoVsock,
+    /// A device that cannot be built.
+    #[error("vsock_override: {0}")]
+    Vsock(ConfigError),
+    /// The memory file.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The page server.
+    #[error(transparent)]
+    Uffd(#[from] UffdError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// A vCPU's state.
+    #[error("vCPU {vcpu}: {source}")]
+    VcpuState {
+        /// Number of the vCPU.
+        vcpu: usize,
+        /// What went wrong.
+        source: VcpuStateError,
+    },
+    /// The VM's state.
+    #[error(transparent)]
+    VmState(#[from] VmStateError),
+    /// Devices.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// Generation id.
+    #[error("cannot write the generation id into guest memory: {0}")]
+    Generation(GuestMemoryError),
+    /// No randomness.
+    #[error("cannot get random bytes from the kernel: {0}")]
+    Random(rustix::io::Errno),
+    /// What the host keeps for a vCPU.
+    #[error(transparent)]
+    Shape(VcpuStateError),
+    /// Threads.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+}
+
+/// Builds a machine from a snapshot. Its vCPUs stand still.
+pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, RestoreError> {
+    let snapshot = snapshot::load::open(&request.snapshot_path)?;
+    check(&snapshot)?;
+    let vsock = vsock(snapshot.manifest(), request)?;
+    let kvm = kvm::open()?;
+
+    let (ram, page_server) = memory(&snapshot, request.mem_backend.as_ref())?;
+    let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
+    let state = snapshot.state();
+    for (number, (vcpu, saved)) in vm.vcpus.iter().zip(&state.vcpus).enumerate() {
+        let fail = |source| RestoreError::VcpuState { vcpu: number, source };
+        crate::vcpu::state::load(vcpu, &vm.fd, saved).map_err(fail)?;
+    }
+    kvm::state::load(&vm.fd, &state.vm)?;
+    // From here on guest memory may be touched, and a page server already serves.
+    if request.new_generation {
+        let id = fresh_generation().map_err(RestoreError::Random)?;
+        write_generation(ram.memory(), &id).map_err(RestoreError::Generation)?;
+    }
+    let notifier = outside.notifier.clone();
+    let devices = wiring::wire(&vm.fd, ram.memory(), vsock.as_ref(), Some(&state.devices), outside)?;
+    vm.vcpus.iter().for_each(crate::vcpu::state::note_pause);
+
+    let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
+    let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
+    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, page_server, vsock, running: false })
+}
+
+/// Whether this program on this host can run the snapshot.
+fn check(snapshot: &Snapshot) -> Result<(), RestoreError> {
+    let manifest = snapshot.manifest();
+    snapshot::compat::check(manifest, &host::facts())?;
+    let bytes = manifest.machine.memory_bytes;
+    if manifest.memory.regions != layout::ram_regions(bytes) || bytes >> 20 > layout::MAX_MIB {
+        return Err(RestoreError::Layout { bytes });
+    }
+    if !(1..=u32::from(MAX_VCPUS)).contains(&manifest.machine.vcpus) {
+        return Err(RestoreError::Vcpus(manifest.machine.vcpus));
+    }
+    Ok(())
+}
+
+/// The vsock device: as it was, but for what the request overrides.
+fn vsock(manifest: &Manifest, request: &SnapshotLoad) -> Result<Option<Vsock>, RestoreError> {
+    let saved = manifest.devices.vsock.as_ref();
+    let overridden = request.vsock_override.as_ref().map(|o| o.uds_path.clone());
+    let Some(saved) = saved else {
+        return if overridden.is_some() { Err(RestoreError::NoVsock) } else { Ok(None) };
+    };
+    let guest_cid = u32::try_from(saved.guest_cid).unwrap_or(u32::MAX);
+    let vsock = Vsock { guest_cid, uds_path: overridden.unwrap_or_else(|| saved.uds_path.clone().into()) };
+    config::check_vsock(&vsock).map_err(RestoreError::Vsock)?;
+    Ok(Some(vsock))
+}
+
+/// Maps the snapshot's memory, from its own file or from a page server.
+fn memory(snapshot: &Snapshot, backend: Option<&MemBackend>) -> Result<(GuestRam, Option<PageServer>), RestoreError> {
+    let memory = &snapshot.manifest().memory;
+    let regions = memory.regions.clone();
+    match backend {
+        Some(MemBackend { backend_type: MemBackendType::Uffd, .. }) => Err(RestoreError::CopyMode),
+        Some(MemBackend { backend_type: MemBackendType::UffdShared, backend_path }) => {
+            let (ram, server) = uffd::connect(backend_path, &memory.root, regions)?;
+            Ok((ram, Some(server)))
+        }
+        Some(MemBackend { backend_type: MemBackendType::File, backend_path }) => {
+            let expected = snapshot.dir().join(&memory.file);
+            if !same_file(backend_path, &expected) {
+                return Err(RestoreError::OtherMemory { given: backend_path.clone(), expected });
+            }
+            file_backed(snapshot)
+        }
+        None => file_backed(snapshot),
+    }
+}
+
+fn file_backed(snapshot: &Snapshot) -> Result<(GuestRam, Option<PageServer>), RestoreError> {
+    let trusted = ensure_trusted(snapshot)?;
+    Ok((GuestRam::private_view(&trusted.file, snapshot.manifest().memory.regions.clone())?, None))
+}
+
+fn same_file(a: &std::path::Path, b: &std::path::Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let id = |path| std::fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
+    id(a).is_some() && id(a) == id(b)
+}

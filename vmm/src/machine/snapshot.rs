@@ -1,0 +1,239 @@
+//! Path three: snapshot. The guest stands still for its state and for the freeze; memory is written after it went on.
+//!
+//! ```text
+//!   event loop:  pause -> device state -> vCPU state -> VM state -> freeze -> resume
+//!   background:                                                        \-> seal -> memory -> commit (rename)
+//! ```
+//!
+//! Memory comes last because saving devices may still change it. A guest that is itself a private view (a clone) has
+//! nothing to freeze: its memory is copied while it stands still.
+
+use super::Machine;
+use crate::host;
+use crate::kvm::state::VmStateError;
+use crate::memory::freeze::{FreezeError, Frozen};
+use crate::memory::{GuestMemory, GuestRam};
+use crate::notice::{Notice, Notifier};
+use crate::vcpu::VcpuError;
+use crate::vcpu::state::VcpuStateError;
+use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus, SnapshotType};
+use api_spec::vm::Readiness;
+use snapshot::create::{CreateError, Facts, FileSource, MemoryDigest, MemorySource, Staging};
+use snapshot::manifest::{self, MemoryRegion, VsockDevice};
+use snapshot::state::MachineState;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::AtomicBool;
+use std::thread::JoinHandle;
+use std::time::Instant;
+use vm_memory::{Bytes, GuestAddress};
+
+/// Why a snapshot could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// Something was asked for that this program does not have.
+    #[error("snapshot_type `Diff` is not offered yet; use `Full`")]
+    Diff,
+    /// Something was asked for that this program does otherwise.
+    #[error("mem_file_path is not taken here: memory is part of the snapshot directory `snapshot_path`; leave it out")]
+    MemFilePath,
+    /// vCPUs.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A vCPU's state.
+    #[error("vCPU {vcpu}: {source}")]
+    VcpuState {
+        /// Number of the vCPU.
+        vcpu: usize,
+        /// What went wrong.
+        source: VcpuStateError,
+    },
+    /// The VM's state.
+    #[error(transparent)]
+    VmState(#[from] VmStateError),
+    /// Memory.
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
+    /// The files.
+    #[error(transparent)]
+    Create(#[from] CreateError),
+    /// The background thread.
+    #[error("cannot start the thread that writes the snapshot: {0}")]
+    Thread(io::Error),
+}
+
+/// A snapshot that is being written in the background.
+#[derive(Debug)]
+pub struct Job {
+    thread: JoinHandle<Result<u64, SnapshotError>>,
+    started: Instant,
+    pause_us: u64,
+}
+
+impl Job {
+    /// How the snapshot went. To be called when [`Notice::SnapshotWritten`] has come; waits otherwise.
+    pub fn finish(self) -> SnapshotStatus {
+        let result = self.thread.join();
+        let status = SnapshotStatus {
+            state: SnapshotState::Done,
+            pause_us: self.pause_us,
+            total_us: self.started.elapsed().as_micros() as u64,
+            ..Default::default()
+        };
+        match result {
+            Ok(Ok(memory_bytes)) => SnapshotStatus { memory_bytes, ..status },
+            Ok(Err(e)) => SnapshotStatus { state: SnapshotState::Failed, error: Some(e.to_string()), ..status },
+            Err(_) => {
+                let error = Some("the thread that writes the snapshot panicked".to_owned());
+                SnapshotStatus { state: SnapshotState::Failed, error, ..status }
+            }
+        }
+    }
+}
+
+/// Memory as it is when the guest goes on.
+enum Captured {
+    /// Immutable from now on; still to be written.
+    Frozen(Frozen, Vec<MemoryRegion>),
+    /// Written already.
+    Written(MemoryDigest),
+}
+
+/// Takes a snapshot. The guest runs again, if it ran, when this returns.
+pub fn create(
+    machine: &mut Machine,
+    request: &SnapshotCreate,
+    readiness: Option<Readiness>,
+    notifier: Notifier,
+) -> Result<Job, SnapshotError> {
+    let started = Instant::now();
+    if request.snapshot_type == SnapshotType::Diff {
+        return Err(SnapshotError::Diff);
+    }
+    if request.mem_file_path.is_some() {
+        return Err(SnapshotError::MemFilePath);
+    }
+    let mut staging = Staging::begin(&request.snapshot_path)?;
+    let facts = facts(machine, readiness);
+
+    let was_running = machine.is_running();
+    let stood_still = Instant::now();
+    let captured = machine.pause().map_err(SnapshotError::from).and_then(|()| capture(machine, &mut staging));
+    if was_running {
+        machine.resume();
+    }
+    let pause_us = stood_still.elapsed().as_micros() as u64;
+
+    let (state, memory) = captured?;
+    let thread = std::thread::Builder::new()
+        .name("snapshot".into())
+        .spawn(move || {
+            let result = write(staging, memory, facts, &state);
+            notifier.send(Notice::SnapshotWritten);
+            result
+        })
+        .map_err(SnapshotError::Thread)?;
+    Ok(Job { thread, started, pause_us })
+}
+
+/// Saves everything of a guest that stands still.
+fn capture(machine: &mut Machine, staging: &mut Staging) -> Result<(MachineState, Captured), SnapshotError> {
+    let state = save(machine)?;
+    let captured = match machine.ram.freeze()? {
+        Some(frozen) => Captured::Frozen(frozen, machine.ram.regions().to_vec()),
+        None => Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &NEVER)?),
+    };
+    Ok((state, captured))
+}
+
+/// Nobody cancels.
+static NEVER: AtomicBool = AtomicBool::new(false);
+
+/// The state of a machine whose vCPUs stand still.
+pub(super) fn save(machine: &Machine) -> Result<MachineState, SnapshotError> {
+    let devices = machine.devices.save();
+    let vcpus = machine
+        .vcpus
+        .iter()
+        .enumerate()
+        .map(|(number, vcpu)| {
+            crate::vcpu::state::save(&vcpu.lock(), &machine.shape)
+                .map_err(|source| SnapshotError::VcpuState { vcpu: number, source })
+        })
+        .collect::<Result<_, _>>()?;
+    let vm = crate::kvm::state::save(&machine.vm)?;
+    Ok(MachineState { vcpus, vm, devices })
+}
+
+/// The part that may take long. Returns how many bytes of memory were written.
+fn write(mut staging: Staging, memory: Captured, facts: Facts, state: &MachineState) -> Result<u64, SnapshotError> {
+    let digest = match memory {
+        Captured::Written(digest) => digest,
+        Captured::Frozen(frozen, regions) => {
+            let image = frozen.finish()?;
+            let unreadable = |source| CreateError::Source { offset: 0, source };
+            staging.write_memory(&mut FileSource::new(&image, regions).map_err(unreadable)?, &NEVER)?
+        }
+    };
+    let bytes = digest.data_bytes();
+    staging.commit(digest, facts, state)?;
+    Ok(bytes)
+}
+
+fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
+    let vsock = machine.vsock.as_ref().map(|vsock| VsockDevice {
+        guest_cid: vsock.guest_cid.into(),
+        uds_path: vsock.uds_path.to_string_lossy().into_owned(),
+    });
+    Facts {
+        vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
+        host: host::facts(),
+        devices: manifest::Devices { vsock },
+        readiness: readiness.map(|readiness| match readiness {
+            Readiness::Agent => manifest::Readiness::Agent,
+            Readiness::Full => manifest::Readiness::Full,
+            Readiness::Degraded => manifest::Readiness::Degraded,
+        }),
+    }
+}
+
+/// The memory of a guest that is a private view, read through that view.
+struct ViewSource {
+    memory: GuestMemory,
+    regions: Vec<MemoryRegion>,
+    size: u64,
+}
+
+impl ViewSource {
+    fn new(ram: &GuestRam) -> Self {
+        ViewSource { memory: ram.memory().clone(), regions: ram.regions().to_vec(), size: ram.size() }
+    }
+}
+
+impl MemorySource for ViewSource {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn regions(&self) -> Vec<MemoryRegion> {
+        self.regions.clone()
+    }
+
+    fn next_data(&mut self, from: u64) -> io::Result<Option<Range<u64>>> {
+        Ok((from < self.size).then_some(from..self.size))
+    }
+
+    fn read(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let region = self.regions.iter().find(|r| (r.offset..r.offset + r.size_bytes).contains(&at));
+            let region = region.ok_or(io::ErrorKind::UnexpectedEof)?;
+            let n = (buf.len() - done).min((region.offset + region.size_bytes - at) as usize);
+            let from = GuestAddress(region.guest_addr + (at - region.offset));
+            self.memory.read_slice(&mut buf[done..done + n], from).map_err(io::Error::other)?;
+            done += n;
+        }
+        Ok(())
+    }
+}

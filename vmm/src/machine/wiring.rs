@@ -1,0 +1,200 @@
+//! Devices and their places: ports, addresses, interrupt lines.
+//!
+//! | device | where | interrupt |
+//! |---|---|---|
+//! | COM1 | ports 0x3f8 to 0x3ff | GSI 4 |
+//! | i8042 | ports 0x60 to 0x64 | none |
+//! | vsock on virtio-mmio | 0xd000_0000, 4 KiB | GSI 5 |
+//!
+//! Interrupts reach the guest through irqfds and kicks reach devices through ioeventfds, so that neither passes through a
+//! vCPU's thread.
+
+use crate::devices::bus::{Bus, BusDevice, BusError};
+use crate::devices::i8042::{self, I8042};
+use crate::devices::lock;
+use crate::devices::serial::{self, Serial, SerialError};
+use crate::devices::virtio::interrupt::Interrupt;
+use crate::devices::virtio::mmio::MmioTransport;
+use crate::devices::virtio::vsock::{self, Vsock, VsockError};
+use crate::memory::GuestMemory;
+use crate::memory::layout::{MMIO_BASE, MMIO_GSI, MMIO_STRIDE};
+use crate::notice::{Notice, Notifier};
+use crate::vcpu::Buses;
+use api_spec::vm;
+use kvm_ioctls::{IoEventAddress, VmFd};
+use snapshot::state::DeviceState;
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Offset of `QueueNotify` in a virtio-mmio device (virtio 1.2, section 4.2.2).
+const QUEUE_NOTIFY: u64 = 0x50;
+
+/// Why devices could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// Two devices in one place.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// No event descriptor.
+    #[error("cannot create an event descriptor: {0}; the limit on open files may be reached (ulimit -n)")]
+    Event(io::Error),
+    /// KVM refused an interrupt or a kick.
+    #[error("KVM refused the {what} of a device: {source}")]
+    Register {
+        /// Which of the two.
+        what: &'static str,
+        /// What the kernel said.
+        source: kvm_ioctls::Error,
+    },
+    /// The serial port.
+    #[error(transparent)]
+    Serial(#[from] SerialError),
+    /// The vsock device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+    /// The vsock device's saved state.
+    #[error(transparent)]
+    VsockState(#[from] vsock::RestoreError),
+    /// A device that the snapshot lists and did not save, or the reverse.
+    #[error(
+        "the snapshot's list of devices and their saved state do not agree on vsock; it was not written by this program"
+    )]
+    DeviceMismatch,
+}
+
+/// What devices need from outside the machine.
+pub struct Outside {
+    /// Where notices go.
+    pub notifier: Notifier,
+    /// Where the guest's console goes. Must not block.
+    pub console: Box<dyn Write + Send>,
+    /// Signalled when the guest resets its machine.
+    pub reset: EventFd,
+}
+
+/// The devices of a machine.
+pub struct Devices {
+    /// What vCPUs' exits lead to.
+    pub buses: Buses,
+    /// The serial port.
+    pub serial: Arc<Mutex<Serial>>,
+    /// The vsock device and its transport.
+    pub vsock: Option<VsockSlot>,
+}
+
+/// The vsock device and its transport.
+#[derive(Clone)]
+pub struct VsockSlot {
+    /// The device.
+    pub device: Arc<Mutex<Vsock>>,
+    transport: Arc<Mutex<MmioTransport>>,
+}
+
+impl std::fmt::Debug for Devices {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Devices").field("vsock", &self.vsock.is_some()).finish_non_exhaustive()
+    }
+}
+
+impl Devices {
+    /// The state of all devices of a machine whose vCPUs stand still.
+    pub fn save(&self) -> DeviceState {
+        DeviceState {
+            serial: lock(&self.serial).save(),
+            vsock: self.vsock.as_ref().map(|slot| vsock::save(&slot.device, &lock(&slot.transport))),
+        }
+    }
+
+    /// To be called before vCPUs run.
+    pub fn resume(&self) {
+        if let Some(slot) = &self.vsock {
+            lock(&slot.device).resume();
+        }
+    }
+}
+
+/// The words of the kernel command line that say where virtio-mmio devices are.
+pub fn device_words(has_vsock: bool) -> Vec<String> {
+    (0..u32::from(has_vsock)).map(device_word).collect()
+}
+
+fn device_word(index: u32) -> String {
+    format!("virtio_mmio.device=4K@{:#x}:{}", address(index), MMIO_GSI + index)
+}
+
+fn address(index: u32) -> u64 {
+    MMIO_BASE + u64::from(index) * MMIO_STRIDE
+}
+
+/// Builds the devices of a machine, fresh or from saved state, and connects them.
+pub fn wire(
+    vm: &VmFd,
+    memory: &GuestMemory,
+    vsock: Option<&vm::Vsock>,
+    saved: Option<&DeviceState>,
+    outside: Outside,
+) -> Result<Devices, WireError> {
+    let Outside { notifier, console, reset } = outside;
+    if saved.is_some_and(|saved| saved.vsock.is_some() != vsock.is_some()) {
+        return Err(WireError::DeviceMismatch);
+    }
+    let (mut pio, mut mmio) = (Bus::new(), Bus::new());
+    let serial = wire_serial(vm, &mut pio, saved, console)?;
+    pio.insert(i8042::BASE, i8042::LEN, shared(I8042::new(reset)))?;
+    let vsock = vsock.map(|config| wire_vsock(vm, &mut mmio, memory, config, saved, notifier)).transpose()?;
+    Ok(Devices { buses: Buses { pio: Arc::new(pio), mmio: Arc::new(mmio) }, serial, vsock })
+}
+
+fn shared<T: BusDevice + 'static>(device: T) -> Arc<Mutex<T>> {
+    Arc::new(Mutex::new(device))
+}
+
+fn wire_serial(
+    vm: &VmFd,
+    pio: &mut Bus,
+    saved: Option<&DeviceState>,
+    console: Box<dyn Write + Send>,
+) -> Result<Arc<Mutex<Serial>>, WireError> {
+    let irq = EventFd::new(EFD_NONBLOCK).map_err(WireError::Event)?;
+    vm.register_irqfd(&irq, serial::IRQ).map_err(|source| WireError::Register { what: "interrupt", source })?;
+    let serial = shared(match saved {
+        None => Serial::new(irq, console),
+        Some(saved) => Serial::restore(&saved.serial, irq, console)?,
+    });
+    pio.insert(serial::BASE, serial::LEN, serial.clone())?;
+    Ok(serial)
+}
+
+fn wire_vsock(
+    vm: &VmFd,
+    mmio: &mut Bus,
+    memory: &GuestMemory,
+    config: &vm::Vsock,
+    saved: Option<&DeviceState>,
+    notifier: Notifier,
+) -> Result<VsockSlot, WireError> {
+    let ready = Box::new(move |level, _kind| notifier.send(Notice::Ready(level)));
+    let device = Vsock::new(config.guest_cid.into(), &config.uds_path, ready)?;
+    let interrupt = Arc::new(Interrupt::new().map_err(WireError::Event)?);
+    let transport = shared(MmioTransport::new(device.clone(), memory.clone(), interrupt));
+    if let Some(saved) = saved.and_then(|saved| saved.vsock.as_ref()) {
+        vsock::restore(&device, &mut lock(&transport), saved)?;
+    }
+    place(vm, mmio, 0, &transport)?;
+    Ok(VsockSlot { device, transport })
+}
+
+/// Gives virtio-mmio device number `index` its addresses, its interrupt and its kicks.
+fn place(vm: &VmFd, mmio: &mut Bus, index: u32, transport: &Arc<Mutex<MmioTransport>>) -> Result<(), WireError> {
+    let refused = |what| move |source| WireError::Register { what, source };
+    let base = address(index);
+    mmio.insert(base, MMIO_STRIDE, transport.clone())?;
+    let transport = lock(transport);
+    vm.register_irqfd(transport.interrupt().event(), MMIO_GSI + index).map_err(refused("interrupt"))?;
+    let notify = IoEventAddress::Mmio(base + QUEUE_NOTIFY);
+    for (queue, event) in transport.queue_events().iter().enumerate() {
+        vm.register_ioevent(event, &notify, queue as u32).map_err(refused("kick"))?;
+    }
+    Ok(())
+}

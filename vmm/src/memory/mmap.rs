@@ -1,0 +1,82 @@
+//! The system calls that change what lies behind guest memory.
+// UNSAFETY: mappings are raw memory; every block here argues from the region that it is given, which stays mapped,
+// at the same address and size, for as long as the region lives.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::{self, NonNull};
+use vm_memory::MmapRegion;
+
+/// Keeps a region out of core dumps and out of child processes.
+pub fn keep_private(region: &MmapRegion) -> io::Result<()> {
+    for advice in [libc::MADV_DONTDUMP, libc::MADV_DONTFORK] {
+        // SAFETY: the range is the region's own mapping, and neither advice changes what this process reads or writes.
+        if unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// A mapping that was moved aside: nothing refers to it any more, and it is waiting to be unmapped.
+#[derive(Debug)]
+pub struct Aside {
+    addr: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping is not accessed through this type, only unmapped, which any thread may do.
+unsafe impl Send for Aside {}
+
+/// How much of a mapping is unmapped at a time, in bytes: short enough that a page fault of the running guest never
+/// waits long for the address-space lock.
+const UNMAP_SLICE: usize = 4 << 20;
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        for offset in (0..self.len).step_by(UNMAP_SLICE) {
+            let slice = UNMAP_SLICE.min(self.len - offset);
+            // SAFETY: `addr..addr + len` is a mapping that this value owns alone, and each slice is unmapped once.
+            unsafe { libc::munmap(self.addr.as_ptr().add(offset).cast(), slice) };
+        }
+    }
+}
+
+/// Replaces a region's shared mapping of `file` by a private one of the same bytes, at the same address.
+///
+/// The pages' mappings move aside with the old mapping instead of being torn down here, which is what makes this quick.
+/// Nobody may access the region meanwhile: in between it is still the shared mapping, only not yet populated, so an access
+/// would not be undefined, but a write would go to the file.
+///
+/// If the second step fails, the region is the shared mapping that it was.
+pub fn make_private(region: &MmapRegion, file: &File, offset: u64) -> io::Result<Aside> {
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
+    // SAFETY: the range is the region's own mapping. MREMAP_DONTUNMAP leaves a mapping of the same file at the old
+    // address, so the region stays valid; the kernel chooses an unused place for the moved one.
+    let aside = unsafe { libc::mremap(region.as_ptr().cast(), region.size(), region.size(), flags, ptr::null::<u8>()) };
+    if aside == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let aside = NonNull::new(aside.cast()).ok_or_else(|| io::Error::other("mremap returned a null address"))?;
+    let aside = Aside { addr: aside, len: region.size() };
+    // SAFETY: MAP_FIXED replaces exactly the region's own mapping, atomically, with one of the same length and
+    // protection, so every pointer into the region stays valid; the bytes there are volatile guest memory that no Rust
+    // reference points to.
+    let private = unsafe {
+        libc::mmap(
+            region.as_ptr().cast(),
+            region.size(),
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            file.as_raw_fd(),
+            offset as libc::off_t,
+        )
+    };
+    if private == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    keep_private(region)?;
+    Ok(aside)
+}

@@ -1,0 +1,131 @@
+//! Guest memory: a private view over an immutable image, or, for a guest that was booted here, the image in the making.
+//!
+//! - [`layout`]: which guest-physical addresses are RAM (pure)
+//! - [`freeze`]: turns the RAM of a booted guest into an immutable image without copying it
+//! - [`uffd`]: a view whose pages a page server provides
+//! - [`mmap`]: the system calls that change mappings
+
+pub mod freeze;
+pub mod layout;
+mod mmap;
+pub mod uffd;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use snapshot::manifest::MemoryRegion;
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap,
+};
+
+/// Size of a page, in bytes.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Guest memory as devices see it.
+pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
+
+/// Why guest memory could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// No memory file.
+    #[error("cannot create a memory file of {size} bytes for guest RAM: {source}")]
+    Create {
+        /// Size asked for.
+        size: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// No mapping.
+    #[error("cannot map {size} bytes of guest RAM: {source}; check the address-space limit (ulimit -v) and overcommit")]
+    Map {
+        /// Size asked for.
+        size: u64,
+        /// What the kernel said.
+        source: MmapRegionError,
+    },
+    /// The kernel refused advice about a mapping.
+    #[error("cannot keep guest RAM out of core dumps and child processes: {0}")]
+    Advise(io::Error),
+    /// Regions do not fit together.
+    #[error("guest RAM regions do not fit together: {0}")]
+    Regions(#[from] GuestRegionCollectionError),
+}
+
+/// What lies under a guest's view of its memory.
+#[derive(Debug)]
+enum Backing {
+    /// The guest was booted here and writes straight into this file, which becomes the image when it is frozen.
+    Own(File),
+    /// The guest has a private view over an immutable image.
+    Image,
+}
+
+/// The RAM of one guest.
+#[derive(Debug)]
+pub struct GuestRam {
+    memory: GuestMemory,
+    regions: Vec<MemoryRegion>,
+    backing: Backing,
+}
+
+impl GuestRam {
+    /// Fresh RAM, all zero, for a guest that is going to boot.
+    pub fn fresh(size: u64) -> Result<Self, MemoryError> {
+        let create = |source: rustix::io::Errno| MemoryError::Create { size, source: source.into() };
+        let fd = memfd_create("coppice-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(create)?;
+        ftruncate(&fd, size).map_err(create)?;
+        let file = File::from(fd);
+        let regions = layout::ram_regions(size);
+        let memory = map(&file, &regions, libc::MAP_SHARED)?;
+        Ok(GuestRam { memory, regions, backing: Backing::Own(file) })
+    }
+
+    /// A private view over an image: what the guest writes stays its own.
+    pub fn private_view(image: &File, regions: Vec<MemoryRegion>) -> Result<Self, MemoryError> {
+        let memory = map(image, &regions, libc::MAP_PRIVATE)?;
+        Ok(GuestRam { memory, regions, backing: Backing::Image })
+    }
+
+    /// The memory, for devices and loaders.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Where RAM lies in the guest and in the image, in order of guest address.
+    pub fn regions(&self) -> &[MemoryRegion] {
+        &self.regions
+    }
+
+    /// Size of RAM, in bytes.
+    pub fn size(&self) -> u64 {
+        self.regions.iter().map(|r| r.size_bytes).sum()
+    }
+
+    /// Each region with the address of its mapping in this process.
+    pub fn mappings(&self) -> impl Iterator<Item = (MemoryRegion, *mut u8)> + '_ {
+        self.regions.iter().copied().zip(self.memory.iter().map(|region| region.get_mmap().as_ptr()))
+    }
+}
+
+/// Maps `regions` of `file`, reserving nothing and kept out of core dumps and child processes.
+fn map(file: &File, regions: &[MemoryRegion], sharing: i32) -> Result<GuestMemory, MemoryError> {
+    let file = Arc::new(file.try_clone().map_err(|source| MemoryError::Create { size: 0, source })?);
+    let mapped = regions
+        .iter()
+        .map(|region| {
+            let mapping = MmapRegionBuilder::new(region.size_bytes as usize)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(sharing | libc::MAP_NORESERVE)
+                .with_file_offset(FileOffset::from_arc(file.clone(), region.offset))
+                .build()
+                .map_err(|source| MemoryError::Map { size: region.size_bytes, source })?;
+            mmap::keep_private(&mapping).map_err(MemoryError::Advise)?;
+            GuestRegionMmap::new(mapping, GuestAddress(region.guest_addr))
+                .ok_or(MemoryError::Regions(GuestRegionCollectionError::MemoryRegionOverlap))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    debug_assert!(mapped.iter().zip(regions).all(|(m, r)| m.len() == r.size_bytes));
+    Ok(GuestMemory::from_regions(mapped)?)
+}

@@ -1,0 +1,107 @@
+//! A view whose pages a page server provides.
+//!
+//! ```text
+//!   greet -> (the store) -> map it privately -> register with a userfaultfd -> attach -> (the server serves)
+//! ```
+//!
+//! Every range is registered before its first access and stays registered: a hole of the store that is read through an
+//! unregistered mapping would become a zero page for every clone.
+
+use super::{GuestRam, MemoryError, PAGE_SIZE};
+use api_spec::handshake::{Hello, Region, VERSION};
+use rustix::fs::fstat;
+use snapshot::manifest::MemoryRegion;
+use std::fs::File;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use uffd_handler::client::{self, ClientError};
+use userfaultfd::Uffd;
+
+/// Why a page server could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum UffdError {
+    /// The conversation with it failed.
+    #[error("page server at {path}: {source}")]
+    Server {
+        /// Its socket.
+        path: PathBuf,
+        /// What went wrong.
+        source: ClientError,
+    },
+    /// Its store does not fit the snapshot.
+    #[error(
+        "page server at {path}: its store has {found} bytes and the snapshot's memory {expected}; it serves something else under this name"
+    )]
+    StoreSize {
+        /// Its socket.
+        path: PathBuf,
+        /// Size of the store.
+        found: u64,
+        /// Size of the image.
+        expected: u64,
+    },
+    /// No userfaultfd.
+    #[error(transparent)]
+    Create(#[from] uffd_handler::uffd::UffdError),
+    /// A range could not be registered.
+    #[error("cannot register guest RAM with userfaultfd: {0}; faults on shared memory need Linux 4.11 or newer")]
+    Register(userfaultfd::Error),
+    /// No memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+}
+
+/// A page server that serves this guest, and the vmm's own descriptor of the userfaultfd, which keeps untouched memory
+/// from ever reading as zeros. Both live as long as the guest.
+#[derive(Debug)]
+pub struct PageServer {
+    path: PathBuf,
+    connection: UnixStream,
+    _uffd: Uffd,
+}
+
+impl PageServer {
+    /// Where the server listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A descriptor that hangs up when the server is gone.
+    pub fn connection(&self) -> io::Result<UnixStream> {
+        self.connection.try_clone()
+    }
+}
+
+/// Asks the page server at `path` for the image with this root digest and maps its store as guest RAM.
+///
+/// When this returns, the server has said that it serves.
+pub fn connect(path: &Path, image: &str, regions: Vec<MemoryRegion>) -> Result<(GuestRam, PageServer), UffdError> {
+    let failed = |source| UffdError::Server { path: path.to_owned(), source };
+    let size = regions.iter().map(|r| r.size_bytes).sum();
+    let hello = Hello { version: VERSION, image: image.to_owned(), size };
+    let greeted = client::greet(path, &hello).map_err(failed)?;
+    let store = File::from(greeted.store.try_clone().map_err(|e| failed(e.into()))?);
+    check_size(path, &store, size)?;
+
+    let ram = GuestRam::private_view(&store, regions)?;
+    let uffd = uffd_handler::uffd::create()?;
+    for (region, addr) in ram.mappings() {
+        uffd.register(addr.cast(), region.size_bytes as usize).map_err(UffdError::Register)?;
+    }
+
+    let ranges = ram.mappings().map(|(region, addr)| describe(region, addr)).collect();
+    let connection = greeted.attach(ranges, &uffd).map_err(failed)?;
+    Ok((ram, PageServer { path: path.to_owned(), connection, _uffd: uffd }))
+}
+
+/// A store that is shorter than it says would end the guest with SIGBUS.
+fn check_size(path: &Path, store: &File, expected: u64) -> Result<(), UffdError> {
+    let found = fstat(store).map_or(0, |stat| stat.st_size as u64);
+    if found == expected { Ok(()) } else { Err(UffdError::StoreSize { path: path.to_owned(), found, expected }) }
+}
+
+fn describe(region: MemoryRegion, addr: *mut u8) -> Region {
+    let MemoryRegion { size_bytes: size, offset, guest_addr: _ } = region;
+    Region { base_host_virt_addr: addr as u64, size, offset, page_size: PAGE_SIZE }
+}

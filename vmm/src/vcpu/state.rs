@@ -1,0 +1,435 @@
+//! Saving and loading a vCPU's registers, in the order that KVM needs.
+//!
+//! | step | why there |
+//! |---|---|
+//! | save: MP state first | reading it may process a pending INIT or SIPI, which changes everything else |
+//! | save: events last | reading the others may queue none, but lose none either |
+//! | load: CPUID first | MSRs and XCR0 are checked against it |
+//! | load: special registers before the local APIC | they hold the APIC base and mode |
+//! | load: local APIC before MSRs | writing its registers clears a deadline timer |
+//! | load: TSC before TSC_DEADLINE | the deadline is armed against the TSC of that moment |
+//! | load: events after general registers | setting those drops pending exceptions |
+// UNSAFETY: KVM_GET_XSAVE2 and KVM_SET_XSAVE write and read as many bytes as the host's features need.
+#![allow(unsafe_code)]
+
+use kvm_bindings::{
+    CpuId, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave2,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use snapshot::state::{
+    CpuidEntry, DebugRegs, DescriptorTable, ExceptionEvent, InterruptEvent, Msr, NmiEvent, Regs, Segment, SmiEvent,
+    Sregs, VcpuEvents, VcpuState, Xcr,
+};
+
+const MSR_TSC: u32 = 0x10;
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// Size of the XSAVE area before dynamically enabled features, in bytes.
+const XSAVE_BASE: usize = 4096;
+
+/// Why a vCPU could not be saved or loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuStateError {
+    /// KVM refused a step.
+    #[error("KVM refused {step} of vCPU state: {source}")]
+    Step {
+        /// Which step.
+        step: &'static str,
+        /// What the kernel said.
+        source: kvm_ioctls::Error,
+    },
+    /// KVM wrote only some MSRs.
+    #[error("KVM refused MSR {index:#x} with value {data:#x}; the snapshot needs a host that has it")]
+    Msr {
+        /// Number of the MSR.
+        index: u32,
+        /// The value.
+        data: u64,
+    },
+    /// A part has a size that does not belong there.
+    #[error("the snapshot's {what} has {found} bytes or entries; this host takes {expected}")]
+    Size {
+        /// Which part.
+        what: &'static str,
+        /// What the snapshot has.
+        found: usize,
+        /// What the host takes.
+        expected: usize,
+    },
+}
+
+fn step(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuStateError {
+    move |source| VcpuStateError::Step { step, source }
+}
+
+/// What a host keeps for each vCPU, asked once per process.
+#[derive(Clone, Debug)]
+pub struct StateShape {
+    /// MSRs to save, in the order in which they are to be loaded.
+    msrs: Vec<u32>,
+    /// Size of the XSAVE area, in bytes.
+    xsave: usize,
+}
+
+impl StateShape {
+    /// Asks the host.
+    pub fn of_host(kvm: &Kvm, vm: &VmFd) -> Result<Self, VcpuStateError> {
+        let list = kvm.get_msr_index_list().map_err(step("the list of MSRs"))?;
+        Ok(StateShape { msrs: load_order(list.as_slice()), xsave: xsave_size(vm) })
+    }
+}
+
+/// Size of the XSAVE area on this host, in bytes.
+pub fn xsave_size(vm: &VmFd) -> usize {
+    usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_BASE)
+}
+
+/// MSRs in an order in which they can be loaded.
+fn load_order(msrs: &[u32]) -> Vec<u32> {
+    let (deadline, mut rest): (Vec<u32>, Vec<u32>) = msrs.iter().partition(|&&index| index == MSR_TSC_DEADLINE);
+    rest.extend(deadline);
+    rest
+}
+
+/// Saves a vCPU that stands still with no I/O half done.
+pub fn save(vcpu: &VcpuFd, shape: &StateShape) -> Result<VcpuState, VcpuStateError> {
+    let mp_state = vcpu.get_mp_state().map_err(step("saving the run state"))?.mp_state;
+    let regs = save_regs(&vcpu.get_regs().map_err(step("saving general registers"))?);
+    let sregs = save_sregs(&vcpu.get_sregs().map_err(step("saving special registers"))?);
+    let xsave = save_xsave(vcpu, shape.xsave)?;
+    let xcrs = save_xcrs(&vcpu.get_xcrs().map_err(step("saving extended control registers"))?);
+    let debug_regs = save_debug_regs(&vcpu.get_debug_regs().map_err(step("saving debug registers"))?);
+    let lapic = vcpu.get_lapic().map_err(step("saving the local APIC"))?.regs.iter().map(|b| *b as u8).collect();
+    let msrs = save_msrs(vcpu, &shape.msrs)?;
+    let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
+    let cpuid = vcpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(step("saving CPUID"))?;
+    let cpuid = cpuid.as_slice().iter().map(save_cpuid).collect();
+    let events = save_events(&vcpu.get_vcpu_events().map_err(step("saving pending events"))?);
+    Ok(VcpuState { mp_state, regs, sregs, xsave, xcrs, debug_regs, lapic, msrs, events, cpuid, tsc_khz })
+}
+
+/// Loads a vCPU that has never run.
+pub fn load(vcpu: &VcpuFd, vm: &VmFd, state: &VcpuState) -> Result<(), VcpuStateError> {
+    let VcpuState { mp_state, regs, sregs, xsave, xcrs, debug_regs, lapic, msrs, events, cpuid, tsc_khz } = state;
+    let cpuid: Vec<_> = cpuid.iter().map(load_cpuid).collect();
+    let too_many =
+        |_| VcpuStateError::Size { what: "CPUID", found: cpuid.len(), expected: kvm_bindings::KVM_MAX_CPUID_ENTRIES };
+    vcpu.set_cpuid2(&CpuId::from_entries(&cpuid).map_err(too_many)?).map_err(step("loading CPUID"))?;
+    load_tsc_khz(vcpu, *tsc_khz)?;
+    vcpu.set_mp_state(kvm_mp_state { mp_state: *mp_state }).map_err(step("loading the run state"))?;
+    vcpu.set_regs(&load_regs(regs)).map_err(step("loading general registers"))?;
+    vcpu.set_sregs(&load_sregs(sregs)).map_err(step("loading special registers"))?;
+    load_xsave(vcpu, xsave_size(vm), xsave)?;
+    vcpu.set_xcrs(&load_xcrs(xcrs)?).map_err(step("loading extended control registers"))?;
+    vcpu.set_debug_regs(&load_debug_regs(debug_regs)).map_err(step("loading debug registers"))?;
+    vcpu.set_lapic(&load_lapic(lapic)?).map_err(step("loading the local APIC"))?;
+    load_msrs(vcpu, msrs)?;
+    vcpu.set_vcpu_events(&load_events(events)).map_err(step("loading pending events"))
+}
+
+/// Tells the guest's paravirtual clock that time has passed while it stood still, so that its watchdogs stay calm.
+/// A guest that does not use that clock refuses, which is fine.
+pub fn note_pause(vcpu: &VcpuFd) {
+    let _ = vcpu.kvmclock_ctrl();
+}
+
+/// A guest keeps its TSC frequency. On a host whose own differs and that cannot scale, time in the guest would run at
+/// another speed, so that is refused.
+fn load_tsc_khz(vcpu: &VcpuFd, tsc_khz: u32) -> Result<(), VcpuStateError> {
+    // KVM's own tolerance is 250 ppm; within it the clocks of host and guest agree.
+    let near = |host: u32| tsc_khz.abs_diff(host) <= tsc_khz / 4000;
+    if tsc_khz == 0 || vcpu.get_tsc_khz().is_ok_and(near) {
+        return Ok(());
+    }
+    vcpu.set_tsc_khz(tsc_khz).map_err(step("loading the frequency of the time-stamp counter"))
+}
+
+fn save_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, VcpuStateError> {
+    let mut saved = Vec::with_capacity(indices.len());
+    let mut rest = indices;
+    while !rest.is_empty() {
+        let entries: Vec<_> = rest.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+        let mut msrs = msr_list(&entries)?;
+        let count = vcpu.get_msrs(&mut msrs).map_err(step("saving MSRs"))?;
+        saved.extend(msrs.as_slice()[..count].iter().map(|e| Msr { index: e.index, data: e.data }));
+        // KVM stops at an MSR that it lists but that this CPU model lacks: such a one holds nothing.
+        rest = rest.get(count + 1..).unwrap_or(&[]);
+    }
+    Ok(saved)
+}
+
+fn load_msrs(vcpu: &VcpuFd, saved: &[Msr]) -> Result<(), VcpuStateError> {
+    let tsc = saved.iter().find(|msr| msr.index == MSR_TSC).map_or(0, |msr| msr.data);
+    let entries: Vec<_> = saved.iter().map(|msr| load_msr(msr, tsc)).collect();
+    let count = vcpu.set_msrs(&msr_list(&entries)?).map_err(step("loading MSRs"))?;
+    match entries.get(count) {
+        None => Ok(()),
+        Some(&kvm_msr_entry { index, data, .. }) => Err(VcpuStateError::Msr { index, data }),
+    }
+}
+
+/// A deadline of zero means that the timer has fired and its interrupt may not have been delivered: the guest would sleep
+/// for ever. A deadline in the past fires at once and costs nothing if nobody waits.
+fn load_msr(msr: &Msr, tsc: u64) -> kvm_msr_entry {
+    let data = if msr.index == MSR_TSC_DEADLINE && msr.data == 0 { tsc } else { msr.data };
+    kvm_msr_entry { index: msr.index, data, ..Default::default() }
+}
+
+fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, VcpuStateError> {
+    let expected = kvm_bindings::KVM_MAX_MSR_ENTRIES;
+    Msrs::from_entries(entries).map_err(|_| VcpuStateError::Size {
+        what: "list of MSRs",
+        found: entries.len(),
+        expected,
+    })
+}
+
+fn save_xsave(vcpu: &VcpuFd, size: usize) -> Result<Vec<u8>, VcpuStateError> {
+    let words = if size == XSAVE_BASE {
+        vcpu.get_xsave().map_err(step("saving the FPU"))?.region.to_vec()
+    } else {
+        let mut area = xsave_area(size)?;
+        // SAFETY: KVM writes as many bytes as KVM_CAP_XSAVE2 says; the area was made for `size`, which is that number.
+        unsafe { vcpu.get_xsave2(&mut area) }.map_err(step("saving the FPU"))?;
+        let fam = area.as_fam_struct_ref();
+        fam.xsave.region.iter().chain(area.as_slice()).copied().collect()
+    };
+    Ok(words.into_iter().flat_map(u32::to_le_bytes).collect())
+}
+
+fn load_xsave(vcpu: &VcpuFd, size: usize, saved: &[u8]) -> Result<(), VcpuStateError> {
+    // A guest from a host with fewer features fits into the larger area: what it lacks is zero there.
+    if saved.len() < XSAVE_BASE || saved.len() > size || !saved.len().is_multiple_of(4) {
+        return Err(VcpuStateError::Size { what: "FPU state", found: saved.len(), expected: size });
+    }
+    let mut words = saved.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    let mut area = xsave_area(size)?;
+    // SAFETY: only values of the fixed part are written; the length of the trailing array stays.
+    let fixed = unsafe { area.as_mut_fam_struct() };
+    fixed.xsave.region.iter_mut().zip(&mut words).for_each(|(to, word)| *to = word);
+    area.as_mut_slice().iter_mut().zip(&mut words).for_each(|(to, word)| *to = word);
+    // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 says, and the area was made for exactly that many.
+    unsafe { vcpu.set_xsave2(&area) }.map_err(step("loading the FPU"))
+}
+
+fn xsave_area(size: usize) -> Result<Xsave, VcpuStateError> {
+    let extra = (size - XSAVE_BASE).div_ceil(size_of::<u32>());
+    debug_assert_eq!(size_of::<kvm_xsave2>() - size_of::<usize>(), XSAVE_BASE);
+    Xsave::new(extra).map_err(|_| VcpuStateError::Size { what: "FPU state", found: size, expected: XSAVE_BASE })
+}
+
+fn load_lapic(saved: &[u8]) -> Result<kvm_lapic_state, VcpuStateError> {
+    let mut lapic = kvm_lapic_state::default();
+    if saved.len() != lapic.regs.len() {
+        let expected = lapic.regs.len();
+        return Err(VcpuStateError::Size { what: "local APIC state", found: saved.len(), expected });
+    }
+    lapic.regs.iter_mut().zip(saved).for_each(|(to, byte)| *to = *byte as _);
+    Ok(lapic)
+}
+
+fn save_xcrs(xcrs: &kvm_xcrs) -> Vec<Xcr> {
+    let count = (xcrs.nr_xcrs as usize).min(xcrs.xcrs.len());
+    xcrs.xcrs[..count].iter().map(|x| Xcr { xcr: x.xcr, value: x.value }).collect()
+}
+
+fn load_xcrs(saved: &[Xcr]) -> Result<kvm_xcrs, VcpuStateError> {
+    let mut xcrs = kvm_xcrs { nr_xcrs: saved.len() as u32, ..Default::default() };
+    if saved.len() > xcrs.xcrs.len() {
+        let expected = xcrs.xcrs.len();
+        return Err(VcpuStateError::Size { what: "extended control registers", found: saved.len(), expected });
+    }
+    for (to, &Xcr { xcr, value }) in xcrs.xcrs.iter_mut().zip(saved) {
+        *to = kvm_xcr { xcr, value, ..Default::default() };
+    }
+    Ok(xcrs)
+}
+
+fn save_cpuid(entry: &kvm_cpuid_entry2) -> CpuidEntry {
+    let kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, padding: _ } = *entry;
+    CpuidEntry { function, index, flags, eax, ebx, ecx, edx }
+}
+
+fn load_cpuid(entry: &CpuidEntry) -> kvm_cpuid_entry2 {
+    let CpuidEntry { function, index, flags, eax, ebx, ecx, edx } = *entry;
+    kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, padding: [0; 3] }
+}
+
+fn save_regs(regs: &kvm_regs) -> Regs {
+    let kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags } = *regs;
+    Regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags }
+}
+
+fn load_regs(regs: &Regs) -> kvm_regs {
+    let Regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags } = *regs;
+    kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags }
+}
+
+fn save_sregs(sregs: &kvm_sregs) -> Sregs {
+    let kvm_sregs {
+        cs,
+        ds,
+        es,
+        fs,
+        gs,
+        ss,
+        tr,
+        ldt,
+        gdt,
+        idt,
+        cr0,
+        cr2,
+        cr3,
+        cr4,
+        cr8,
+        efer,
+        apic_base,
+        interrupt_bitmap,
+    } = sregs;
+    Sregs {
+        cs: save_segment(cs),
+        ds: save_segment(ds),
+        es: save_segment(es),
+        fs: save_segment(fs),
+        gs: save_segment(gs),
+        ss: save_segment(ss),
+        tr: save_segment(tr),
+        ldt: save_segment(ldt),
+        gdt: save_table(gdt),
+        idt: save_table(idt),
+        cr0: *cr0,
+        cr2: *cr2,
+        cr3: *cr3,
+        cr4: *cr4,
+        cr8: *cr8,
+        efer: *efer,
+        apic_base: *apic_base,
+        interrupt_bitmap: *interrupt_bitmap,
+    }
+}
+
+fn load_sregs(sregs: &Sregs) -> kvm_sregs {
+    let Sregs { cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, apic_base, interrupt_bitmap } =
+        sregs;
+    kvm_sregs {
+        cs: load_segment(cs),
+        ds: load_segment(ds),
+        es: load_segment(es),
+        fs: load_segment(fs),
+        gs: load_segment(gs),
+        ss: load_segment(ss),
+        tr: load_segment(tr),
+        ldt: load_segment(ldt),
+        gdt: load_table(gdt),
+        idt: load_table(idt),
+        cr0: *cr0,
+        cr2: *cr2,
+        cr3: *cr3,
+        cr4: *cr4,
+        cr8: *cr8,
+        efer: *efer,
+        apic_base: *apic_base,
+        interrupt_bitmap: *interrupt_bitmap,
+    }
+}
+
+fn save_segment(segment: &kvm_segment) -> Segment {
+    let kvm_segment { base, limit, selector, type_, present, dpl, db, s, l, g, avl, unusable, padding: _ } = *segment;
+    Segment { base, limit, selector, type_, present, dpl, db, s, l, g, avl, unusable }
+}
+
+fn load_segment(segment: &Segment) -> kvm_segment {
+    let Segment { base, limit, selector, type_, present, dpl, db, s, l, g, avl, unusable } = *segment;
+    kvm_segment { base, limit, selector, type_, present, dpl, db, s, l, g, avl, unusable, padding: 0 }
+}
+
+fn save_table(table: &kvm_dtable) -> DescriptorTable {
+    let kvm_dtable { base, limit, padding: _ } = *table;
+    DescriptorTable { base, limit }
+}
+
+fn load_table(table: &DescriptorTable) -> kvm_dtable {
+    let DescriptorTable { base, limit } = *table;
+    kvm_dtable { base, limit, padding: [0; 3] }
+}
+
+fn save_debug_regs(regs: &kvm_debugregs) -> DebugRegs {
+    let kvm_debugregs { db, dr6, dr7, flags, reserved: _ } = *regs;
+    DebugRegs { db, dr6, dr7, flags }
+}
+
+fn load_debug_regs(regs: &DebugRegs) -> kvm_debugregs {
+    let DebugRegs { db, dr6, dr7, flags } = *regs;
+    kvm_debugregs { db, dr6, dr7, flags, reserved: [0; 9] }
+}
+
+fn save_events(events: &kvm_vcpu_events) -> VcpuEvents {
+    let kvm_vcpu_events {
+        exception,
+        interrupt,
+        nmi,
+        sipi_vector,
+        flags,
+        smi,
+        triple_fault,
+        reserved: _,
+        exception_has_payload,
+        exception_payload,
+    } = *events;
+    VcpuEvents {
+        exception: ExceptionEvent {
+            injected: exception.injected,
+            nr: exception.nr,
+            has_error_code: exception.has_error_code,
+            pending: exception.pending,
+            error_code: exception.error_code,
+            has_payload: exception_has_payload,
+            payload: exception_payload,
+        },
+        interrupt: InterruptEvent {
+            injected: interrupt.injected,
+            nr: interrupt.nr,
+            soft: interrupt.soft,
+            shadow: interrupt.shadow,
+        },
+        nmi: NmiEvent { injected: nmi.injected, pending: nmi.pending, masked: nmi.masked },
+        smi: SmiEvent {
+            smm: smi.smm,
+            pending: smi.pending,
+            smm_inside_nmi: smi.smm_inside_nmi,
+            latched_init: smi.latched_init,
+        },
+        sipi_vector,
+        flags,
+        triple_fault: triple_fault.pending,
+    }
+}
+
+fn load_events(events: &VcpuEvents) -> kvm_vcpu_events {
+    let VcpuEvents { exception, interrupt, nmi, smi, sipi_vector, flags, triple_fault } = *events;
+    let mut to = kvm_vcpu_events { sipi_vector, flags, ..Default::default() };
+    let ExceptionEvent { injected, nr, has_error_code, pending, error_code, has_payload, payload } = exception;
+    to.exception.injected = injected;
+    to.exception.nr = nr;
+    to.exception.has_error_code = has_error_code;
+    to.exception.pending = pending;
+    to.exception.error_code = error_code;
+    to.exception_has_payload = has_payload;
+    to.exception_payload = payload;
+    let InterruptEvent { injected, nr, soft, shadow } = interrupt;
+    to.interrupt.injected = injected;
+    to.interrupt.nr = nr;
+    to.interrupt.soft = soft;
+    to.interrupt.shadow = shadow;
+    let NmiEvent { injected, pending, masked } = nmi;
+    to.nmi.injected = injected;
+    to.nmi.pending = pending;
+    to.nmi.masked = masked;
+    let SmiEvent { smm, pending, smm_inside_nmi, latched_init } = smi;
+    to.smi.smm = smm;
+    to.smi.pending = pending;
+    to.smi.smm_inside_nmi = smm_inside_nmi;
+    to.smi.latched_init = latched_init;
+    to.triple_fault.pending = triple_fault;
+    to
+}
