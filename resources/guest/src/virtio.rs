@@ -118,28 +118,30 @@ struct Rings<const N: usize> {
 }
 
 impl<const N: usize> Rings<N> {
-    const NEW: Self = Rings {
-        descriptors: [const {
-            Descriptor {
-                address: AtomicU64::new(0),
-                len: AtomicU32::new(0),
+    const fn new() -> Self {
+        Rings {
+            descriptors: [const {
+                Descriptor {
+                    address: AtomicU64::new(0),
+                    len: AtomicU32::new(0),
+                    flags: AtomicU16::new(0),
+                    next: AtomicU16::new(0),
+                }
+            }; N],
+            available: Available {
                 flags: AtomicU16::new(0),
-                next: AtomicU16::new(0),
-            }
-        }; N],
-        available: Available {
-            flags: AtomicU16::new(0),
-            index: AtomicU16::new(0),
-            ring: [const { AtomicU16::new(0) }; N],
-            used_event: AtomicU16::new(0),
-        },
-        used: Used {
-            flags: AtomicU16::new(0),
-            index: AtomicU16::new(0),
-            ring: [const { UsedEntry { id: AtomicU32::new(0), len: AtomicU32::new(0) } }; N],
-            available_event: AtomicU16::new(0),
-        },
-    };
+                index: AtomicU16::new(0),
+                ring: [const { AtomicU16::new(0) }; N],
+                used_event: AtomicU16::new(0),
+            },
+            used: Used {
+                flags: AtomicU16::new(0),
+                index: AtomicU16::new(0),
+                ring: [const { UsedEntry { id: AtomicU32::new(0), len: AtomicU32::new(0) } }; N],
+                available_event: AtomicU16::new(0),
+            },
+        }
+    }
 }
 
 /// `N` buffers of `BYTES` bytes, as words.
@@ -147,7 +149,9 @@ impl<const N: usize> Rings<N> {
 struct Buffers<const N: usize, const WORDS: usize>([[AtomicU64; WORDS]; N]);
 
 impl<const N: usize, const WORDS: usize> Buffers<N, WORDS> {
-    const NEW: Self = Buffers([const { [const { AtomicU64::new(0) }; WORDS] }; N]);
+    const fn new() -> Self {
+        Buffers([const { [const { AtomicU64::new(0) }; WORDS] }; N])
+    }
 
     fn load(&self, index: usize, bytes: &mut [u8]) {
         for (bytes, word) in bytes.chunks_mut(8).zip(&self.0[index]) {
@@ -165,17 +169,17 @@ impl<const N: usize, const WORDS: usize> Buffers<N, WORDS> {
 }
 
 #[unsafe(link_section = ".hot.queues")]
-static RECEIVE_RINGS: Rings<RECEIVE> = Rings::NEW;
+static RECEIVE_RINGS: Rings<RECEIVE> = Rings::new();
 #[unsafe(link_section = ".hot.queues")]
-static TRANSMIT_RINGS: Rings<TRANSMIT> = Rings::NEW;
+static TRANSMIT_RINGS: Rings<TRANSMIT> = Rings::new();
 #[unsafe(link_section = ".hot.queues")]
-static EVENT_RINGS: Rings<EVENT> = Rings::NEW;
+static EVENT_RINGS: Rings<EVENT> = Rings::new();
 #[unsafe(link_section = ".hot.queues")]
-static TRANSMIT_BUFFERS: Buffers<TRANSMIT, { TRANSMIT_BYTES / 8 }> = Buffers::NEW;
+static TRANSMIT_BUFFERS: Buffers<TRANSMIT, { TRANSMIT_BYTES / 8 }> = Buffers::new();
 #[unsafe(link_section = ".hot.queues")]
-static EVENT_BUFFERS: Buffers<EVENT, { EVENT_BYTES / 8 }> = Buffers::NEW;
+static EVENT_BUFFERS: Buffers<EVENT, { EVENT_BYTES / 8 }> = Buffers::new();
 #[unsafe(link_section = ".hot.queues")]
-static RECEIVE_BUFFERS: Buffers<RECEIVE, { RECEIVE_BYTES / 8 }> = Buffers::NEW;
+static RECEIVE_BUFFERS: Buffers<RECEIVE, { RECEIVE_BYTES / 8 }> = Buffers::new();
 
 /// A queue as the driver sees it.
 struct Queue<const N: usize> {
@@ -292,7 +296,7 @@ pub struct Outbox {
 impl Device {
     /// Looks for a vsock device among those of the command line, and sets it up.
     pub fn find(boot: &Boot) -> Option<Self> {
-        boot.cmdline.devices().iter().find_map(|device| Self::set_up(device))
+        boot.cmdline.devices().iter().find_map(Self::set_up)
     }
 
     #[cold]
