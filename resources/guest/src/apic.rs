@@ -53,6 +53,11 @@ pub fn start_timer() {
     write(TIMER_INITIAL, MILLISECOND);
 }
 
+/// Stops the timer. One that has merely run out would fire again when its state is loaded into another machine.
+pub fn stop_timer() {
+    write(TIMER_INITIAL, 0);
+}
+
 /// Routes an input of the IOAPIC to a vector of the boot CPU, edge-triggered.
 #[cold]
 pub fn route(input: u32, vector: Vector) {

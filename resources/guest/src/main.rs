@@ -39,7 +39,15 @@ struct Guest {
     agent: Agent<Hardware>,
     socket: Option<Socket>,
     line: Option<Line>,
-    timer_runs: bool,
+    timer: Timer,
+}
+
+/// The timer runs while somebody waits for it, as a guest that waits for nothing shall cost nothing.
+#[derive(PartialEq)]
+enum Timer {
+    Stopped,
+    Running,
+    Fired,
 }
 
 /// Where the stub arrives in ring 3, once: `protocol` says how the machine was booted, `params` points at what the
@@ -65,7 +73,7 @@ impl Guest {
             agent: Agent::new(machine, hw::random_seed(), boot.cmdline.tsc_khz.unwrap_or(0)),
             socket: Socket::find(&boot),
             line: serial::Port::find().map(Line::new),
-            timer_runs: false,
+            timer: Timer::Stopped,
         };
         if guest.line.is_some() {
             apic::route(serial::IRQ, stub::Vector::Serial);
@@ -83,9 +91,9 @@ impl Guest {
         let causes = stub::take_pending();
         // A timer that has fired fires once more when a machine is restored: a host cannot tell whether the interrupt
         // had been delivered before the snapshot, and losing one would be worse. Only the one that was waited for counts.
-        if causes.contains(stub::TIMER) && self.timer_runs {
+        if causes.contains(stub::TIMER) && self.timer == Timer::Running {
             self.agent.tick();
-            self.timer_runs = false;
+            self.timer = Timer::Fired;
         }
         if let Some(socket) = &mut self.socket {
             socket.work(causes.contains(stub::VIRTIO), &mut self.agent);
@@ -97,9 +105,12 @@ impl Guest {
             line.ticked(&mut self.agent);
         }
         let waits = self.socket.as_ref().is_some_and(Socket::waits) || self.line.as_ref().is_some_and(Line::waits);
-        if waits && !self.timer_runs {
+        if waits && self.timer != Timer::Running {
             apic::start_timer();
-            self.timer_runs = true;
+            self.timer = Timer::Running;
+        } else if !waits && self.timer != Timer::Stopped {
+            apic::stop_timer();
+            self.timer = Timer::Stopped;
         }
     }
 }

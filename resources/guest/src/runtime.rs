@@ -67,7 +67,8 @@ impl<T> Cold<T> {
         Cold { taken: AtomicBool::new(false), value: UnsafeCell::new(value) }
     }
 
-    /// The buffer. Panics when called again.
+    /// The buffer. Panics when called again, which is why a shared reference is enough.
+    #[allow(clippy::mut_from_ref)]
     pub fn take(&'static self) -> &'static mut T {
         assert!(!self.taken.swap(true, Ordering::AcqRel));
         // SAFETY: the flag makes this the only reference that is ever made.

@@ -112,11 +112,12 @@ impl Connection {
         self.output == 0 && self.waits.is_none()
     }
 
-    /// Takes note of the credit that comes with each packet.
+    /// Takes note of the credit that comes with each packet. A peer that has been asked for more and has none says so
+    /// when it has; asking again at once would go on for ever.
     pub fn note_credit(&mut self, header: &Header) {
         self.peer_buffer = header.buf_alloc;
         self.peer_taken = header.fwd_cnt;
-        self.asked_for_credit = false;
+        self.asked_for_credit &= self.credit() == 0;
     }
 
     /// Whether the peer should hear that there is room again.

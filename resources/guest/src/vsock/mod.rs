@@ -1,8 +1,8 @@
 //! Virtio-vsock connections (virtio 1.2, 5.10), without the queues below them.
 //!
-//! A connection serves agent requests in order. In the common case a packet holds whole requests, which are served where
-//! they lie and answered at once; [`Buffers`] hold what does not fit that case (a request cut in two, an answer that the
-//! peer gives no credit for), and are not touched otherwise: a clone pays for every page that it writes.
+//! A connection serves agent requests in order. In the common case a packet holds whole requests, which are served
+//! where they lie and answered at once; [`Buffers`] hold what does not fit that case (a request cut in two, an answer
+//! that the peer gives no credit for), and are not touched otherwise: a clone pays for every page that it writes.
 //!
 //! [`Wire::room`] packets can be sent at any time. Whoever feeds packets in leaves room for two, of which answers never
 //! take the last: it is for control packets, so these always go out at once and need no memory.

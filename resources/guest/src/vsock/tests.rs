@@ -153,6 +153,23 @@ fn answers_keep_to_the_credit_and_requests_wait_behind_them() {
 }
 
 #[test]
+fn credit_is_asked_for_once() {
+    let mut host = Host::new();
+    host.buf_alloc = 5;
+    host.control(PORT, op::REQUEST);
+    host.data(&pings(1));
+    host.proceed();
+    assert_eq!(host.ops(), [op::RESPONSE, op::RW, op::CREDIT_REQUEST]);
+    host.control(PORT, op::CREDIT_UPDATE);
+    host.proceed();
+    assert_eq!(host.ops(), [], "an update that gives nothing is no reason to ask again");
+    host.fwd_cnt = 5;
+    host.control(PORT, op::CREDIT_UPDATE);
+    host.proceed();
+    assert_eq!(host.ops(), [op::RW, op::CREDIT_REQUEST]);
+}
+
+#[test]
 fn a_narrow_wire_delays_answers_and_loses_none() {
     let mut host = connected();
     host.wire.room = ROOM_PER_PACKET;
