@@ -46,3 +46,35 @@ pub fn check(manifest: &Manifest, host: &HostFacts) -> Result<(), Mismatch> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::create::{BytesSource, Facts, Staging};
+    use crate::manifest::Devices;
+    use crate::state::MachineState;
+    use std::sync::atomic::AtomicBool;
+
+    fn host(arch: &str, vendor: &str, model: u32) -> HostFacts {
+        let cpu = Cpu { vendor: vendor.into(), model, ..Cpu::default() };
+        HostFacts { arch: arch.into(), cpu, kernel: "6.18.0".into() }
+    }
+
+    fn made_on(host: HostFacts) -> Manifest {
+        let dir = tempfile::tempdir().unwrap();
+        let mut staging = Staging::begin(&dir.path().join("s")).unwrap();
+        let memory = staging.write_memory(&mut BytesSource::new(&[1; 4096]), &AtomicBool::new(false)).unwrap();
+        let facts = Facts { vmm_version: "0.1.0".into(), host, devices: Devices::default(), readiness: None };
+        staging.commit(memory, facts, &MachineState::blank(1)).unwrap()
+    }
+
+    #[test]
+    fn another_architecture_or_vendor_is_refused_with_both_named() {
+        let manifest = made_on(host("x86_64", "AuthenticAMD", 1));
+        assert_eq!(check(&manifest, &host("x86_64", "AuthenticAMD", 17)), Ok(()));
+        let arch = check(&manifest, &host("aarch64", "AuthenticAMD", 1)).unwrap_err().to_string();
+        assert!(arch.contains("x86_64") && arch.contains("aarch64"), "{arch}");
+        let vendor = check(&manifest, &host("x86_64", "GenuineIntel", 1)).unwrap_err().to_string();
+        assert!(vendor.contains("AuthenticAMD") && vendor.contains("GenuineIntel"), "{vendor}");
+    }
+}

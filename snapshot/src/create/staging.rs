@@ -165,7 +165,6 @@ impl Staging {
     }
 
     fn write_error(&self, name: &str, needed_bytes: u64, source: io::Error) -> CreateError {
-        // What a user looks for is the place in the final directory, but only the present one shows what was full.
         let path = self.dir.join(name);
         match Errno::from_io_error(&source) {
             Some(Errno::NOSPC | Errno::DQUOT | Errno::FBIG) => CreateError::NoSpace { path, needed_bytes },

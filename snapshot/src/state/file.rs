@@ -272,3 +272,169 @@ fn name(kind: &[u8; 4]) -> String {
 fn le32(bytes: &[u8]) -> u32 {
     u32::from_le_bytes(bytes.try_into().expect("4 bytes"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::{CpuidEntry, Msr, PitState};
+    use proptest::prelude::*;
+
+    fn state() -> MachineState {
+        let mut state = MachineState::blank(2);
+        state.vcpus[1].regs.rip = u64::MAX;
+        state.vcpus[1].msrs = vec![Msr { index: 0x10, data: 1 << 40 }; 3];
+        state.vm.irqchips = vec![IrqchipState { chip_id: 2, chip: vec![5; 512] }];
+        state
+    }
+
+    /// A file of these sections, each with a right digest.
+    fn file_of(sections: &[(&[u8; 4], u32, &[u8])]) -> Vec<u8> {
+        let mut out = [MAGIC.as_slice(), &FORMAT.to_le_bytes(), &(sections.len() as u32).to_le_bytes()].concat();
+        for (kind, version, body) in sections {
+            let head = [kind.as_slice(), &version.to_le_bytes(), &(body.len() as u64).to_le_bytes()].concat();
+            out.extend_from_slice(&head);
+            out.extend_from_slice(&section_digest(&head, body));
+            out.extend_from_slice(body);
+        }
+        out
+    }
+
+    fn bodies() -> [Vec<u8>; 3] {
+        let state = state();
+        [
+            postcard::to_allocvec(&state.vcpus[1]).unwrap(),
+            postcard::to_allocvec(&state.vm).unwrap(),
+            postcard::to_allocvec(&state.devices).unwrap(),
+        ]
+    }
+
+    #[test]
+    fn state_comes_back() {
+        let bytes = encode(&state()).unwrap();
+        assert_eq!(decode(&bytes).unwrap(), state());
+        let [vcpu, vm, devices] = bodies();
+        decode(&file_of(&[(b"vcpu", 1, &vcpu), (b"vm  ", 1, &vm), (b"devs", 1, &devices)])).unwrap();
+    }
+
+    #[test]
+    fn an_unknown_section_or_version_is_refused_by_name() {
+        let [vcpu, vm, devices] = bodies();
+        let unknown = file_of(&[(b"vcpu", 1, &vcpu), (b"vm  ", 1, &vm), (b"devs", 1, &devices), (b"gpu ", 1, b"")]);
+        assert_eq!(decode(&unknown), Err(StateError::UnknownKind { section: 3, kind: "gpu".into() }));
+        let newer = file_of(&[(b"vcpu", 1, &vcpu), (b"vm  ", 2, &vm), (b"devs", 1, &devices)]);
+        let refused = StateError::UnknownVersion { kind: "vm".into(), found: 2, supported: 1 };
+        assert_eq!(decode(&newer), Err(refused));
+        let mut other_layout = encode(&state()).unwrap();
+        other_layout[8] = 2;
+        assert_eq!(decode(&other_layout), Err(StateError::Format { found: 2, supported: 1 }));
+        other_layout[0] ^= 1;
+        assert_eq!(decode(&other_layout), Err(StateError::Magic));
+    }
+
+    #[test]
+    fn a_section_that_is_absent_or_repeated_is_refused() {
+        let [vcpu, vm, devices] = bodies();
+        let (vcpu, vm, devices) = ((b"vcpu", 1, &vcpu[..]), (b"vm  ", 1, &vm[..]), (b"devs", 1, &devices[..]));
+        for (sections, kind, found) in [
+            (&[vm, devices][..], "vcpu", 0),
+            (&[vcpu, devices], "vm", 0),
+            (&[vcpu, vm], "devs", 0),
+            (&[vcpu, vm, vm, devices], "vm", 2),
+            (&[devices, vcpu, vm, devices], "devs", 2),
+        ] {
+            match decode(&file_of(sections)) {
+                Err(StateError::Count { kind: named, found: counted, .. }) => {
+                    assert_eq!((named.as_str(), counted), (kind, found))
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_left_over_are_refused() {
+        let [vcpu, vm, mut devices] = bodies();
+        let mut bytes = encode(&state()).unwrap();
+        bytes.push(0);
+        assert_eq!(decode(&bytes), Err(StateError::Leftover { bytes: 1 }));
+        devices.push(0);
+        let inside = file_of(&[(b"vcpu", 1, &vcpu), (b"vm  ", 1, &vm), (b"devs", 1, &devices)]);
+        assert_eq!(decode(&inside), Err(StateError::Body { section: 2, kind: "devs".into() }));
+    }
+
+    #[test]
+    fn a_file_cut_short_anywhere_is_refused() {
+        let bytes = encode(&state()).unwrap();
+        for len in 0..bytes.len() {
+            let refused = decode(&bytes[..len]).unwrap_err();
+            assert!(matches!(refused, StateError::Magic | StateError::Truncated { .. }), "{len}: {refused}");
+        }
+    }
+
+    #[test]
+    fn a_length_beyond_the_file_is_refused_before_anything_is_allocated() {
+        let mut bytes = encode(&state()).unwrap();
+        bytes[FILE_HEADER + 8..FILE_HEADER + 16].copy_from_slice(&u64::MAX.to_le_bytes());
+        assert_eq!(decode(&bytes), Err(StateError::Truncated { section: 0 }));
+        let many = [MAGIC.as_slice(), &FORMAT.to_le_bytes(), &u32::MAX.to_le_bytes()].concat();
+        assert_eq!(decode(&many), Err(StateError::Truncated { section: 0 }));
+    }
+
+    #[test]
+    fn lists_of_impossible_length_are_refused() {
+        type Spoil = fn(&mut MachineState);
+        let cases: [(&str, Spoil); 8] = [
+            ("vcpu.xsave", |s| s.vcpus[0].xsave.truncate(4095)),
+            ("vcpu.xsave", |s| s.vcpus[0].xsave.resize(65537, 0)),
+            ("vcpu.lapic", |s| s.vcpus[1].lapic.push(0)),
+            ("vcpu.msrs", |s| s.vcpus[1].msrs.resize(4097, Msr::default())),
+            ("vcpu.cpuid", |s| s.vcpus[1].cpuid.resize(4097, CpuidEntry::default())),
+            ("vm.irqchips", |s| s.vm.irqchips.resize(17, s.vm.irqchips[0].clone())),
+            ("vm.irqchips.chip", |s| s.vm.irqchips[0].chip.truncate(511)),
+            ("devices.serial.in_buffer", |s| s.devices.serial.in_buffer.resize(4097, 0)),
+        ];
+        for (field, spoil) in cases {
+            let mut state = state();
+            spoil(&mut state);
+            match encode(&state) {
+                Err(StateError::Length { field: named, .. }) => assert_eq!(named, field),
+                other => panic!("{field}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_saved_vcpu_is_small() {
+        let len = encode(&MachineState::blank(1)).unwrap().len();
+        assert!(len < 8 * 1024, "{len} bytes");
+    }
+
+    /// A failure here means that stored snapshots can no longer be read: read "Versions" in docs/snapshot-format.md.
+    #[test]
+    fn the_bytes_of_version_1_are_pinned() {
+        let digest = |bytes: &[u8]| blake3::hash(bytes).to_hex()[..16].to_owned();
+        let mut state = state();
+        state.vm.pit = PitState { flags: 3, ..PitState::default() };
+        state.devices.vsock = Some(Default::default());
+        assert_eq!(digest(&encode(&state).unwrap()), "30140d99fbb7a5ee");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_decoding_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert!(decode(&bytes).is_err());
+            prop_assert!(decode(&file_of(&[(b"vcpu", 1, &bytes)])).is_err());
+        }
+
+        #[test]
+        fn a_damaged_body_with_a_right_digest_does_no_harm(at: prop::sample::Index, to: u8) {
+            let [mut vcpu, vm, devices] = bodies();
+            let at = at.index(vcpu.len());
+            vcpu[at] = to;
+            let file = file_of(&[(b"vcpu", 1, &vcpu), (b"vm  ", 1, &vm), (b"devs", 1, &devices)]);
+            if let Ok(state) = decode(&file) {
+                encode(&state).unwrap();
+            }
+        }
+    }
+}
