@@ -13,7 +13,7 @@ use crate::region::PAGE_SIZE;
 use crate::socket::{Passed, receive};
 use api_spec::handshake::{Attach, Hello, MAX_MESSAGE, REPLY_DEADLINE_MS, Region, Reply};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -193,12 +193,6 @@ impl Handshake {
     /// Tells the client that it will not be served, if it can be told at once.
     pub fn send_refusal(&mut self, reason: &str) {
         let _ = (&self.stream).write(&encode(&Reply::Refused { reason: reason.to_string() }));
-    }
-}
-
-impl AsFd for Handshake {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
     }
 }
 

@@ -6,11 +6,11 @@
 //! fault: no event, no copy.
 //!
 //! Follow a fault: [`event_loop`] (waiting) -> [`server`] (who is that?) -> [`session`] (reads the event, with
-//! [`events`]) -> [`region`] (which chunk?) -> [`store`] (is it there?) -> [`source`] (reads and checks it) -> [`mmap`] (`UFFDIO_COPY`) -> back in
-//! [`session`] (wakes the guest).
+//! [`events`]) -> [`region`] (which chunk?) -> [`store`] (is it there?) -> [`source`] (reads and checks it) -> [`mmap`]
+//! (`UFFDIO_COPY`) -> back in [`session`] (wakes the guest).
 //!
-//! Follow a client: [`listener`] -> [`handshake`] (bytes to requests) -> [`server`] (grants a store, checks regions and
-//! the userfaultfd) -> [`session`]. [`client`] is the other end of the same conversation.
+//! Follow a client: [`listener`] -> [`handshake`] (bytes to requests) -> [`server`] ([`stores`] grants one; regions and
+//! userfaultfd are checked) -> [`session`]. [`client`] is the other end of the same conversation.
 
 pub mod client;
 pub mod event_loop;
@@ -28,6 +28,8 @@ pub mod session;
 pub mod socket;
 pub mod source;
 pub mod store;
+pub mod stores;
+pub mod token;
 pub mod uffd;
 
 pub use options::{Command, Options, USAGE, UsageError};

@@ -1,4 +1,4 @@
-//! The server: who is connected, which stores there are, and what happens when something becomes ready.
+//! The server: who is connected, and what happens when something becomes ready.
 //!
 //! One thread owns everything here. The event loop calls [`Server::process`] with a token that says what is ready:
 //!
@@ -7,19 +7,19 @@
 //!   metrics listener --> Reader        tick (1 s): deadlines, audits       signal: stop
 //! ```
 //!
-//! A store belongs to one image and one user. It stays when its guests are gone, so that the next one finds it warm,
-//! unless it was *retired*: given to nobody else, and dropped with its last guest.
+//! Which stores there are, and who may have them, is the business of [`crate::stores`].
 
 use crate::handshake::{Handshake, HandshakeError, Request};
 use crate::listener::Listener;
 use crate::metrics::{MAX_READERS, Reader};
 use crate::process::{Credentials, Signals};
-use crate::region::{PAGE_SIZE, RegionError, Regions};
-use crate::session::{Scratch, Session, SessionError};
+use crate::region::{RegionError, Regions};
+use crate::session::{Scratch, Session};
 use crate::source::Source;
-use crate::store::{Audit, CreateError, FillError, Store};
+use crate::stores::{GrantError, Stores};
+use crate::token::Token;
 use crate::uffd::{self, AdoptError};
-use api_spec::handshake::{Hello, Metrics, Region, StoreMetrics, VERSION};
+use api_spec::handshake::{Hello, Metrics, Region, VERSION};
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -40,14 +40,8 @@ enum Refusal {
     Handshake(#[from] HandshakeError),
     #[error("protocol version {0} is not spoken here, only {VERSION}: use a vmm and a page server of one release")]
     Version(u32),
-    #[error("image {wanted} is not served here, only {served}: start the page server with its snapshot")]
-    Image { wanted: String, served: String },
-    #[error("the image has {image} bytes, not {client}: the snapshot was changed")]
-    Size { image: u64, client: u64 },
-    #[error("the image is damaged: {0}")]
-    Damaged(String),
     #[error(transparent)]
-    Store(#[from] CreateError),
+    Grant(#[from] GrantError),
     #[error(transparent)]
     Regions(#[from] RegionError),
     #[error(transparent)]
@@ -56,20 +50,6 @@ enum Refusal {
     Order,
     #[error("cannot watch the connection: {0}")]
     Watch(event_manager::Error),
-}
-
-/// An image that is served, until it turns out to be damaged.
-struct Image {
-    source: Box<dyn Source>,
-    damage: Option<String>,
-}
-
-/// A store and whom it is for.
-struct StoreEntry {
-    store: Store,
-    image: usize,
-    uid: u32,
-    retired: bool,
 }
 
 /// One connection to the page-server socket.
@@ -104,16 +84,13 @@ pub struct Server {
     metrics: Option<Listener>,
     signals: Option<Signals>,
     timer: TimerFd,
-    images: Vec<Image>,
-    stores: BTreeMap<u64, StoreEntry>,
+    stores: Stores,
     peers: BTreeMap<u32, Peer>,
     readers: BTreeMap<u32, Reader>,
     scratch: Scratch,
     next_peer: u32,
-    next_store: u64,
     sessions_total: u64,
     refused_total: u64,
-    stores_retired_total: u64,
     events_total: u64,
     accepting: bool,
     stopping: bool,
@@ -135,16 +112,13 @@ impl Server {
             metrics,
             signals,
             timer,
-            images: images.into_iter().map(|source| Image { source, damage: None }).collect(),
-            stores: BTreeMap::new(),
+            stores: Stores::new(images),
             peers: BTreeMap::new(),
             readers: BTreeMap::new(),
             scratch: Scratch::new(),
             next_peer: 0,
-            next_store: 0,
             sessions_total: 0,
             refused_total: 0,
-            stores_retired_total: 0,
             events_total: 0,
             accepting: true,
             stopping: false,
@@ -174,22 +148,11 @@ impl Server {
             Peer::Handshake(..) => None,
         });
         Metrics {
-            stores: self.stores.values().map(|entry| self.store_metrics(entry)).collect(),
+            stores: self.stores.metrics(),
             sessions: sessions.collect(),
             sessions_total: self.sessions_total,
             refused_total: self.refused_total,
-            stores_retired_total: self.stores_retired_total,
-        }
-    }
-
-    fn store_metrics(&self, entry: &StoreEntry) -> StoreMetrics {
-        let source = &self.images[entry.image].source;
-        StoreMetrics {
-            image: source.root().to_string(),
-            uid: entry.uid,
-            image_pages: source.size() / PAGE_SIZE,
-            filled_pages: entry.store.filled_pages(),
-            retired: entry.retired,
+            stores_retired_total: self.stores.retired_total(),
         }
     }
 
@@ -253,7 +216,7 @@ impl Server {
         while let Some(Peer::Handshake(handshake, _)) = self.peers.get_mut(&id) {
             let done = match handshake.receive() {
                 Ok(None) => return,
-                Ok(Some(Request::Hello(hello))) => self.grant_store(id, &hello),
+                Ok(Some(Request::Hello(hello))) => self.grant_store(id, &hello, ops),
                 Ok(Some(Request::Attach(regions, uffd))) => self.attach(id, regions, uffd, ops),
                 Err(error) => Err(error.into()),
             };
@@ -264,43 +227,23 @@ impl Server {
     }
 
     /// Answers a hello with a store of the wanted image.
-    fn grant_store(&mut self, id: u32, hello: &Hello) -> Result<(), Refusal> {
-        let image = self.find_image(hello)?;
-        let Some(Peer::Handshake(handshake, _)) = self.peers.get(&id) else { return Ok(()) };
-        let store = self.find_or_create_store(image, handshake.peer.uid)?;
+    fn grant_store(&mut self, id: u32, hello: &Hello, ops: &mut EventOps) -> Result<(), Refusal> {
+        self.audit_stores(ops);
         let Some(Peer::Handshake(handshake, granted)) = self.peers.get_mut(&id) else { return Ok(()) };
-        handshake.send_store(hello.size, self.stores[&store].store.hand_out())?;
-        *granted = Some(store);
-        Ok(())
-    }
-
-    fn find_image(&self, hello: &Hello) -> Result<usize, Refusal> {
         if hello.version != VERSION {
             return Err(Refusal::Version(hello.version));
         }
-        let Some(index) = self.images.iter().position(|image| image.source.root() == hello.image) else {
-            let served: Vec<&str> = self.images.iter().map(|image| image.source.root()).collect();
-            return Err(Refusal::Image { wanted: hello.image.chars().take(64).collect(), served: served.join(", ") });
-        };
-        let image = &self.images[index];
-        match &image.damage {
-            Some(damage) => Err(Refusal::Damaged(damage.clone())),
-            None if image.source.size() != hello.size => {
-                Err(Refusal::Size { image: image.source.size(), client: hello.size })
-            }
-            None => Ok(index),
-        }
+        let (key, descriptor) = self.stores.grant(hello, handshake.peer.uid)?;
+        handshake.send_store(hello.size, descriptor)?;
+        *granted = Some(key);
+        Ok(())
     }
 
     /// Turns a handshake into a session and answers the attach message.
     fn attach(&mut self, id: u32, regions: Vec<Region>, uffd: OwnedFd, ops: &mut EventOps) -> Result<(), Refusal> {
         let Some(Peer::Handshake(handshake, store)) = self.peers.get_mut(&id) else { return Ok(()) };
         let store = store.ok_or(Refusal::Order)?;
-        let image = &self.images[self.stores[&store].image];
-        if let Some(damage) = &image.damage {
-            return Err(Refusal::Damaged(damage.clone()));
-        }
-        let regions = Regions::check(regions, image.source.size())?;
+        let regions = Regions::check(regions, self.stores.sound_size(store)?)?;
         let uffd = uffd::adopt(uffd)?;
         handshake.send_serving()?;
         let Some(Peer::Handshake(handshake, _)) = self.peers.remove(&id) else { return Ok(()) };
@@ -349,23 +292,17 @@ impl Server {
 
     fn on_faults(&mut self, id: u32, ready: EventSet, ops: &mut EventOps) {
         let Some(Peer::Session(session)) = self.peers.get_mut(&id) else { return };
-        // The kernel reports an error on a userfaultfd that somebody has made blocking; reading it would stop everyone.
+        // The kernel reports an error, over and over, on a userfaultfd that somebody has made blocking.
         if ready.contains(EventSet::ERROR) {
             return self.end_session(id, "its userfaultfd was made blocking", ops);
         }
         let key = session.store;
-        let Some(entry) = self.stores.get_mut(&key) else { return };
-        let image = entry.image;
-        match session.serve(&mut entry.store, &*self.images[image].source, &mut self.scratch) {
+        match self.stores.serve(session, &mut self.scratch) {
             Ok(turn) => {
                 self.events_total += turn.events;
                 if turn.foreign > 0 {
-                    self.retire(key, turn.foreign, ops);
+                    self.retire(key, ops);
                 }
-            }
-            Err(SessionError::Fill(FillError::Source(error))) => {
-                self.mark_damaged(image, &error.to_string());
-                self.end_session(id, "its memory image is damaged", ops);
             }
             Err(error) => {
                 log::error!("session {}: {error}", session.metrics().id);
@@ -374,94 +311,30 @@ impl Server {
         }
     }
 
-    /// From now on nobody new is served this image; a guest that needs a bad chunk loses its connection.
-    fn mark_damaged(&mut self, image: usize, damage: &str) {
-        let image = &mut self.images[image];
-        if image.damage.is_none() {
-            log::error!("image {} is damaged: {damage}; new clients are refused", image.source.root());
-            image.damage = Some(damage.to_string());
-        }
-    }
-
-    // ---- stores ----
-
-    /// The store of an image for a user, checked just before it is handed out.
-    fn find_or_create_store(&mut self, image: usize, uid: u32) -> Result<u64, Refusal> {
-        let usable = |entry: &StoreEntry| entry.image == image && entry.uid == uid && !entry.retired;
-        if let Some((&key, _)) = self.stores.iter().find(|(_, entry)| usable(entry)) {
-            if self.is_clean(key) {
-                return Ok(key);
-            }
-            self.mark_retired(key);
-        }
-        let store = Store::create(self.images[image].source.size())?;
-        self.next_store += 1;
-        self.stores.insert(self.next_store, StoreEntry { store, image, uid, retired: false });
-        Ok(self.next_store)
-    }
-
-    /// Whether a store holds no more than was put into it; one that cannot be looked at is not clean.
-    fn is_clean(&self, key: u64) -> bool {
-        self.stores.get(&key).is_none_or(|entry| matches!(entry.store.audit(), Ok(Audit::Clean)))
-    }
-
+    /// Looks for pages that nobody has put there: every second, and before a store is handed out.
     fn audit_stores(&mut self, ops: &mut EventOps) {
-        let keys: Vec<u64> = self.stores.keys().copied().collect();
-        for key in keys {
-            let surplus = match self.stores[&key].store.audit() {
-                Ok(Audit::Clean) => continue,
-                Ok(Audit::Surplus(pages)) => pages,
-                Err(_) => 0,
-            };
-            self.retire(key, surplus, ops);
+        for key in self.stores.unclean() {
+            self.retire(key, ops);
         }
     }
 
-    fn mark_retired(&mut self, key: u64) {
-        let Some(entry) = self.stores.get_mut(&key) else { return };
-        if !std::mem::replace(&mut entry.retired, true) {
-            self.stores_retired_total += 1;
-            let image = self.images[entry.image].source.root();
-            log::warn!(
-                "store of image {image} for uid {}: pages appeared that were not put there (somebody read it without \
-                 userfaultfd); it is retired, its guests are served on, new ones get a fresh store",
-                entry.uid
-            );
-        }
-    }
-
-    /// Gives a store to nobody else, and puts right what is wrong in it for those who have it.
-    fn retire(&mut self, key: u64, surplus: u64, ops: &mut EventOps) {
-        self.mark_retired(key);
-        let Some(entry) = self.stores.get_mut(&key) else { return };
-        let image = entry.image;
-        let repaired = entry.store.repair(&*self.images[image].source, &mut self.scratch.chunk);
-        match repaired {
-            Ok(pages) => log::debug!("store {key}: {surplus} pages too many, {pages} put right"),
-            Err(FillError::Source(error)) => self.mark_damaged(image, &error.to_string()),
-            Err(error) => log::error!("store {key}: {error}"),
-        }
-        // Pages that cannot be found cannot be put right: a guest must not run into their zeros.
-        if !self.is_clean(key) {
-            self.end_sessions_of(key, "its store has wrong pages that cannot be put right", ops);
+    /// Gives a store to nobody else; ends its guests' sessions if it cannot be put right for them.
+    fn retire(&mut self, key: u64, ops: &mut EventOps) {
+        if !self.stores.retire(key, &mut self.scratch.chunk) {
+            let ids = self.peers.iter().filter(|(_, peer)| peer.store() == Some(key)).map(|(&id, _)| id);
+            for id in ids.collect::<Vec<_>>() {
+                match self.peers.get(&id) {
+                    Some(Peer::Handshake(..)) => self.refuse(id, &GrantError::Gone.into(), ops),
+                    _ => self.end_session(id, "its store has wrong pages that cannot be put right", ops),
+                }
+            }
         }
         self.drop_unused_stores();
     }
 
-    fn end_sessions_of(&mut self, key: u64, reason: &str, ops: &mut EventOps) {
-        let ids: Vec<u32> = self.peers.iter().filter(|(_, p)| p.store() == Some(key)).map(|(&id, _)| id).collect();
-        for id in ids {
-            self.end_session(id, reason, ops);
-        }
-    }
-
-    /// Drops what nobody uses and nobody will be given: retired stores and those of damaged images.
     fn drop_unused_stores(&mut self) {
-        let Self { stores, peers, images, .. } = self;
-        stores.retain(|key, entry| {
-            let doomed = entry.retired || images[entry.image].damage.is_some();
-            !doomed || peers.values().any(|peer| peer.store() == Some(*key))
-        });
+        let Self { stores, peers, .. } = self;
+        stores.drop_unused(|key| peers.values().any(|peer| peer.store() == Some(key)));
     }
 
     // ---- metrics and time ----
@@ -545,53 +418,6 @@ impl MutEventSubscriber for Server {
     }
 }
 
-/// What a ready descriptor is, as the 32 bits that the event loop keeps with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Token {
-    Listener,
-    Metrics,
-    Signals,
-    Tick,
-    Socket(u32),
-    Uffd(u32),
-    Process(u32),
-    Reader(u32),
-}
-
-impl Token {
-    const ID_BITS: u32 = 29;
-    const ID_MASK: u32 = (1 << Self::ID_BITS) - 1;
-
-    fn encode(self) -> u32 {
-        let (kind, id) = match self {
-            Token::Listener => (0, 0),
-            Token::Metrics => (1, 0),
-            Token::Signals => (2, 0),
-            Token::Tick => (3, 0),
-            Token::Socket(id) => (4, id),
-            Token::Uffd(id) => (5, id),
-            Token::Process(id) => (6, id),
-            Token::Reader(id) => (7, id),
-        };
-        (kind << Self::ID_BITS) | id
-    }
-
-    fn decode(data: u32) -> Option<Self> {
-        let id = data & Self::ID_MASK;
-        Some(match data >> Self::ID_BITS {
-            0 => Token::Listener,
-            1 => Token::Metrics,
-            2 => Token::Signals,
-            3 => Token::Tick,
-            4 => Token::Socket(id),
-            5 => Token::Uffd(id),
-            6 => Token::Process(id),
-            7 => Token::Reader(id),
-            _ => return None,
-        })
-    }
-}
-
 fn watch(ops: &mut EventOps, fd: RawFd, token: Token) -> Result<(), Refusal> {
     ops.add(Events::with_data_raw(fd, token.encode(), EventSet::IN)).map_err(Refusal::Watch)
 }
@@ -621,17 +447,6 @@ fn one_line(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn tokens_come_back_as_they_were() {
-        let id = Token::ID_MASK;
-        for token in [Token::Listener, Token::Metrics, Token::Signals, Token::Tick] {
-            assert_eq!(Token::decode(token.encode()), Some(token));
-        }
-        for token in [Token::Socket(id), Token::Uffd(1), Token::Process(0), Token::Reader(id)] {
-            assert_eq!(Token::decode(token.encode()), Some(token));
-        }
-    }
 
     #[test]
     fn a_peer_cannot_forge_log_lines() {
