@@ -73,6 +73,11 @@ impl Listener {
         Ok(Self { socket, path: path.into(), identity })
     }
 
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Takes one connection; `None` when nobody is waiting.
     pub fn accept(&self) -> io::Result<Option<UnixStream>> {
         loop {

@@ -50,8 +50,7 @@ pub fn write_zero_page(
     command_line_len: usize,
     initrd: Option<Initrd>,
 ) -> Result<(), linux_loader::configurator::Error> {
-    let mut params = boot_params::default();
-    params.hdr = header.unwrap_or_default();
+    let mut params = boot_params { hdr: header.unwrap_or_default(), ..Default::default() };
     if header.is_none() {
         params.hdr.boot_flag = BOOT_FLAG;
         params.hdr.header = HEADER_MAGIC;

@@ -148,7 +148,8 @@ mod tests {
         #[test]
         fn changing_to_a_state_twice_changes_once(phase in phases(), state in prop::sample::select(vec![VmState::Paused, VmState::Resumed])) {
             if changes(phase, state) {
-                prop_assert!(!changes(after(&Request::PatchVm(VmPatch { state }), phase), state));
+                let then = after(&Request::PatchVm(VmPatch { state }), phase);
+                prop_assert!(!changes(then, state));
             }
         }
     }

@@ -3,7 +3,7 @@
 //! - [`layout`]: which guest-physical addresses are RAM (pure)
 //! - [`freeze`]: turns the RAM of a booted guest into an immutable image without copying it
 //! - [`uffd`]: a view whose pages a page server provides
-//! - [`mmap`]: the system calls that change mappings
+//! - `mmap`: the system calls that change mappings
 
 pub mod freeze;
 pub mod layout;

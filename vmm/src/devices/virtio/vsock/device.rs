@@ -26,11 +26,12 @@ use super::super::chain::{Buffer, ChainError, Direction};
 use super::super::interrupt::Interrupt;
 use super::super::{EVENT_IDX, VERSION_1, VirtioDevice};
 use super::event_handler::Clients;
-use super::host::{ListenError, Listener};
+use super::host::HostSocket;
 use super::muxer::Muxer;
 use super::packet;
 use super::ready::ReadySink;
 use crate::devices::GuestMemory;
+use uffd_handler::listener::ListenError;
 
 /// The device's number in the virtio specification.
 const DEVICE_TYPE: u32 = 19;
@@ -107,7 +108,7 @@ pub(super) struct Active {
 pub struct Vsock {
     pub(super) guest_cid: u64,
     pub(super) events: [Arc<EventFd>; 3],
-    pub(super) listener: Listener,
+    pub(super) listener: HostSocket,
     pub(super) clients: Clients,
     pub(super) timer: TimerFd,
     pub(super) muxer: Muxer,
@@ -128,7 +129,7 @@ impl Vsock {
         Ok(Arc::new(Mutex::new(Vsock {
             guest_cid,
             events: [event()?, event()?, event()?],
-            listener: Listener::bind(uds_path)?,
+            listener: HostSocket::bind(uds_path)?,
             clients: Clients::default(),
             timer: TimerFd::new().map_err(|error| VsockError::Events(error.into()))?,
             muxer: Muxer::new(guest_cid, ready),
@@ -246,7 +247,7 @@ impl VirtioDevice for Vsock {
 struct Work<'a> {
     active: &'a mut Active,
     muxer: &'a mut Muxer,
-    listener: &'a Listener,
+    listener: &'a HostSocket,
 }
 
 impl Work<'_> {

@@ -39,7 +39,7 @@ impl MutEventSubscriber for Vsock {
         for event in &self.events {
             note(ops.add(Events::new(event.as_ref(), EventSet::IN)));
         }
-        note(ops.add(Events::new(self.listener.socket(), EventSet::IN)));
+        note(ops.add(Events::new(&self.listener, EventSet::IN)));
         note(ops.add(Events::new(&self.timer, EventSet::IN)));
     }
 
@@ -47,7 +47,7 @@ impl MutEventSubscriber for Vsock {
         let fd = events.fd();
         if let Some(event) = self.events.iter().find(|event| event.as_raw_fd() == fd) {
             let _ = event.read(); // Only to make it quiet; all queues are looked at below.
-        } else if fd == self.listener.socket().as_raw_fd() {
+        } else if fd == self.listener.as_raw_fd() {
             self.accept(ops);
         } else if fd == self.timer.as_raw_fd() {
             self.tick(ops);
@@ -85,7 +85,7 @@ impl Vsock {
     /// The waiting client cannot be accepted, and would be reported again and again.
     fn rest_listener(&mut self, error: &io::Error, ops: &mut EventOps) {
         log::warn!("vsock: a client cannot be accepted: {error}; trying again in {TICK:?}");
-        note(ops.remove(Events::empty(self.listener.socket())));
+        note(ops.remove(Events::empty(&self.listener)));
         self.clients.listener_rests = true;
     }
 
@@ -120,7 +120,7 @@ impl Vsock {
             drop(self.stop_greeting(fd, ops));
         }
         if std::mem::take(&mut self.clients.listener_rests) {
-            note(ops.add(Events::new(self.listener.socket(), EventSet::IN)));
+            note(ops.add(Events::new(&self.listener, EventSet::IN)));
         }
     }
 

@@ -14,7 +14,7 @@ use api_spec::agent::READY_PORT;
 use vmm_sys_util::epoll::EventSet;
 
 use super::connection::{Connection, Fate, Ports, Received};
-use super::host::{Listener, accepted_line};
+use super::host::{HostSocket, accepted_line};
 use super::packet::{HOST_CID, Header, STREAM, op};
 use super::ready::{Announcements, ReadySink};
 
@@ -159,7 +159,7 @@ impl Muxer {
     }
 
     /// Takes in a packet from the guest. `listener` knows where the host's ports are.
-    pub fn receive(&mut self, header: &Header, payload: &[u8], listener: &Listener) {
+    pub fn receive(&mut self, header: &Header, payload: &[u8], listener: &HostSocket) {
         if header.src_cid != self.guest_cid {
             return; // An answer would not arrive.
         }
@@ -179,7 +179,7 @@ impl Muxer {
     }
 
     /// The guest wants to reach a port of the host.
-    fn request(&mut self, ports: Ports, header: &Header, listener: &Listener) {
+    fn request(&mut self, ports: Ports, header: &Header, listener: &HostSocket) {
         if !self.make_room() {
             log::debug!("vsock: {MAX_CONNECTIONS} streams are open; the guest's request is refused");
             return self.answer_with_reset(header);

@@ -1,0 +1,275 @@
+//! Each part of saved state, set to something that no reset gives, survives saving and loading into another VM.
+
+use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_VCPUEVENT_VALID_NMI_PENDING};
+use kvm_ioctls::{Kvm, VmFd};
+use snapshot::state::{Msr, VcpuState, VmState};
+use vmm::kvm::{self, Vm};
+use vmm::memory::GuestRam;
+use vmm::vcpu::state::{self, StateShape};
+
+const MSR_TSC: u32 = 0x10;
+const MSR_APIC_BASE: u32 = 0x1b;
+const MSR_STAR: u32 = 0xc000_0081;
+const MSR_LSTAR: u32 = 0xc000_0082;
+const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
+
+/// A VM with one vCPU that has CPUID; `None` (reported as skipped) where there is no KVM.
+fn machine(test: &str) -> Option<(Kvm, GuestRam, Vm, StateShape)> {
+    let kvm = match kvm::open() {
+        Ok(kvm) => kvm,
+        Err(e) => {
+            skip(test, &e.to_string());
+            return None;
+        }
+    };
+    let ram = GuestRam::fresh(16 << 20).unwrap();
+    let vm = kvm::create(&kvm, &ram, 1).unwrap();
+    vm.vcpus[0].set_cpuid2(&kvm::supported_cpuid(&kvm).unwrap()).unwrap();
+    let shape = StateShape::of_host(&kvm, &vm.fd).unwrap();
+    Some((kvm, ram, vm, shape))
+}
+
+/// Tells `./test` that a test could not run here.
+fn skip(test: &str, reason: &str) {
+    use std::io::Write;
+    eprintln!("skipped: {test}: {reason}");
+    if let Some(path) = std::env::var_os("COPPICE_SKIPS") {
+        let mut file = std::fs::File::options().append(true).create(true).open(path).unwrap();
+        writeln!(file, "{test}: {reason}").unwrap();
+    }
+}
+
+/// What comes out when a vCPU whose saved state was changed by `change` is loaded into a fresh VM and saved again, and
+/// what went in.
+fn vcpu_round_trip(test: &str, change: impl FnOnce(&mut VcpuState)) -> Option<(VcpuState, VcpuState)> {
+    let (_kvm, _ram, vm, shape) = machine(test)?;
+    let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
+    change(&mut saved);
+    let (_kvm, _ram, other, shape) = machine(test)?;
+    state::load(&other.vcpus[0], &other.fd, &saved).unwrap();
+    Some((saved, state::save(&other.vcpus[0], &shape).unwrap()))
+}
+
+fn vm_round_trip(test: &str, change: impl FnOnce(&VmFd, &mut VmState)) -> Option<(VmState, VmState)> {
+    let (_kvm, _ram, vm, _) = machine(test)?;
+    let mut saved = kvm::state::save(&vm.fd).unwrap();
+    change(&vm.fd, &mut saved);
+    let (_kvm, _ram, other, _) = machine(test)?;
+    kvm::state::load(&other.fd, &saved).unwrap();
+    Some((saved, kvm::state::save(&other.fd).unwrap()))
+}
+
+fn msr(state: &VcpuState, index: u32) -> u64 {
+    state.msrs.iter().find(|msr| msr.index == index).unwrap_or_else(|| panic!("MSR {index:#x} is not saved")).data
+}
+
+fn set_msr(state: &mut VcpuState, index: u32, data: u64) {
+    *state.msrs.iter_mut().find(|msr| msr.index == index).unwrap() = Msr { index, data };
+}
+
+#[test]
+fn general_registers() {
+    let change = |state: &mut VcpuState| {
+        let regs = &mut state.regs;
+        (regs.rax, regs.rbx, regs.rcx, regs.rdx) = (1, 2, 3, 4);
+        (regs.rsi, regs.rdi, regs.rsp, regs.rbp) = (5, 6, 7, 8);
+        (regs.r8, regs.r9, regs.r10, regs.r11) = (9, 10, 11, 12);
+        (regs.r12, regs.r13, regs.r14, regs.r15) = (13, 14, 15, 16);
+        (regs.rip, regs.rflags) = (0x1234, 0x246);
+    };
+    let Some((put, got)) = vcpu_round_trip("general_registers", change) else { return };
+    assert_eq!(got.regs, put.regs);
+}
+
+#[test]
+fn special_registers() {
+    let change = |state: &mut VcpuState| {
+        let sregs = &mut state.sregs;
+        (sregs.gdt.base, sregs.gdt.limit) = (0x1000, 0x2f);
+        (sregs.idt.base, sregs.idt.limit) = (0x2000, 0xfff);
+        (sregs.cr2, sregs.cr3) = (0xdead_b000, 0x7000);
+        (sregs.fs.base, sregs.gs.base) = (0x11_0000, 0x22_0000);
+        sregs.tr.base = 0x33_0000;
+    };
+    let Some((put, got)) = vcpu_round_trip("special_registers", change) else { return };
+    assert_eq!(got.sregs, put.sregs);
+}
+
+#[test]
+fn vector_registers_and_their_control() {
+    /// Where XMM0 lies in the XSAVE area, and where the header says which parts are in use.
+    const XMM0: usize = 160;
+    const XSTATE_BV: usize = 512;
+    let change = |state: &mut VcpuState| {
+        state.xsave[XMM0..XMM0 + 16].copy_from_slice(b"sixteen bytes...");
+        state.xsave[XSTATE_BV] |= 3;
+        state.xcrs[0].value = 3;
+    };
+    let Some((put, got)) = vcpu_round_trip("vector_registers", change) else { return };
+    assert_eq!(got.xsave[XMM0..XMM0 + 16], put.xsave[XMM0..XMM0 + 16]);
+    assert_eq!(got.xsave.len(), put.xsave.len());
+    assert_eq!(got.xcrs, put.xcrs);
+}
+
+#[test]
+fn debug_registers() {
+    let change = |state: &mut VcpuState| {
+        state.debug_regs.db = [0x1000, 0x2000, 0x3000, 0x4000];
+        state.debug_regs.dr7 = 0x400 | 1;
+    };
+    let Some((put, got)) = vcpu_round_trip("debug_registers", change) else { return };
+    assert_eq!(got.debug_regs, put.debug_regs);
+}
+
+#[test]
+fn local_apic() {
+    /// Spurious-interrupt vector, task priority, and processor priority, which follows from it.
+    const SPURIOUS: usize = 0xf0;
+    const PRIORITY: usize = 0x80;
+    const EFFECTIVE: usize = 0xa0;
+    let change = |state: &mut VcpuState| {
+        state.lapic[SPURIOUS..SPURIOUS + 4].copy_from_slice(&0x1ffu32.to_le_bytes());
+        state.lapic[PRIORITY] = 0x30;
+        state.lapic[EFFECTIVE] = 0x30;
+    };
+    let Some((put, got)) = vcpu_round_trip("local_apic", change) else { return };
+    assert_eq!(got.lapic, put.lapic);
+}
+
+#[test]
+fn model_specific_registers() {
+    let change = |state: &mut VcpuState| {
+        set_msr(state, MSR_STAR, 0x0023_0010_0000_0000);
+        set_msr(state, MSR_LSTAR, 0xffff_ffff_8100_0000);
+        set_msr(state, MSR_KERNEL_GS_BASE, 0xffff_8880_0000_0000);
+    };
+    let Some((put, got)) = vcpu_round_trip("model_specific_registers", change) else { return };
+    for index in [MSR_STAR, MSR_LSTAR, MSR_KERNEL_GS_BASE] {
+        assert_eq!(msr(&got, index), msr(&put, index), "{index:#x}");
+    }
+    let rest = |state: &VcpuState| {
+        // The clocks run on; everything else is as it was.
+        state
+            .msrs
+            .iter()
+            .filter(|msr| ![MSR_TSC, MSR_APIC_BASE, 0x6e0].contains(&msr.index))
+            .copied()
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(rest(&got), rest(&put));
+}
+
+/// The guest's time-stamp counter goes on from where it stood, where this host can offset it: KVM without hardware
+/// virtualization cannot, and its guests see the host's counter.
+#[test]
+fn time_stamp_counter() {
+    const FAR: u64 = 1 << 50;
+    let Some((put, got)) = vcpu_round_trip("time_stamp_counter", |state| set_msr(state, MSR_TSC, FAR)) else { return };
+    if vmm::vcpu::ring0_is_emulated() {
+        return skip("time_stamp_counter", "this host's KVM has no TSC offset");
+    }
+    assert!(msr(&got, MSR_TSC) >= msr(&put, MSR_TSC));
+}
+
+#[test]
+fn pending_events() {
+    let change = |state: &mut VcpuState| {
+        state.events.nmi.pending = 1;
+        state.events.flags |= KVM_VCPUEVENT_VALID_NMI_PENDING;
+    };
+    let Some((put, got)) = vcpu_round_trip("pending_events", change) else { return };
+    assert_eq!(got.events.nmi, put.events.nmi);
+}
+
+#[test]
+fn run_state() {
+    let change = |state: &mut VcpuState| {
+        state.mp_state = KVM_MP_STATE_HALTED;
+        // At the reset vector KVM takes a halted boot vCPU for one that was just reset, and lets it run.
+        (state.sregs.cs.selector, state.sregs.cs.base) = (0, 0);
+    };
+    let Some((put, got)) = vcpu_round_trip("run_state", change) else { return };
+    assert_eq!(got.mp_state, put.mp_state);
+}
+
+#[test]
+fn cpuid_and_time_stamp_frequency() {
+    let change = |state: &mut VcpuState| {
+        let leaf = state.cpuid.iter_mut().find(|leaf| leaf.function == 0x8000_0002).unwrap();
+        leaf.eax = u32::from_le_bytes(*b"Copp");
+    };
+    let Some((put, got)) = vcpu_round_trip("cpuid", change) else { return };
+    assert_eq!(got.tsc_khz, put.tsc_khz);
+    let brand = |state: &VcpuState| state.cpuid.iter().find(|leaf| leaf.function == 0x8000_0002).unwrap().eax;
+    assert_eq!(brand(&got), brand(&put));
+}
+
+#[test]
+fn a_refused_msr_is_named() {
+    let Some((_kvm, _ram, vm, shape)) = machine("a_refused_msr_is_named") else { return };
+    let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
+    saved.msrs.push(Msr { index: 0x1234_5678, data: 1 });
+    let refused = state::load(&vm.vcpus[0], &vm.fd, &saved).unwrap_err().to_string();
+    assert!(refused.contains("0x12345678"), "{refused}");
+}
+
+#[test]
+fn parts_of_another_size_are_refused() {
+    let Some((_kvm, _ram, vm, shape)) = machine("parts_of_another_size_are_refused") else { return };
+    let saved = state::save(&vm.vcpus[0], &shape).unwrap();
+    let refused = |change: fn(&mut VcpuState)| {
+        let mut state = saved.clone();
+        change(&mut state);
+        state::load(&vm.vcpus[0], &vm.fd, &state).unwrap_err().to_string()
+    };
+    assert!(refused(|s| s.xsave.truncate(100)).contains("FPU state"));
+    assert!(refused(|s| s.xsave.resize(1 << 20, 0)).contains("FPU state"));
+    assert!(refused(|s| s.lapic.truncate(10)).contains("local APIC"));
+    assert!(refused(|s| s.xcrs = vec![s.xcrs[0]; 17]).contains("extended control"));
+    assert!(refused(|s| s.cpuid = vec![s.cpuid[0]; 257]).contains("CPUID"));
+    assert!(refused(|s| s.msrs = vec![s.msrs[0]; 257]).contains("MSRs"));
+}
+
+#[test]
+fn interval_timer() {
+    let change = |_: &VmFd, state: &mut VmState| {
+        state.pit.channels[0].count = 0x1234;
+        state.pit.channels[0].mode = 2;
+        state.pit.channels[0].gate = 1;
+    };
+    let Some((put, got)) = vm_round_trip("interval_timer", change) else { return };
+    let facts = |state: &VmState| {
+        let channel = &state.pit.channels[0];
+        (channel.count, channel.mode, channel.gate, state.pit.flags)
+    };
+    assert_eq!(facts(&got), facts(&put));
+}
+
+#[test]
+fn clock_goes_on_from_where_it_stood() {
+    let change = |_: &VmFd, state: &mut VmState| state.clock.clock = 1 << 50;
+    let Some((put, got)) = vm_round_trip("clock", change) else { return };
+    assert!(got.clock.clock >= put.clock.clock);
+    assert!(got.clock.clock - put.clock.clock < 60_000_000_000, "nothing was added for the time in between");
+}
+
+#[test]
+fn interrupt_controllers() {
+    let change = |vm: &VmFd, state: &mut VmState| {
+        // A raised line shows in the PIC's and the IOAPIC's request registers.
+        vm.set_irq_line(3, true).unwrap();
+        *state = kvm::state::save(vm).unwrap();
+    };
+    let Some((put, got)) = vm_round_trip("interrupt_controllers", change) else { return };
+    assert_eq!(got.irqchips, put.irqchips);
+    let Some((_kvm, _ram, vm, _)) = machine("interrupt_controllers") else { return };
+    assert_ne!(kvm::state::save(&vm.fd).unwrap().irqchips, put.irqchips, "the raised line is in the saved state");
+}
+
+#[test]
+fn foreign_interrupt_controllers_are_refused() {
+    let Some((_kvm, _ram, vm, _)) = machine("foreign_interrupt_controllers_are_refused") else { return };
+    let mut saved = kvm::state::save(&vm.fd).unwrap();
+    saved.irqchips[2].chip_id = 9;
+    assert!(kvm::state::load(&vm.fd, &saved).is_err());
+}
