@@ -1,0 +1,88 @@
+//! What the kernel says about a process.
+
+use std::fs;
+
+/// The memory of one mapping or several, in KiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Mapped pages.
+    pub rss_kib: u64,
+    /// Mapped pages, each divided by how many processes map it.
+    pub pss_kib: u64,
+    /// Pages of the process's own: those that it has written.
+    pub anonymous_kib: u64,
+}
+
+/// One line of `/proc/PID/maps`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// Protection and sharing, such as `rw-p`.
+    pub mode: String,
+    /// The file that is mapped; empty if none is.
+    pub name: String,
+}
+
+/// Name of the mappings of guest RAM that a page server provides.
+pub const STORE: &str = "/memfd:coppice-store";
+
+/// The memory of all mappings of process `pid` that `is_wanted` chooses by name.
+pub fn memory(pid: u32, is_wanted: impl Fn(&str) -> bool) -> Memory {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the process is there to be looked at");
+    let mut memory = Memory::default();
+    let mut counts = false;
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let first = words.next().unwrap_or_default();
+        let Some(field) = first.strip_suffix(':') else {
+            counts = is_wanted(mapping(line).map(|m| m.name).unwrap_or_default().as_str());
+            continue;
+        };
+        let mut kib = || words.next().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+        match field {
+            _ if !counts => {}
+            "Rss" => memory.rss_kib += kib(),
+            "Pss" => memory.pss_kib += kib(),
+            "Anonymous" => memory.anonymous_kib += kib(),
+            _ => {}
+        }
+    }
+    memory
+}
+
+/// The guest RAM of the vmm `pid`, restored from a page server.
+pub fn guest_ram(pid: u32) -> Memory {
+    memory(pid, |name| name.starts_with(STORE))
+}
+
+/// What process `pid` has mapped.
+pub fn mappings(pid: u32) -> Vec<Mapping> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("the process is there to be looked at");
+    maps.lines().filter_map(mapping).collect()
+}
+
+fn mapping(line: &str) -> Option<Mapping> {
+    // Addresses, protection, offset, device, inode, name.
+    let mut words = line.split_whitespace();
+    let mode = words.nth(1)?.to_owned();
+    let name = words.skip(3).collect::<Vec<_>>().join(" ");
+    Some(Mapping { mode, name })
+}
+
+/// What the open descriptors of process `pid` are.
+pub fn descriptors(pid: u32) -> Vec<String> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).expect("the process is there to be looked at");
+    let names = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+    names.map(|name| name.to_string_lossy().into_owned()).collect()
+}
+
+/// Ids of all processes whose command line contains `text`.
+pub fn processes_with(text: &str) -> Vec<u32> {
+    let entries = fs::read_dir("/proc").expect("/proc can be read").filter_map(Result::ok);
+    entries
+        .filter_map(|entry| {
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            let line = fs::read(entry.path().join("cmdline")).ok()?;
+            String::from_utf8_lossy(&line).contains(text).then_some(pid)
+        })
+        .collect()
+}

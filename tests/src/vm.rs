@@ -1,0 +1,283 @@
+//! VMs: how a test boots, restores, snapshots and commands them.
+
+use crate::agent::Agent;
+use crate::page_server::PageServer;
+use crate::place::Place;
+use crate::process::{Finished, Process};
+use crate::{PATIENCE, binaries, until};
+use api_spec::agent::{Request, Response};
+use api_spec::client::rest::RestError;
+use api_spec::client::{AgentClient, RestClient};
+use api_spec::snapshot::{
+    MemBackend, MemBackendType, SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus, VsockOverride,
+};
+use api_spec::vm::{BootSource, InstanceInfo, InstanceState, MachineConfig, VmConfig, VmPatch, VmState, Vsock};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// A running vmm and its guest.
+#[derive(Debug)]
+pub struct Vm {
+    /// The process.
+    pub process: Process,
+    /// Its name; its files are named after it.
+    pub name: String,
+    /// Unix socket of its vsock device.
+    pub vsock: PathBuf,
+    /// Unix socket of its API.
+    pub api: PathBuf,
+}
+
+/// How to boot a guest.
+#[derive(Clone, Debug)]
+pub struct Boot<'a> {
+    place: &'a Place,
+    config: VmConfig,
+}
+
+impl<'a> Boot<'a> {
+    /// The embedded guest with 1 vCPU and 32 MiB.
+    pub fn new(place: &'a Place) -> Self {
+        let boot_source = Some(BootSource { embedded_guest: true, ..Default::default() });
+        let machine_config = MachineConfig { vcpu_count: 1, mem_size_mib: 32 };
+        Boot { place, config: VmConfig { boot_source, machine_config, vsock: None } }
+    }
+
+    /// With so many vCPUs.
+    pub fn vcpus(mut self, count: u8) -> Self {
+        self.config.machine_config.vcpu_count = count;
+        self
+    }
+
+    /// With so much memory.
+    pub fn memory_mib(mut self, size: u64) -> Self {
+        self.config.machine_config.mem_size_mib = size;
+        self
+    }
+
+    /// With a kernel from a file instead of the embedded guest.
+    pub fn kernel(mut self, path: &Path) -> Self {
+        let kernel_image_path = Some(path.to_owned());
+        self.config.boot_source = Some(BootSource { kernel_image_path, ..Default::default() });
+        self
+    }
+
+    /// Starts the vmm, with a configuration file.
+    pub fn start(mut self, name: &str) -> Vm {
+        let (vsock, api) = sockets(self.place, name);
+        self.config.vsock = Some(Vsock { guest_cid: 3, uds_path: vsock.clone() });
+        let config = self.place.join(format!("{name}.json"));
+        let text = serde_json::to_vec_pretty(&self.config).expect("a configuration has a JSON form");
+        std::fs::write(&config, text).expect("a file can be made in the test's directory");
+        let process = Process::start(self.place, name, binaries::vmm(), |vmm| {
+            vmm.arg("--config").arg(&config).arg("--api-sock").arg(&api);
+        });
+        Vm { process, name: name.to_owned(), vsock, api }
+    }
+
+    /// Starts the vmm and waits for its guest's agent.
+    pub fn ready(self, name: &str) -> (Vm, Agent) {
+        let mut vm = self.start(name);
+        let agent = vm.agent();
+        (vm, agent)
+    }
+}
+
+/// How to restore a guest: from its memory file, running, by the command line, unless told otherwise.
+#[derive(Clone, Debug)]
+pub struct Restore<'a> {
+    place: &'a Place,
+    snapshot: PathBuf,
+    page_server: Option<PathBuf>,
+    paused: bool,
+    same_generation: bool,
+    recorded_vsock: Option<PathBuf>,
+    by_api: bool,
+}
+
+impl<'a> Restore<'a> {
+    /// A guest from the snapshot in this directory.
+    pub fn new(place: &'a Place, snapshot: &Path) -> Self {
+        Restore {
+            place,
+            snapshot: snapshot.to_owned(),
+            page_server: None,
+            paused: false,
+            same_generation: false,
+            recorded_vsock: None,
+            by_api: false,
+        }
+    }
+
+    /// Its memory comes from a page server.
+    pub fn uffd(self, server: &PageServer) -> Self {
+        self.uffd_at(&server.socket)
+    }
+
+    /// Its memory comes from the page server at this socket.
+    pub fn uffd_at(mut self, socket: &Path) -> Self {
+        self.page_server = Some(socket.to_owned());
+        self
+    }
+
+    /// Its vCPUs are left standing still.
+    pub fn paused(mut self) -> Self {
+        self.paused = true;
+        self
+    }
+
+    /// It keeps the generation id.
+    pub fn same_generation(mut self) -> Self {
+        self.same_generation = true;
+        self
+    }
+
+    /// Its vsock device is where the snapshot says, at `path`, instead of at a socket of its own.
+    pub fn recorded_vsock(mut self, path: &Path) -> Self {
+        self.recorded_vsock = Some(path.to_owned());
+        self
+    }
+
+    /// By `PUT /snapshot/load` instead of `--restore`.
+    pub fn by_api(mut self) -> Self {
+        self.by_api = true;
+        self
+    }
+
+    /// Starts the vmm and restores the guest.
+    pub fn start(self, name: &str) -> Vm {
+        let (own_vsock, api) = sockets(self.place, name);
+        let vsock = self.recorded_vsock.clone().unwrap_or_else(|| own_vsock.clone());
+        if self.by_api { self.load(name, vsock, api) } else { self.command(name, vsock, api) }
+    }
+
+    fn command(self, name: &str, vsock: PathBuf, api: PathBuf) -> Vm {
+        let process = Process::start(self.place, name, binaries::vmm(), |vmm| {
+            vmm.arg("--restore").arg(self.snapshot.join("snap.json")).arg("--api-sock").arg(&api);
+            if let Some(socket) = &self.page_server {
+                vmm.arg("--uffd").arg(socket);
+            }
+            if self.recorded_vsock.is_none() {
+                vmm.arg("--vsock").arg(&vsock);
+            }
+            vmm.args(self.paused.then_some("--paused")).args(self.same_generation.then_some("--same-generation"));
+        });
+        Vm { process, name: name.to_owned(), vsock, api }
+    }
+
+    fn load(self, name: &str, vsock: PathBuf, api: PathBuf) -> Vm {
+        let process = Process::start(self.place, name, binaries::vmm(), |vmm| {
+            vmm.arg("--api-sock").arg(&api);
+        });
+        let mut vm = Vm { process, name: name.to_owned(), vsock, api };
+        let backend =
+            |path: &PathBuf| MemBackend { backend_path: path.clone(), backend_type: MemBackendType::UffdShared };
+        let document = SnapshotLoad {
+            snapshot_path: self.snapshot,
+            mem_backend: self.page_server.as_ref().map(backend),
+            resume_vm: !self.paused,
+            vsock_override: self.recorded_vsock.is_none().then(|| VsockOverride { uds_path: vm.vsock.clone() }),
+            new_generation: !self.same_generation,
+        };
+        vm.api().put("/snapshot/load", &document).unwrap_or_else(|e| panic!("{name}: cannot load the snapshot: {e}"));
+        vm
+    }
+
+    /// Restores the guest and waits for its agent.
+    pub fn ready(self, name: &str) -> (Vm, Agent) {
+        let mut vm = self.start(name);
+        let agent = vm.agent();
+        (vm, agent)
+    }
+}
+
+fn sockets(place: &Place, name: &str) -> (PathBuf, PathBuf) {
+    (place.join(format!("{name}.vsock")), place.join(format!("{name}.api")))
+}
+
+impl Vm {
+    /// Waits for the agent's first reply; panics at once if the vmm ends instead.
+    pub fn agent(&mut self) -> Agent {
+        // In slices, so that a process that fails at once is noticed at once.
+        const SLICE: Duration = Duration::from_millis(200);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let slice = deadline.min(Instant::now() + SLICE);
+            let token = u64::from(self.process.pid());
+            match AgentClient::first_reply(&self.vsock, PATIENCE, slice, Request::Ping { token }) {
+                Ok((client, answer)) => {
+                    assert_eq!(answer, Response::Pong { token }, "{}", self.name);
+                    return Agent::new(client);
+                }
+                Err(e) => {
+                    self.process.check_alive();
+                    assert!(Instant::now() < deadline, "{}: its agent does not answer: {e}", self.name);
+                }
+            }
+        }
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// A connection to the API, once there is one.
+    pub fn api(&mut self) -> RestClient {
+        let mut client = None;
+        until("the vmm's API takes connections", || {
+            self.process.check_alive();
+            client = RestClient::connect(&self.api, PATIENCE).ok();
+            client.is_some()
+        });
+        client.expect("just found")
+    }
+
+    /// `GET /`.
+    pub fn info(&mut self) -> InstanceInfo {
+        self.api().get("/").unwrap_or_else(|e| panic!("{}: GET /: {e}", self.name))
+    }
+
+    /// Where the VM stands.
+    pub fn state(&mut self) -> InstanceState {
+        self.info().state
+    }
+
+    /// Pauses it.
+    pub fn pause(&mut self) {
+        self.patch(VmState::Paused);
+    }
+
+    /// Lets it run.
+    pub fn resume(&mut self) {
+        self.patch(VmState::Resumed);
+    }
+
+    fn patch(&mut self, state: VmState) {
+        self.api().patch("/vm", &VmPatch { state }).unwrap_or_else(|e| panic!("{}: PATCH /vm: {e}", self.name));
+    }
+
+    /// Takes a snapshot into the directory `path` and waits until it is on disk.
+    pub fn snapshot(&mut self, path: &Path) -> SnapshotStatus {
+        self.try_snapshot(path).unwrap_or_else(|e| panic!("{}: cannot take a snapshot: {e}", self.name));
+        let status: SnapshotStatus =
+            self.api().get("/snapshot/status").unwrap_or_else(|e| panic!("{}: GET /snapshot/status: {e}", self.name));
+        assert_eq!((status.state, &status.error), (SnapshotState::Done, &None), "{}", self.name);
+        status
+    }
+
+    /// As [`Vm::snapshot`], and gives the vmm's refusal back.
+    pub fn try_snapshot(&mut self, path: &Path) -> Result<(), RestError> {
+        let snapshot_path = path.to_owned();
+        let create = SnapshotCreate { snapshot_path, snapshot_type: Default::default(), mem_file_path: None };
+        self.api().put("/snapshot/create", &create)
+    }
+
+    /// Asks the vmm to end, waits until it has, and expects that it ended in good order.
+    pub fn stop(self) -> Finished {
+        let name = self.name;
+        let done = self.process.stop();
+        assert_eq!(done.status.code(), Some(0), "{name}: {}", done.stderr);
+        done
+    }
+}
