@@ -78,7 +78,10 @@ impl Machine {
     /// Lets all vCPUs run.
     pub fn resume(&mut self) {
         self.devices.resume();
-        self.vcpus.iter().for_each(Vcpu::run);
+        for vcpu in &self.vcpus {
+            vcpu::state::note_pause(&vcpu.lock());
+            vcpu.run();
+        }
         self.running = true;
     }
 

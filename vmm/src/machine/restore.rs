@@ -125,7 +125,6 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     }
     let notifier = outside.notifier.clone();
     let devices = wiring::wire(&vm.fd, ram.memory(), vsock.as_ref(), Some(&state.devices), outside)?;
-    vm.vcpus.iter().for_each(crate::vcpu::state::note_pause);
 
     let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;

@@ -77,6 +77,9 @@ pub fn make_private(region: &MmapRegion, file: &File, offset: u64) -> io::Result
     if private == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    keep_private(region)?;
+    // The new mapping stands; advice that is refused costs privacy of core dumps, not the freeze.
+    if let Err(e) = keep_private(region) {
+        log::warn!("guest RAM may appear in core dumps: {e}");
+    }
     Ok(aside)
 }
