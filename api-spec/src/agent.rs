@@ -12,8 +12,16 @@
 //! A guest that has become ready connects to the host's [`READY_PORT`] and sends one [`Response::Ready`]
 //! with id 0; a guest without vsock sends it over COM1.
 //!
+//! What only an agent in a Linux guest can do is a second family of messages, [`linux`], which owns memory and so needs
+//! the standard library. They travel in the same frames: a body that begins with [`Request::Linux`] goes on with a
+//! `linux::Request`, and one that begins with [`Response::Linux`] with a `linux::Response`. A guest of another kind
+//! reads as far as the variant and answers [`Refusal::NotHere`].
+//!
 //! postcard numbers enum variants in their order here, so **variants are only ever appended**; the tests below pin the
 //! bytes. A change of meaning raises [`VERSION`].
+
+#[cfg(feature = "std")]
+pub mod linux;
 
 use core::fmt;
 use serde::{Deserialize, Serialize};
@@ -172,8 +180,10 @@ pub enum Request {
         /// Number of the vCPU, from 1.
         vcpu: u8,
     },
-    /// Reset the machine through the i8042 controller. No answer.
+    /// Reset the machine at once: through the i8042 controller, or by the kernel of a Linux guest. No answer.
     Reset,
+    /// A `linux::Request` follows in the same body.
+    Linux,
 }
 
 /// Facts about a guest that do not change while it runs.
@@ -239,6 +249,8 @@ pub enum Response {
     Burned(burn::Burn),
     /// The request was understood and refused.
     Refused(Refusal),
+    /// A `linux::Response` follows in the same body.
+    Linux,
 }
 
 /// Why a guest refuses a request.
@@ -252,6 +264,10 @@ pub enum Refusal {
     NoSuchVcpu,
     /// That vCPU is already burning, or is not.
     WrongState,
+    /// The guest is a clone that has not been told yet who it is ([`Request::Resumed`]).
+    NotResumed,
+    /// The guest does as much at a time as it may, or this connection still does something else.
+    Busy,
 }
 
 impl fmt::Display for Refusal {
@@ -261,6 +277,8 @@ impl fmt::Display for Refusal {
             Refusal::NoSuchPages => "the pages are not all work pages of this guest",
             Refusal::NoSuchVcpu => "the guest has no such vCPU",
             Refusal::WrongState => "that vCPU is already burning, or is not",
+            Refusal::NotResumed => "the guest is a clone that has not been told yet who it is",
+            Refusal::Busy => "the guest does as much at a time as it may",
         })
     }
 }
@@ -322,10 +340,15 @@ pub fn body_len(header: &[u8; HEADER_LEN]) -> Result<usize, FrameError> {
 
 /// Decodes the body of a frame. Bytes left over are an error.
 pub fn decode<'b, T: Deserialize<'b>>(body: &'b [u8]) -> Result<Envelope<T>, FrameError> {
-    match postcard::take_from_bytes(body) {
-        Ok((message, [])) => Ok(message),
+    match split(body)? {
+        (message, []) => Ok(message),
         _ => Err(FrameError::Body),
     }
+}
+
+/// Decodes the message that a body begins with, and gives the rest: a message of another family, or nothing.
+pub fn split<'b, T: Deserialize<'b>>(body: &'b [u8]) -> Result<(Envelope<T>, &'b [u8]), FrameError> {
+    postcard::take_from_bytes(body).map_err(|_| FrameError::Body)
 }
 
 /// Contents of work pages that host and guest can both compute.
@@ -455,9 +478,13 @@ mod tests {
         let bytes = |request| encode(&Envelope { id: 5, body: request }, &mut [0; 128]).unwrap().to_vec();
         assert_eq!(bytes(Request::Ping { token: 300 }), [4, 0, 0, 0, 1, 0, 0, 0, 5, 0, 0xac, 2]);
         assert_eq!(bytes(Request::Reset), [2, 0, 0, 0, 1, 0, 0, 0, 5, 16]);
+        assert_eq!(bytes(Request::Linux), [2, 0, 0, 0, 1, 0, 0, 0, 5, 17]);
         let mut buf = [0; 64];
         let refused = Envelope { id: 1, body: Response::Refused(Refusal::WrongState) };
         assert_eq!(encode(&refused, &mut buf).unwrap()[HEADER_LEN..], [1, 13, 3]);
+        let refused = Envelope { id: 1, body: Response::Refused(Refusal::Busy) };
+        assert_eq!(encode(&refused, &mut buf).unwrap()[HEADER_LEN..], [1, 13, 5]);
+        assert_eq!(encode(&Envelope { id: 1, body: Response::Linux }, &mut buf).unwrap()[HEADER_LEN..], [1, 14]);
     }
 
     #[test]

@@ -129,6 +129,7 @@ impl<M: Machine> Agent<M> {
                 self.machine.reset();
                 return Outcome::Nothing;
             }
+            Request::Linux => Response::Refused(Refusal::NotHere),
         })
     }
 
