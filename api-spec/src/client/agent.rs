@@ -1,9 +1,8 @@
 //! A client of the agent in a guest, through the vsock device's Unix socket.
 
 use super::unix;
-use crate::agent::{
-    AGENT_PORT, Envelope, FrameError, HEADER_LEN, MAX_BODY, Refusal, Request, Response, body_len, decode, encode,
-};
+use crate::agent::linux::{AnyRequest, AnyResponse, Either, Failure, decode_response, encode_request};
+use crate::agent::{AGENT_PORT, Envelope, FrameError, HEADER_LEN, MAX_BODY, Refusal, Request, Response, body_len};
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -21,19 +20,22 @@ pub enum AgentError {
     /// The agent said no.
     #[error("the agent refused: {0}")]
     Refused(Refusal),
+    /// The agent of a Linux guest tried and could not.
+    #[error("the agent could not: {0}")]
+    Failed(Failure),
     /// The answer belongs to another request.
     #[error("the agent answered {0:?}, which is no answer to what was asked")]
-    Unexpected(Response),
+    Unexpected(AnyResponse),
 }
 
 /// A connection to an agent.
 #[derive(Debug)]
 pub struct AgentClient {
-    stream: UnixStream,
+    pub(super) stream: UnixStream,
     /// What the vmm still has to say about the connection itself.
     greeting_due: bool,
     next_id: u32,
-    patience: Duration,
+    pub(super) patience: Duration,
 }
 
 impl AgentClient {
@@ -45,6 +47,11 @@ impl AgentClient {
         unix::limit(&stream, Instant::now() + patience)?;
         stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes())?;
         Ok(AgentClient { stream, greeting_due: true, next_id: 1, patience })
+    }
+
+    /// Takes over a stream that leads straight to an agent, with no vsock device in between.
+    pub fn over(stream: UnixStream, patience: Duration) -> Self {
+        AgentClient { stream, greeting_due: false, next_id: 1, patience }
     }
 
     /// Connects and asks, again and again until an answer comes or `deadline` has passed: for a guest that is starting.
@@ -74,25 +81,41 @@ impl AgentClient {
     /// Asks and waits for the answer.
     pub fn call(&mut self, request: Request) -> Result<Response, AgentError> {
         let deadline = Instant::now() + self.patience;
-        let id = self.next_id;
-        self.next_id = self.next_id.wrapping_add(1).max(1);
-        self.send(&Envelope { id, body: request }, deadline)?;
-        if std::mem::take(&mut self.greeting_due) {
-            self.receive_greeting(deadline)?;
-        }
-        let answer = self.receive(deadline)?;
-        match answer.body {
-            _ if answer.id != id => Err(AgentError::Unexpected(answer.body)),
-            Response::Refused(refusal) => Err(AgentError::Refused(refusal)),
-            body => Ok(body),
+        match self.ask(&Either::Common(request), deadline)?.body {
+            Either::Common(response) => Ok(response),
+            other => Err(AgentError::Unexpected(other)),
         }
     }
 
-    fn send(&mut self, message: &Envelope<Request>, deadline: Instant) -> Result<(), AgentError> {
-        let mut buf = [0; 256];
-        let frame = encode(message, &mut buf)?;
+    /// Asks and waits for the first answer; a refusal or a failure is an error.
+    pub(super) fn ask(&mut self, request: &AnyRequest, deadline: Instant) -> Result<Envelope<AnyResponse>, AgentError> {
+        let id = self.next_id;
+        self.next_id = self.next_id.wrapping_add(1).max(1);
+        self.send(id, request, deadline)?;
+        if std::mem::take(&mut self.greeting_due) {
+            self.receive_greeting(deadline)?;
+        }
+        self.answer_to(id, deadline)
+    }
+
+    /// Waits for the next answer to the request `id`; a refusal or a failure is an error.
+    pub(super) fn answer_to(&mut self, id: u32, deadline: Instant) -> Result<Envelope<AnyResponse>, AgentError> {
+        let answer = self.receive(deadline)?;
+        match answer.body {
+            // An agent that is too busy for a connection says so before it has read anything: number 0.
+            Either::Common(Response::Refused(refusal)) if [0, id].contains(&answer.id) => {
+                Err(AgentError::Refused(refusal))
+            }
+            body if answer.id != id => Err(AgentError::Unexpected(body)),
+            Either::Linux(crate::agent::linux::Response::Failed(failure)) => Err(AgentError::Failed(failure)),
+            body => Ok(Envelope { id, body }),
+        }
+    }
+
+    pub(super) fn send(&mut self, id: u32, message: &AnyRequest, deadline: Instant) -> Result<(), AgentError> {
+        let frame = encode_request(id, message)?;
         unix::limit(&self.stream, deadline)?;
-        Ok(self.stream.write_all(frame)?)
+        Ok(self.stream.write_all(&frame)?)
     }
 
     /// Reads `OK <port>\n`, a byte at a time so that nothing of the stream behind it is taken.
@@ -113,14 +136,14 @@ impl AgentClient {
         Err(io::Error::new(io::ErrorKind::InvalidData, what).into())
     }
 
-    fn receive(&mut self, deadline: Instant) -> Result<Envelope<Response>, AgentError> {
+    fn receive(&mut self, deadline: Instant) -> Result<Envelope<AnyResponse>, AgentError> {
         let mut header = [0; HEADER_LEN];
         self.read_exact(&mut header, deadline)?;
         let len = body_len(&header)?;
         debug_assert!(len <= MAX_BODY);
         let mut body = vec![0; len];
         self.read_exact(&mut body, deadline)?;
-        Ok(decode(&body)?)
+        Ok(decode_response(&body)?)
     }
 
     fn read_exact(&mut self, buf: &mut [u8], deadline: Instant) -> io::Result<()> {
