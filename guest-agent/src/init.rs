@@ -14,7 +14,7 @@ use api_spec::agent::linux::Readiness;
 use libc::{SIGCHLD, SIGINT, SIGPWR, SIGTERM, SIGUSR1, SIGUSR2};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_remount, unmount};
-use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, waitpid};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, wait};
 use rustix::system::{RebootCommand, finit_module, reboot};
 use signal_hook::iterator::Signals;
 use std::ffi::OsString;
@@ -81,7 +81,7 @@ fn start_agent(args: &[OsString]) -> Option<Pid> {
 
 /// Frees the process id of a child that has ended, if there is one.
 fn reap() -> Option<Pid> {
-    waitpid(None, WaitOptions::NOHANG).ok().flatten().map(|(pid, _)| pid)
+    wait(WaitOptions::NOHANG).ok().flatten().map(|(pid, _)| pid)
 }
 
 fn mount_all() {
@@ -152,7 +152,7 @@ fn is_kernels(target: &str) -> bool {
 fn all_end(grace: Duration) -> bool {
     let until = Instant::now() + grace;
     loop {
-        match waitpid(None, WaitOptions::NOHANG) {
+        match wait(WaitOptions::NOHANG) {
             Err(Errno::CHILD) => return true,
             Ok(Some(_)) | Err(Errno::INTR) => {}
             _ if Instant::now() >= until => return false,
