@@ -232,7 +232,7 @@ impl<'s> Conversation<'s> {
     fn run(mut self) -> Result<Exit, Broken> {
         loop {
             while self.listens() {
-                let Some(request) = self.stream.next()? else { break };
+                let Some(request) = self.stream.next_request()? else { break };
                 self.take_in(request.id, request.body)?;
             }
             if self.outbox.is_empty() && self.has_nothing_left() {

@@ -30,7 +30,7 @@ impl Inbox {
     }
 
     /// The next whole request. After an error the stream is of no further use.
-    pub fn next(&mut self) -> Result<Option<Envelope<AnyRequest>>, FrameError> {
+    pub fn next_request(&mut self) -> Result<Option<Envelope<AnyRequest>>, FrameError> {
         let Some((header, rest)) = self.bytes.split_first_chunk::<HEADER_LEN>() else { return Ok(None) };
         let len = body_len(header)?;
         let Some(body) = rest.get(..len) else { return Ok(None) };
@@ -63,7 +63,7 @@ mod tests {
             let mut heard = Vec::new();
             for bytes in frames.chunks(piece) {
                 inbox.add(bytes);
-                while let Some(request) = inbox.next().unwrap() {
+                while let Some(request) = inbox.next_request().unwrap() {
                     heard.push(request.body);
                 }
             }
@@ -78,7 +78,7 @@ mod tests {
         let mut inbox = Inbox::default();
         assert!(frame.len() <= inbox.room());
         inbox.add(&frame);
-        assert!(inbox.next().unwrap().is_some());
+        assert!(inbox.next_request().unwrap().is_some());
     }
 
     #[test]
@@ -86,14 +86,14 @@ mod tests {
         let next = |bytes: &[u8]| {
             let mut inbox = Inbox::default();
             inbox.add(bytes);
-            inbox.next()
+            inbox.next_request()
         };
         let version = VERSION as u8;
         assert_eq!(next(&[0, 0, 0, 0, 9, 0, 0, 0]), Err(FrameError::Version(9)));
         assert_eq!(next(&[0, 0, 0, 0, version, 0, 1, 0]), Err(FrameError::Reserved(1)));
         assert_eq!(next(&[1, 0, 1, 0, version, 0, 0, 0]), Err(FrameError::TooLong(MAX_BODY + 1)));
         assert_eq!(next(&[2, 0, 0, 0, version, 0, 0, 0, 1, 99]), Err(FrameError::Body));
-        assert_eq!(next(b"GET / HTTP/1.1\r\n").is_err(), true);
+        assert!(next(b"GET / HTTP/1.1\r\n").is_err());
     }
 
     proptest! {
@@ -103,7 +103,7 @@ mod tests {
             for piece in pieces {
                 inbox.add(&piece);
                 loop {
-                    match inbox.next() {
+                    match inbox.next_request() {
                         Ok(Some(_)) => {}
                         Ok(None) => break,
                         Err(_) => return Ok(()),

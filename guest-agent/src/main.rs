@@ -25,7 +25,7 @@ fn main() -> ExitCode {
         };
     }
     match Options::parse(args) {
-        Ok(Parsed::Run(options)) => run(options),
+        Ok(Parsed::Run(options)) => run(*options),
         Ok(Parsed::Help) => {
             print!("{USAGE}");
             ExitCode::SUCCESS

@@ -27,7 +27,7 @@ usage: guest-agent [options]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Parsed {
     /// Run.
-    Run(Options),
+    Run(Box<Options>),
     /// Print [`USAGE`].
     Help,
 }
@@ -99,7 +99,7 @@ impl Options {
                 other => return Err(other.unexpected()),
             }
         }
-        Ok(Parsed::Run(options))
+        Ok(Parsed::Run(Box::new(options)))
     }
 }
 
@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn options_are_read() {
-        assert_eq!(parse(&[]).unwrap(), Parsed::Run(Options::default()));
+        assert_eq!(parse(&[]).unwrap(), Parsed::Run(Box::default()));
         assert_eq!(parse(&["--help"]).unwrap(), Parsed::Help);
         let Parsed::Run(options) = parse(&["--listen", "unix:/a", "--hook-deadline-ms=5", UNDER_INIT]).unwrap() else {
             panic!("no run")

@@ -16,7 +16,8 @@ pub fn starting() -> Readiness {
 pub fn started(failed: impl IntoIterator<Item = String>) -> Readiness {
     let mut failed: Vec<String> = failed.into_iter().take(MAX_FAILED).collect();
     for name in &mut failed {
-        name.truncate(name.floor_char_boundary(MAX_NAME));
+        let end = (0..=MAX_NAME.min(name.len())).rev().find(|at| name.is_char_boundary(*at));
+        name.truncate(end.unwrap_or(0));
     }
     Readiness { level: if failed.is_empty() { Level::Full } else { Level::Degraded }, failed }
 }

@@ -52,7 +52,7 @@ impl Stream {
     pub fn receive(&mut self, until: Option<Instant>) -> Result<Envelope<AnyRequest>, Broken> {
         let mut begun = None;
         loop {
-            if let Some(request) = self.inbox.next()? {
+            if let Some(request) = self.inbox.next_request()? {
                 return Ok(request);
             }
             if self.inbox.has_begun() && begun.is_none() {
@@ -82,8 +82,8 @@ impl Stream {
     }
 
     /// The next request that is there whole.
-    pub fn next(&mut self) -> Result<Option<Envelope<AnyRequest>>, FrameError> {
-        self.inbox.next()
+    pub fn next_request(&mut self) -> Result<Option<Envelope<AnyRequest>>, FrameError> {
+        self.inbox.next_request()
     }
 
     /// Sends an answer.

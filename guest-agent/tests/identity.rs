@@ -92,7 +92,7 @@ impl Guest {
         let host = UnixListener::bind(dir.path().join("ready")).unwrap();
         let args = common::arguments(dir.path()).into_iter().map(Into::into);
         let Ok(Parsed::Run(options)) = Options::parse(args) else { panic!("no options") };
-        let options = Options { hook_deadline: std::time::Duration::from_secs(5), ..options };
+        let options = Options { hook_deadline: std::time::Duration::from_secs(5), ..*options };
         let fake = Fake::default();
         fake.0.lock().unwrap().generation = generation;
         let listener = options.listen.listen().unwrap();
