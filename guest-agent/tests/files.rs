@@ -85,10 +85,10 @@ fn a_link_is_replaced_and_not_followed() {
 }
 
 #[test]
-fn a_full_disk_is_told_and_leaves_nothing() {
+fn a_file_that_cannot_be_made_is_told_and_the_connection_goes_on() {
     let agent = Agent::start();
     let mut client = agent.connect();
-    // No file can be made in there: the simplest disk without room.
+    // No file can be made in there.
     let denied = Path::new("/proc/coppice");
     assert!(detail(put(&mut client, denied, 0o600, 3, b"abc")).starts_with("`/proc/coppice`: "));
     assert!(client.call(api_spec::agent::Request::Ping { token: 1 }).is_ok());

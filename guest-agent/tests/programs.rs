@@ -34,7 +34,7 @@ fn output_and_exit_codes_come_back() {
     assert_eq!(finished, expected);
     assert_eq!(run(&mut client, &argv(&["true"])).exit, Exit::Code(0));
     assert_eq!(run(&mut client, &sh("kill -KILL $$")).exit, Exit::Signal(9));
-    assert!(matches!(client.call(Request::Ping { token: 1 }), Ok(_)), "the connection goes on");
+    assert!(client.call(Request::Ping { token: 1 }).is_ok(), "the connection goes on");
 }
 
 #[test]
