@@ -11,6 +11,8 @@ use super::wiring::Outside;
 use crate::api::server::{Pending, Server};
 use crate::api::{Request, Response};
 use crate::console::Console;
+use crate::logging::last_words;
+use crate::memory::uffd::Watch;
 use crate::notice::{self, Notice, Notices, Notifier};
 use crate::vcpu::{GuestEnd, VcpuError};
 use api_spec::agent::Level;
@@ -22,7 +24,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use uffd_handler::listener::ListenError;
+use uffd_handler::listener::{ListenError, remove_all};
 use uffd_handler::process::Signals;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -85,8 +87,8 @@ enum RequestError {
     Snapshot(#[from] SnapshotError),
     #[error(transparent)]
     Restore(#[from] RestoreError),
-    #[error("cannot watch the page server: {0}")]
-    Watch(io::Error),
+    #[error("cannot set up the VM: {0}")]
+    Setup(io::Error),
 }
 
 /// What to do first.
@@ -174,12 +176,13 @@ impl Driver {
                 self.boot().map_err(|e| match e {
                     RequestError::Config(e) => RunError::Config(e),
                     RequestError::Boot(e) => RunError::Boot(e),
+                    RequestError::Setup(e) => RunError::Setup(e),
                     other => RunError::Loop(other.to_string()),
                 })
             }
             Start::Restore(load) => self.load(&load).map_err(|e| match e {
                 RequestError::Restore(e) => RunError::Restore(e),
-                RequestError::Watch(e) => RunError::Setup(e),
+                RequestError::Setup(e) => RunError::Setup(e),
                 other => RunError::Loop(other.to_string()),
             }),
         }
@@ -219,7 +222,7 @@ impl Driver {
 
     fn boot(&mut self) -> Result<(), RequestError> {
         let plan = config::plan(&self.config)?;
-        let outside = self.outside().map_err(RequestError::Watch)?;
+        let outside = self.outside().map_err(RequestError::Setup)?;
         let mut machine = boot(&plan, outside)?;
         machine.resume();
         self.adopt(machine);
@@ -228,12 +231,8 @@ impl Driver {
     }
 
     fn load(&mut self, load: &SnapshotLoad) -> Result<(), RequestError> {
-        let outside = self.outside().map_err(RequestError::Watch)?;
+        let outside = self.outside().map_err(RequestError::Setup)?;
         let mut machine = restore(load, outside)?;
-        if let Some(server) = machine.page_server() {
-            watch_page_server(server.path(), server.connection().map_err(RequestError::Watch)?, self.notifier.clone())
-                .map_err(RequestError::Watch)?;
-        }
         if load.resume_vm {
             machine.resume();
         }
@@ -406,21 +405,34 @@ impl MutEventSubscriber for Driver {
 
 /// How long the event loop has to end the process in good order after the page server is gone.
 const LAST_ORDERS: Duration = Duration::from_millis(500);
+/// How long it has after a signal; what it may have to wait for then is a disk.
+const SIGNAL_ORDERS: Duration = Duration::from_secs(3);
 
 /// Watches the connection to the page server on a thread of its own, since the event loop itself may be waiting for a
-/// page. The guest never reads wrong bytes meanwhile: the vmm holds its own descriptor of the userfaultfd, so untouched
-/// pages stay unreadable.
-fn watch_page_server(path: &Path, connection: std::os::unix::net::UnixStream, notifier: Notifier) -> io::Result<()> {
-    let path = path.to_owned();
+/// page, with or without a server; for the same reason the thread looks for signals too. The guest never reads wrong
+/// bytes meanwhile: the vmm holds its own descriptor of the userfaultfd, so untouched pages stay unreadable.
+pub(super) fn watch_page_server(watch: Watch, notifier: Notifier) -> io::Result<()> {
+    watch.connection.set_nonblocking(true)?;
+    let signals = Signals::catch()?;
     std::thread::Builder::new().name("page-server".into()).spawn(move || {
         use rustix::event::{PollFd, PollFlags, poll};
-        connection.set_nonblocking(true).ok();
-        // The server says nothing more; whatever makes the connection readable is its end.
-        while let Err(rustix::io::Errno::INTR) = poll(&mut [PollFd::new(&connection, PollFlags::IN)], None) {}
-        notifier.send(Notice::PageServerGone(path.clone()));
-        std::thread::sleep(LAST_ORDERS);
-        log::error!("{}", RunError::PageServerGone(path));
-        std::process::exit(crate::cli::FAILED);
+        let mut sources = [PollFd::new(&watch.connection, PollFlags::IN), PollFd::new(&signals, PollFlags::IN)];
+        while let Err(rustix::io::Errno::INTR) = poll(&mut sources, None) {}
+        let [server, _signal] = sources.map(|source| !source.revents().is_empty());
+        if watch.is_released() {
+            return;
+        }
+        if server {
+            let path = watch.path.clone();
+            notifier.send(Notice::PageServerGone(path.clone()));
+            std::thread::sleep(LAST_ORDERS);
+            last_words(&RunError::PageServerGone(path));
+        } else {
+            std::thread::sleep(SIGNAL_ORDERS);
+        }
+        // The event loop has not ended the process: it waits for a page that will not come.
+        remove_all();
+        std::process::exit(if server { crate::cli::FAILED } else { crate::cli::DONE });
     })?;
     Ok(())
 }

@@ -3,6 +3,7 @@
 
 use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, MAX_VCPUS};
+use super::driver::watch_page_server;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, start_vcpus};
 use crate::host;
@@ -69,6 +70,9 @@ pub enum RestoreError {
     /// The page server.
     #[error(transparent)]
     Uffd(#[from] UffdError),
+    /// No eye on the page server.
+    #[error("cannot watch the page server: {0}; limits on open files or processes may be reached (ulimit -n, -u)")]
+    Watch(std::io::Error),
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -111,6 +115,13 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     let kvm = kvm::open()?;
 
     let (ram, page_server) = memory(&snapshot, request.mem_backend.as_ref())?;
+    // From here on a page may be waited for.
+    if let Some(server) = &page_server {
+        server
+            .watch()
+            .and_then(|watch| watch_page_server(watch, outside.notifier.clone()))
+            .map_err(RestoreError::Watch)?;
+    }
     let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
     let state = snapshot.state();
     for (number, (vcpu, saved)) in vm.vcpus.iter().zip(&state.vcpus).enumerate() {

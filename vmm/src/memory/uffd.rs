@@ -9,12 +9,15 @@
 
 use super::{GuestRam, MemoryError, PAGE_SIZE};
 use api_spec::handshake::{Hello, Region, VERSION};
-use rustix::fs::fstat;
+use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use snapshot::manifest::MemoryRegion;
 use std::fs::File;
 use std::io;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use uffd_handler::client::{self, ClientError};
 use userfaultfd::Uffd;
 
@@ -41,6 +44,14 @@ pub enum UffdError {
         /// Size of the image.
         expected: u64,
     },
+    /// Its store could become shorter under the guest, and end the vmm with SIGBUS.
+    #[error(
+        "page server at {path}: its store is not sealed against changes of its size; use our page server (`uffd-handler`)"
+    )]
+    StoreNotSealed {
+        /// Its socket.
+        path: PathBuf,
+    },
     /// No userfaultfd.
     #[error(transparent)]
     Create(#[from] uffd_handler::uffd::UffdError),
@@ -58,6 +69,8 @@ pub enum UffdError {
 pub struct PageServer {
     path: PathBuf,
     connection: UnixStream,
+    /// This guest needs the server no more.
+    released: Arc<AtomicBool>,
     _uffd: Uffd,
 }
 
@@ -67,9 +80,35 @@ impl PageServer {
         &self.path
     }
 
-    /// A descriptor that hangs up when the server is gone.
-    pub fn connection(&self) -> io::Result<UnixStream> {
-        self.connection.try_clone()
+    /// What a thread needs to notice that the server is gone.
+    pub fn watch(&self) -> io::Result<Watch> {
+        let (path, released) = (self.path.clone(), self.released.clone());
+        Ok(Watch { path, connection: self.connection.try_clone()?, released })
+    }
+}
+
+impl Drop for PageServer {
+    fn drop(&mut self) {
+        self.released.store(true, Ordering::SeqCst);
+        // A watch holds the connection too.
+        let _ = self.connection.shutdown(Shutdown::Both);
+    }
+}
+
+/// An eye on a page server.
+#[derive(Debug)]
+pub struct Watch {
+    /// Where the server listens.
+    pub path: PathBuf,
+    /// Becomes readable when the server is gone, or not needed any more: the server says nothing more.
+    pub connection: UnixStream,
+    released: Arc<AtomicBool>,
+}
+
+impl Watch {
+    /// Whether the server is not needed any more.
+    pub fn is_released(&self) -> bool {
+        self.released.load(Ordering::SeqCst)
     }
 }
 
@@ -92,13 +131,19 @@ pub fn connect(path: &Path, image: &str, regions: Vec<MemoryRegion>) -> Result<(
 
     let ranges = ram.mappings().map(|(region, addr)| describe(region, addr)).collect();
     let connection = greeted.attach(ranges, &uffd).map_err(failed)?;
-    Ok((ram, PageServer { path: path.to_owned(), connection, _uffd: uffd }))
+    Ok((ram, PageServer { path: path.to_owned(), connection, released: Arc::default(), _uffd: uffd }))
 }
 
-/// A store that is shorter than it says would end the guest with SIGBUS.
+/// A store that is shorter than it says, or becomes so, would end the guest with SIGBUS.
 fn check_size(path: &Path, store: &File, expected: u64) -> Result<(), UffdError> {
     let found = fstat(store).map_or(0, |stat| stat.st_size as u64);
-    if found == expected { Ok(()) } else { Err(UffdError::StoreSize { path: path.to_owned(), found, expected }) }
+    if found != expected {
+        return Err(UffdError::StoreSize { path: path.to_owned(), found, expected });
+    }
+    if !fcntl_get_seals(store).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)) {
+        return Err(UffdError::StoreNotSealed { path: path.to_owned() });
+    }
+    Ok(())
 }
 
 fn describe(region: MemoryRegion, addr: *mut u8) -> Region {
