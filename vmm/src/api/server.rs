@@ -46,6 +46,8 @@ struct Client {
     unsent: Vec<u8>,
     /// A request whose answer comes later; further ones wait.
     waiting: bool,
+    /// The client says nothing more.
+    ended: bool,
     /// Close when everything is sent.
     closing: bool,
 }
@@ -104,6 +106,7 @@ impl Server {
                 received: Vec::new(),
                 unsent: Vec::new(),
                 waiting: false,
+                ended: false,
                 closing: false,
                 stream,
             };
@@ -127,6 +130,7 @@ impl Server {
         while !client.waiting && !client.closing {
             match http::parse(&client.received) {
                 Parsed::Partial { expect_continue } => {
+                    client.closing |= client.ended;
                     if expect_continue {
                         client.unsent.extend(http::CONTINUE);
                     }
@@ -160,7 +164,7 @@ impl Client {
     /// What the client is to be watched for. While an answer is due nothing more is read, so that a client cannot make us
     /// keep more than one request.
     fn wanted(&self) -> EventSet {
-        let mut wanted = if self.waiting || self.closing { EventSet::empty() } else { EventSet::IN };
+        let mut wanted = if self.waiting || self.ended || self.closing { EventSet::empty() } else { EventSet::IN };
         if !self.unsent.is_empty() {
             wanted |= EventSet::OUT;
         }
@@ -177,8 +181,9 @@ impl Client {
                 Ok(0) if self.received.is_empty() && self.unsent.is_empty() => {
                     return Err(ErrorKind::UnexpectedEof.into());
                 }
+                // What it has said before is answered.
                 Ok(0) => {
-                    self.closing = true;
+                    self.ended = true;
                     break;
                 }
                 Ok(n) => self.received.extend_from_slice(&chunk[..n]),
