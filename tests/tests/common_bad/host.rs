@@ -54,7 +54,8 @@ fn obstacle(place: &Place, nodes: &str, user: &str) -> Option<String> {
         command.arg("--version");
     })
     .finish();
-    (done.status.code() != Some(0)).then(|| format!("a /dev of its own cannot be arranged here: {}", done.stderr.trim()))
+    (done.status.code() != Some(0))
+        .then(|| format!("a /dev of its own cannot be arranged here: {}", done.stderr.trim()))
 }
 
 fn config(place: &Place) -> std::path::PathBuf {

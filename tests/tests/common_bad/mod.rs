@@ -26,13 +26,7 @@ pub const HOST_CANNOT: i32 = 77;
 /// Runs the vmm and expects that it refuses: with this exit code, with one line that has all of these words, and with
 /// nothing left behind in `place`. Returns the line.
 #[track_caller]
-pub fn refused(
-    place: &Place,
-    name: &str,
-    code: i32,
-    words: &[&str],
-    arguments: impl FnOnce(&mut Command),
-) -> String {
+pub fn refused(place: &Place, name: &str, code: i32, words: &[&str], arguments: impl FnOnce(&mut Command)) -> String {
     refused_by(place, name, binaries::vmm(), code, words, arguments)
 }
 
@@ -95,3 +89,22 @@ macro_rules! skip {
     }};
 }
 pub(crate) use skip;
+
+/// Numbers that look random and are the same each time (SplitMix64).
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Self {
+        Random(seed)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(1);
+        api_spec::agent::pattern::mix(self.0)
+    }
+
+    /// One below `end`.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+}

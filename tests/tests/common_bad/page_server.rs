@@ -24,7 +24,8 @@ fn template() -> Template {
 #[track_caller]
 fn refuses(template: &Template, name: &str, socket: &Path, words: &[&str]) {
     let place = &template.place;
-    let words = [words, &[&*socket.to_string_lossy()]].concat();
+    let path = socket.to_string_lossy();
+    let words = [words, &[&*path]].concat();
     refused(place, name, FAILED, &words, |vmm| {
         vmm.arg("--restore").arg(&template.snapshot).arg("--uffd").arg(socket);
         vmm.arg("--vsock").arg(place.join("c.v")).arg("--api-sock").arg(place.join("c.api"));
@@ -169,7 +170,11 @@ fn a_page_server_that_says_the_wrong_thing_is_refused() {
         ("nested", makes_no_sense, [b"[".repeat(5000), b"\n".to_vec()].concat()),
         ("too-long", &["longer than"], vec![b'x'; 2 * MAX_MESSAGE]),
         ("refused", &["refused: not today"], b"{\"reply\":\"refused\",\"reason\":\"not today\"}\n".to_vec()),
-        ("refused-in-lines", &["refused: not"], b"{\"reply\":\"refused\",\"reason\":\"not\\ntoday\\u001b[2J\"}\n".to_vec()),
+        (
+            "refused-in-lines",
+            &["refused: not"],
+            b"{\"reply\":\"refused\",\"reason\":\"not\\ntoday\\u001b[2J\"}\n".to_vec(),
+        ),
     ];
     for (name, words, answer) in answers {
         refuses_server(&template, name, words, move |mut peer| {
