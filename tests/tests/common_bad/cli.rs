@@ -1,10 +1,13 @@
 //! Command lines that ask for nothing sensible, and standard streams that take nothing.
 
 use super::{BAD_USAGE, FAILED, refused, refused_by};
+use api_spec::agent::Request;
+use api_spec::client::AgentClient;
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
+use std::time::Instant;
 use tests::{Place, Process, binaries, require};
 
 #[track_caller]
@@ -216,8 +219,8 @@ fn a_guest_runs_without_standard_streams() {
         let vmm = Process::start(&place, "closed", Path::new("sh"), |sh| {
             sh.args(["-c", &format!("exec \"$0\" --config \"$1\" {streams}")]).arg(binaries::vmm()).arg(&config);
         });
-        tests::until("the guest answers", || vsock.exists());
-        assert_eq!(tests::Agent::connect(&vsock).ping(3), 3);
+        let (deadline, ping) = (Instant::now() + tests::PATIENCE, Request::Ping { token: 3 });
+        AgentClient::first_reply(&vsock, tests::PATIENCE, deadline, ping).expect("the guest answers");
         assert_eq!(vmm.stop().status.code(), Some(0), "{streams}");
         assert!(!vsock.exists());
     }
