@@ -108,3 +108,8 @@ impl Random {
         self.next() % end
     }
 }
+
+/// Memory of a process of its own, in KiB.
+pub fn rss_kib(pid: u32) -> u64 {
+    tests::procfs::memory(pid, |name| !name.starts_with("/memfd:")).anonymous_kib
+}
