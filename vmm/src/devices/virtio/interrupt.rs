@@ -7,6 +7,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Bit of the interrupt status: the device has used buffers.
 const USED_BUFFERS: u32 = 1;
+/// How many failures of a device are logged: a guest can reset its device and fail again without end.
+const LOGGED_FAILURES: u32 = 8;
 /// Bit of the interrupt status: the configuration has changed, or the device needs a reset.
 const CONFIG_CHANGED: u32 = 2;
 
@@ -17,6 +19,8 @@ pub struct Interrupt {
     status: AtomicU32,
     /// The device has failed: `DEVICE_NEEDS_RESET`.
     failed: AtomicBool,
+    /// How often it has failed, as far as that is counted.
+    failures: AtomicU32,
     /// Raises the interrupt line.
     event: EventFd,
 }
@@ -25,7 +29,7 @@ impl Interrupt {
     /// An interrupt that is not pending.
     pub fn new() -> io::Result<Self> {
         let event = EventFd::new(EFD_NONBLOCK)?;
-        Ok(Interrupt { status: AtomicU32::new(0), failed: AtomicBool::new(false), event })
+        Ok(Interrupt { status: AtomicU32::new(0), failed: AtomicBool::new(false), failures: AtomicU32::new(0), event })
     }
 
     /// The event to register as irqfd of the device's interrupt line.
@@ -43,10 +47,16 @@ impl Interrupt {
         self.raise(CONFIG_CHANGED);
     }
 
-    /// Marks the device as failed until the driver resets it, and writes one log line. The first reason stands.
+    /// Marks the device as failed until the driver resets it, and writes one log line, unless it has failed often. The
+    /// first reason stands.
     pub fn fail(&self, device: &str, reason: &dyn std::fmt::Display) {
         if !self.failed.swap(true, Ordering::SeqCst) {
-            log::error!("{device}: stopped until the guest's driver resets it: {reason}");
+            let earlier = self.failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| Some(n.saturating_add(1)));
+            match earlier.unwrap_or_default() {
+                ..LOGGED_FAILURES => log::error!("{device}: stopped until the guest's driver resets it: {reason}"),
+                LOGGED_FAILURES => log::error!("{device}: stopped again; this is not logged any more"),
+                _ => {}
+            }
             self.raise(CONFIG_CHANGED);
         }
     }
