@@ -9,12 +9,18 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::timerfd::TimerFd;
 
 use uffd_handler::listener::{ListenError, Listener};
 
 /// Clients at a time; further ones wait in the socket's queue.
 const MAX_CLIENTS: usize = 32;
+/// How long a client may be silent while others wait.
+const SILENCE: Duration = Duration::from_secs(1);
+/// How often silent clients are looked for while others wait.
+const TICK: Duration = Duration::from_millis(250);
 /// How many bytes of answers may wait for a client that does not read them.
 const MAX_UNSENT: usize = 256 * 1024;
 
@@ -26,6 +32,8 @@ pub type ClientId = RawFd;
 pub struct Server {
     listener: Listener,
     clients: BTreeMap<ClientId, Client>,
+    /// Runs while there is no room for another client.
+    timer: TimerFd,
     /// Counts clients ever accepted, so that an answer that comes late never reaches a later client on the same number.
     accepted: u64,
 }
@@ -42,6 +50,8 @@ pub struct Pending {
 struct Client {
     stream: UnixStream,
     serial: u64,
+    /// When it last said something or was answered.
+    heard: Instant,
     received: Vec<u8>,
     unsent: Vec<u8>,
     /// A request whose answer comes later; further ones wait.
@@ -55,23 +65,37 @@ struct Client {
 impl Server {
     /// Listens at `path`, for the owner alone.
     pub fn listen(path: &Path) -> Result<Self, ListenError> {
-        Ok(Server { listener: Listener::bind(path)?, clients: BTreeMap::new(), accepted: 0 })
+        let timer = TimerFd::new().map_err(|error| ListenError::Failed {
+            step: "make a timer for",
+            path: path.to_owned(),
+            source: error.into(),
+        })?;
+        Ok(Server { listener: Listener::bind(path)?, clients: BTreeMap::new(), timer, accepted: 0 })
     }
 
-    /// The listening socket, to be watched for input.
+    /// The listening socket.
     pub fn listener(&self) -> &Listener {
         &self.listener
     }
 
+    /// What is to be watched for input from the start.
+    pub fn sources(&self) -> [RawFd; 2] {
+        [self.listener.as_raw_fd(), self.timer.as_raw_fd()]
+    }
+
     /// Whether events of `fd` belong here.
     pub fn owns(&self, fd: RawFd) -> bool {
-        fd == self.listener().as_raw_fd() || self.clients.contains_key(&fd)
+        self.sources().contains(&fd) || self.clients.contains_key(&fd)
     }
 
     /// Handles an event of one of this server's descriptors, and returns the requests that have arrived.
     pub fn on_event(&mut self, events: Events, ops: &mut EventOps) -> Vec<(Pending, Request)> {
         if events.fd() == self.listener().as_raw_fd() {
             self.accept(ops);
+            return Vec::new();
+        }
+        if events.fd() == self.timer.as_raw_fd() {
+            self.send_silent_away(ops);
             return Vec::new();
         }
         let id = events.fd();
@@ -90,6 +114,7 @@ impl Server {
             return Vec::new();
         };
         client.waiting = false;
+        client.heard = Instant::now();
         client.queue(response, to.keep_alive);
         self.next_requests(to.id, ops)
     }
@@ -103,6 +128,7 @@ impl Server {
             self.accepted += 1;
             let client = Client {
                 serial: self.accepted,
+                heard: Instant::now(),
                 received: Vec::new(),
                 unsent: Vec::new(),
                 waiting: false,
@@ -114,6 +140,17 @@ impl Server {
         }
         // Full: look at the queue again when a client has gone.
         let _ = ops.modify(Events::new(self.listener(), EventSet::empty()));
+        let _ = self.timer.reset(TICK, Some(TICK));
+    }
+
+    /// Makes room for clients that may be waiting.
+    fn send_silent_away(&mut self, ops: &mut EventOps) {
+        let _ = self.timer.wait();
+        let silent = |client: &Client| !client.waiting && client.heard.elapsed() >= SILENCE;
+        let silent: Vec<_> = self.clients.iter().filter(|(_, client)| silent(client)).map(|(id, _)| *id).collect();
+        for id in silent {
+            self.close(id, ops);
+        }
     }
 
     fn close(&mut self, id: ClientId, ops: &mut EventOps) {
@@ -121,6 +158,7 @@ impl Server {
             let _ = ops.remove(Events::empty(&client.stream));
         }
         let _ = ops.modify(Events::new(self.listener(), EventSet::IN));
+        let _ = self.timer.clear();
     }
 
     /// Takes the requests that are complete, answers those that are no requests, sends what can be sent.
@@ -186,7 +224,10 @@ impl Client {
                     self.ended = true;
                     break;
                 }
-                Ok(n) => self.received.extend_from_slice(&chunk[..n]),
+                Ok(n) => {
+                    self.heard = Instant::now();
+                    self.received.extend_from_slice(&chunk[..n]);
+                }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => break,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),

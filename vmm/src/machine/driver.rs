@@ -378,7 +378,7 @@ impl Driver {
 impl MutEventSubscriber for Driver {
     fn init(&mut self, ops: &mut EventOps) {
         let mut sources = vec![self.notices.event().as_raw_fd(), self.reset.as_raw_fd(), self.signals.as_raw_fd()];
-        sources.extend(self.api.as_ref().map(|api| api.listener().as_raw_fd()));
+        sources.extend(self.api.iter().flat_map(Server::sources));
         for fd in sources {
             if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
                 self.end(Err(RunError::Loop(e.to_string())));
