@@ -61,7 +61,10 @@ impl AgentClient {
                 .and_then(|mut client| client.call(request).map(|response| (client, response)));
             match tried {
                 Err(AgentError::Io(e)) if Instant::now() < deadline && is_not_yet(&e) => std::thread::sleep(PAUSE),
-                other => return other,
+                // What was left of the deadline was meant for the first reply only.
+                other => {
+                    return other.map(|(client, response)| (AgentClient { patience, ..client }, response));
+                }
             }
         }
     }
