@@ -32,7 +32,7 @@ pub type ClientId = RawFd;
 pub struct Server {
     listener: Listener,
     clients: BTreeMap<ClientId, Client>,
-    /// Runs while there is no room for another client.
+    /// Runs while no further client can be accepted.
     timer: TimerFd,
     /// Counts clients ever accepted, so that an answer that comes late never reaches a later client on the same number.
     accepted: u64,
@@ -121,7 +121,15 @@ impl Server {
 
     fn accept(&mut self, ops: &mut EventOps) {
         while self.clients.len() < MAX_CLIENTS {
-            let Ok(Some(stream)) = self.listener.accept() else { return };
+            let stream = match self.listener.accept() {
+                Ok(Some(stream)) => stream,
+                Ok(None) => return,
+                Err(error) => {
+                    // It would be reported again and again.
+                    log::warn!("a client of the API cannot be accepted: {error}; trying again in {TICK:?}");
+                    break;
+                }
+            };
             if stream.set_nonblocking(true).is_err() || ops.add(Events::new(&stream, EventSet::IN)).is_err() {
                 continue;
             }
@@ -138,7 +146,7 @@ impl Server {
             };
             self.clients.insert(client.stream.as_raw_fd(), client);
         }
-        // Full: look at the queue again when a client has gone.
+        // No room: look at the queue again when a client has gone, or some time later.
         let _ = ops.modify(Events::new(self.listener(), EventSet::empty()));
         let _ = self.timer.reset(TICK, Some(TICK));
     }
@@ -151,14 +159,21 @@ impl Server {
         for id in silent {
             self.close(id, ops);
         }
+        if self.clients.len() < MAX_CLIENTS {
+            self.look_at_queue(ops);
+        }
+    }
+
+    fn look_at_queue(&mut self, ops: &mut EventOps) {
+        let _ = ops.modify(Events::new(self.listener(), EventSet::IN));
+        let _ = self.timer.clear();
     }
 
     fn close(&mut self, id: ClientId, ops: &mut EventOps) {
         if let Some(client) = self.clients.remove(&id) {
             let _ = ops.remove(Events::empty(&client.stream));
         }
-        let _ = ops.modify(Events::new(self.listener(), EventSet::IN));
-        let _ = self.timer.clear();
+        self.look_at_queue(ops);
     }
 
     /// Takes the requests that are complete, answers those that are no requests, sends what can be sent.
