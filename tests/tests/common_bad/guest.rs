@@ -118,7 +118,7 @@ impl Code {
         let mut image = self.code.clone();
         image.resize((DIRECTORY - CODE) as usize, 0);
         for i in 0..512u64 {
-            image.extend(((3 << 30) + (i << 21) | 0x83).to_le_bytes());
+            image.extend((((3 << 30) + (i << 21)) | 0x83).to_le_bytes());
         }
         assert_eq!(image.len(), (DATA - CODE) as usize);
         image.extend(&self.data);
@@ -313,7 +313,7 @@ fn ports_and_addresses_without_device_are_harmless() {
             // The interrupt controllers' own addresses are KVM's.
             let addr = DEVICE + random.below(0x3000) as u32;
             let len = 1 << random.below(4);
-            if addr >= DEVICE + 0x1000 || addr % 4 != 0 || len != 4 {
+            if addr >= DEVICE + 0x1000 || !addr.is_multiple_of(4) || len != 4 {
                 code.store(addr, random.next(), len);
             }
             code.load(DEVICE + random.below(0x3000) as u32, 1 << random.below(4));

@@ -106,7 +106,7 @@ fn a_page_server_that_is_not_there_is_named() {
     std::fs::remove_file(&socket).expect("it is ours");
     drop(UnixListener::bind(&socket).expect("a socket can be made"));
     refuses(&template, "closed", &socket, &["cannot connect"]);
-    refuses(&template, "directory", &template.place.path().to_owned(), &["cannot connect"]);
+    refuses(&template, "directory", template.place.path(), &["cannot connect"]);
     refuses(&template, "long", &template.place.join("x".repeat(108)), &["107 bytes"]);
 }
 
@@ -131,7 +131,7 @@ fn a_page_server_that_breaks_off_or_falls_silent_is_given_up() {
     require!(Kvm, Userfaultfd);
     let template = template();
     refuses_server(&template, "silent", &["no answer to the hello"], Peer::linger);
-    refuses_server(&template, "closing", &["closed the connection"], |peer| drop(peer));
+    refuses_server(&template, "closing", &["closed the connection"], drop);
     refuses_server(&template, "closing-after-hello", &["closed the connection"], |mut peer| drop(peer.hear()));
     refuses_server(&template, "closing-after-store", &["closed the connection"], |mut peer| {
         peer.hear();

@@ -78,7 +78,7 @@ fn malformed_requests_are_refused_and_the_guest_goes_on() {
         (413, head("Content-Length: 18446744073709551615")),
         (431, head(&format!("X: {long}"))),
         (431, format!("GET /{long} HTTP/1.1\r\n\r\n").into_bytes()),
-        (431, head(&"X: y\r\n".repeat(40).trim_end())),
+        (431, head("X: y\r\n".repeat(40).trim_end())),
         (404, request("GET", "/nothing", b"")),
         (404, request("GET", "/../../etc/passwd", b"")),
         (404, request("GET", "http://vm/", b"")),

@@ -65,13 +65,13 @@ impl<'t> Copy<'t> {
 
     /// The vmm refuses to restore it.
     #[track_caller]
-    fn is_refused(self, name: &str, words: &[&str]) {
+    fn expect_refused(self, name: &str, words: &[&str]) {
         refuses(self.place, name, &self.dir, words);
     }
 
     /// The vmm refuses to restore it, or runs it and can be ended.
     #[track_caller]
-    fn is_survived(self, name: &str) {
+    fn expect_survived(self, name: &str) {
         let place = self.place;
         let mut vmm = Process::start(place, name, binaries::vmm(), |vmm| arguments(vmm, place, &self.dir));
         tests::holds_within(Duration::from_millis(20), || !vmm.is_alive());
@@ -136,33 +136,33 @@ fn each_file_that_is_missing_cut_longer_or_altered_is_named() {
     for file in FILES {
         let copy = Copy::of(&template);
         fs::remove_file(copy.dir.join(file)).expect("it is there");
-        copy.is_refused("missing", &[file]);
+        copy.expect_refused("missing", &[file]);
 
         let copy = Copy::of(&template);
         fs::remove_file(copy.dir.join(file)).expect("it is there");
         fs::create_dir(copy.dir.join(file)).expect("there is room");
-        copy.is_refused("directory", &[file]);
+        copy.expect_refused("directory", &[file]);
 
         let copy = Copy::of(&template);
         fs::remove_file(copy.dir.join(file)).expect("it is there");
         std::os::unix::fs::symlink(template.snapshot.join(file), copy.dir.join(file)).expect("there is room");
-        copy.is_refused("link", &[file]);
+        copy.expect_refused("link", &[file]);
 
         let copy = Copy::of(&template);
         let fifo = copy.dir.join(file);
         fs::remove_file(&fifo).expect("it is there");
         assert!(std::process::Command::new("mkfifo").arg(&fifo).status().expect("there is mkfifo").success());
-        copy.is_refused("fifo", &[file]);
+        copy.expect_refused("fifo", &[file]);
 
         let bytes = Copy::of(&template).read(file);
         for length in [0, 1, bytes.len() / 2, bytes.len() - 2] {
             let copy = Copy::of(&template);
             copy.write(file, &bytes[..length]);
-            copy.is_refused("cut", &[file]);
+            copy.expect_refused("cut", &[file]);
         }
         let copy = Copy::of(&template);
         copy.write(file, &[&bytes[..], b"x"].concat());
-        copy.is_refused("longer", &[file]);
+        copy.expect_refused("longer", &[file]);
 
         let mut random = Random::new(1);
         for _ in 0..4 {
@@ -171,7 +171,7 @@ fn each_file_that_is_missing_cut_longer_or_altered_is_named() {
             let at = random.below(bytes.len() as u64) as usize;
             bytes[at] ^= 1 << random.below(8);
             copy.write(file, &bytes);
-            copy.is_refused("altered", &[if file == "snap.json" { "snap.json" } else { "" }]);
+            copy.expect_refused("altered", &[if file == "snap.json" { "snap.json" } else { "" }]);
         }
     }
     for file in FILES {
@@ -181,7 +181,7 @@ fn each_file_that_is_missing_cut_longer_or_altered_is_named() {
         let copy = Copy::of(&template);
         use std::os::unix::fs::PermissionsExt;
         fs::set_permissions(copy.dir.join(file), PermissionsExt::from_mode(0)).expect("it is ours");
-        copy.is_refused("unreadable", &[file, "ermission"]);
+        copy.expect_refused("unreadable", &[file, "ermission"]);
     }
 }
 
@@ -192,7 +192,7 @@ fn each_manifest_of_something_else_is_refused_by_name() {
     let resealed = |name: &str, words: &[&str], change: &dyn Fn(&mut Value)| {
         let copy = Copy::of(&template);
         copy.reseal(change);
-        copy.is_refused(name, words);
+        copy.expect_refused(name, words);
     };
     let mib16 = 16u64 << 20;
     let set = |pointer: &'static str, value: Value| {
@@ -241,7 +241,7 @@ fn each_manifest_of_something_else_is_refused_by_name() {
         let mut manifest = copy.manifest();
         change(&mut manifest);
         copy.write("snap.json", manifest.to_string().as_bytes());
-        copy.is_refused(name, words);
+        copy.expect_refused(name, words);
     };
     edited("newer", &["version 2", "snap.json"], &set("/format_version", json!(2)));
     edited("newest", &["snap.json", "18446744073709551615"], &set("/format_version", json!(u64::MAX)));
@@ -258,7 +258,7 @@ fn each_manifest_of_something_else_is_refused_by_name() {
     ] {
         let copy = Copy::of(&template);
         copy.write("snap.json", &text);
-        copy.is_refused(name, &["snap.json"]);
+        copy.expect_refused(name, &["snap.json"]);
     }
 }
 
@@ -271,7 +271,7 @@ fn a_state_with_absurd_values_is_refused_or_runs() {
     let survives = |name: &str, change: &dyn Fn(&mut MachineState)| {
         let copy = Copy::of(&template);
         copy.change_state(change);
-        copy.is_survived(name);
+        copy.expect_survived(name);
     };
     let vcpu: Vec<(&str, Change)> = vec![
         ("no-msrs", |v| v.msrs.clear()),
@@ -377,7 +377,7 @@ fn a_saved_device_with_absurd_values_is_refused_or_runs() {
     let survives = |name: &str, change: &dyn Fn(&mut snapshot::state::VsockState)| {
         let copy = Copy::of(&template);
         copy.change_state(|state| change(state.devices.vsock.as_mut().expect("it has one")));
-        copy.is_survived(name);
+        copy.expect_survived(name);
     };
     survives("cid", &|v| v.guest_cid = u64::MAX);
     survives("reset", &|v| v.needs_reset = !v.needs_reset);
@@ -445,6 +445,6 @@ fn a_state_file_with_random_damage_is_refused_or_runs() {
         }
         copy.write("state.bin", &bytes);
         copy.reseal(|manifest| manifest["state"]["digest"] = json!(blake3::hash(&bytes).to_hex().as_str()));
-        copy.is_survived("damaged");
+        copy.expect_survived("damaged");
     }
 }

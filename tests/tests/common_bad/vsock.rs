@@ -209,8 +209,7 @@ fn more_clients_than_descriptors_hold_nobody_up() {
     limit("64:1024");
     let mut crowd = Vec::new();
     while crowd.len() < 200 {
-        let Ok(mut stream) = api_spec::client::unix::connect(&rig.vm.vsock, Duration::from_millis(100)) else { break };
-        let _ = stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes());
+        let Ok(stream) = api_spec::client::unix::connect(&rig.vm.vsock, Duration::from_millis(100)) else { break };
         crowd.push(stream);
     }
     rig.facts.check(&mut rig.agent);
@@ -219,7 +218,7 @@ fn more_clients_than_descriptors_hold_nobody_up() {
     let burned = cpu_ms(rig.vm.pid());
     std::thread::sleep(Duration::from_secs(2));
     let burned = cpu_ms(rig.vm.pid()) - burned;
-    assert!(burned < 1500, "{burned} ms of 2000 ms");
+    assert!(burned < 400, "{burned} ms of 2000 ms");
     drop((crowd, waiting));
     limit("1024");
     tests::until("new clients are served", || {
