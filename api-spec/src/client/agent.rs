@@ -61,7 +61,7 @@ impl AgentClient {
                 .and_then(|mut client| client.call(request).map(|response| (client, response)));
             match tried {
                 Err(AgentError::Io(e)) if Instant::now() < deadline && is_not_yet(&e) => std::thread::sleep(PAUSE),
-                other => return other,
+                other => return other.map(|(client, answer)| (AgentClient { patience, ..client }, answer)),
             }
         }
     }
