@@ -100,16 +100,67 @@ fn a_clone_that_works_while_its_page_server_is_killed_reads_nothing_wrong_and_en
 #[test]
 fn a_clone_that_waits_for_a_page_when_the_server_is_killed_ends() {
     require!(Kvm, Userfaultfd);
-    let template = Template::shared();
-    let place = Place::new();
-    let mut server = PageServer::start(&place, &template.snapshot);
-    let (clone, mut agent) = Restore::new(&place, &template.snapshot).uffd(&server).ready("clone");
-    server.process.signal(Signal::STOP);
-    let question = Request::Verify { pages: template.facts.working_set, seed: SEED };
-    agent.try_ask_within(Duration::from_millis(200), question).expect_err("the server stands still");
+    let (template, place) = (Template::shared(), Place::new());
+    let (server, clone) = waiting_clone(&template, &place);
     let socket = server.socket.clone();
     server.process.kill();
     ends_for_want_of(&socket, clone);
+}
+
+/// A clone whose guest waits for a page of a server that stands still.
+fn waiting_clone(template: &Template, place: &Place) -> (PageServer, Vm) {
+    let mut server = PageServer::start(place, &template.snapshot);
+    let (clone, mut agent) = Restore::new(place, &template.snapshot).uffd(&server).ready("clone");
+    server.process.signal(Signal::STOP);
+    let question = Request::Verify { pages: template.facts.working_set, seed: SEED };
+    agent.try_ask_within(Duration::from_millis(200), question).expect_err("the server stands still");
+    (server, clone)
+}
+
+#[test]
+fn a_clone_that_waits_for_a_page_can_be_stopped() {
+    require!(Kvm, Userfaultfd);
+    let (template, place) = (Template::shared(), Place::new());
+    let (mut server, mut clone) = waiting_clone(&template, &place);
+    clone.process.signal(Signal::TERM);
+    let done = clone.process.finish_within(DEADLINE);
+    assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+    server.process.signal(Signal::CONT);
+    still_serves(&server, &template, &place);
+}
+
+#[test]
+fn a_clone_that_is_killed_while_it_waits_for_a_page_harms_no_other() {
+    require!(Kvm, Userfaultfd);
+    let (template, place) = (Template::shared(), Place::new());
+    let (mut server, mut clone) = waiting_clone(&template, &place);
+    clone.process.signal(Signal::KILL);
+    server.process.signal(Signal::CONT);
+    clone.process.finish_within(DEADLINE);
+    still_serves(&server, &template, &place);
+}
+
+#[test]
+fn a_clone_that_is_killed_while_it_waits_for_a_page_goes_with_its_page_server() {
+    require!(Kvm, Userfaultfd);
+    let (template, place) = (Template::shared(), Place::new());
+    let (server, mut clone) = waiting_clone(&template, &place);
+    clone.process.signal(Signal::KILL);
+    server.process.kill();
+    clone.process.finish_within(DEADLINE);
+}
+
+/// Its store is sound, and good for another clone.
+fn still_serves(server: &PageServer, template: &Template, place: &Place) {
+    until("the session has ended", || server.metrics().sessions.is_empty());
+    let (late, mut agent) = Restore::new(place, &template.snapshot).uffd(server).ready("late");
+    template.facts.check(&mut agent);
+    late.stop();
+    assert_eq!(
+        server.metrics().stores_retired_total,
+        0,
+        "a page came into the store that the server had not put there"
+    );
 }
 
 #[test]
@@ -151,6 +202,9 @@ fn clones_that_are_killed_leave_nothing_in_the_page_server() {
     let template = Template::shared();
     let place = Place::new();
     let server = PageServer::start(&place, &template.snapshot);
+    // The first clone's store is kept warm.
+    Restore::new(&place, &template.snapshot).uffd(&server).ready("first").0.stop();
+    until("the session has ended", || server.metrics().sessions.is_empty());
     let descriptors = || tests::procfs::descriptors(server.process.pid()).len();
     let before = descriptors();
     for number in 0..10 {

@@ -91,7 +91,7 @@ fn the_exported_guest_is_a_kernel_that_boots() {
     let done = run_vmm(&place, "export", &["guest", "export", kernel.to_str().expect("the path is text")]);
     assert_eq!((done.code(), done.stderr.as_str(), done.stdout.as_str()), (0, "", ""));
     assert!(std::fs::read(&kernel).expect("the kernel was written").starts_with(b"\x7fELF"));
-    let (vm, mut agent) = Boot::new(&place).kernel(&kernel).vcpus(2).ready("guest");
+    let (vm, mut agent) = Boot::new(&place).kernel(&kernel, "coppice.vcpus=2").vcpus(2).ready("guest");
     assert_eq!(agent.info().vcpus, 2);
     Facts::gather(&mut agent, 1).check(&mut agent);
     vm.stop();
