@@ -64,7 +64,7 @@ impl AgentClient {
             });
             match tried {
                 Err(AgentError::Io(e)) if Instant::now() < deadline && is_not_yet(&e) => std::thread::sleep(PAUSE),
-                other => return other,
+                other => return other.map(|(client, answer)| (AgentClient { patience, ..client }, answer)),
             }
         }
     }

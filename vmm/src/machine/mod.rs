@@ -100,6 +100,17 @@ impl Drop for Machine {
     }
 }
 
+impl Drop for Machine {
+    /// Closing the VM waits for page faults that the kernel has taken over from vCPUs; see [`PageServer`].
+    fn drop(&mut self) {
+        if let Some(server) = &self.page_server
+            && vcpu::pause_all(&self.vcpus).is_ok()
+        {
+            server.let_go(&self.ram);
+        }
+    }
+}
+
 /// Starts the threads of vCPUs, standing still.
 fn start_vcpus(fds: Vec<VcpuFd>, buses: &Buses, notifier: &Notifier) -> Result<Vec<Vcpu>, VcpuError> {
     fds.into_iter()
