@@ -1,6 +1,8 @@
 //! What the kernel says about a process.
 
+use crate::until;
 use std::fs;
+use std::time::Duration;
 
 /// The memory of one mapping or several, in KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -89,6 +91,18 @@ pub fn vcpu_times(pid: u32) -> Vec<u64> {
         .collect();
     times.sort();
     times.into_iter().map(|(_, time)| time).collect()
+}
+
+/// As [`vcpu_times`], of `count` vCPUs that do not run, once their threads have come to rest.
+pub fn vcpu_times_at_rest(pid: u32, count: usize) -> Vec<u64> {
+    const A_WHILE: Duration = Duration::from_millis(5);
+    let mut times = Vec::new();
+    until("the vCPUs' threads have come to rest", || {
+        let before = std::mem::replace(&mut times, vcpu_times(pid));
+        std::thread::sleep(A_WHILE);
+        times.len() == count && times == before
+    });
+    times
 }
 
 /// How the files that process `pid` has open are opened: their names, and whether they can be written through there.
