@@ -1,8 +1,6 @@
 //! What the kernel says about a process.
 
-use crate::until;
 use std::fs;
-use std::time::Duration;
 
 /// The memory of one mapping or several, in KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -93,13 +91,13 @@ pub fn vcpu_times(pid: u32) -> Vec<u64> {
     times.into_iter().map(|(_, time)| time).collect()
 }
 
-/// As [`vcpu_times`], of `count` vCPUs that do not run, once their threads have come to rest.
-pub fn vcpu_times_at_rest(pid: u32, count: usize) -> Vec<u64> {
-    const A_WHILE: Duration = Duration::from_millis(5);
-    let mut times = Vec::new();
-    until("the vCPUs' threads have come to rest", || {
+/// As [`vcpu_times`], once all `count` threads are there and stand still; panics if they do not come to that.
+pub fn still_vcpu_times(pid: u32, count: usize) -> Vec<u64> {
+    // A thread that has just been started is on its way to where it waits, and gives itself its name there.
+    let mut times = vcpu_times(pid);
+    crate::until("vCPUs stand still", || {
+        std::thread::sleep(std::time::Duration::from_millis(5));
         let before = std::mem::replace(&mut times, vcpu_times(pid));
-        std::thread::sleep(A_WHILE);
         times.len() == count && times == before
     });
     times

@@ -109,7 +109,7 @@ fn the_vmm_itself_may_be_the_first_to_touch_a_page() {
     let server = PageServer::start(&place, &template.snapshot);
     let mut clone = Restore::new(&place, &template.snapshot).uffd(&server).paused().start("clone");
     assert_eq!(clone.state(), InstanceState::Paused);
-    let vcpu_times = procfs::vcpu_times_at_rest(clone.pid(), 1);
+    let vcpu_times = procfs::still_vcpu_times(clone.pid(), 1);
     let mut early = Agent::connect(&clone.vsock);
     let silence = early.try_ask_within(Duration::from_millis(100), Request::Ping { token: 1 });
     silence.expect_err("a paused guest does not answer");
@@ -143,7 +143,7 @@ fn a_guest_loaded_paused_does_not_run() {
     ] {
         let mut clone = way.paused().same_generation().start(name);
         assert_eq!(clone.state(), InstanceState::Paused, "{name}");
-        let times = procfs::vcpu_times_at_rest(clone.pid(), 2);
+        let times = procfs::still_vcpu_times(clone.pid(), 2);
         let mut early = Agent::connect(&clone.vsock);
         let silence = early.try_ask_within(Duration::from_millis(100), Request::Ping { token: 1 });
         silence.expect_err("a paused guest does not answer");
