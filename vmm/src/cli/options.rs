@@ -315,6 +315,7 @@ mod tests {
             "demo --clones 0",
             "demo --memory 1",
             "demo --memory 64 --working-set 64",
+            "demo --working-set 18446744073709551615",
             "uffd-handler --socket s",
         ] {
             assert!(parse(line).is_err(), "{line}");

@@ -75,7 +75,7 @@ impl DemoOptions {
         if !(1..=MAX_CLONES).contains(&self.clones) {
             return Err(format!("--clones {}: must be 1 to {MAX_CLONES}", self.clones));
         }
-        if self.working_set_mib < 1 || self.working_set_mib + GUEST_OWN_MIB > self.memory_mib {
+        if self.working_set_mib < 1 || self.working_set_mib.saturating_add(GUEST_OWN_MIB) > self.memory_mib {
             let most = self.memory_mib.saturating_sub(GUEST_OWN_MIB);
             return Err(format!(
                 "--working-set {}: must be 1 to {most} with --memory {}",
@@ -140,12 +140,12 @@ pub enum DemoError {
         /// What went wrong.
         source: RestError,
     },
-    /// Asked to end by a signal.
-    #[error("interrupted; everything that was started has been ended")]
-    Interrupted,
     /// The snapshot.
     #[error(transparent)]
     Verify(#[from] snapshot::verify::VerifyError),
+    /// A signal.
+    #[error("interrupted by a signal; every process of the demonstration has ended, start it again to see it")]
+    Interrupted,
     /// Checks that did not hold.
     #[error("{0} of {1} checks did not hold; the report names them")]
     Checks(usize, usize),
@@ -250,9 +250,13 @@ struct Seen {
 
 /// Runs the demonstration and prints its report.
 pub fn run(options: &DemoOptions) -> Result<(), DemoError> {
+    // A signal is looked for at each step, so that children, sockets and files are cleared away. Ctrl-C reaches the
+    // children too, which end in good order.
     let signals = Signals::catch().map_err(io_error("cannot block signals"))?;
     let workplace = Workplace::new(options.dir.as_deref())?;
-    let report = Demo { options, workplace: &workplace, children: Children::new(signals)? }.run()?;
+    let demo = Demo { options, workplace: &workplace, children: Children::new()?, signals };
+    // What fails after a signal fails because of it.
+    let report = demo.run().map_err(|e| if demo.signals.have_come() { DemoError::Interrupted } else { e })?;
     let text = if options.json { report.to_json() } else { report.to_string() };
     io::stdout().write_all(text.as_bytes()).map_err(io_error("cannot write to standard output"))?;
     match report.failed_checks() {
@@ -291,6 +295,7 @@ struct Demo<'a> {
     options: &'a DemoOptions,
     workplace: &'a Workplace,
     children: Children,
+    signals: Signals,
 }
 
 impl Demo<'_> {
@@ -300,23 +305,26 @@ impl Demo<'_> {
         let (mut parent, boot) = self.boot()?;
         let template = self.prepare(&mut parent)?;
 
+        self.go_on()?;
         progress("taking a snapshot");
         let snapshot = self.workplace.join("snapshot");
         let status = self.snapshot(&snapshot)?;
         let image_before = snapshot::verify::verify(&snapshot)?;
 
+        self.go_on()?;
         progress("starting the page server");
         let (_server, metrics_path) = self.start_page_server(&snapshot)?;
 
         let (mut guests, mut reports, mut seen) = (Vec::new(), Vec::new(), Vec::new());
         for id in 0..self.options.clones {
-            self.children.check_signals()?;
+            self.go_on()?;
             progress(&format!("restoring clone {} of {}", id + 1, self.options.clones));
             let (mut guest, restored) = self.restore(id, &snapshot)?;
             reports.push(self.examine(id, &mut guest, restored, &template, &mut seen)?);
             guests.push(guest);
         }
 
+        self.go_on()?;
         progress("reading everything back");
         let metrics =
             metrics::read(&metrics_path, PATIENCE).map_err(io_error("cannot read the page server's metrics"))?;
@@ -332,6 +340,11 @@ impl Demo<'_> {
         }
         clear_progress();
         Ok(Report::new(self.options, boot, status, reports, image_digest_unchanged, &metrics, started.elapsed()))
+    }
+
+    /// Fails if a signal has come.
+    fn go_on(&self) -> Result<(), DemoError> {
+        if self.signals.have_come() { Err(DemoError::Interrupted) } else { Ok(()) }
     }
 
     fn boot(&self) -> Result<(Guest, Duration), DemoError> {
@@ -350,7 +363,7 @@ impl Demo<'_> {
         let child = self.children.start("parent", &self.workplace.join("parent.log"), |vmm| {
             vmm.arg("--config").arg(&config_path).arg("--api-sock").arg(self.workplace.join("api.sock"));
         })?;
-        let guest = first_reply("the guest", child, &vsock, Request::Ping { token: 0 })?;
+        let guest = self.first_reply("the guest", child, &vsock, Request::Ping { token: 0 })?;
         Ok((guest, started.elapsed()))
     }
 
@@ -385,6 +398,7 @@ impl Demo<'_> {
         })?;
         let deadline = Instant::now() + PATIENCE;
         while metrics::read(&metrics, PATIENCE).is_err() {
+            self.go_on()?;
             server.check_alive()?;
             if Instant::now() > deadline {
                 return Err(io_error("the page server does not answer")(io::ErrorKind::TimedOut.into()));
@@ -412,8 +426,28 @@ impl Demo<'_> {
                 vmm.arg("--same-generation");
             }
         })?;
-        let guest = first_reply(&name, child, &vsock, first)?;
+        let guest = self.first_reply(&name, child, &vsock, first)?;
         Ok((guest, started.elapsed()))
+    }
+
+    /// Waits for a guest's first reply; if its process ends instead, says why.
+    fn first_reply(&self, name: &str, mut child: Child, vsock: &Path, request: Request) -> Result<Guest, DemoError> {
+        let deadline = Instant::now() + PATIENCE;
+        // In slices, so that a process that fails at once is noticed at once.
+        const SLICE: Duration = Duration::from_millis(100);
+        loop {
+            self.go_on()?;
+            let slice = deadline.min(Instant::now() + SLICE);
+            match AgentClient::first_reply(vsock, PATIENCE, slice, request) {
+                Ok((agent, _)) => return Ok(Guest { name: name.to_owned(), child, agent }),
+                Err(source) => {
+                    child.check_alive()?;
+                    if Instant::now() >= deadline {
+                        return Err(DemoError::Agent { name: name.to_owned(), source });
+                    }
+                }
+            }
+        }
     }
 
     /// Asks a clone for everything that can be asked while it is alone, and lets it write.
@@ -466,25 +500,6 @@ fn own_pages() -> Pages {
 
 fn own_value(id: u32) -> u64 {
     0x1000_0000 + u64::from(id)
-}
-
-/// Waits for a guest's first reply; if its process ends instead, says why.
-fn first_reply(name: &str, mut child: Child, vsock: &Path, request: Request) -> Result<Guest, DemoError> {
-    let deadline = Instant::now() + PATIENCE;
-    // In slices, so that a process that fails at once is noticed at once.
-    const SLICE: Duration = Duration::from_millis(100);
-    loop {
-        let slice = deadline.min(Instant::now() + SLICE);
-        match AgentClient::first_reply(vsock, PATIENCE, slice, request) {
-            Ok((agent, _)) => return Ok(Guest { name: name.to_owned(), child, agent }),
-            Err(source) => {
-                child.check_alive()?;
-                if Instant::now() >= deadline {
-                    return Err(DemoError::Agent { name: name.to_owned(), source });
-                }
-            }
-        }
-    }
 }
 
 /// A fresh identity for a clone.

@@ -62,9 +62,6 @@ pub enum RunError {
     /// The guest.
     #[error("{0}")]
     Guest(GuestEnd),
-    /// A signal that came while the event loop waited for a page.
-    #[error("ended by a signal while waiting for a page that the page server at {0} did not deliver")]
-    Stuck(PathBuf),
     /// The page server.
     #[error(
         "the page server at {0} is gone, and without it the guest cannot go on: its untouched pages are lost; restore the guest again once the server runs"
@@ -112,7 +109,6 @@ pub fn run(id: String, api: Option<&Path>, start: Start) -> Result<Ending, RunEr
     loop {
         let (arrivals, ending) = crate::devices::lock(&driver).take_news();
         if let Some(ending) = ending {
-            crate::devices::lock(&driver).clean_up();
             return ending;
         }
         for subscriber in arrivals {
@@ -318,13 +314,6 @@ impl Driver {
     fn configure(&mut self, change: impl FnOnce(&mut VmConfig)) {
         change(&mut self.config);
         self.configured = true;
-    }
-
-    /// Leaves nothing behind: a snapshot that is still being written is given up.
-    fn clean_up(&mut self) {
-        if let Some((job, _)) = self.job.take() {
-            job.cancel();
-        }
     }
 
     fn info(&self) -> InstanceInfo {
