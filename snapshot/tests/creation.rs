@@ -237,9 +237,9 @@ fn the_first_of_two_wins() {
     assert_eq!(ensure_trusted(&snapshot).unwrap().basis, Basis::Stamp);
 }
 
-/// Runs `create_where_space_is_short` in a shell that has made space short.
-fn create_in_a_shell(script: &str, dir: &Path) -> std::process::Output {
-    let script = format!("{script}; exec \"$0\" --exact create_where_space_is_short --ignored");
+/// Runs the test `name`, in its part as a child, in a shell that has made space short.
+fn create_in_a_shell(name: &str, script: &str, dir: &Path) -> std::process::Output {
+    let script = format!("{script}; exec \"$0\" --exact {name}");
     let test = std::env::current_exe().unwrap();
     let unshared = Command::new("unshare")
         .args(["--user", "--map-root-user", "--mount", "sh", "-c", &script])
@@ -249,11 +249,8 @@ fn create_in_a_shell(script: &str, dir: &Path) -> std::process::Output {
     unshared.expect("unshare is part of util-linux")
 }
 
-#[test]
-#[ignore = "run by the tests that make space short"]
-fn create_where_space_is_short() {
-    let dir = std::env::var_os("SHORT_OF_SPACE").expect("set by the tests that make space short");
-    let dir = Path::new(&dir);
+/// What the child of a test that makes space short does in the directory that it was given.
+fn create_where_space_is_short(dir: &Path) {
     let memory: Vec<u8> = (0..64 * PAGE).map(|i| i as u8 | 1).collect();
     match create_at(&dir.join("s"), &memory, &state(1)) {
         Err(CreateError::NoSpace { path, needed_bytes }) => {
@@ -267,6 +264,9 @@ fn create_where_space_is_short() {
 
 #[test]
 fn a_full_file_system_leaves_nothing() {
+    if let Some(dir) = std::env::var_os("SHORT_OF_SPACE") {
+        return create_where_space_is_short(Path::new(&dir));
+    }
     let root = tempfile::tempdir().unwrap();
     let mount = "set -e; mount -t tmpfs -o size=128k tmpfs \"$SHORT_OF_SPACE\"";
     let may_mount = Command::new("unshare")
@@ -274,17 +274,19 @@ fn a_full_file_system_leaves_nothing() {
         .env("SHORT_OF_SPACE", root.path())
         .status();
     if !may_mount.is_ok_and(|status| status.success()) {
-        eprintln!("skipped: a file system cannot be mounted here; allow user namespaces or run as root");
-        return;
+        return test_skip::skip("a file system cannot be mounted here; allow user namespaces or run as root");
     }
-    let output = create_in_a_shell(mount, root.path());
+    let output = create_in_a_shell("a_full_file_system_leaves_nothing", mount, root.path());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
 }
 
 #[test]
 fn a_limit_on_file_size_leaves_nothing() {
+    if let Some(dir) = std::env::var_os("SHORT_OF_SPACE") {
+        return create_where_space_is_short(Path::new(&dir));
+    }
     let root = tempfile::tempdir().unwrap();
-    let script = "trap '' XFSZ; ulimit -f 100; exec \"$0\" --exact create_where_space_is_short --ignored";
+    let script = "trap '' XFSZ; ulimit -f 100; exec \"$0\" --exact a_limit_on_file_size_leaves_nothing";
     let output = Command::new("sh")
         .args(["-c", script])
         .arg(std::env::current_exe().unwrap())

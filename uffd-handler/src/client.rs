@@ -26,7 +26,9 @@ pub enum ClientError {
     #[error("refused: {0}")]
     Refused(String),
     /// It does not answer.
-    #[error("no answer to the {0} message in time; if this is a Firecracker-style handler, use --uffd-mode copy")]
+    #[error(
+        "no answer to the {0} message in time; a Firecracker-style handler stays silent like this, since it speaks copy mode (--uffd-mode copy), which is not offered yet"
+    )]
     Silent(&'static str),
     /// It hung up.
     #[error("it closed the connection during the handshake")]

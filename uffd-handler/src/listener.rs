@@ -149,7 +149,7 @@ fn clear_way(path: &Path) -> Result<(), ListenError> {
         Ok(meta) if !meta.file_type().is_socket() => return Err(ListenError::NotASocket(path.into())),
         Ok(_) => {}
     }
-    // A listener whose queue is full must not hold us up.
+    // Without waiting: somebody who listens but does not accept is somebody who listens.
     match unix::connect(path, Duration::ZERO) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(failed("remove the abandoned"))

@@ -53,10 +53,22 @@ fn block(signal: libc::c_int) -> io::Result<()> {
     }
 }
 
+impl Signals {
+    /// A second descriptor of the same signals, for another thread to poll. Nobody need read them.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+}
+
 impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
+}
+
+/// Arranges that this process gets SIGTERM when the thread that started it ends.
+pub fn end_with_parent() -> io::Result<()> {
+    Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?)
 }
 
 /// Takes the descriptor that a call has returned, or the error that it left.

@@ -86,12 +86,15 @@ fn a_flipped_byte_is_never_served() {
 
 #[test]
 fn a_client_killed_in_a_fault_is_forgotten() {
+    if let (Ok(dir), Ok(image)) = (std::env::var("COPPICE_SAMPLE"), std::env::var("COPPICE_IMAGE")) {
+        return be_the_client_that_is_killed(&dir, image);
+    }
     with_userfaultfd(|| {
         let sample = Sample::of_bytes(4 * MIB);
         let server = Server::start(&sample);
         let descriptors = server.descriptors();
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "the_client_that_is_killed", "--ignored", "--nocapture"])
+            .args(["--exact", "a_client_killed_in_a_fault_is_forgotten", "--nocapture"])
             .env("COPPICE_SAMPLE", sample.root.path())
             .env("COPPICE_IMAGE", &sample.manifest.memory.root)
             .stdout(Stdio::null())
@@ -112,14 +115,11 @@ fn a_client_killed_in_a_fault_is_forgotten() {
     });
 }
 
-/// Not a test: the other process of the test above. Faults slowly, for ever.
-#[test]
-#[ignore = "started by a_client_killed_in_a_fault_is_forgotten"]
-fn the_client_that_is_killed() {
-    let (Ok(dir), Ok(image)) = (std::env::var("COPPICE_SAMPLE"), std::env::var("COPPICE_IMAGE")) else { return };
+/// What the other process of the test above does: faults slowly, until it is killed.
+fn be_the_client_that_is_killed(dir: &str, image: String) {
     let size = 4 * MIB;
     let hello = api_spec::handshake::Hello { version: 1, image, size: size as u64 };
-    let greeted = uffd_handler::client::greet(&std::path::Path::new(&dir).join("s"), &hello).unwrap();
+    let greeted = uffd_handler::client::greet(&std::path::Path::new(dir).join("s"), &hello).unwrap();
     let view = View::map(&greeted.store, size);
     let uffd = register(&view);
     let _stream = greeted.attach(vec![region(view.address(), size, 0)], &uffd).unwrap();

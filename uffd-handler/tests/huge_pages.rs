@@ -32,7 +32,7 @@ fn with_forced_huge_pages(test: impl FnOnce() + Send + 'static) {
     let _one = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     match ShmemEnabled::force() {
         Some(_guard) => with_userfaultfd(test),
-        None => println!("skipped: {SHMEM_ENABLED} cannot be set here"),
+        None => test_skip::skip(format!("{SHMEM_ENABLED} cannot be set here")),
     }
 }
 

@@ -29,7 +29,9 @@ fn nobody_writes_resizes_or_punches_the_store() {
         let given = File::from(greeted.store.try_clone().unwrap());
         assert!(given.write_at(b"x", 0).is_err() && given.set_len(4096).is_err());
         // Its owner, and root, can open it again; the seals are what counts.
-        let Ok(mut writable) = reopen(&greeted.store) else { return println!("skipped: cannot reopen the store") };
+        let Ok(mut writable) = reopen(&greeted.store) else {
+            return test_skip::skip("the store cannot be reopened here");
+        };
         assert_eq!(writable.write(b"x").unwrap_err().kind(), ErrorKind::PermissionDenied);
         assert!(writable.set_len(4096).is_err() && writable.set_len(2 * MIB as u64).is_err());
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -48,7 +50,7 @@ fn pages_that_cannot_be_found_end_the_sessions_that_might_read_them() {
         let client = Client::connect(&sample);
         client.view.check_page(0);
         let greeted = Client::greet(&sample).unwrap();
-        let Ok(writable) = reopen(&greeted.store) else { return println!("skipped: cannot reopen the store") };
+        let Ok(writable) = reopen(&greeted.store) else { return test_skip::skip("the store cannot be reopened here") };
         // Allocated but never filled: reads as zeros, and looks like a hole.
         rustix::fs::fallocate(&writable, FallocateFlags::empty(), 2 * MIB as u64, CHUNK as u64).unwrap();
         client.wait_for_end();
@@ -59,6 +61,9 @@ fn pages_that_cannot_be_found_end_the_sessions_that_might_read_them() {
 
 #[test]
 fn another_user_gets_another_store_and_cannot_open_it_for_writing() {
+    if let (Ok(dir), Ok(image)) = (std::env::var("COPPICE_SAMPLE"), std::env::var("COPPICE_IMAGE")) {
+        return be_the_other_user(&dir, image);
+    }
     with_userfaultfd(|| {
         let sample = Sample::of_bytes(MIB);
         let server = Server::start(&sample);
@@ -67,7 +72,7 @@ fn another_user_gets_another_store_and_cannot_open_it_for_writing() {
         std::fs::set_permissions(sample.root.path(), Permissions::from_mode(0o755)).unwrap();
         std::fs::set_permissions(sample.socket(), Permissions::from_mode(0o666)).unwrap();
         let other = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "the_other_user", "--ignored"])
+            .args(["--exact", "another_user_gets_another_store_and_cannot_open_it_for_writing"])
             .env("COPPICE_SAMPLE", sample.root.path())
             .env("COPPICE_IMAGE", &sample.manifest.memory.root)
             .current_dir("/")
@@ -75,7 +80,7 @@ fn another_user_gets_another_store_and_cannot_open_it_for_writing() {
             .output();
         let output = match other {
             Ok(output) => output,
-            Err(error) => return println!("skipped: cannot run a program as another user: {error}"),
+            Err(error) => return test_skip::skip(format!("cannot run a program as another user: {error}")),
         };
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
         let stores = server.metrics().stores;
@@ -86,13 +91,10 @@ fn another_user_gets_another_store_and_cannot_open_it_for_writing() {
     });
 }
 
-/// Not a test: the other process of the test above.
-#[test]
-#[ignore = "started by another_user_gets_another_store_and_cannot_open_it_for_writing"]
-fn the_other_user() {
-    let (Ok(dir), Ok(image)) = (std::env::var("COPPICE_SAMPLE"), std::env::var("COPPICE_IMAGE")) else { return };
+/// What the other process of the test above does.
+fn be_the_other_user(dir: &str, image: String) {
     let hello = api_spec::handshake::Hello { version: 1, image, size: MIB as u64 };
-    let greeted = uffd_handler::client::greet(&std::path::Path::new(&dir).join("s"), &hello).unwrap();
+    let greeted = uffd_handler::client::greet(&std::path::Path::new(dir).join("s"), &hello).unwrap();
     assert_eq!(reopen(&greeted.store).unwrap_err().kind(), ErrorKind::PermissionDenied);
     drop(View::map(&greeted.store, MIB));
 }

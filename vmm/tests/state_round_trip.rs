@@ -3,6 +3,7 @@
 use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_VCPUEVENT_VALID_NMI_PENDING};
 use kvm_ioctls::{Kvm, VmFd};
 use snapshot::state::{Msr, VcpuState, VmState};
+use test_skip::skip;
 use vmm::kvm::{self, Vm};
 use vmm::memory::GuestRam;
 use vmm::vcpu::state::{self, StateShape};
@@ -14,11 +15,11 @@ const MSR_LSTAR: u32 = 0xc000_0082;
 const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
 
 /// A VM with one vCPU that has CPUID; `None` (reported as skipped) where there is no KVM.
-fn machine(test: &str) -> Option<(Kvm, GuestRam, Vm, StateShape)> {
+fn machine() -> Option<(Kvm, GuestRam, Vm, StateShape)> {
     let kvm = match kvm::open() {
         Ok(kvm) => kvm,
         Err(e) => {
-            skip(test, &e.to_string());
+            skip(e);
             return None;
         }
     };
@@ -29,32 +30,22 @@ fn machine(test: &str) -> Option<(Kvm, GuestRam, Vm, StateShape)> {
     Some((kvm, ram, vm, shape))
 }
 
-/// Tells `./test` that a test could not run here.
-fn skip(test: &str, reason: &str) {
-    use std::io::Write;
-    eprintln!("skipped: {test}: {reason}");
-    if let Some(path) = std::env::var_os("COPPICE_SKIPS") {
-        let mut file = std::fs::File::options().append(true).create(true).open(path).unwrap();
-        writeln!(file, "{test}: {reason}").unwrap();
-    }
-}
-
 /// What comes out when a vCPU whose saved state was changed by `change` is loaded into a fresh VM and saved again, and
 /// what went in.
-fn vcpu_round_trip(test: &str, change: impl FnOnce(&mut VcpuState)) -> Option<(VcpuState, VcpuState)> {
-    let (_kvm, _ram, vm, shape) = machine(test)?;
+fn vcpu_round_trip(change: impl FnOnce(&mut VcpuState)) -> Option<(VcpuState, VcpuState)> {
+    let (_kvm, _ram, vm, shape) = machine()?;
     let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
     change(&mut saved);
-    let (_kvm, _ram, other, shape) = machine(test)?;
-    state::load(&other.vcpus[0], &other.fd, &saved).unwrap();
+    let (_kvm, _ram, other, shape) = machine()?;
+    state::load(&other.vcpus[0], &other.fd, &saved, true).unwrap();
     Some((saved, state::save(&other.vcpus[0], &shape).unwrap()))
 }
 
-fn vm_round_trip(test: &str, change: impl FnOnce(&VmFd, &mut VmState)) -> Option<(VmState, VmState)> {
-    let (_kvm, _ram, vm, _) = machine(test)?;
+fn vm_round_trip(change: impl FnOnce(&VmFd, &mut VmState)) -> Option<(VmState, VmState)> {
+    let (_kvm, _ram, vm, _) = machine()?;
     let mut saved = kvm::state::save(&vm.fd).unwrap();
     change(&vm.fd, &mut saved);
-    let (_kvm, _ram, other, _) = machine(test)?;
+    let (_kvm, _ram, other, _) = machine()?;
     kvm::state::load(&other.fd, &saved).unwrap();
     Some((saved, kvm::state::save(&other.fd).unwrap()))
 }
@@ -77,7 +68,7 @@ fn general_registers() {
         (regs.r12, regs.r13, regs.r14, regs.r15) = (13, 14, 15, 16);
         (regs.rip, regs.rflags) = (0x1234, 0x246);
     };
-    let Some((put, got)) = vcpu_round_trip("general_registers", change) else { return };
+    let Some((put, got)) = vcpu_round_trip(change) else { return };
     assert_eq!(got.regs, put.regs);
 }
 
@@ -91,7 +82,7 @@ fn special_registers() {
         (sregs.fs.base, sregs.gs.base) = (0x11_0000, 0x22_0000);
         sregs.tr.base = 0x33_0000;
     };
-    let Some((put, got)) = vcpu_round_trip("special_registers", change) else { return };
+    let Some((put, got)) = vcpu_round_trip(change) else { return };
     assert_eq!(got.sregs, put.sregs);
 }
 
@@ -105,7 +96,7 @@ fn vector_registers_and_their_control() {
         state.xsave[XSTATE_BV] |= 3;
         state.xcrs[0].value = 3;
     };
-    let Some((put, got)) = vcpu_round_trip("vector_registers", change) else { return };
+    let Some((put, got)) = vcpu_round_trip(change) else { return };
     assert_eq!(got.xsave[XMM0..XMM0 + 16], put.xsave[XMM0..XMM0 + 16]);
     assert_eq!(got.xsave.len(), put.xsave.len());
     assert_eq!(got.xcrs, put.xcrs);
@@ -117,7 +108,7 @@ fn debug_registers() {
         state.debug_regs.db = [0x1000, 0x2000, 0x3000, 0x4000];
         state.debug_regs.dr7 = 0x400 | 1;
     };
-    let Some((put, got)) = vcpu_round_trip("debug_registers", change) else { return };
+    let Some((put, got)) = vcpu_round_trip(change) else { return };
     assert_eq!(got.debug_regs, put.debug_regs);
 }
 
@@ -132,7 +123,7 @@ fn local_apic() {
         state.lapic[PRIORITY] = 0x30;
         state.lapic[EFFECTIVE] = 0x30;
     };
-    let Some((put, got)) = vcpu_round_trip("local_apic", change) else { return };
+    let Some((put, got)) = vcpu_round_trip(change) else { return };
     assert_eq!(got.lapic, put.lapic);
 }
 
@@ -143,7 +134,7 @@ fn model_specific_registers() {
         set_msr(state, MSR_LSTAR, 0xffff_ffff_8100_0000);
         set_msr(state, MSR_KERNEL_GS_BASE, 0xffff_8880_0000_0000);
     };
-    let Some((put, got)) = vcpu_round_trip("model_specific_registers", change) else { return };
+    let Some((put, got)) = vcpu_round_trip(change) else { return };
     for index in [MSR_STAR, MSR_LSTAR, MSR_KERNEL_GS_BASE] {
         assert_eq!(msr(&got, index), msr(&put, index), "{index:#x}");
     }
@@ -164,9 +155,9 @@ fn model_specific_registers() {
 #[test]
 fn time_stamp_counter() {
     const FAR: u64 = 1 << 50;
-    let Some((put, got)) = vcpu_round_trip("time_stamp_counter", |state| set_msr(state, MSR_TSC, FAR)) else { return };
+    let Some((put, got)) = vcpu_round_trip(|state| set_msr(state, MSR_TSC, FAR)) else { return };
     if vmm::vcpu::ring0_is_emulated() {
-        return skip("time_stamp_counter", "this host's KVM has no TSC offset");
+        return skip("this host's KVM has no TSC offset");
     }
     assert!(msr(&got, MSR_TSC) >= msr(&put, MSR_TSC));
 }
@@ -177,7 +168,7 @@ fn pending_events() {
         state.events.nmi.pending = 1;
         state.events.flags |= KVM_VCPUEVENT_VALID_NMI_PENDING;
     };
-    let Some((put, got)) = vcpu_round_trip("pending_events", change) else { return };
+    let Some((put, got)) = vcpu_round_trip(change) else { return };
     assert_eq!(got.events.nmi, put.events.nmi);
 }
 
@@ -188,7 +179,7 @@ fn run_state() {
         // At the reset vector KVM takes a halted boot vCPU for one that was just reset, and lets it run.
         (state.sregs.cs.selector, state.sregs.cs.base) = (0, 0);
     };
-    let Some((put, got)) = vcpu_round_trip("run_state", change) else { return };
+    let Some((put, got)) = vcpu_round_trip(change) else { return };
     assert_eq!(got.mp_state, put.mp_state);
 }
 
@@ -198,7 +189,7 @@ fn cpuid_and_time_stamp_frequency() {
         let leaf = state.cpuid.iter_mut().find(|leaf| leaf.function == 0x8000_0002).unwrap();
         leaf.eax = u32::from_le_bytes(*b"Copp");
     };
-    let Some((put, got)) = vcpu_round_trip("cpuid", change) else { return };
+    let Some((put, got)) = vcpu_round_trip(change) else { return };
     assert_eq!(got.tsc_khz, put.tsc_khz);
     let brand = |state: &VcpuState| state.cpuid.iter().find(|leaf| leaf.function == 0x8000_0002).unwrap().eax;
     assert_eq!(brand(&got), brand(&put));
@@ -206,21 +197,43 @@ fn cpuid_and_time_stamp_frequency() {
 
 #[test]
 fn a_refused_msr_is_named() {
-    let Some((_kvm, _ram, vm, shape)) = machine("a_refused_msr_is_named") else { return };
+    let Some((_kvm, _ram, vm, shape)) = machine() else { return };
     let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
     saved.msrs.push(Msr { index: 0x1234_5678, data: 1 });
-    let refused = state::load(&vm.vcpus[0], &vm.fd, &saved).unwrap_err().to_string();
+    let refused = state::load(&vm.vcpus[0], &vm.fd, &saved, true).unwrap_err().to_string();
     assert!(refused.contains("0x12345678"), "{refused}");
 }
 
 #[test]
+fn an_unknown_msr_that_held_nothing_is_not_missed() {
+    let Some((_kvm, _ram, vm, shape)) = machine() else { return };
+    let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
+    saved.msrs.insert(0, Msr { index: 0x1234_5678, data: 0 });
+    set_msr(&mut saved, MSR_LSTAR, 0x1000);
+    state::load(&vm.vcpus[0], &vm.fd, &saved, true).unwrap();
+    assert_eq!(msr(&state::save(&vm.vcpus[0], &shape).unwrap(), MSR_LSTAR), 0x1000, "those behind it are loaded");
+}
+
+#[test]
+fn another_time_stamp_frequency_is_refused_where_it_cannot_be_had() {
+    let Some((kvm, _ram, vm, shape)) = machine() else { return };
+    if kvm.check_extension(kvm_ioctls::Cap::TscControl) {
+        return skip("this host's KVM can scale the time-stamp counter");
+    }
+    let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
+    saved.tsc_khz *= 2;
+    let refused = state::load(&vm.vcpus[0], &vm.fd, &saved, true).unwrap_err().to_string();
+    assert!(refused.contains("kHz"), "{refused}");
+}
+
+#[test]
 fn parts_of_another_size_are_refused() {
-    let Some((_kvm, _ram, vm, shape)) = machine("parts_of_another_size_are_refused") else { return };
+    let Some((_kvm, _ram, vm, shape)) = machine() else { return };
     let saved = state::save(&vm.vcpus[0], &shape).unwrap();
     let refused = |change: fn(&mut VcpuState)| {
         let mut state = saved.clone();
         change(&mut state);
-        state::load(&vm.vcpus[0], &vm.fd, &state).unwrap_err().to_string()
+        state::load(&vm.vcpus[0], &vm.fd, &state, true).unwrap_err().to_string()
     };
     assert!(refused(|s| s.xsave.truncate(100)).contains("FPU state"));
     assert!(refused(|s| s.xsave.resize(1 << 20, 0)).contains("FPU state"));
@@ -237,7 +250,7 @@ fn interval_timer() {
         state.pit.channels[0].mode = 2;
         state.pit.channels[0].gate = 1;
     };
-    let Some((put, got)) = vm_round_trip("interval_timer", change) else { return };
+    let Some((put, got)) = vm_round_trip(change) else { return };
     let facts = |state: &VmState| {
         let channel = &state.pit.channels[0];
         (channel.count, channel.mode, channel.gate, state.pit.flags)
@@ -248,7 +261,7 @@ fn interval_timer() {
 #[test]
 fn clock_goes_on_from_where_it_stood() {
     let change = |_: &VmFd, state: &mut VmState| state.clock.clock = 1 << 50;
-    let Some((put, got)) = vm_round_trip("clock", change) else { return };
+    let Some((put, got)) = vm_round_trip(change) else { return };
     assert!(got.clock.clock >= put.clock.clock);
     assert!(got.clock.clock - put.clock.clock < 60_000_000_000, "nothing was added for the time in between");
 }
@@ -260,15 +273,15 @@ fn interrupt_controllers() {
         vm.set_irq_line(3, true).unwrap();
         *state = kvm::state::save(vm).unwrap();
     };
-    let Some((put, got)) = vm_round_trip("interrupt_controllers", change) else { return };
+    let Some((put, got)) = vm_round_trip(change) else { return };
     assert_eq!(got.irqchips, put.irqchips);
-    let Some((_kvm, _ram, vm, _)) = machine("interrupt_controllers") else { return };
+    let Some((_kvm, _ram, vm, _)) = machine() else { return };
     assert_ne!(kvm::state::save(&vm.fd).unwrap().irqchips, put.irqchips, "the raised line is in the saved state");
 }
 
 #[test]
 fn foreign_interrupt_controllers_are_refused() {
-    let Some((_kvm, _ram, vm, _)) = machine("foreign_interrupt_controllers_are_refused") else { return };
+    let Some((_kvm, _ram, vm, _)) = machine() else { return };
     let mut saved = kvm::state::save(&vm.fd).unwrap();
     saved.irqchips[2].chip_id = 9;
     assert!(kvm::state::load(&vm.fd, &saved).is_err());

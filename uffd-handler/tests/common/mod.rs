@@ -27,14 +27,16 @@ static NEVER: AtomicBool = AtomicBool::new(false);
 /// Runs a test unless there is no userfaultfd here; fails if it does not come to an end.
 pub fn with_userfaultfd(test: impl FnOnce() + Send + 'static) {
     if let Err(error) = uffd_handler::uffd::create() {
-        println!("skipped: {error}");
-        return;
+        return test_skip::skip(error);
     }
     let (done, wait) = mpsc::channel();
-    let body = std::thread::spawn(move || {
+    // Under the test's own name, so that it can still say that it is skipped.
+    let name = std::thread::current().name().unwrap_or("test").to_owned();
+    let body = std::thread::Builder::new().name(name).spawn(move || {
         test();
         let _ = done.send(());
     });
+    let body = body.unwrap();
     match wait.recv_timeout(2 * PATIENCE) {
         Err(mpsc::RecvTimeoutError::Timeout) => panic!("hangs"),
         _ => body.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),

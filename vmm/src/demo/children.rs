@@ -1,4 +1,4 @@
-//! The processes of the demonstration. None of them outlives it.
+//! The processes of the demonstration. None of them outlives it, however it ends.
 
 use super::{DemoError, io_error};
 use rustix::process::{Pid, Signal, kill_process};
@@ -35,6 +35,7 @@ impl Children {
         let log_file = File::create(log).map_err(io_error(format!("cannot write {}", log.display())))?;
         let mut command = Command::new(&self.program);
         arguments(&mut command);
+        command.arg("--end-with-parent");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log_file);
         let process = command.spawn().map_err(io_error(format!("cannot start the process of the {name}")))?;
         Ok(Child { name: name.to_owned(), process, log: log.to_owned() })

@@ -11,8 +11,6 @@ use super::wiring::Outside;
 use crate::api::server::{Pending, Server};
 use crate::api::{Request, Response};
 use crate::console::Console;
-use crate::logging::last_words;
-use crate::memory::uffd::Watch;
 use crate::notice::{self, Notice, Notices, Notifier};
 use crate::vcpu::{GuestEnd, VcpuError};
 use api_spec::agent::Level;
@@ -23,8 +21,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
-use uffd_handler::listener::{ListenError, remove_all};
+use uffd_handler::listener::ListenError;
 use uffd_handler::process::Signals;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -104,6 +101,7 @@ pub enum Start {
 
 /// Runs a vmm until it ends.
 pub fn run(id: String, api: Option<&Path>, start: Start) -> Result<Ending, RunError> {
+    uffd_handler::raise_descriptor_limit();
     let mut manager = EventManager::<Subscriber>::new().map_err(loop_error)?;
     let driver = Arc::new(Mutex::new(Driver::new(id, api)?));
     manager.add_subscriber(driver.clone());
@@ -206,7 +204,8 @@ impl Driver {
     }
 
     fn outside(&self) -> Result<Outside, io::Error> {
-        Ok(Outside { notifier: self.notifier.clone(), console: Console::output(), reset: self.reset.try_clone()? })
+        let (reset, signals) = (self.reset.try_clone()?, self.signals.try_clone()?);
+        Ok(Outside { notifier: self.notifier.clone(), console: Console::output(), reset, signals })
     }
 
     fn adopt(&mut self, machine: Machine) {
@@ -242,10 +241,18 @@ impl Driver {
 
     fn create_snapshot(&mut self, create: &SnapshotCreate, from: Pending) -> Result<(), RequestError> {
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-        let job = snapshot::create(machine, create, self.readiness, self.notifier.clone())?;
-        self.job = Some((job, from));
-        self.status = SnapshotStatus { state: SnapshotState::Writing, ..Default::default() };
-        Ok(())
+        match snapshot::create(machine, create, self.readiness, self.notifier.clone()) {
+            Ok(job) => {
+                self.job = Some((job, from));
+                self.status = SnapshotStatus { state: SnapshotState::Writing, ..Default::default() };
+                Ok(())
+            }
+            Err(e) => {
+                let (state, error) = (SnapshotState::Failed, Some(e.to_string()));
+                self.status = SnapshotStatus { state, error, ..Default::default() };
+                Err(e.into())
+            }
+        }
     }
 
     fn patch_vm(&mut self, patch: VmPatch) -> Result<(), RequestError> {
@@ -377,10 +384,11 @@ impl Driver {
 
 impl MutEventSubscriber for Driver {
     fn init(&mut self, ops: &mut EventOps) {
-        let mut sources = vec![self.notices.event().as_raw_fd(), self.reset.as_raw_fd(), self.signals.as_raw_fd()];
-        sources.extend(self.api.iter().flat_map(Server::sources));
-        for fd in sources {
-            if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+        let own = [self.notices.event().as_raw_fd(), self.reset.as_raw_fd(), self.signals.as_raw_fd()];
+        let mut sources: Vec<_> = own.into_iter().map(|fd| Events::new_raw(fd, EventSet::IN)).collect();
+        sources.extend(self.api.as_ref().map(Server::listener_events));
+        for source in sources {
+            if let Err(e) = ops.add(source) {
                 self.end(Err(RunError::Loop(e.to_string())));
             }
         }
@@ -401,38 +409,4 @@ impl MutEventSubscriber for Driver {
             }
         }
     }
-}
-
-/// How long the event loop has to end the process in good order after the page server is gone.
-const LAST_ORDERS: Duration = Duration::from_millis(500);
-/// How long it has after a signal; what it may have to wait for then is a disk.
-const SIGNAL_ORDERS: Duration = Duration::from_secs(3);
-
-/// Watches the connection to the page server on a thread of its own, since the event loop itself may be waiting for a
-/// page, with or without a server; for the same reason the thread looks for signals too. The guest never reads wrong
-/// bytes meanwhile: the vmm holds its own descriptor of the userfaultfd, so untouched pages stay unreadable.
-pub(super) fn watch_page_server(watch: Watch, notifier: Notifier) -> io::Result<()> {
-    watch.connection.set_nonblocking(true)?;
-    let signals = Signals::catch()?;
-    std::thread::Builder::new().name("page-server".into()).spawn(move || {
-        use rustix::event::{PollFd, PollFlags, poll};
-        let mut sources = [PollFd::new(&watch.connection, PollFlags::IN), PollFd::new(&signals, PollFlags::IN)];
-        while let Err(rustix::io::Errno::INTR) = poll(&mut sources, None) {}
-        let [server, _signal] = sources.map(|source| !source.revents().is_empty());
-        if watch.is_released() {
-            return;
-        }
-        if server {
-            let path = watch.path.clone();
-            notifier.send(Notice::PageServerGone(path.clone()));
-            std::thread::sleep(LAST_ORDERS);
-            last_words(&RunError::PageServerGone(path));
-        } else {
-            std::thread::sleep(SIGNAL_ORDERS);
-        }
-        // The event loop has not ended the process: it waits for a page that will not come.
-        remove_all();
-        std::process::exit(if server { crate::cli::FAILED } else { crate::cli::DONE });
-    })?;
-    Ok(())
 }

@@ -3,9 +3,8 @@
 
 use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, MAX_VCPUS};
-use super::driver::watch_page_server;
 use super::wiring::{self, Outside, WireError};
-use super::{Machine, start_vcpus};
+use super::{Machine, guard, start_vcpus};
 use crate::host;
 use crate::kvm::state::VmStateError;
 use crate::kvm::{self, KvmError};
@@ -70,9 +69,9 @@ pub enum RestoreError {
     /// The page server.
     #[error(transparent)]
     Uffd(#[from] UffdError),
-    /// No eye on the page server.
+    /// The page server cannot be watched.
     #[error("cannot watch the page server: {0}; limits on open files or processes may be reached (ulimit -n, -u)")]
-    Watch(std::io::Error),
+    Guard(std::io::Error),
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -114,19 +113,19 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     let vsock = vsock(snapshot.manifest(), request)?;
     let kvm = kvm::open()?;
 
+    let Outside { notifier, signals, .. } = &outside;
     let (ram, page_server) = memory(&snapshot, request.mem_backend.as_ref())?;
-    // From here on a page may be waited for.
     if let Some(server) = &page_server {
-        server
-            .watch()
-            .and_then(|watch| watch_page_server(watch, outside.notifier.clone()))
-            .map_err(RestoreError::Watch)?;
+        // Before anything touches guest memory and may have to wait.
+        let signals = signals.try_clone().map_err(RestoreError::Guard)?;
+        let watch = server.watch().map_err(RestoreError::Guard)?;
+        guard::watch(watch, &ram, signals, notifier.clone()).map_err(RestoreError::Guard)?;
     }
     let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
     let state = snapshot.state();
     for (number, (vcpu, saved)) in vm.vcpus.iter().zip(&state.vcpus).enumerate() {
         let fail = |source| RestoreError::VcpuState { vcpu: number, source };
-        crate::vcpu::state::load(vcpu, &vm.fd, saved).map_err(fail)?;
+        crate::vcpu::state::load(vcpu, &vm.fd, saved, number == 0).map_err(fail)?;
     }
     kvm::state::load(&vm.fd, &state.vm)?;
     // From here on guest memory may be touched, and a page server already serves.
@@ -136,7 +135,6 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     }
     let notifier = outside.notifier.clone();
     let devices = wiring::wire(&vm.fd, ram.memory(), vsock.as_ref(), Some(&state.devices), outside)?;
-    vm.vcpus.iter().for_each(crate::vcpu::state::note_pause);
 
     let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;

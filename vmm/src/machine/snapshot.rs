@@ -156,13 +156,14 @@ fn capture(machine: &mut Machine, staging: &mut Staging) -> Result<(MachineState
     let state = save(machine)?;
     let captured = match machine.ram.freeze()? {
         Some(frozen) => Captured::Frozen(frozen, machine.ram.regions().to_vec()),
-        None => Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &NEVER)?),
+        None => {
+            // Nobody can ask for an end meanwhile: this is the thread that would be asked.
+            let never = AtomicBool::new(false);
+            Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &never)?)
+        }
     };
     Ok((state, captured))
 }
-
-/// Nobody cancels.
-static NEVER: AtomicBool = AtomicBool::new(false);
 
 /// The state of a machine whose vCPUs stand still.
 pub(super) fn save(machine: &Machine) -> Result<MachineState, SnapshotError> {

@@ -19,7 +19,7 @@ use vm_memory::GuestMemoryBackend;
 /// Why memory could not be frozen.
 #[derive(Debug, thiserror::Error)]
 pub enum FreezeError {
-    /// The mapping could not be replaced. The guest's memory is as it was.
+    /// A mapping could not be replaced. The guest goes on.
     #[error("cannot replace the mapping of guest RAM by a private one: {0}")]
     Remap(io::Error),
     /// The file could not be sealed.
@@ -42,16 +42,26 @@ impl GuestRam {
     ///
     /// All vCPUs must stand still and no other thread may access guest memory.
     pub fn freeze(&mut self) -> Result<Option<Frozen>, FreezeError> {
-        let Backing::Own(file) = &self.backing else { return Ok(None) };
+        // Once one region is private its writes no longer reach the file, so whatever fails from there on, this guest is
+        // a view, whose next snapshot is copied.
+        let file = match std::mem::replace(&mut self.backing, Backing::Image) {
+            Backing::Own(file) => file,
+            Backing::Image => return Ok(None),
+        };
         let mut aside = Vec::with_capacity(self.regions.len());
         for (region, mapped) in self.regions.iter().zip(self.memory.iter()) {
-            aside.push(mmap::make_private(&mapped.get_mmap(), file, region.offset).map_err(FreezeError::Remap)?);
+            match mmap::make_private(&mapped.get_mmap(), &file, region.offset) {
+                Ok(old) => aside.push(old),
+                Err(e) => {
+                    if aside.is_empty() {
+                        self.backing = Backing::Own(file);
+                    }
+                    return Err(FreezeError::Remap(e));
+                }
+            }
         }
-        fcntl_add_seals(file, SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SHRINK)
+        fcntl_add_seals(&file, SealFlags::FUTURE_WRITE | SealFlags::GROW | SealFlags::SHRINK)
             .map_err(|e| FreezeError::Seal(e.into()))?;
-        let Backing::Own(file) = std::mem::replace(&mut self.backing, Backing::Image) else {
-            unreachable!("matched above")
-        };
         Ok(Some(Frozen { file, aside }))
     }
 }

@@ -1,5 +1,6 @@
 //! How a virtio device interrupts the guest, and how it tells that it has failed.
 
+use log::Level;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -7,10 +8,11 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Bit of the interrupt status: the device has used buffers.
 const USED_BUFFERS: u32 = 1;
-/// How many failures of a device are logged: a guest can reset its device and fail again without end.
-const LOGGED_FAILURES: u32 = 8;
 /// Bit of the interrupt status: the configuration has changed, or the device needs a reset.
 const CONFIG_CHANGED: u32 = 2;
+
+/// How many failures of a device are logged as errors.
+const LOGGED_FAILURES: u32 = 8;
 
 /// The interrupt of a device, shared by the device and its transport.
 #[derive(Debug)]
@@ -19,7 +21,7 @@ pub struct Interrupt {
     status: AtomicU32,
     /// The device has failed: `DEVICE_NEEDS_RESET`.
     failed: AtomicBool,
-    /// How often it has failed, as far as that is counted.
+    /// How often it has failed.
     failures: AtomicU32,
     /// Raises the interrupt line.
     event: EventFd,
@@ -47,16 +49,16 @@ impl Interrupt {
         self.raise(CONFIG_CHANGED);
     }
 
-    /// Marks the device as failed until the driver resets it, and writes one log line, unless it has failed often. The
-    /// first reason stands.
+    /// Marks the device as failed until the driver resets it, and writes one log line. The first reason stands.
     pub fn fail(&self, device: &str, reason: &dyn std::fmt::Display) {
         if !self.failed.swap(true, Ordering::SeqCst) {
-            let earlier = self.failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| Some(n.saturating_add(1)));
-            match earlier.unwrap_or_default() {
-                ..LOGGED_FAILURES => log::error!("{device}: stopped until the guest's driver resets it: {reason}"),
-                LOGGED_FAILURES => log::error!("{device}: stopped again; this is not logged any more"),
-                _ => {}
-            }
+            // A driver can do this in a loop; what it does first is worth a line, the rest would only fill a disk.
+            let level = if self.failures.fetch_add(1, Ordering::Relaxed) < LOGGED_FAILURES {
+                Level::Error
+            } else {
+                Level::Debug
+            };
+            log::log!(level, "{device}: stopped until the guest's driver resets it: {reason}");
             self.raise(CONFIG_CHANGED);
         }
     }
