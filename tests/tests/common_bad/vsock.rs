@@ -214,13 +214,19 @@ fn more_clients_than_descriptors_hold_nobody_up() {
     }
     rig.facts.check(&mut rig.agent);
     // The API cannot take the client in, and does not burn the CPU over it.
-    let waiting = api_spec::client::unix::connect(&rig.vm.api, tests::PATIENCE).expect("the queue takes it");
+    let mut waiting = api_spec::client::unix::connect(&rig.vm.api, tests::PATIENCE).expect("the queue takes it");
     let burned = cpu_ms(rig.vm.pid());
     std::thread::sleep(Duration::from_secs(2));
     let burned = cpu_ms(rig.vm.pid()) - burned;
     assert!(burned < 400, "{burned} ms of 2000 ms");
-    drop((crowd, waiting));
+    drop(crowd);
     limit("1024");
+    // Nor has it forgotten the client.
+    waiting.set_read_timeout(Some(tests::PATIENCE)).expect("a socket takes a timeout");
+    waiting.write_all(b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n").expect("it is connected");
+    let mut answer = String::new();
+    waiting.read_to_string(&mut answer).expect("it answers in the end");
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     tests::until("new clients are served", || {
         let client = api_spec::client::AgentClient::connect(&rig.vm.vsock, tests::PATIENCE);
         client.and_then(|mut client| client.call(Request::Ping { token: 5 })).is_ok()

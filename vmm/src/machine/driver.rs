@@ -384,11 +384,10 @@ impl Driver {
 
 impl MutEventSubscriber for Driver {
     fn init(&mut self, ops: &mut EventOps) {
-        let own = [self.notices.event().as_raw_fd(), self.reset.as_raw_fd(), self.signals.as_raw_fd()];
-        let mut sources: Vec<_> = own.into_iter().map(|fd| Events::new_raw(fd, EventSet::IN)).collect();
-        sources.extend(self.api.as_ref().map(Server::listener_events));
-        for source in sources {
-            if let Err(e) = ops.add(source) {
+        let mut sources = vec![self.notices.event().as_raw_fd(), self.reset.as_raw_fd(), self.signals.as_raw_fd()];
+        sources.extend(self.api.iter().flat_map(Server::sources));
+        for fd in sources {
+            if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
                 self.end(Err(RunError::Loop(e.to_string())));
             }
         }
