@@ -180,7 +180,7 @@ fn each_file_that_is_missing_cut_longer_or_altered_is_named() {
         }
         let copy = Copy::of(&template);
         use std::os::unix::fs::PermissionsExt;
-        fs::set_permissions(copy.dir.join(file), PermissionsExt::from_mode(0)).expect("it is ours");
+        fs::set_permissions(copy.dir.join(file), PermissionsExt::from_mode(0o000)).expect("it is ours");
         copy.expect_refused("unreadable", &[file, "ermission"]);
     }
 }
@@ -262,7 +262,7 @@ fn each_manifest_of_something_else_is_refused_by_name() {
     }
 }
 
-type Change = fn(&mut VcpuState);
+type Change<T> = fn(&mut T);
 
 #[test]
 fn a_state_with_absurd_values_is_refused_or_runs() {
@@ -273,7 +273,7 @@ fn a_state_with_absurd_values_is_refused_or_runs() {
         copy.change_state(change);
         copy.expect_survived(name);
     };
-    let vcpu: Vec<(&str, Change)> = vec![
+    let vcpu: Vec<(&str, Change<VcpuState>)> = vec![
         ("no-msrs", |v| v.msrs.clear()),
         ("unknown-msr", |v| v.msrs.push(Msr { index: 0xdead_beef, data: u64::MAX })),
         ("many-msrs", |v| v.msrs = vec![Msr { index: 0x10, data: 1 }; 1000]),
@@ -345,7 +345,7 @@ fn a_state_with_absurd_values_is_refused_or_runs() {
         survives(name, &|state| state.vcpus.iter_mut().for_each(change));
     }
 
-    let machine: Vec<(&str, fn(&mut MachineState))> = vec![
+    let machine: Vec<(&str, Change<MachineState>)> = vec![
         ("no-irqchips", |s| s.vm.irqchips.clear()),
         ("irqchip-number", |s| s.vm.irqchips[2].chip_id = 9),
         ("irqchip-twice", |s| s.vm.irqchips[1] = s.vm.irqchips[0].clone()),
@@ -392,19 +392,8 @@ fn a_saved_device_with_absurd_values_is_refused_or_runs() {
     survives("interrupt", &|v| v.transport.interrupt_status = u32::MAX);
     survives("no-queues", &|v| v.transport.queues.clear());
     survives("more-queues", &|v| v.transport.queues.push(v.transport.queues[0]));
-    let addresses = [
-        0,
-        1,
-        0x1000,
-        0x9_f000,
-        (16 << 20) - 16,
-        16 << 20,
-        0xd000_0000,
-        0xfee0_0000,
-        1 << 40,
-        u64::MAX & !15,
-        u64::MAX,
-    ];
+    let addresses =
+        [0, 1, 0x1000, 0x9_f000, (16 << 20) - 16, 16 << 20, 0xd000_0000, 0xfee0_0000, 1 << 40, !15, u64::MAX];
     for queue in 0..3 {
         for address in addresses {
             survives("descriptors", &|v| v.transport.queues[queue].desc_table = address);
