@@ -28,6 +28,7 @@ pub use page_server::PageServer;
 pub use place::Place;
 pub use process::Process;
 pub use template::{Template, TemplateOptions};
+pub use test_skip::skip_test;
 pub use vm::{Boot, Restore, Vm};
 
 use std::time::{Duration, Instant};

@@ -9,16 +9,16 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use vmm_sys_util::signal::{Error as SignalError, block_signal, create_sigset};
 
-/// SIGTERM and SIGINT, as something to poll instead of something that strikes.
+/// SIGTERM, SIGINT and SIGHUP, as something to poll instead of something that strikes.
 #[derive(Debug)]
 pub struct Signals(OwnedFd);
 
 impl Signals {
-    /// Blocks both signals in this thread and makes a descriptor that becomes readable when one is pending.
+    /// Blocks the signals in this thread and makes a descriptor that becomes readable when one is pending.
     ///
     /// Call it before other threads are started; those inherit the blocking.
     pub fn catch() -> io::Result<Self> {
-        let wanted = [libc::SIGTERM, libc::SIGINT];
+        let wanted = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
         wanted.into_iter().try_for_each(block)?;
         survive_file_size_limit()?;
         let set = create_sigset(&wanted).map_err(|error| io::Error::from_raw_os_error(error.errno()))?;

@@ -5,10 +5,12 @@ use vmm::cli::{self, BAD_USAGE, Command};
 use vmm::logging::last_words;
 
 fn main() -> ExitCode {
-    let command = match Command::parse(std::env::args_os().skip(1)) {
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    let help = Command::help_for(&args);
+    let command = match Command::parse(args) {
         Ok(command) => command,
         Err(error) => {
-            last_words(&format_args!("{error}; see vmm --help"));
+            last_words(&format_args!("{error}; see {help}"));
             return exit(BAD_USAGE);
         }
     };

@@ -84,7 +84,7 @@ macro_rules! skip {
     ($reason:expr) => {{
         fn here() {}
         let name = std::any::type_name_of_val(&here);
-        tests::host::note_skip(name.strip_suffix("::here").unwrap_or(name), $reason);
+        tests::skip_test(name.strip_suffix("::here").unwrap_or(name), $reason);
         return;
     }};
 }

@@ -41,7 +41,7 @@ pub enum CliError {
         source: io::Error,
     },
     /// A configuration file that is none.
-    #[error("the configuration {path} is not what it should be: {source}")]
+    #[error("the configuration {path} is not what it should be: {source}; docs/operations.md lists its fields")]
     BadConfig {
         /// The file.
         path: PathBuf,

@@ -66,6 +66,11 @@ pub enum LoadError {
     /// The command line is too long or has characters that it may not have.
     #[error("the kernel command line is not usable: {0}; it may have {COMMAND_LINE_MAX} bytes of printable ASCII")]
     CommandLine(linux_loader::cmdline::Error),
+    /// The command line is too long.
+    #[error(
+        "boot_args and the words that the vmm appends have {0} bytes together, and must have fewer than {COMMAND_LINE_MAX}"
+    )]
+    LongCommandLine(usize),
     /// Something does not fit into guest memory.
     #[error("cannot write boot data into guest memory: {0}")]
     Memory(#[from] GuestMemoryError),
@@ -99,6 +104,9 @@ pub fn load(ram: &GuestRam, kernel: &Kernel, command_line: &str, initrd: Option<
     let initrd = initrd.map(|path| load_initrd(ram, path, loaded.kernel_end)).transpose()?;
     if !command_line.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
         return Err(LoadError::CommandLine(linux_loader::cmdline::Error::InvalidAscii));
+    }
+    if command_line.len() >= COMMAND_LINE_MAX {
+        return Err(LoadError::LongCommandLine(command_line.len()));
     }
     let line = Cmdline::try_from(command_line, COMMAND_LINE_MAX).map_err(LoadError::CommandLine)?;
     load_cmdline(ram.memory(), GuestAddress(COMMAND_LINE), &line).map_err(LoadError::Write)?;

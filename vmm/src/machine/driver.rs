@@ -359,6 +359,8 @@ impl Driver {
                 self.readiness = Some(readiness);
             }
             Notice::End(end) => self.end(Err(RunError::Guest(end))),
+            // Whoever ends everything at once ends the page server too.
+            Notice::PageServerGone(_) if self.signals.have_come() => self.end(Ok(Ending::Signal)),
             Notice::PageServerGone(path) => self.end(Err(RunError::PageServerGone(path))),
             Notice::SnapshotWritten => self.on_snapshot_written(ops),
         }

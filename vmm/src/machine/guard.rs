@@ -19,6 +19,8 @@ use uffd_handler::process::Signals;
 
 /// How long the event loop has to end the process in good order after the page server is gone.
 const LAST_ORDERS: Duration = Duration::from_millis(500);
+/// How long to wait, after the page server's end, for a signal that was sent at the same time.
+const ALL_AT_ONCE: Duration = Duration::from_millis(20);
 /// How long it has after a signal; what it may have to wait for then is a disk.
 const SIGNAL_ORDERS: Duration = Duration::from_secs(3);
 
@@ -36,10 +38,16 @@ pub fn watch(server: Watch, ram: &GuestRam, signals: Signals, notifier: Notifier
             return;
         }
         let code = if server_gone {
+            // Whoever ends everything at once may have ended the server first.
+            std::thread::sleep(ALL_AT_ONCE);
             notifier.send(Notice::PageServerGone(server.path.clone()));
             std::thread::sleep(LAST_ORDERS);
-            last_words(&RunError::PageServerGone(server.path.clone()));
-            FAILED
+            if signals.have_come() {
+                DONE
+            } else {
+                last_words(&RunError::PageServerGone(server.path.clone()));
+                FAILED
+            }
         } else {
             std::thread::sleep(SIGNAL_ORDERS);
             DONE

@@ -1,4 +1,4 @@
-//! Path two: restore. Snapshot -> memory (and the page server's word that it serves) -> VM -> state -> devices -> vCPUs,
+//! Restore: snapshot -> memory (and the page server's word that it serves) -> VM -> state -> devices -> vCPUs,
 //! standing still.
 
 use super::boot::{fresh_generation, write_generation};

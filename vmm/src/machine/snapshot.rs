@@ -1,4 +1,4 @@
-//! Path three: snapshot. The guest stands still for its state and for the freeze; memory is written after it went on.
+//! Snapshot: the guest stands still for its state and for the freeze; memory is written after it went on.
 //!
 //! ```text
 //!   event loop:  pause -> device state -> vCPU state -> VM state -> freeze -> resume
