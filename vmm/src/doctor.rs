@@ -103,6 +103,26 @@ impl Report {
     }
 }
 
+/// Cuts a text into lines of at most `room` characters, between words.
+fn wrap(text: &str, room: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        let line = lines.last_mut().filter(|line| line.is_empty() || line.len() + 1 + word.len() <= room);
+        match line {
+            Some(line) if line.is_empty() => line.push_str(word),
+            Some(line) => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            None => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
+/// Longest line of the table, in characters, where its texts can be cut.
+const LINE: usize = 100;
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let width = self.checks.iter().map(|check| check.name.len()).max().unwrap_or(0);
@@ -113,9 +133,15 @@ impl fmt::Display for Report {
                 Status::Warn => "WARN",
                 Status::Fail => "FAIL",
             };
-            writeln!(f, "{word:<4}  {name:<width$}  {found}")?;
-            if let Some(remedy) = remedy {
-                writeln!(f, "{:<4}  {:<width$}  -> {remedy}", "", "")?;
+            let room = LINE.saturating_sub(4 + 2 + width + 2);
+            for (number, line) in wrap(found, room).into_iter().enumerate() {
+                let (word, name) = if number == 0 { (word, name.as_str()) } else { ("", "") };
+                writeln!(f, "{word:<4}  {name:<width$}  {line}")?;
+            }
+            let remedy = remedy.iter().flat_map(|remedy| wrap(remedy, room - 3));
+            for (number, line) in remedy.enumerate() {
+                let arrow = if number == 0 { "->" } else { "" };
+                writeln!(f, "{:<4}  {:<width$}  {arrow:<2} {line}", "", "")?;
             }
         }
         match (self.count(Status::Fail), self.count(Status::Warn)) {
@@ -169,6 +195,13 @@ mod tests {
         assert_eq!((report.exit_code(), report.can_serve_pages), (0, false));
         checks.push(Check::fail("d", "none", "get one"));
         assert_eq!(Report::of(checks).exit_code(), 77);
+    }
+
+    #[test]
+    fn long_texts_are_cut_between_words() {
+        assert_eq!(wrap("one two three", 7), ["one two", "three"]);
+        assert_eq!(wrap("endlessword x", 4), ["endlessword", "x"]);
+        assert_eq!(wrap("", 4), [""]);
     }
 
     #[test]
