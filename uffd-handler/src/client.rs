@@ -26,7 +26,9 @@ pub enum ClientError {
     #[error("refused: {0}")]
     Refused(String),
     /// It does not answer.
-    #[error("no answer to the {0} message in time; if this is a Firecracker-style handler, use --uffd-mode copy")]
+    #[error(
+        "no answer to the {0} message in time; a Firecracker-style handler stays silent like this, since it speaks copy mode (--uffd-mode copy), which is not offered yet"
+    )]
     Silent(&'static str),
     /// It hung up.
     #[error("it closed the connection during the handshake")]
@@ -52,7 +54,7 @@ pub fn greet(path: &Path, hello: &Hello) -> Result<Greeted, ClientError> {
     let patience = Duration::from_millis(REPLY_DEADLINE_MS);
     let stream = unix::connect(path, patience).map_err(ClientError::Connect)?;
     stream.set_write_timeout(Some(patience))?;
-    (&stream).write_all(&line(hello)?)?;
+    (&stream).write_all(&line(hello)?).map_err(sending)?;
     match receive_reply(&stream, "hello", HELLO_DEADLINE_MS)? {
         (Reply::Store { size, .. }, Some(store)) if size == hello.size => Ok(Greeted { stream, store }),
         (other, _) => Err(unexpected(other)),
@@ -64,12 +66,20 @@ impl Greeted {
     pub fn attach(self, regions: Vec<Region>, uffd: &Uffd) -> Result<UnixStream, ClientError> {
         let line = line(&Attach { regions })?;
         let sent = self.stream.send_with_fd(&line[..], uffd.as_raw_fd());
-        let sent = sent.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
-        (&self.stream).write_all(&line[sent..])?;
+        let sent = sent.map_err(|error| sending(io::Error::from_raw_os_error(error.errno())))?;
+        (&self.stream).write_all(&line[sent..]).map_err(sending)?;
         match receive_reply(&self.stream, "attach", REPLY_DEADLINE_MS)? {
             (Reply::Serving, None) => Ok(self.stream),
             (other, _) => Err(unexpected(other)),
         }
+    }
+}
+
+/// Why something could not be sent.
+fn sending(error: io::Error) -> ClientError {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => ClientError::Closed,
+        _ => error.into(),
     }
 }
 
@@ -97,8 +107,11 @@ fn receive_reply(
     let mut bytes = [0; 4096];
     while text.last() != Some(&b'\n') {
         let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() || text.len() >= MAX_MESSAGE {
+        if left.is_zero() {
             return Err(ClientError::Silent(question));
+        }
+        if text.len() >= MAX_MESSAGE {
+            return Err(ClientError::Unexpected(format!("a line longer than {MAX_MESSAGE} bytes")));
         }
         stream.set_read_timeout(Some(left))?;
         match receive(stream, &mut bytes) {

@@ -14,6 +14,9 @@ pub enum AgentError {
     /// The connection could not be made or broke.
     #[error("no connection to the agent: {0}")]
     Io(#[from] io::Error),
+    /// It took too long.
+    #[error("the agent did not answer within {} s", .0.as_secs())]
+    Slow(Duration),
     /// What came is no frame.
     #[error(transparent)]
     Frame(#[from] FrameError),
@@ -64,11 +67,14 @@ impl AgentClient {
         const PAUSE: Duration = Duration::from_micros(100);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let tried = Self::connect(uds_path, patience.min(left.max(PAUSE)))
-                .and_then(|mut client| client.call(request).map(|response| (client, response)));
+            let tried = Self::connect(uds_path, patience.min(left.max(PAUSE))).and_then(|mut client| {
+                let response = client.call(request)?;
+                client.set_patience(patience);
+                Ok((client, response))
+            });
             match tried {
                 Err(AgentError::Io(e)) if Instant::now() < deadline && is_not_yet(&e) => std::thread::sleep(PAUSE),
-                other => return other,
+                other => return other.map(|(client, answer)| (AgentClient { patience, ..client }, answer)),
             }
         }
     }
@@ -81,7 +87,12 @@ impl AgentClient {
     /// Asks and waits for the answer.
     pub fn call(&mut self, request: Request) -> Result<Response, AgentError> {
         let deadline = Instant::now() + self.patience;
-        match self.ask(&Either::Common(request), deadline)?.body {
+        let id = self.post(&Either::Common(request), deadline)?;
+        let answer = self.answer_to(id, deadline).map_err(|e| match e {
+            AgentError::Io(e) if e.kind() == io::ErrorKind::TimedOut => AgentError::Slow(self.patience),
+            other => other,
+        })?;
+        match answer.body {
             Either::Common(response) => Ok(response),
             other => Err(AgentError::Unexpected(other)),
         }
@@ -89,13 +100,19 @@ impl AgentClient {
 
     /// Asks and waits for the first answer; a refusal or a failure is an error.
     pub(super) fn ask(&mut self, request: &AnyRequest, deadline: Instant) -> Result<Envelope<AnyResponse>, AgentError> {
+        let id = self.post(request, deadline)?;
+        self.answer_to(id, deadline)
+    }
+
+    /// Asks; the number of the request.
+    fn post(&mut self, request: &AnyRequest, deadline: Instant) -> Result<u32, AgentError> {
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1).max(1);
         self.send(id, request, deadline)?;
         if std::mem::take(&mut self.greeting_due) {
             self.receive_greeting(deadline)?;
         }
-        self.answer_to(id, deadline)
+        Ok(id)
     }
 
     /// Waits for the next answer to the request `id`; a refusal or a failure is an error.

@@ -41,7 +41,7 @@ pub enum CliError {
         source: io::Error,
     },
     /// A configuration file that is none.
-    #[error("the configuration {path} is not what it should be: {source}")]
+    #[error("the configuration {path} is not what it should be: {source}; docs/operations.md lists its fields")]
     BadConfig {
         /// The file.
         path: PathBuf,
@@ -82,7 +82,9 @@ impl CliError {
             {
                 HOST_CANNOT
             }
-            CliError::Run(RunError::Restore(RestoreError::Uffd(UffdError::Create(_)))) => HOST_CANNOT,
+            CliError::Run(RunError::Restore(RestoreError::Uffd(UffdError::Create(e)))) if e.host_cannot() => {
+                HOST_CANNOT
+            }
             CliError::PageServer(e) => e.exit_code().into(),
             CliError::Demo(e) if e.host_cannot() => HOST_CANNOT,
             _ => FAILED,
@@ -92,6 +94,8 @@ impl CliError {
 
 /// Does what a command line asks for, and returns the exit code of a command that did not fail.
 pub fn run(command: Command) -> Result<i32, CliError> {
+    // Without it a full disk is still reported, only a limit on file sizes is not.
+    let _ = uffd_handler::process::survive_file_size_limit();
     match command {
         Command::Help(text) => print(text),
         Command::Version => print(&format!("vmm {}\n", env!("CARGO_PKG_VERSION"))),
@@ -104,7 +108,7 @@ pub fn run(command: Command) -> Result<i32, CliError> {
         }
         Command::GuestExport(path) => {
             let write = |source| CliError::Write { path: path.clone(), source };
-            fs::write(&path, EMBEDDED_GUEST).map_err(write)?;
+            export_guest(&path).map_err(write)?;
             Ok(DONE)
         }
         Command::PageServer(options) => {
@@ -116,6 +120,16 @@ pub fn run(command: Command) -> Result<i32, CliError> {
             print(&if json { to_json(&report) } else { report.to_string() })
         }
     }
+}
+
+/// Writes the embedded guest whole, or leaves no file.
+fn export_guest(path: &Path) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(EMBEDDED_GUEST).inspect_err(|_| {
+        if file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+            let _ = fs::remove_file(path);
+        }
+    })
 }
 
 fn to_json(document: &impl serde::Serialize) -> String {
@@ -130,7 +144,10 @@ fn print(text: &str) -> Result<i32, CliError> {
 
 fn run_vm(options: RunOptions) -> Result<i32, CliError> {
     logging::start(options.log_level);
-    let RunOptions { id, api_sock, config, restore, log_level: _ } = options;
+    let RunOptions { id, api_sock, config, restore, log_level: _, end_with_parent } = options;
+    if end_with_parent {
+        uffd_handler::process::end_with_parent().map_err(RunError::Setup)?;
+    }
     let start = match (config, restore) {
         (Some(path), _) => Start::Boot(read_config(&path)?),
         (None, Some(load)) => Start::Restore(load.request()),

@@ -1,4 +1,4 @@
-//! Path one: boot. Configuration -> memory -> VM -> kernel -> devices -> vCPUs, standing still.
+//! Boot: configuration -> memory -> VM -> devices -> kernel -> vCPUs, standing still.
 
 use super::config::BootPlan;
 use super::wiring::{self, Outside, WireError};
@@ -37,6 +37,9 @@ pub enum BootError {
         /// What the kernel said.
         source: kvm_ioctls::Error,
     },
+    /// More CPUID leaves than KVM takes.
+    #[error("this host offers more CPUID leaves than KVM takes: {0:?}")]
+    CpuidSize(vmm_sys_util::fam::Error),
     /// Devices.
     #[error(transparent)]
     Wire(#[from] WireError),
@@ -82,7 +85,8 @@ fn set_cpuid(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
     let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     for (number, vcpu) in vcpus.iter().enumerate() {
         let number = number as u8;
-        let cpuid = cpuid::for_vcpu(&supported, number, vcpus.len() as u8, tsc_deadline);
+        let cpuid =
+            cpuid::for_vcpu(&supported, number, vcpus.len() as u8, tsc_deadline).map_err(BootError::CpuidSize)?;
         vcpu.set_cpuid2(&cpuid).map_err(|source| BootError::Cpuid { vcpu: number, source })?;
     }
     Ok(())

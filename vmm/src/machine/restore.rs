@@ -1,10 +1,10 @@
-//! Path two: restore. Snapshot -> memory (and the page server's word that it serves) -> VM -> state -> devices -> vCPUs,
+//! Restore: snapshot -> memory (and the page server's word that it serves) -> VM -> state -> devices -> vCPUs,
 //! standing still.
 
 use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, MAX_VCPUS};
 use super::wiring::{self, Outside, WireError};
-use super::{Machine, start_vcpus};
+use super::{Machine, guard, start_vcpus};
 use crate::host;
 use crate::kvm::state::VmStateError;
 use crate::kvm::{self, KvmError};
@@ -69,6 +69,9 @@ pub enum RestoreError {
     /// The page server.
     #[error(transparent)]
     Uffd(#[from] UffdError),
+    /// The page server cannot be watched.
+    #[error("cannot watch the page server: {0}; limits on open files or processes may be reached (ulimit -n, -u)")]
+    Guard(std::io::Error),
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -110,12 +113,19 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     let vsock = vsock(snapshot.manifest(), request)?;
     let kvm = kvm::open()?;
 
+    let Outside { notifier, signals, .. } = &outside;
     let (ram, page_server) = memory(&snapshot, request.mem_backend.as_ref())?;
+    if let Some(server) = &page_server {
+        // Before anything touches guest memory and may have to wait.
+        let signals = signals.try_clone().map_err(RestoreError::Guard)?;
+        let watch = server.watch().map_err(RestoreError::Guard)?;
+        guard::watch(watch, &ram, signals, notifier.clone()).map_err(RestoreError::Guard)?;
+    }
     let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
     let state = snapshot.state();
     for (number, (vcpu, saved)) in vm.vcpus.iter().zip(&state.vcpus).enumerate() {
         let fail = |source| RestoreError::VcpuState { vcpu: number, source };
-        crate::vcpu::state::load(vcpu, &vm.fd, saved).map_err(fail)?;
+        crate::vcpu::state::load(vcpu, &vm.fd, saved, number == 0).map_err(fail)?;
     }
     kvm::state::load(&vm.fd, &state.vm)?;
     // From here on guest memory may be touched, and a page server already serves.

@@ -1,4 +1,4 @@
-//! Path three: snapshot. The guest stands still for its state and for the freeze; memory is written after it went on.
+//! Snapshot: the guest stands still for its state and for the freeze; memory is written after it went on.
 //!
 //! ```text
 //!   event loop:  pause -> device state -> vCPU state -> VM state -> freeze -> resume
@@ -23,7 +23,8 @@ use snapshot::manifest::{self, MemoryRegion, VsockDevice};
 use snapshot::state::MachineState;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 use vm_memory::{Bytes, GuestAddress};
@@ -65,15 +66,17 @@ pub enum SnapshotError {
 /// A snapshot that is being written in the background.
 #[derive(Debug)]
 pub struct Job {
-    thread: JoinHandle<Result<u64, SnapshotError>>,
+    /// `None` once it was waited for.
+    thread: Option<JoinHandle<Result<u64, SnapshotError>>>,
+    cancel: Arc<AtomicBool>,
     started: Instant,
     pause_us: u64,
 }
 
 impl Job {
     /// How the snapshot went. To be called when [`Notice::SnapshotWritten`] has come; waits otherwise.
-    pub fn finish(self) -> SnapshotStatus {
-        let result = self.thread.join();
+    pub fn finish(mut self) -> SnapshotStatus {
+        let result = self.thread.take().map(JoinHandle::join);
         let status = SnapshotStatus {
             state: SnapshotState::Done,
             pause_us: self.pause_us,
@@ -81,12 +84,22 @@ impl Job {
             ..Default::default()
         };
         match result {
-            Ok(Ok(memory_bytes)) => SnapshotStatus { memory_bytes, ..status },
-            Ok(Err(e)) => SnapshotStatus { state: SnapshotState::Failed, error: Some(e.to_string()), ..status },
-            Err(_) => {
+            Some(Ok(Ok(memory_bytes))) => SnapshotStatus { memory_bytes, ..status },
+            Some(Ok(Err(e))) => SnapshotStatus { state: SnapshotState::Failed, error: Some(e.to_string()), ..status },
+            Some(Err(_)) | None => {
                 let error = Some("the thread that writes the snapshot panicked".to_owned());
                 SnapshotStatus { state: SnapshotState::Failed, error, ..status }
             }
+        }
+    }
+}
+
+impl Drop for Job {
+    /// The process is ending: the snapshot is given up, and removes what it has written.
+    fn drop(&mut self) {
+        self.cancel.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
         }
     }
 }
@@ -125,15 +138,17 @@ pub fn create(
     let pause_us = stood_still.elapsed().as_micros() as u64;
 
     let (state, memory) = captured?;
+    let cancel = Arc::<AtomicBool>::default();
+    let cancelled = cancel.clone();
     let thread = std::thread::Builder::new()
         .name("snapshot".into())
         .spawn(move || {
-            let result = write(staging, memory, facts, &state);
+            let result = write(staging, memory, facts, &state, &cancelled);
             notifier.send(Notice::SnapshotWritten);
             result
         })
         .map_err(SnapshotError::Thread)?;
-    Ok(Job { thread, started, pause_us })
+    Ok(Job { thread: Some(thread), cancel, started, pause_us })
 }
 
 /// Saves everything of a guest that stands still.
@@ -141,13 +156,14 @@ fn capture(machine: &mut Machine, staging: &mut Staging) -> Result<(MachineState
     let state = save(machine)?;
     let captured = match machine.ram.freeze()? {
         Some(frozen) => Captured::Frozen(frozen, machine.ram.regions().to_vec()),
-        None => Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &NEVER)?),
+        None => {
+            // Nobody can ask for an end meanwhile: this is the thread that would be asked.
+            let never = AtomicBool::new(false);
+            Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &never)?)
+        }
     };
     Ok((state, captured))
 }
-
-/// Nobody cancels.
-static NEVER: AtomicBool = AtomicBool::new(false);
 
 /// The state of a machine whose vCPUs stand still.
 pub(super) fn save(machine: &Machine) -> Result<MachineState, SnapshotError> {
@@ -166,13 +182,19 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState, SnapshotError> {
 }
 
 /// The part that may take long. Returns how many bytes of memory were written.
-fn write(mut staging: Staging, memory: Captured, facts: Facts, state: &MachineState) -> Result<u64, SnapshotError> {
+fn write(
+    mut staging: Staging,
+    memory: Captured,
+    facts: Facts,
+    state: &MachineState,
+    cancel: &AtomicBool,
+) -> Result<u64, SnapshotError> {
     let digest = match memory {
         Captured::Written(digest) => digest,
         Captured::Frozen(frozen, regions) => {
             let image = frozen.finish()?;
             let unreadable = |source| CreateError::Source { offset: 0, source };
-            staging.write_memory(&mut FileSource::new(&image, regions).map_err(unreadable)?, &NEVER)?
+            staging.write_memory(&mut FileSource::new(&image, regions).map_err(unreadable)?, cancel)?
         }
     };
     let bytes = digest.data_bytes();

@@ -109,6 +109,15 @@ impl GuestRam {
     }
 }
 
+/// Takes away what lies behind guest memory: from now on every access to it fails. For the end of a guest.
+pub fn cut_off(memory: &GuestMemory) {
+    for region in memory.iter() {
+        if let Err(e) = mmap::cut_off(&region.get_mmap()) {
+            log::warn!("cannot take guest memory away: {e}");
+        }
+    }
+}
+
 /// Maps `regions` of `file`, reserving nothing and kept out of core dumps and child processes.
 fn map(file: &File, regions: &[MemoryRegion], sharing: i32) -> Result<GuestMemory, MemoryError> {
     let file = Arc::new(file.try_clone().map_err(|source| MemoryError::Create { size: 0, source })?);
