@@ -3,7 +3,7 @@
 use super::config::BootPlan;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, start_vcpus};
-use crate::arch::cpuid;
+use crate::arch::{ACPI_TABLES, acpi, cpuid};
 use crate::arch::regs::{self, RegsError};
 use crate::kvm::{self, KvmError};
 use crate::loader::{self, Kernel, LoadError};
@@ -40,6 +40,9 @@ pub enum BootError {
     /// Devices.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// ACPI tables.
+    #[error("cannot write the ACPI tables into guest memory: {0}")]
+    Acpi(GuestMemoryError),
     /// Generation id.
     #[error("cannot write the generation id into guest memory: {0}")]
     Generation(GuestMemoryError),
@@ -64,6 +67,8 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
     set_cpuid(&kvm, &vm.vcpus)?;
     write_generation(ram.memory(), &fresh_generation().map_err(BootError::Random)?).map_err(BootError::Generation)?;
 
+    let tables = acpi::tables(ACPI_TABLES, plan.vcpus, &wiring::virtio_devices(plan.vsock.is_some()));
+    ram.memory().write_slice(&tables, GuestAddress(ACPI_TABLES)).map_err(BootError::Acpi)?;
     let command_line = command_line(plan, vm.vcpus.first());
     let entry = loader::load(&ram, &plan.kernel, &command_line, plan.initrd.as_deref())?;
     if let Some(boot_vcpu) = vm.vcpus.first() {
@@ -88,11 +93,11 @@ fn set_cpuid(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
     Ok(())
 }
 
-/// The command line as configured, with what the guest cannot find out by itself: where its devices are.
+/// The command line as configured. The embedded guest, which reads no ACPI, is told there what others find in the tables.
 fn command_line(plan: &BootPlan, vcpu: Option<&VcpuFd>) -> String {
     let mut words = vec![plan.command_line.clone()];
-    words.extend(wiring::device_words(plan.vsock.is_some()));
     if plan.kernel == Kernel::Embedded {
+        words.extend(wiring::virtio_devices(plan.vsock.is_some()).iter().map(wiring::device_word));
         words.push(format!("coppice.vcpus={}", plan.vcpus));
         words.push(format!("coppice.generation={GENERATION_PAGE:#x}"));
         if let Some(khz) = vcpu.and_then(|vcpu| vcpu.get_tsc_khz().ok()) {
