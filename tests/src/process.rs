@@ -124,7 +124,9 @@ impl Drop for Process {
             self.signal(Signal::TERM);
             if !holds_within(LAST_ORDERS, || !self.is_alive()) {
                 let _ = self.child.kill();
-                let _ = self.child.wait();
+                if !holds_within(LAST_ORDERS, || !self.is_alive()) {
+                    eprintln!("---- {} (pid {}) cannot be killed", self.name, self.pid());
+                }
             }
         }
         if std::thread::panicking() {

@@ -75,6 +75,38 @@ pub fn descriptors(pid: u32) -> Vec<String> {
     names.map(|name| name.to_string_lossy().into_owned()).collect()
 }
 
+/// Processor time that each vCPU thread of the vmm `pid` has used, in nanoseconds.
+pub fn vcpu_times(pid: u32) -> Vec<u64> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the process is there to be looked at");
+    let mut times: Vec<(String, u64)> = tasks
+        .filter_map(|task| {
+            let task = task.ok()?.path();
+            let name = fs::read_to_string(task.join("comm")).ok()?.trim().to_owned();
+            let schedstat = fs::read_to_string(task.join("schedstat")).ok()?;
+            let time = schedstat.split_whitespace().next()?.parse().ok()?;
+            name.starts_with("vcpu").then_some((name, time))
+        })
+        .collect();
+    times.sort();
+    times.into_iter().map(|(_, time)| time).collect()
+}
+
+/// How the files that process `pid` has open are opened: their names, and whether they can be written through there.
+pub fn open_files(pid: u32) -> Vec<(String, bool)> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).expect("the process is there to be looked at");
+    entries
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let name = fs::read_link(entry.path()).ok()?.to_string_lossy().into_owned();
+            let info =
+                fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", entry.file_name().to_string_lossy())).ok()?;
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?.trim().to_owned();
+            let access_mode = u32::from_str_radix(&flags, 8).ok()? & 3;
+            Some((name, access_mode != 0))
+        })
+        .collect()
+}
+
 /// Ids of all processes whose command line contains `text`.
 pub fn processes_with(text: &str) -> Vec<u32> {
     let entries = fs::read_dir("/proc").expect("/proc can be read").filter_map(Result::ok);

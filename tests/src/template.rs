@@ -6,6 +6,7 @@ use crate::vm::{Boot, Vm};
 use api_spec::agent::Pages;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// The pattern of the working set.
 pub const SEED: u64 = 0xc0_991c_e000;
@@ -86,6 +87,18 @@ pub struct Template {
 }
 
 impl Template {
+    /// The template of the default options that the tests of one program share. It is made when the first of them asks
+    /// for it, and removed when none of them has it any more.
+    pub fn shared() -> Arc<Self> {
+        static SHARED: Mutex<Weak<Template>> = Mutex::new(Weak::new());
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.upgrade().unwrap_or_else(|| {
+            let template = Arc::new(Template::make(TemplateOptions::default()));
+            *shared = Arc::downgrade(&template);
+            template
+        })
+    }
+
     /// Boots a guest, fills its working set, snapshots it and ends it.
     pub fn make(options: TemplateOptions) -> Self {
         let (template, _, parent) = Template::make_with_parent(options);

@@ -55,10 +55,10 @@ impl<'a> Boot<'a> {
         self
     }
 
-    /// With a kernel from a file instead of the embedded guest.
-    pub fn kernel(mut self, path: &Path) -> Self {
-        let kernel_image_path = Some(path.to_owned());
-        self.config.boot_source = Some(BootSource { kernel_image_path, ..Default::default() });
+    /// With a kernel from a file, and a command line for it, instead of the embedded guest.
+    pub fn kernel(mut self, path: &Path, command_line: &str) -> Self {
+        let (kernel_image_path, boot_args) = (Some(path.to_owned()), Some(command_line.to_owned()));
+        self.config.boot_source = Some(BootSource { kernel_image_path, boot_args, ..Default::default() });
         self
     }
 

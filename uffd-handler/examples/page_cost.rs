@@ -30,7 +30,13 @@ fn main() -> Result<()> {
         [] => measure(),
         [socket, snapshot] => {
             let snapshots = vec![snapshot.clone()];
-            Ok(uffd_handler::run(&Options { socket: socket.clone(), snapshots, metrics: None, ready_fd: None })?)
+            Ok(uffd_handler::run(&Options {
+                socket: socket.clone(),
+                snapshots,
+                metrics: None,
+                ready_fd: None,
+                end_with_parent: false,
+            })?)
         }
         _ => Err("no arguments are wanted".into()),
     }

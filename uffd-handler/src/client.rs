@@ -8,6 +8,7 @@
 use crate::socket::{Passed, receive};
 use api_spec::client::unix;
 use api_spec::handshake::{Attach, HELLO_DEADLINE_MS, Hello, MAX_MESSAGE, REPLY_DEADLINE_MS, Region, Reply};
+use rustix::fs::SealFlags;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -26,7 +27,9 @@ pub enum ClientError {
     #[error("refused: {0}")]
     Refused(String),
     /// It does not answer.
-    #[error("no answer to the {0} message in time; if this is a Firecracker-style handler, use --uffd-mode copy")]
+    #[error(
+        "no answer to the {0} message in time; a Firecracker-style handler stays silent like this, since it speaks copy mode (--uffd-mode copy), which is not offered yet"
+    )]
     Silent(&'static str),
     /// It hung up.
     #[error("it closed the connection during the handshake")]
@@ -54,7 +57,10 @@ pub fn greet(path: &Path, hello: &Hello) -> Result<Greeted, ClientError> {
     stream.set_write_timeout(Some(patience))?;
     (&stream).write_all(&line(hello)?)?;
     match receive_reply(&stream, "hello", HELLO_DEADLINE_MS)? {
-        (Reply::Store { size, .. }, Some(store)) if size == hello.size => Ok(Greeted { stream, store }),
+        (Reply::Store { size, .. }, Some(store)) if size == hello.size => {
+            check_seals(&store)?;
+            Ok(Greeted { stream, store })
+        }
         (other, _) => Err(unexpected(other)),
     }
 }
@@ -70,6 +76,15 @@ impl Greeted {
             (Reply::Serving, None) => Ok(self.stream),
             (other, _) => Err(unexpected(other)),
         }
+    }
+}
+
+/// A store that could shrink would end the guest with SIGBUS, and one that could be written would change its memory.
+fn check_seals(store: &OwnedFd) -> Result<(), ClientError> {
+    let needed = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE;
+    match rustix::fs::fcntl_get_seals(store) {
+        Ok(seals) if seals.contains(needed) => Ok(()),
+        _ => Err(ClientError::Unexpected("its page store is not sealed".into())),
     }
 }
 

@@ -72,7 +72,7 @@ impl RunError {
     /// The exit code that belongs to this failure.
     pub fn exit_code(&self) -> u8 {
         match self {
-            RunError::Uffd(_) => 77,
+            RunError::Uffd(e) if e.host_cannot() => 77,
             _ => 1,
         }
     }
@@ -82,6 +82,9 @@ impl RunError {
 /// changed for a moment.
 pub fn run(options: &Options) -> Result<(), RunError> {
     drop(uffd::create_user_only()?);
+    if options.end_with_parent {
+        process::end_with_parent().map_err(RunError::Setup)?;
+    }
     let images = open_images(&options.snapshots)?;
     let signals = Signals::catch().map_err(RunError::Setup)?;
     raise_descriptor_limit();
@@ -108,8 +111,9 @@ fn open_images(paths: &[PathBuf]) -> Result<Vec<Box<dyn Source>>, RunError> {
     paths.iter().map(open).collect()
 }
 
-/// Every guest takes three descriptors; the usual limit of 1024 is soon reached. Failing is not fatal.
-fn raise_descriptor_limit() {
+/// Lets this process open as many files as it may: a page server needs three for every guest and a vmm one for every
+/// stream, and the usual limit of 1024 is soon reached. Failing is not fatal.
+pub fn raise_descriptor_limit() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;

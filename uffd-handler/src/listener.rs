@@ -1,5 +1,6 @@
 //! A listening Unix socket that only its owner may connect to, and that goes away with the server.
 
+use api_spec::client::unix;
 use rustix::fs::Mode;
 use std::fs;
 use std::io;
@@ -7,6 +8,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Longest path that a socket address holds, in bytes.
 const MAX_PATH: usize = 107;
@@ -120,13 +122,14 @@ fn clear_way(path: &Path) -> Result<(), ListenError> {
         Ok(meta) if !meta.file_type().is_socket() => return Err(ListenError::NotASocket(path.into())),
         Ok(_) => {}
     }
-    match UnixStream::connect(path) {
+    // Without waiting: somebody who listens but does not accept is somebody who listens.
+    match unix::connect(path, Duration::ZERO) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(failed("remove the abandoned"))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(failed("probe")(error)),
-        Ok(_) => Err(ListenError::InUse(path.into())),
+        Err(error) if error.kind() != io::ErrorKind::TimedOut => Err(failed("probe")(error)),
+        _ => Err(ListenError::InUse(path.into())),
     }
 }
 

@@ -14,6 +14,7 @@ Usage: uffd-handler --socket PATH --snapshot SNAPSHOT [--snapshot SNAPSHOT]... [
   --snapshot SNAPSHOT  a snapshot directory, or the snap.json in it
   --metrics PATH       Unix socket that gives the counters, as JSON, to whoever connects
   --ready-fd N         write one byte to descriptor N, and close it, when the socket listens
+  --end-with-parent    end, as on SIGTERM, when the process that started this one ends
   --help               print this
   --version            print the version
 
@@ -31,6 +32,8 @@ pub struct Options {
     pub metrics: Option<PathBuf>,
     /// Descriptor to write a byte to when the socket listens.
     pub ready_fd: Option<RawFd>,
+    /// End when the parent process ends.
+    pub end_with_parent: bool,
 }
 
 /// What a command line asks for.
@@ -66,6 +69,7 @@ impl Command {
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
         use lexopt::prelude::*;
         let (mut socket, mut snapshots, mut metrics, mut ready_fd) = (None, Vec::new(), None, None);
+        let mut end_with_parent = false;
         let mut parser = lexopt::Parser::from_args(args);
         while let Some(arg) = parser.next()? {
             match arg {
@@ -73,6 +77,7 @@ impl Command {
                 Long("snapshot") => snapshots.push(parser.value()?.into()),
                 Long("metrics") => once(&mut metrics, "--metrics", parser.value()?.into())?,
                 Long("ready-fd") => once(&mut ready_fd, "--ready-fd", parser.value()?.parse()?)?,
+                Long("end-with-parent") => end_with_parent = true,
                 Long("help") | Short('h') => return Ok(Command::Help),
                 Long("version") => return Ok(Command::Version),
                 other => return Err(other.unexpected().into()),
@@ -85,7 +90,7 @@ impl Command {
             return Err(UsageError::Missing("--snapshot"));
         }
         let socket = socket.ok_or(UsageError::Missing("--socket"))?;
-        Ok(Command::Serve(Options { socket, snapshots, metrics, ready_fd }))
+        Ok(Command::Serve(Options { socket, snapshots, metrics, ready_fd, end_with_parent }))
     }
 }
 
@@ -111,6 +116,7 @@ mod tests {
             snapshots: vec!["a".into(), "b/snap.json".into()],
             metrics: Some("m".into()),
             ready_fd: Some(5),
+            end_with_parent: false,
         };
         let line = "--socket s --snapshot a --snapshot=b/snap.json --metrics m --ready-fd 5";
         assert_eq!(parse(line), Ok(Command::Serve(options)));

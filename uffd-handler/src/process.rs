@@ -3,6 +3,7 @@
 // UNSAFETY: signalfd, getsockopt and the adoption of an inherited descriptor have no safe form in the crates we use.
 #![allow(unsafe_code)]
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use std::fs::File;
 use std::io::{self, Write};
 use std::mem::MaybeUninit;
@@ -32,10 +33,34 @@ impl Signals {
     }
 }
 
+impl Signals {
+    /// A second descriptor of the same signals, for another thread to poll. Nobody need read them.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+
+    /// Whether one has come.
+    pub fn is_pending(&self) -> bool {
+        let mut poll = [PollFd::new(&self.0, PollFlags::IN)];
+        rustix::event::poll(&mut poll, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl AsRawFd for Signals {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
+}
+
+/// Arranges that this process gets SIGTERM when the thread that started it ends.
+pub fn end_with_parent() -> io::Result<()> {
+    Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?)
 }
 
 /// Takes the descriptor that a call has returned, or the error that it left.

@@ -23,6 +23,14 @@ enum Faults {
 pub struct UffdError {
     reasons: String,
     remedy: &'static str,
+    host_cannot: bool,
+}
+
+impl UffdError {
+    /// Whether there is none to be had on this host, as opposed to none at this moment.
+    pub fn host_cannot(&self) -> bool {
+        self.host_cannot
+    }
 }
 
 /// A received descriptor is not one that faults can be served on.
@@ -64,12 +72,16 @@ fn create_for(faults: Faults) -> Result<Uffd, UffdError> {
 }
 
 fn describe(reasons: &str, call: Option<&io::Error>) -> UffdError {
-    let remedy = if call.and_then(io::Error::raw_os_error) == Some(libc::ENOSYS) {
-        "this kernel has no userfaultfd: one built with CONFIG_USERFAULTFD is needed"
-    } else {
-        "give this user access to /dev/userfaultfd, or CAP_SYS_PTRACE, or set sysctl vm.unprivileged_userfaultfd=1"
+    let (remedy, host_cannot) = match call.and_then(io::Error::raw_os_error) {
+        Some(libc::EMFILE | libc::ENFILE) => ("raise the limit of open files (ulimit -n)", false),
+        Some(libc::ENOMEM) => ("free some memory", false),
+        Some(libc::ENOSYS) => ("this kernel has none: one built with CONFIG_USERFAULTFD is needed", true),
+        _ => (
+            "give this user access to /dev/userfaultfd, or CAP_SYS_PTRACE, or set sysctl vm.unprivileged_userfaultfd=1",
+            true,
+        ),
     };
-    UffdError { reasons: reasons.to_string(), remedy }
+    UffdError { reasons: reasons.to_string(), remedy, host_cannot }
 }
 
 /// `struct uffdio_api` of the kernel's interface.

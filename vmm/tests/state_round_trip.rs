@@ -37,7 +37,7 @@ fn vcpu_round_trip(change: impl FnOnce(&mut VcpuState)) -> Option<(VcpuState, Vc
     let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
     change(&mut saved);
     let (_kvm, _ram, other, shape) = machine()?;
-    state::load(&other.vcpus[0], &other.fd, &saved).unwrap();
+    state::load(&other.vcpus[0], &other.fd, &saved, true).unwrap();
     Some((saved, state::save(&other.vcpus[0], &shape).unwrap()))
 }
 
@@ -200,8 +200,30 @@ fn a_refused_msr_is_named() {
     let Some((_kvm, _ram, vm, shape)) = machine() else { return };
     let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
     saved.msrs.push(Msr { index: 0x1234_5678, data: 1 });
-    let refused = state::load(&vm.vcpus[0], &vm.fd, &saved).unwrap_err().to_string();
+    let refused = state::load(&vm.vcpus[0], &vm.fd, &saved, true).unwrap_err().to_string();
     assert!(refused.contains("0x12345678"), "{refused}");
+}
+
+#[test]
+fn an_unknown_msr_that_held_nothing_is_not_missed() {
+    let Some((_kvm, _ram, vm, shape)) = machine() else { return };
+    let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
+    saved.msrs.insert(0, Msr { index: 0x1234_5678, data: 0 });
+    set_msr(&mut saved, MSR_LSTAR, 0x1000);
+    state::load(&vm.vcpus[0], &vm.fd, &saved, true).unwrap();
+    assert_eq!(msr(&state::save(&vm.vcpus[0], &shape).unwrap(), MSR_LSTAR), 0x1000, "those behind it are loaded");
+}
+
+#[test]
+fn another_time_stamp_frequency_is_refused_where_it_cannot_be_had() {
+    let Some((kvm, _ram, vm, shape)) = machine() else { return };
+    if kvm.check_extension(kvm_ioctls::Cap::TscControl) {
+        return skip("this host's KVM can scale the time-stamp counter");
+    }
+    let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
+    saved.tsc_khz *= 2;
+    let refused = state::load(&vm.vcpus[0], &vm.fd, &saved, true).unwrap_err().to_string();
+    assert!(refused.contains("kHz"), "{refused}");
 }
 
 #[test]
@@ -211,7 +233,7 @@ fn parts_of_another_size_are_refused() {
     let refused = |change: fn(&mut VcpuState)| {
         let mut state = saved.clone();
         change(&mut state);
-        state::load(&vm.vcpus[0], &vm.fd, &state).unwrap_err().to_string()
+        state::load(&vm.vcpus[0], &vm.fd, &state, true).unwrap_err().to_string()
     };
     assert!(refused(|s| s.xsave.truncate(100)).contains("FPU state"));
     assert!(refused(|s| s.xsave.resize(1 << 20, 0)).contains("FPU state"));

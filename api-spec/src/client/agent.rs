@@ -57,11 +57,14 @@ impl AgentClient {
         const PAUSE: Duration = Duration::from_micros(100);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let tried = Self::connect(uds_path, patience.min(left.max(PAUSE)))
-                .and_then(|mut client| client.call(request).map(|response| (client, response)));
+            let tried = Self::connect(uds_path, patience.min(left.max(PAUSE))).and_then(|mut client| {
+                let response = client.call(request)?;
+                client.set_patience(patience);
+                Ok((client, response))
+            });
             match tried {
                 Err(AgentError::Io(e)) if Instant::now() < deadline && is_not_yet(&e) => std::thread::sleep(PAUSE),
-                other => return other,
+                other => return other.map(|(client, answer)| (AgentClient { patience, ..client }, answer)),
             }
         }
     }

@@ -97,7 +97,8 @@ impl Staging {
         Ok(Staging { parent, dir, name: staging_name, target: name.to_owned(), done: false })
     }
 
-    /// Writes the memory. Zero pages become holes. `cancel` is looked at before each chunk.
+    /// Writes the memory. Zero pages become holes. `cancel` is looked at before each chunk. Nothing is synced to disk
+    /// yet: a guest may be standing still meanwhile.
     pub fn write_memory(
         &mut self,
         source: &mut dyn MemorySource,
@@ -109,10 +110,7 @@ impl Staging {
         let mut image = ImageWriter::new(&file, size);
         let written = file.set_len(size).map_err(Fault::Write).and_then(|()| image.copy(source, cancel));
         // Complete: from here on nobody writes it, and the mode says so.
-        let written = written.and_then(|()| {
-            rustix::fs::fchmod(&file, Mode::RUSR).map_err(|e| Fault::Write(e.into()))?;
-            file.sync_all().map_err(Fault::Write)
-        });
+        let written = written.and_then(|()| rustix::fs::fchmod(&file, Mode::RUSR).map_err(|e| Fault::Write(e.into())));
         match written {
             Ok(()) => {}
             Err(Fault::Cancelled) => return Err(CreateError::Cancelled),
@@ -130,6 +128,7 @@ impl Staging {
         let manifest = describe(&memory, facts, state.vcpus.len(), &state_bytes);
         manifest.check()?;
 
+        memory.file.sync_all().map_err(|e| self.write_error(file::MEMORY, memory.data_bytes, e))?;
         let stamp = Stamp::of(&memory.file, &manifest.memory.root)
             .map_err(|e| self.write_error(file::MEMORY, memory.data_bytes, e))?;
         for (name, contents) in [

@@ -13,7 +13,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use uffd_handler::listener::{ListenError, Listener};
 
-/// Clients at a time; further ones wait in the socket's queue.
+/// Clients at a time; a further one takes the place of another.
 const MAX_CLIENTS: usize = 32;
 /// How many bytes of answers may wait for a client that does not read them.
 const MAX_UNSENT: usize = 256 * 1024;
@@ -46,6 +46,8 @@ struct Client {
     unsent: Vec<u8>,
     /// A request whose answer comes later; further ones wait.
     waiting: bool,
+    /// The client will send nothing more, but may still read.
+    ended: bool,
     /// Close when everything is sent.
     closing: bool,
 }
@@ -56,19 +58,20 @@ impl Server {
         Ok(Server { listener: Listener::bind(path)?, clients: BTreeMap::new(), accepted: 0 })
     }
 
-    /// The listening socket, to be watched for input.
-    pub fn listener(&self) -> &Listener {
-        &self.listener
+    /// What to watch the listening socket for. Edges only: a client that cannot be accepted now, for lack of descriptors,
+    /// is not asked about again and again, but when the next one comes.
+    pub fn listener_events(&self) -> Events {
+        Events::new(&self.listener, EventSet::IN | EventSet::EDGE_TRIGGERED)
     }
 
     /// Whether events of `fd` belong here.
     pub fn owns(&self, fd: RawFd) -> bool {
-        fd == self.listener().as_raw_fd() || self.clients.contains_key(&fd)
+        fd == self.listener.as_raw_fd() || self.clients.contains_key(&fd)
     }
 
     /// Handles an event of one of this server's descriptors, and returns the requests that have arrived.
     pub fn on_event(&mut self, events: Events, ops: &mut EventOps) -> Vec<(Pending, Request)> {
-        if events.fd() == self.listener().as_raw_fd() {
+        if events.fd() == self.listener.as_raw_fd() {
             self.accept(ops);
             return Vec::new();
         }
@@ -93,8 +96,10 @@ impl Server {
     }
 
     fn accept(&mut self, ops: &mut EventOps) {
-        while self.clients.len() < MAX_CLIENTS {
-            let Ok(Some(stream)) = self.listener.accept() else { return };
+        while let Ok(Some(stream)) = self.listener.accept() {
+            if self.clients.len() >= MAX_CLIENTS {
+                self.make_room(ops);
+            }
             if stream.set_nonblocking(true).is_err() || ops.add(Events::new(&stream, EventSet::IN)).is_err() {
                 continue;
             }
@@ -104,20 +109,26 @@ impl Server {
                 received: Vec::new(),
                 unsent: Vec::new(),
                 waiting: false,
+                ended: false,
                 closing: false,
                 stream,
             };
             self.clients.insert(client.stream.as_raw_fd(), client);
         }
-        // Full: look at the queue again when a client has gone.
-        let _ = ops.modify(Events::new(self.listener(), EventSet::empty()));
+    }
+
+    /// Parts with a client: one that has asked nothing, if there is one, and else the one that came first.
+    fn make_room(&mut self, ops: &mut EventOps) {
+        let oldest = self.clients.iter().min_by_key(|(_, client)| (client.waiting, client.serial)).map(|(id, _)| *id);
+        if let Some(id) = oldest {
+            self.close(id, ops);
+        }
     }
 
     fn close(&mut self, id: ClientId, ops: &mut EventOps) {
         if let Some(client) = self.clients.remove(&id) {
             let _ = ops.remove(Events::empty(&client.stream));
         }
-        let _ = ops.modify(Events::new(self.listener(), EventSet::IN));
     }
 
     /// Takes the requests that are complete, answers those that are no requests, sends what can be sent.
@@ -126,6 +137,7 @@ impl Server {
         let mut requests = Vec::new();
         while !client.waiting && !client.closing {
             match http::parse(&client.received) {
+                Parsed::Partial { .. } if client.ended => client.closing = true,
                 Parsed::Partial { expect_continue } => {
                     if expect_continue {
                         client.unsent.extend(http::CONTINUE);
@@ -160,7 +172,7 @@ impl Client {
     /// What the client is to be watched for. While an answer is due nothing more is read, so that a client cannot make us
     /// keep more than one request.
     fn wanted(&self) -> EventSet {
-        let mut wanted = if self.waiting || self.closing { EventSet::empty() } else { EventSet::IN };
+        let mut wanted = if self.waiting || self.ended || self.closing { EventSet::empty() } else { EventSet::IN };
         if !self.unsent.is_empty() {
             wanted |= EventSet::OUT;
         }
@@ -174,11 +186,8 @@ impl Client {
         let mut chunk = [0; 4096];
         while events.contains(EventSet::IN) && self.received.len() <= http::MAX_HEAD + http::MAX_BODY {
             match self.stream.read(&mut chunk) {
-                Ok(0) if self.received.is_empty() && self.unsent.is_empty() => {
-                    return Err(ErrorKind::UnexpectedEof.into());
-                }
                 Ok(0) => {
-                    self.closing = true;
+                    self.ended = true;
                     break;
                 }
                 Ok(n) => self.received.extend_from_slice(&chunk[..n]),

@@ -82,7 +82,9 @@ impl CliError {
             {
                 HOST_CANNOT
             }
-            CliError::Run(RunError::Restore(RestoreError::Uffd(UffdError::Create(_)))) => HOST_CANNOT,
+            CliError::Run(RunError::Restore(RestoreError::Uffd(UffdError::Create(e)))) if e.host_cannot() => {
+                HOST_CANNOT
+            }
             CliError::PageServer(e) => e.exit_code().into(),
             CliError::Demo(e) if e.host_cannot() => HOST_CANNOT,
             _ => FAILED,
@@ -130,7 +132,10 @@ fn print(text: &str) -> Result<i32, CliError> {
 
 fn run_vm(options: RunOptions) -> Result<i32, CliError> {
     logging::start(options.log_level);
-    let RunOptions { id, api_sock, config, restore, log_level: _ } = options;
+    let RunOptions { id, api_sock, config, restore, log_level: _, end_with_parent } = options;
+    if end_with_parent {
+        uffd_handler::process::end_with_parent().map_err(RunError::Setup)?;
+    }
     let start = match (config, restore) {
         (Some(path), _) => Start::Boot(read_config(&path)?),
         (None, Some(load)) => Start::Restore(load.request()),

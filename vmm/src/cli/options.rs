@@ -29,6 +29,7 @@ Options:
   --same-generation      with --restore: keep the generation id, so that the guest takes itself for the original (tests)
   --api-sock PATH        Unix socket of the REST API; created, mode 0600, removed at the end
   --id NAME              the VM's name in the API (default `anonymous-instance`)
+  --end-with-parent      end, as on SIGTERM, when the process that started this one ends
   --log-level LEVEL      error, warn, info, debug or trace (default `warn`); the log goes to standard error
   --help, --version
 
@@ -50,6 +51,8 @@ pub struct RunOptions {
     pub restore: Option<LoadOptions>,
     /// What to log.
     pub log_level: LevelFilter,
+    /// End when the parent process ends.
+    pub end_with_parent: bool,
 }
 
 /// What to restore.
@@ -157,6 +160,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         config: None,
         restore: None,
         log_level: LevelFilter::Warn,
+        end_with_parent: false,
     };
     let (mut snapshot, mut uffd, mut vsock) = (None, None, None);
     let (mut paused, mut same_generation) = (false, false);
@@ -178,6 +182,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             Long("same-generation") => same_generation = true,
             Long("api-sock") => options.api_sock = Some(parser.value()?.into()),
             Long("id") => options.id = parser.value()?.string()?,
+            Long("end-with-parent") => options.end_with_parent = true,
             Long("log-level") => options.log_level = parser.value()?.parse()?,
             Long("help") | Short('h') => return Ok(Command::Help(USAGE)),
             Long("version") => return Ok(Command::Version),

@@ -1,4 +1,4 @@
-//! The processes of the demonstration. None of them outlives it.
+//! The processes of the demonstration. None of them outlives it, however it ends.
 
 use super::{DemoError, io_error};
 use rustix::process::{Pid, Signal, kill_process};
@@ -7,10 +7,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use uffd_handler::process::Signals;
 
 /// Starts processes of this same program.
 pub struct Children {
     program: PathBuf,
+    signals: Signals,
 }
 
 /// A process, which ends when this is dropped.
@@ -25,16 +27,23 @@ const LAST_ORDERS: Duration = Duration::from_secs(2);
 
 impl Children {
     /// Finds this program.
-    pub fn new() -> Result<Self, DemoError> {
+    pub fn new(signals: Signals) -> Result<Self, DemoError> {
         let program = std::env::current_exe().map_err(io_error("cannot find this program's own file"))?;
-        Ok(Children { program })
+        Ok(Children { program, signals })
+    }
+
+    /// Fails if this process was asked to end.
+    pub fn check_signals(&self) -> Result<(), DemoError> {
+        if self.signals.is_pending() { Err(DemoError::Interrupted) } else { Ok(()) }
     }
 
     /// Starts this program with the arguments that `arguments` adds; its log goes to `log`.
     pub fn start(&self, name: &str, log: &Path, arguments: impl FnOnce(&mut Command)) -> Result<Child, DemoError> {
+        self.check_signals()?;
         let log_file = File::create(log).map_err(io_error(format!("cannot write {}", log.display())))?;
         let mut command = Command::new(&self.program);
         arguments(&mut command);
+        command.arg("--end-with-parent");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log_file);
         let process = command.spawn().map_err(io_error(format!("cannot start the process of the {name}")))?;
         Ok(Child { name: name.to_owned(), process, log: log.to_owned() })

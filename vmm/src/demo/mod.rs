@@ -20,6 +20,7 @@ use std::hash::Hash;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use uffd_handler::process::Signals;
 
 /// What `vmm demo --help` prints.
 pub const USAGE: &str = "\
@@ -139,6 +140,9 @@ pub enum DemoError {
         /// What went wrong.
         source: RestError,
     },
+    /// Asked to end by a signal.
+    #[error("interrupted; everything that was started has been ended")]
+    Interrupted,
     /// The snapshot.
     #[error(transparent)]
     Verify(#[from] snapshot::verify::VerifyError),
@@ -246,10 +250,9 @@ struct Seen {
 
 /// Runs the demonstration and prints its report.
 pub fn run(options: &DemoOptions) -> Result<(), DemoError> {
-    // Ctrl-C reaches the children, which end in good order; this process then fails at its next step and cleans up.
-    let _signals = uffd_handler::process::Signals::catch().map_err(io_error("cannot block signals"))?;
+    let signals = Signals::catch().map_err(io_error("cannot block signals"))?;
     let workplace = Workplace::new(options.dir.as_deref())?;
-    let report = Demo { options, workplace: &workplace, children: Children::new()? }.run()?;
+    let report = Demo { options, workplace: &workplace, children: Children::new(signals)? }.run()?;
     let text = if options.json { report.to_json() } else { report.to_string() };
     io::stdout().write_all(text.as_bytes()).map_err(io_error("cannot write to standard output"))?;
     match report.failed_checks() {
@@ -307,6 +310,7 @@ impl Demo<'_> {
 
         let (mut guests, mut reports, mut seen) = (Vec::new(), Vec::new(), Vec::new());
         for id in 0..self.options.clones {
+            self.children.check_signals()?;
             progress(&format!("restoring clone {} of {}", id + 1, self.options.clones));
             let (mut guest, restored) = self.restore(id, &snapshot)?;
             reports.push(self.examine(id, &mut guest, restored, &template, &mut seen)?);

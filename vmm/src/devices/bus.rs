@@ -46,14 +46,21 @@ struct Entry {
 /// Devices by address. The machine has two: one for I/O ports, one for memory.
 #[derive(Default)]
 pub struct Bus {
+    /// Accesses longer than a device are string instructions, which repeat one port.
+    strings: bool,
     /// By the first address of each; the ranges do not overlap.
     devices: BTreeMap<u64, Entry>,
 }
 
 impl Bus {
-    /// A bus without devices.
-    pub fn new() -> Self {
+    /// A bus for memory, without devices.
+    pub fn memory() -> Self {
         Bus::default()
+    }
+
+    /// A bus for I/O ports, without devices. KVM hands over what a string instruction (`rep insb`) repeats as one access.
+    pub fn ports() -> Self {
+        Bus { strings: true, ..Bus::default() }
     }
 
     /// Lets `device` answer the `len` bytes from `base`.
@@ -102,7 +109,7 @@ impl Bus {
         let (base, entry) = self.devices.range(..=addr).next_back()?;
         let offset = addr - base;
         let end = offset.checked_add(len as u64)?;
-        (offset < entry.len && end <= entry.len).then_some((offset, &*entry.device))
+        (offset < entry.len && (end <= entry.len || self.strings)).then_some((offset, &*entry.device))
     }
 }
 
@@ -132,7 +139,7 @@ mod tests {
 
     #[test]
     fn accesses_reach_the_device_with_its_own_offsets() {
-        let (mut bus, device) = (Bus::new(), probe());
+        let (mut bus, device) = (Bus::memory(), probe());
         bus.insert(0x1000, 0x10, device.clone()).unwrap();
         let mut data = [0; 2];
         assert!(bus.read(0x1004, &mut data));
@@ -143,7 +150,7 @@ mod tests {
 
     #[test]
     fn what_no_device_answers_reads_as_ones() {
-        let (mut bus, device) = (Bus::new(), probe());
+        let (mut bus, device) = (Bus::memory(), probe());
         bus.insert(0x1000, 0x10, device.clone()).unwrap();
         for (addr, len) in [(0xfff, 1), (0xfff, 2), (0x1010, 1), (0x100f, 2), (u64::MAX, 4)] {
             let mut data = vec![0; len];
@@ -156,7 +163,7 @@ mod tests {
 
     #[test]
     fn overlaps_are_refused() {
-        let mut bus = Bus::new();
+        let mut bus = Bus::memory();
         bus.insert(0x1000, 0x10, probe()).unwrap();
         for (base, len) in [(0x1000, 0x10), (0xff0, 0x11), (0x100f, 1), (0x1004, 4), (0, 0x2000)] {
             let refused = bus.insert(base, len, probe());
@@ -169,8 +176,18 @@ mod tests {
 
     #[test]
     fn bad_ranges_are_refused() {
-        let mut bus = Bus::new();
+        let mut bus = Bus::memory();
         assert_eq!(bus.insert(5, 0, probe()), Err(BusError::BadRange { base: 5, len: 0 }));
         assert_eq!(bus.insert(u64::MAX, 2, probe()), Err(BusError::BadRange { base: u64::MAX, len: 2 }));
+    }
+
+    #[test]
+    fn a_string_instruction_repeats_one_port() {
+        let mut bus = Bus::ports();
+        bus.insert(0x3f8, 8, Arc::new(Mutex::new(Probe::default()))).unwrap();
+        let mut data = [0; 100];
+        assert!(bus.read(0x3fb, &mut data));
+        assert_eq!(data, [3; 100]);
+        assert!(!bus.read(0x400, &mut data));
     }
 }

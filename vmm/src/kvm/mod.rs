@@ -49,7 +49,12 @@ pub enum KvmError {
 impl KvmError {
     /// Whether this host cannot run microVMs at all, as opposed to something that went wrong.
     pub fn host_cannot(&self) -> bool {
-        !matches!(self, KvmError::Step { .. })
+        match self {
+            KvmError::Missing | KvmError::Forbidden | KvmError::ApiVersion(_) | KvmError::Lacks(_) => true,
+            // The device file is there, but nothing behind it.
+            KvmError::Open(e) => matches!(e.raw_os_error(), Some(libc::ENODEV | libc::ENXIO)),
+            KvmError::Step { .. } => false,
+        }
     }
 
     fn step(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {

@@ -45,7 +45,9 @@ pub enum LoadError {
     #[error("{0} has no 64-bit entry point; build it for x86-64 with protocol 2.12 or newer")]
     NoEntry(PathBuf),
     /// The kernel does not fit.
-    #[error("{path} does not fit into {mib} MiB of guest memory; give the guest more (`mem_size_mib`)")]
+    #[error(
+        "{path} does not fit into {mib} MiB of guest memory, or is cut short; give the guest more (`mem_size_mib`), or check the file"
+    )]
     TooLarge {
         /// The file.
         path: PathBuf,

@@ -37,6 +37,9 @@ pub enum BootError {
         /// What the kernel said.
         source: kvm_ioctls::Error,
     },
+    /// More CPUID leaves than KVM takes.
+    #[error("this host offers more CPUID leaves than KVM takes: {0:?}")]
+    CpuidSize(vmm_sys_util::fam::Error),
     /// Devices.
     #[error(transparent)]
     Wire(#[from] WireError),
@@ -78,7 +81,7 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
     let shape = StateShape::of_host(&kvm, &vm.fd)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
     let vsock = plan.vsock.clone();
-    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, page_server: None, vsock, running: false })
+    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, _page_server: None, vsock, running: false })
 }
 
 /// Gives each vCPU its CPUID.
@@ -87,7 +90,8 @@ fn set_cpuid(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
     let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     for (number, vcpu) in vcpus.iter().enumerate() {
         let number = number as u8;
-        let cpuid = cpuid::for_vcpu(&supported, number, vcpus.len() as u8, tsc_deadline);
+        let cpuid =
+            cpuid::for_vcpu(&supported, number, vcpus.len() as u8, tsc_deadline).map_err(BootError::CpuidSize)?;
         vcpu.set_cpuid2(&cpuid).map_err(|source| BootError::Cpuid { vcpu: number, source })?;
     }
     Ok(())

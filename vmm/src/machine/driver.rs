@@ -21,7 +21,6 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 use uffd_handler::listener::ListenError;
 use uffd_handler::process::Signals;
 use vmm_sys_util::epoll::EventSet;
@@ -65,6 +64,9 @@ pub enum RunError {
     /// The guest.
     #[error("{0}")]
     Guest(GuestEnd),
+    /// A signal that came while the event loop waited for a page.
+    #[error("ended by a signal while waiting for a page that the page server at {0} did not deliver")]
+    Stuck(PathBuf),
     /// The page server.
     #[error(
         "the page server at {0} is gone, and without it the guest cannot go on: its untouched pages are lost; restore the guest again once the server runs"
@@ -87,8 +89,8 @@ enum RequestError {
     Snapshot(#[from] SnapshotError),
     #[error(transparent)]
     Restore(#[from] RestoreError),
-    #[error("cannot watch the page server: {0}")]
-    Watch(io::Error),
+    #[error("cannot set up the VM: {0}")]
+    Setup(io::Error),
 }
 
 /// What to do first.
@@ -104,6 +106,7 @@ pub enum Start {
 
 /// Runs a vmm until it ends.
 pub fn run(id: String, api: Option<&Path>, start: Start) -> Result<Ending, RunError> {
+    uffd_handler::raise_descriptor_limit();
     let mut manager = EventManager::<Subscriber>::new().map_err(loop_error)?;
     let driver = Arc::new(Mutex::new(Driver::new(id, api)?));
     manager.add_subscriber(driver.clone());
@@ -111,6 +114,7 @@ pub fn run(id: String, api: Option<&Path>, start: Start) -> Result<Ending, RunEr
     loop {
         let (arrivals, ending) = crate::devices::lock(&driver).take_news();
         if let Some(ending) = ending {
+            crate::devices::lock(&driver).clean_up();
             return ending;
         }
         for subscriber in arrivals {
@@ -176,12 +180,13 @@ impl Driver {
                 self.boot().map_err(|e| match e {
                     RequestError::Config(e) => RunError::Config(e),
                     RequestError::Boot(e) => RunError::Boot(e),
+                    RequestError::Setup(e) => RunError::Setup(e),
                     other => RunError::Loop(other.to_string()),
                 })
             }
             Start::Restore(load) => self.load(&load).map_err(|e| match e {
                 RequestError::Restore(e) => RunError::Restore(e),
-                RequestError::Watch(e) => RunError::Setup(e),
+                RequestError::Setup(e) => RunError::Setup(e),
                 other => RunError::Loop(other.to_string()),
             }),
         }
@@ -205,7 +210,8 @@ impl Driver {
     }
 
     fn outside(&self) -> Result<Outside, io::Error> {
-        Ok(Outside { notifier: self.notifier.clone(), console: Console::output(), reset: self.reset.try_clone()? })
+        let (reset, signals) = (self.reset.try_clone()?, self.signals.try_clone()?);
+        Ok(Outside { notifier: self.notifier.clone(), console: Console::output(), reset, signals })
     }
 
     fn adopt(&mut self, machine: Machine) {
@@ -221,7 +227,7 @@ impl Driver {
 
     fn boot(&mut self) -> Result<(), RequestError> {
         let plan = config::plan(&self.config)?;
-        let outside = self.outside().map_err(RequestError::Watch)?;
+        let outside = self.outside().map_err(RequestError::Setup)?;
         let mut machine = boot(&plan, outside)?;
         machine.resume();
         self.adopt(machine);
@@ -230,12 +236,8 @@ impl Driver {
     }
 
     fn load(&mut self, load: &SnapshotLoad) -> Result<(), RequestError> {
-        let outside = self.outside().map_err(RequestError::Watch)?;
+        let outside = self.outside().map_err(RequestError::Setup)?;
         let mut machine = restore(load, outside)?;
-        if let Some(server) = machine.page_server() {
-            watch_page_server(server.path(), server.connection().map_err(RequestError::Watch)?, self.notifier.clone())
-                .map_err(RequestError::Watch)?;
-        }
         if load.resume_vm {
             machine.resume();
         }
@@ -245,10 +247,18 @@ impl Driver {
 
     fn create_snapshot(&mut self, create: &SnapshotCreate, from: Pending) -> Result<(), RequestError> {
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-        let job = snapshot::create(machine, create, self.readiness, self.notifier.clone())?;
-        self.job = Some((job, from));
-        self.status = SnapshotStatus { state: SnapshotState::Writing, ..Default::default() };
-        Ok(())
+        match snapshot::create(machine, create, self.readiness, self.notifier.clone()) {
+            Ok(job) => {
+                self.job = Some((job, from));
+                self.status = SnapshotStatus { state: SnapshotState::Writing, ..Default::default() };
+                Ok(())
+            }
+            Err(e) => {
+                let (state, error) = (SnapshotState::Failed, Some(e.to_string()));
+                self.status = SnapshotStatus { state, error, ..Default::default() };
+                Err(e.into())
+            }
+        }
     }
 
     fn patch_vm(&mut self, patch: VmPatch) -> Result<(), RequestError> {
@@ -310,6 +320,13 @@ impl Driver {
     fn configure(&mut self, change: impl FnOnce(&mut VmConfig)) {
         change(&mut self.config);
         self.configured = true;
+    }
+
+    /// Leaves nothing behind: a snapshot that is still being written is given up.
+    fn clean_up(&mut self) {
+        if let Some((job, _)) = self.job.take() {
+            job.cancel();
+        }
     }
 
     fn info(&self) -> InstanceInfo {
@@ -384,10 +401,11 @@ impl Driver {
 
 impl MutEventSubscriber for Driver {
     fn init(&mut self, ops: &mut EventOps) {
-        let mut sources = vec![self.notices.event().as_raw_fd(), self.reset.as_raw_fd(), self.signals.as_raw_fd()];
-        sources.extend(self.api.as_ref().map(|api| api.listener().as_raw_fd()));
-        for fd in sources {
-            if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+        let own = [self.notices.event().as_raw_fd(), self.reset.as_raw_fd(), self.signals.as_raw_fd()];
+        let mut sources: Vec<_> = own.into_iter().map(|fd| Events::new_raw(fd, EventSet::IN)).collect();
+        sources.extend(self.api.as_ref().map(Server::listener_events));
+        for source in sources {
+            if let Err(e) = ops.add(source) {
                 self.end(Err(RunError::Loop(e.to_string())));
             }
         }
@@ -408,25 +426,4 @@ impl MutEventSubscriber for Driver {
             }
         }
     }
-}
-
-/// How long the event loop has to end the process in good order after the page server is gone.
-const LAST_ORDERS: Duration = Duration::from_millis(500);
-
-/// Watches the connection to the page server on a thread of its own, since the event loop itself may be waiting for a
-/// page. The guest never reads wrong bytes meanwhile: the vmm holds its own descriptor of the userfaultfd, so untouched
-/// pages stay unreadable.
-fn watch_page_server(path: &Path, connection: std::os::unix::net::UnixStream, notifier: Notifier) -> io::Result<()> {
-    let path = path.to_owned();
-    std::thread::Builder::new().name("page-server".into()).spawn(move || {
-        use rustix::event::{PollFd, PollFlags, poll};
-        connection.set_nonblocking(true).ok();
-        // The server says nothing more; whatever makes the connection readable is its end.
-        while let Err(rustix::io::Errno::INTR) = poll(&mut [PollFd::new(&connection, PollFlags::IN)], None) {}
-        notifier.send(Notice::PageServerGone(path.clone()));
-        std::thread::sleep(LAST_ORDERS);
-        log::error!("{}", RunError::PageServerGone(path));
-        std::process::exit(crate::cli::FAILED);
-    })?;
-    Ok(())
 }

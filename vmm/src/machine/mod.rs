@@ -13,10 +13,12 @@
 //! - [`boot`], [`restore`], [`snapshot`]: the three long constructions, each readable from top to bottom
 //! - [`wiring`]: devices and their places
 //! - [`driver`]: the one owner of all this, on the event loop
+//! - `guard`: ends the process when the event loop cannot
 
 pub mod boot;
 pub mod config;
 pub mod driver;
+mod guard;
 pub mod requests;
 pub mod restore;
 pub mod snapshot;
@@ -39,7 +41,7 @@ pub struct Machine {
     shape: StateShape,
     vm: VmFd,
     ram: GuestRam,
-    page_server: Option<PageServer>,
+    _page_server: Option<PageServer>,
     vsock: Option<Vsock>,
     running: bool,
 }
@@ -70,26 +72,42 @@ impl Machine {
         &self.devices
     }
 
-    /// The page server that memory comes from, if any.
-    pub fn page_server(&self) -> Option<&PageServer> {
-        self.page_server.as_ref()
-    }
-
     /// Lets all vCPUs run.
     pub fn resume(&mut self) {
         self.devices.resume();
-        for vcpu in &self.vcpus {
-            vcpu::state::note_pause(&vcpu.lock());
-            vcpu.run();
-        }
+        self.vcpus.iter().for_each(Vcpu::run);
         self.running = true;
     }
 
-    /// Brings all vCPUs to a standstill.
+    /// Brings all vCPUs to a standstill, or, if one cannot be brought there, lets all go on as before.
     pub fn pause(&mut self) -> Result<(), VcpuError> {
-        vcpu::pause_all(&self.vcpus)?;
-        self.running = false;
-        Ok(())
+        let paused = vcpu::pause_all(&self.vcpus);
+        match paused {
+            Ok(()) => self.running = false,
+            Err(_) if self.running => self.vcpus.iter().for_each(Vcpu::run),
+            Err(_) => {}
+        }
+        paused
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if !vcpu::end_all(&mut self.vcpus) {
+            // A vCPU that waits for a page for ever keeps its VM, and the VM may use this memory until the process ends.
+            std::mem::forget(self.ram.memory().clone());
+        }
+    }
+}
+
+impl Drop for Machine {
+    /// Closing the VM waits for page faults that the kernel has taken over from vCPUs; see [`PageServer`].
+    fn drop(&mut self) {
+        if let Some(server) = &self.page_server
+            && vcpu::pause_all(&self.vcpus).is_ok()
+        {
+            server.let_go(&self.ram);
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, MAX_VCPUS};
 use super::wiring::{self, Outside, WireError};
-use super::{Machine, start_vcpus};
+use super::{Machine, guard, start_vcpus};
 use crate::host;
 use crate::kvm::state::VmStateError;
 use crate::kvm::{self, KvmError};
@@ -70,6 +70,9 @@ pub enum RestoreError {
     /// The page server.
     #[error(transparent)]
     Uffd(#[from] UffdError),
+    /// The page server cannot be watched.
+    #[error("cannot watch the page server: {0}")]
+    Guard(std::io::Error),
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -114,12 +117,18 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     let vsock = vsock(snapshot.manifest(), request)?;
     let kvm = kvm::open()?;
 
+    let Outside { notifier, signals, .. } = &outside;
     let (ram, page_server) = memory(&snapshot, request.mem_backend.as_ref())?;
+    if let Some(server) = &page_server {
+        // Before anything touches guest memory and may have to wait.
+        let signals = signals.try_clone().map_err(RestoreError::Guard)?;
+        guard::watch(server, signals, notifier.clone()).map_err(RestoreError::Guard)?;
+    }
     let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
     let state = snapshot.state();
     for (number, (vcpu, saved)) in vm.vcpus.iter().zip(&state.vcpus).enumerate() {
         let fail = |source| RestoreError::VcpuState { vcpu: number, source };
-        crate::vcpu::state::load(vcpu, &vm.fd, saved).map_err(fail)?;
+        crate::vcpu::state::load(vcpu, &vm.fd, saved, number == 0).map_err(fail)?;
     }
     kvm::state::load(&vm.fd, &state.vm)?;
     // From here on guest memory may be touched, and a page server already serves.
@@ -136,7 +145,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
 
     let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
-    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, page_server, vsock, running: false })
+    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, _page_server: page_server, vsock, running: false })
 }
 
 /// Whether this program on this host can run the snapshot.

@@ -23,9 +23,10 @@ use snapshot::manifest::{self, MemoryRegion, VsockDevice};
 use snapshot::state::MachineState;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
 /// Why a snapshot could not be made.
@@ -66,11 +67,24 @@ pub enum SnapshotError {
 #[derive(Debug)]
 pub struct Job {
     thread: JoinHandle<Result<u64, SnapshotError>>,
+    cancel: Arc<AtomicBool>,
     started: Instant,
     pause_us: u64,
 }
 
+/// How long a snapshot that is given up may take to clean up after itself.
+const LAST_ORDERS: Duration = Duration::from_secs(5);
+
 impl Job {
+    /// Gives the snapshot up and waits until its files are gone; or until it is complete, if it is about to be.
+    pub fn cancel(self) {
+        self.cancel.store(true, Ordering::Relaxed);
+        let deadline = Instant::now() + LAST_ORDERS;
+        while !self.thread.is_finished() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// How the snapshot went. To be called when [`Notice::SnapshotWritten`] has come; waits otherwise.
     pub fn finish(self) -> SnapshotStatus {
         let result = self.thread.join();
@@ -125,15 +139,17 @@ pub fn create(
     let pause_us = stood_still.elapsed().as_micros() as u64;
 
     let (state, memory) = captured?;
+    let cancel = Arc::new(AtomicBool::new(false));
+    let cancelled = cancel.clone();
     let thread = std::thread::Builder::new()
         .name("snapshot".into())
         .spawn(move || {
-            let result = write(staging, memory, facts, &state);
+            let result = write(staging, memory, facts, &state, &cancelled);
             notifier.send(Notice::SnapshotWritten);
             result
         })
         .map_err(SnapshotError::Thread)?;
-    Ok(Job { thread, started, pause_us })
+    Ok(Job { thread, cancel, started, pause_us })
 }
 
 /// Saves everything of a guest that stands still.
@@ -141,13 +157,14 @@ fn capture(machine: &mut Machine, staging: &mut Staging) -> Result<(MachineState
     let state = save(machine)?;
     let captured = match machine.ram.freeze()? {
         Some(frozen) => Captured::Frozen(frozen, machine.ram.regions().to_vec()),
-        None => Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &NEVER)?),
+        None => {
+            // Nobody can ask for an end meanwhile: this is the thread that would be asked.
+            let never = AtomicBool::new(false);
+            Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &never)?)
+        }
     };
     Ok((state, captured))
 }
-
-/// Nobody cancels.
-static NEVER: AtomicBool = AtomicBool::new(false);
 
 /// The state of a machine whose vCPUs stand still.
 pub(super) fn save(machine: &Machine) -> Result<MachineState, SnapshotError> {
@@ -166,13 +183,19 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState, SnapshotError> {
 }
 
 /// The part that may take long. Returns how many bytes of memory were written.
-fn write(mut staging: Staging, memory: Captured, facts: Facts, state: &MachineState) -> Result<u64, SnapshotError> {
+fn write(
+    mut staging: Staging,
+    memory: Captured,
+    facts: Facts,
+    state: &MachineState,
+    cancel: &AtomicBool,
+) -> Result<u64, SnapshotError> {
     let digest = match memory {
         Captured::Written(digest) => digest,
         Captured::Frozen(frozen, regions) => {
             let image = frozen.finish()?;
             let unreadable = |source| CreateError::Source { offset: 0, source };
-            staging.write_memory(&mut FileSource::new(&image, regions).map_err(unreadable)?, &NEVER)?
+            staging.write_memory(&mut FileSource::new(&image, regions).map_err(unreadable)?, cancel)?
         }
     };
     let bytes = digest.data_bytes();

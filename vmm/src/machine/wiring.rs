@@ -33,6 +33,7 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use snapshot::state::DeviceState;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
+use uffd_handler::process::Signals;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Offset of `QueueNotify` in a virtio-mmio device (virtio 1.2, section 4.2.2).
@@ -79,6 +80,8 @@ pub struct Outside {
     pub console: Box<dyn Write + Send>,
     /// Signalled when the guest resets its machine.
     pub reset: EventFd,
+    /// Signals that ask the process to end.
+    pub signals: Signals,
 }
 
 /// The devices of a machine.
@@ -151,11 +154,11 @@ pub fn wire(
     saved: Option<&DeviceState>,
     outside: Outside,
 ) -> Result<Devices, WireError> {
-    let Outside { notifier, console, reset } = outside;
+    let Outside { notifier, console, reset, signals: _ } = outside;
     if saved.is_some_and(|saved| saved.vsock.is_some() != vsock.is_some()) {
         return Err(WireError::DeviceMismatch);
     }
-    let (mut pio, mut mmio) = (Bus::new(), Bus::new());
+    let (mut pio, mut mmio) = (Bus::ports(), Bus::memory());
     let serial = wire_serial(vm, &mut pio, saved, console)?;
     pio.insert(i8042::BASE, i8042::LEN, shared(I8042::new(reset)))?;
     pio.insert(power::BASE, power::LEN, shared(Power::new(notifier.clone())))?;
@@ -198,7 +201,13 @@ fn wire_vsock(
     saved: Option<&DeviceState>,
     notifier: Notifier,
 ) -> Result<VsockSlot, WireError> {
-    let ready = Box::new(move |level, _kind| notifier.send(Notice::Ready(level)));
+    // Only what is new: a guest may repeat itself as fast as it can.
+    let mut announced = None;
+    let ready = Box::new(move |level, _kind| {
+        if announced.replace(level) != Some(level) {
+            notifier.send(Notice::Ready(level));
+        }
+    });
     let device = Vsock::new(config.guest_cid.into(), &config.uds_path, ready)?;
     let interrupt = Arc::new(Interrupt::new().map_err(WireError::Event)?);
     let transport = shared(MmioTransport::new(device.clone(), memory.clone(), interrupt));

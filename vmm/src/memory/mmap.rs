@@ -20,6 +20,16 @@ pub fn keep_private(region: &MmapRegion) -> io::Result<()> {
     Ok(())
 }
 
+/// Puts a mapping in a region's place that cannot be accessed. For the end of a guest: whoever accesses the region later
+/// dies of it.
+pub fn cut_off(region: &MmapRegion) -> io::Result<()> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    // SAFETY: MAP_FIXED replaces exactly the region's own mapping, so nothing else is unmapped, and the address stays
+    // the region's to unmap; the bytes were volatile guest memory that no Rust reference points to.
+    let nothing = unsafe { libc::mmap(region.as_ptr().cast(), region.size(), libc::PROT_NONE, flags, -1, 0) };
+    if nothing == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// A mapping that was moved aside: nothing refers to it any more, and it is waiting to be unmapped.
 #[derive(Debug)]
 pub struct Aside {

@@ -109,6 +109,18 @@ impl GuestRam {
     }
 }
 
+impl GuestRam {
+    /// Takes away what lies behind the memory: from now on every access to it fails. Gives the regions that are cut off.
+    pub fn cut_off(&self) -> impl Iterator<Item = (MemoryRegion, *mut u8)> + '_ {
+        for region in self.memory.iter() {
+            if let Err(e) = mmap::cut_off(&region.get_mmap()) {
+                log::warn!("cannot take guest memory away: {e}");
+            }
+        }
+        self.mappings()
+    }
+}
+
 /// Maps `regions` of `file`, reserving nothing and kept out of core dumps and child processes.
 fn map(file: &File, regions: &[MemoryRegion], sharing: i32) -> Result<GuestMemory, MemoryError> {
     let file = Arc::new(file.try_clone().map_err(|source| MemoryError::Create { size: 0, source })?);

@@ -10,6 +10,7 @@
 use super::{GuestRam, MemoryError, PAGE_SIZE};
 use api_spec::handshake::{Hello, Region, VERSION};
 use rustix::fs::fstat;
+use rustix::io::fcntl_dupfd_cloexec;
 use snapshot::manifest::MemoryRegion;
 use std::fs::File;
 use std::io;
@@ -54,12 +55,21 @@ pub enum UffdError {
 
 /// A page server that serves this guest, and the vmm's own descriptor of the userfaultfd, which keeps untouched memory
 /// from ever reading as zeros. Both live as long as the guest.
+///
+/// A fault may be waited for by the kernel itself, on the guest's behalf; closing the VM then waits until the fault is
+/// answered, and no signal ends that wait. If the vmm is killed, the kernel closes its descriptors in the order of their
+/// numbers. So the userfaultfd has a lower number than the VM (a dead server must not leave the fault open for ever), and
+/// the connection a higher one (a living server answers as long as it is open, and nothing else may: a fault that is
+/// merely let go puts a zero page into the store of all clones).
 #[derive(Debug)]
 pub struct PageServer {
     path: PathBuf,
     connection: UnixStream,
-    _uffd: Uffd,
+    uffd: Uffd,
 }
+
+/// Lowest number of the connection's descriptor: above those of the VM and its vCPUs.
+const CONNECTION_FD_MIN: i32 = 128;
 
 impl PageServer {
     /// Where the server listens.
@@ -71,6 +81,16 @@ impl PageServer {
     pub fn connection(&self) -> io::Result<UnixStream> {
         self.connection.try_clone()
     }
+
+    /// Lets go of everybody who still waits for a page of `ram`, so that the VM can be closed whatever the server does.
+    /// Nobody runs or accesses the memory any more: what is behind it is taken away first.
+    pub fn let_go(&self, ram: &GuestRam) {
+        for (region, addr) in ram.cut_off() {
+            if let Err(e) = self.uffd.wake(addr.cast(), region.size_bytes as usize) {
+                log::warn!("cannot wake those who wait for pages: {e}");
+            }
+        }
+    }
 }
 
 /// Asks the page server at `path` for the image with this root digest and maps its store as guest RAM.
@@ -80,19 +100,22 @@ pub fn connect(path: &Path, image: &str, regions: Vec<MemoryRegion>) -> Result<(
     let failed = |source| UffdError::Server { path: path.to_owned(), source };
     let size = regions.iter().map(|r| r.size_bytes).sum();
     let hello = Hello { version: VERSION, image: image.to_owned(), size };
+    // Made first: see `PageServer` about its number.
+    let uffd = uffd_handler::uffd::create()?;
     let greeted = client::greet(path, &hello).map_err(failed)?;
     let store = File::from(greeted.store.try_clone().map_err(|e| failed(e.into()))?);
     check_size(path, &store, size)?;
 
     let ram = GuestRam::private_view(&store, regions)?;
-    let uffd = uffd_handler::uffd::create()?;
     for (region, addr) in ram.mappings() {
         uffd.register(addr.cast(), region.size_bytes as usize).map_err(UffdError::Register)?;
     }
 
     let ranges = ram.mappings().map(|(region, addr)| describe(region, addr)).collect();
     let connection = greeted.attach(ranges, &uffd).map_err(failed)?;
-    Ok((ram, PageServer { path: path.to_owned(), connection, _uffd: uffd }))
+    let connection =
+        fcntl_dupfd_cloexec(&connection, CONNECTION_FD_MIN).map_err(|e| failed(io::Error::from(e).into()))?;
+    Ok((ram, PageServer { path: path.to_owned(), connection: connection.into(), uffd }))
 }
 
 /// A store that is shorter than it says would end the guest with SIGBUS.

@@ -4,7 +4,7 @@
 //!            run()                  pause(): flag, signal
 //!   Paused ---------> Running ------------------------------> Paused
 //!      |                 | the guest ends
-//!      | drop            v
+//!      | end_all         v
 //!      +----> gone <-- Ended (stands still for good; reported once)
 //! ```
 //!
@@ -25,7 +25,7 @@ use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 /// How long a vCPU may take to stand still. It takes microseconds, unless it waits for a page that does not come.
 const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
@@ -161,16 +161,22 @@ pub fn pause_all(vcpus: &[Vcpu]) -> Result<(), VcpuError> {
     vcpus.iter().try_for_each(|vcpu| vcpu.wait_until_standing(deadline))
 }
 
-impl Drop for Vcpu {
-    fn drop(&mut self) {
-        self.ask_to_pause(Goal::Quit);
-        // A vCPU that waits for a page for ever is left to the end of the process, which follows.
-        if self.wait_until_standing(Instant::now() + PAUSE_DEADLINE).is_ok()
-            && let Some(thread) = self.thread.take()
-        {
-            let _ = thread.join();
+/// Ends the threads of all vCPUs. `false`: one waits for a page that does not come, and is left to the end of the process.
+pub fn end_all(vcpus: &mut [Vcpu]) -> bool {
+    vcpus.iter().for_each(|vcpu| vcpu.ask_to_pause(Goal::Quit));
+    let deadline = Instant::now() + PAUSE_DEADLINE;
+    let mut all = true;
+    for vcpu in vcpus {
+        match vcpu.wait_until_standing(deadline) {
+            Ok(()) => {
+                if let Some(thread) = vcpu.thread.take() {
+                    let _ = thread.join();
+                }
+            }
+            Err(_) => all = false,
         }
     }
+    all
 }
 
 /// What the thread of a vCPU owns.
@@ -185,6 +191,10 @@ struct Thread {
 
 impl Thread {
     fn main(self) {
+        // A parent may have left the signal blocked, and then nothing would interrupt the guest.
+        if let Err(e) = unblock_signal(SIGRTMIN()) {
+            log::warn!("vCPU {} cannot be interrupted: {e}", self.number);
+        }
         while self.wait_for_run() {
             let end = self.run_guest();
             self.stand();
@@ -216,6 +226,7 @@ impl Thread {
     /// Runs the guest until it ends or is to stand still.
     fn run_guest(&self) -> Option<GuestEnd> {
         let mut vcpu = self.fd.lock().unwrap_or_else(PoisonError::into_inner);
+        state::note_pause(&vcpu);
         loop {
             let end = match vcpu.run() {
                 Ok(VcpuExit::IoOut(port, data)) => {

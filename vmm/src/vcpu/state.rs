@@ -46,6 +46,16 @@ pub enum VcpuStateError {
         /// The value.
         data: u64,
     },
+    /// Time would run at another speed.
+    #[error(
+        "the guest's time-stamp counter runs at {guest} kHz, this host's at {host} kHz, and this host cannot scale it; restore on a host of the same frequency"
+    )]
+    TscKhz {
+        /// Frequency in the snapshot, in kHz.
+        guest: u32,
+        /// Frequency of this host, in kHz.
+        host: u32,
+    },
     /// A part has a size that does not belong there.
     #[error("the snapshot's {what} has {found} bytes or entries; this host takes {expected}")]
     Size {
@@ -108,14 +118,14 @@ pub fn save(vcpu: &VcpuFd, shape: &StateShape) -> Result<VcpuState, VcpuStateErr
     Ok(VcpuState { mp_state, regs, sregs, xsave, xcrs, debug_regs, lapic, msrs, events, cpuid, tsc_khz })
 }
 
-/// Loads a vCPU that has never run.
-pub fn load(vcpu: &VcpuFd, vm: &VmFd, state: &VcpuState) -> Result<(), VcpuStateError> {
+/// Loads a vCPU that has never run. vCPUs are loaded in order of their numbers, `first` first.
+pub fn load(vcpu: &VcpuFd, vm: &VmFd, state: &VcpuState, first: bool) -> Result<(), VcpuStateError> {
     let VcpuState { mp_state, regs, sregs, xsave, xcrs, debug_regs, lapic, msrs, events, cpuid, tsc_khz } = state;
     let cpuid: Vec<_> = cpuid.iter().map(load_cpuid).collect();
     let too_many =
         |_| VcpuStateError::Size { what: "CPUID", found: cpuid.len(), expected: kvm_bindings::KVM_MAX_CPUID_ENTRIES };
     vcpu.set_cpuid2(&CpuId::from_entries(&cpuid).map_err(too_many)?).map_err(step("loading CPUID"))?;
-    load_tsc_khz(vcpu, *tsc_khz)?;
+    load_tsc_khz(vcpu, vm, *tsc_khz)?;
     vcpu.set_mp_state(kvm_mp_state { mp_state: *mp_state }).map_err(step("loading the run state"))?;
     vcpu.set_regs(&load_regs(regs)).map_err(step("loading general registers"))?;
     vcpu.set_sregs(&load_sregs(sregs)).map_err(step("loading special registers"))?;
@@ -123,6 +133,9 @@ pub fn load(vcpu: &VcpuFd, vm: &VmFd, state: &VcpuState) -> Result<(), VcpuState
     vcpu.set_xcrs(&load_xcrs(xcrs)?).map_err(step("loading extended control registers"))?;
     vcpu.set_debug_regs(&load_debug_regs(debug_regs)).map_err(step("loading debug registers"))?;
     vcpu.set_lapic(&load_lapic(lapic)?).map_err(step("loading the local APIC"))?;
+    if first {
+        prime_tsc(vcpu, msrs, *tsc_khz)?;
+    }
     load_msrs(vcpu, msrs)?;
     vcpu.set_vcpu_events(&load_events(events)).map_err(step("loading pending events"))
 }
@@ -135,13 +148,16 @@ pub fn note_pause(vcpu: &VcpuFd) {
 
 /// A guest keeps its TSC frequency. On a host whose own differs and that cannot scale, time in the guest would run at
 /// another speed, so that is refused.
-fn load_tsc_khz(vcpu: &VcpuFd, tsc_khz: u32) -> Result<(), VcpuStateError> {
+fn load_tsc_khz(vcpu: &VcpuFd, vm: &VmFd, guest: u32) -> Result<(), VcpuStateError> {
+    let host = vcpu.get_tsc_khz().unwrap_or(0);
     // KVM's own tolerance is 250 ppm; within it the clocks of host and guest agree.
-    let near = |host: u32| tsc_khz.abs_diff(host) <= tsc_khz / 4000;
-    if tsc_khz == 0 || vcpu.get_tsc_khz().is_ok_and(near) {
+    if guest == 0 || guest.abs_diff(host) <= guest / 4000 {
         return Ok(());
     }
-    vcpu.set_tsc_khz(tsc_khz).map_err(step("loading the frequency of the time-stamp counter"))
+    if !vm.check_extension(Cap::TscControl) {
+        return Err(VcpuStateError::TscKhz { guest, host });
+    }
+    vcpu.set_tsc_khz(guest).map_err(step("loading the frequency of the time-stamp counter"))
 }
 
 fn save_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, VcpuStateError> {
@@ -159,13 +175,32 @@ fn save_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, VcpuStateError>
 }
 
 fn load_msrs(vcpu: &VcpuFd, saved: &[Msr]) -> Result<(), VcpuStateError> {
-    let tsc = saved.iter().find(|msr| msr.index == MSR_TSC).map_or(0, |msr| msr.data);
-    let entries: Vec<_> = saved.iter().map(|msr| load_msr(msr, tsc)).collect();
-    let count = vcpu.set_msrs(&msr_list(&entries)?).map_err(step("loading MSRs"))?;
-    match entries.get(count) {
-        None => Ok(()),
-        Some(&kvm_msr_entry { index, data, .. }) => Err(VcpuStateError::Msr { index, data }),
+    let entries: Vec<_> = saved.iter().map(|msr| load_msr(msr, saved_tsc(saved))).collect();
+    let mut rest = &entries[..];
+    while !rest.is_empty() {
+        let count = vcpu.set_msrs(&msr_list(rest)?).map_err(step("loading MSRs"))?;
+        match rest.get(count) {
+            None => break,
+            // A register that this kernel does not know and that held nothing is not missed.
+            Some(&kvm_msr_entry { data: 0, .. }) => rest = &rest[count + 1..],
+            Some(&kvm_msr_entry { index, data, .. }) => return Err(VcpuStateError::Msr { index, data }),
+        }
     }
+    Ok(())
+}
+
+fn saved_tsc(saved: &[Msr]) -> u64 {
+    saved.iter().find(|msr| msr.index == MSR_TSC).map_or(0, |msr| msr.data)
+}
+
+/// Kernels before 6.8 take a first write of the TSC that is less than a second from where the counter stands for an
+/// attempt to synchronize vCPUs, and ignore its value: a guest that was snapshotted in its first second would see time
+/// go back. A write that is far away, before the real one, makes them believe the real one. The other vCPUs' values lie
+/// within a second of the first one's, and are synchronized with it as they should be.
+fn prime_tsc(vcpu: &VcpuFd, saved: &[Msr], tsc_khz: u32) -> Result<(), VcpuStateError> {
+    let far = saved_tsc(saved).wrapping_add(u64::from(tsc_khz) * 1000 * 10);
+    let entry = kvm_msr_entry { index: MSR_TSC, data: far, ..Default::default() };
+    vcpu.set_msrs(&msr_list(&[entry])?).map(drop).map_err(step("loading the time-stamp counter"))
 }
 
 /// A deadline of zero means that the timer has fired and its interrupt may not have been delivered: the guest would sleep

@@ -1,5 +1,6 @@
 //! How a virtio device interrupts the guest, and how it tells that it has failed.
 
+use log::Level;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -10,6 +11,9 @@ const USED_BUFFERS: u32 = 1;
 /// Bit of the interrupt status: the configuration has changed, or the device needs a reset.
 const CONFIG_CHANGED: u32 = 2;
 
+/// How many failures of a device are logged as errors.
+const LOGGED_FAILURES: u32 = 8;
+
 /// The interrupt of a device, shared by the device and its transport.
 #[derive(Debug)]
 pub struct Interrupt {
@@ -17,6 +21,8 @@ pub struct Interrupt {
     status: AtomicU32,
     /// The device has failed: `DEVICE_NEEDS_RESET`.
     failed: AtomicBool,
+    /// How often it has failed.
+    failures: AtomicU32,
     /// Raises the interrupt line.
     event: EventFd,
 }
@@ -25,7 +31,7 @@ impl Interrupt {
     /// An interrupt that is not pending.
     pub fn new() -> io::Result<Self> {
         let event = EventFd::new(EFD_NONBLOCK)?;
-        Ok(Interrupt { status: AtomicU32::new(0), failed: AtomicBool::new(false), event })
+        Ok(Interrupt { status: AtomicU32::new(0), failed: AtomicBool::new(false), failures: AtomicU32::new(0), event })
     }
 
     /// The event to register as irqfd of the device's interrupt line.
@@ -46,7 +52,13 @@ impl Interrupt {
     /// Marks the device as failed until the driver resets it, and writes one log line. The first reason stands.
     pub fn fail(&self, device: &str, reason: &dyn std::fmt::Display) {
         if !self.failed.swap(true, Ordering::SeqCst) {
-            log::error!("{device}: stopped until the guest's driver resets it: {reason}");
+            // A driver can do this in a loop; what it does first is worth a line, the rest would only fill a disk.
+            let level = if self.failures.fetch_add(1, Ordering::Relaxed) < LOGGED_FAILURES {
+                Level::Error
+            } else {
+                Level::Debug
+            };
+            log::log!(level, "{device}: stopped until the guest's driver resets it: {reason}");
             self.raise(CONFIG_CHANGED);
         }
     }

@@ -1,0 +1,223 @@
+//! A page server that is not there, or dies while it is needed.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use api_spec::agent::{Pages, Request, Response};
+use rustix::process::Signal;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::time::Duration;
+use tests::process::Finished;
+use tests::template::SEED;
+use tests::{PageServer, Place, Restore, Template, TemplateOptions, Vm, holds_within, require, until};
+
+/// Longest that a vmm may take to end when its page server is gone.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+fn restore_from(template: &Template, place: &Place, socket: &Path) -> Finished {
+    let vm = Restore::new(place, &template.snapshot).uffd_at(socket).start("clone");
+    let done = vm.process.finish_within(DEADLINE);
+    assert_eq!(done.code(), 1, "{}", done.stderr);
+    let line = done.one_line();
+    assert!(line.contains(socket.to_str().expect("the path is text")), "the server is named: {line}");
+    assert!(!vm.api.exists() && !vm.vsock.exists(), "sockets are left behind: {:?}", place.names());
+    done
+}
+
+#[test]
+fn without_a_page_server_the_vmm_ends_and_says_so() {
+    require!(Kvm, Userfaultfd);
+    let template = Template::shared();
+    let place = Place::new();
+    let none = restore_from(&template, &place, &place.join("none"));
+    assert!(none.one_line().contains("is it running?"), "{}", none.stderr);
+
+    let dead = place.join("dead");
+    drop(UnixListener::bind(&dead).expect("a socket can be made"));
+    let dead = restore_from(&template, &place, &dead);
+    assert!(dead.one_line().contains("is it running?"), "{}", dead.stderr);
+}
+
+#[test]
+fn a_page_server_that_was_killed_before_is_named_over_the_api() {
+    require!(Kvm, Userfaultfd);
+    let template = Template::shared();
+    let place = Place::new();
+    let server = PageServer::start(&place, &template.snapshot);
+    let socket = server.socket.clone();
+    server.process.kill();
+    restore_from(&template, &place, &socket);
+}
+
+#[test]
+fn a_server_that_takes_the_connection_and_says_nothing_is_given_up_on() {
+    require!(Kvm, Userfaultfd);
+    let template = Template::shared();
+    let place = Place::new();
+    let path = place.join("silent");
+    let _listener = UnixListener::bind(&path).expect("a socket can be made");
+    let done = restore_from(&template, &place, &path);
+    assert!(done.one_line().contains("no answer"), "{}", done.stderr);
+}
+
+/// The vmm ends with 1 and says why.
+fn ends_for_want_of(server: &Path, vm: Vm) {
+    let done = vm.process.finish_within(DEADLINE);
+    assert_eq!(done.code(), 1, "{}", done.stderr);
+    let socket = server.to_str().expect("the path is text");
+    assert!(done.stderr.contains(&format!("the page server at {socket} is gone")), "{}", done.stderr);
+}
+
+#[test]
+fn a_clone_that_works_while_its_page_server_is_killed_reads_nothing_wrong_and_ends() {
+    require!(Kvm, Userfaultfd);
+    let template = Template::make(TemplateOptions { memory_mib: 64, working_set_mib: 48, ..Default::default() });
+    let place = Place::new();
+    let server = PageServer::start(&place, &template.snapshot);
+    let (clone, mut agent) = Restore::new(&place, &template.snapshot).uffd(&server).ready("clone");
+    let pages = template.facts.working_set.count;
+    let socket = server.socket.clone();
+    let mut server = Some(server);
+    let mut verified = 0;
+    // Each request needs pages that were never touched; the server dies in the middle of it all.
+    for first in (0..pages).step_by(16) {
+        if first >= pages / 4
+            && let Some(server) = server.take()
+        {
+            server.process.kill();
+        }
+        match agent.try_ask_within(DEADLINE, Request::Verify { pages: Pages::run(first, 16), seed: SEED }) {
+            Ok(answer) => assert_eq!(answer, Response::Mismatches(0), "pages from {first}"),
+            Err(_) => break,
+        }
+        verified = first + 16;
+    }
+    assert!((pages / 4..pages).contains(&verified), "{verified} of {pages} pages were read");
+    ends_for_want_of(&socket, clone);
+}
+
+/// The guest waits for a page of a server that stands still, and then the server is killed.
+#[test]
+fn a_clone_that_waits_for_a_page_when_the_server_is_killed_ends() {
+    require!(Kvm, Userfaultfd);
+    let (template, place) = (Template::shared(), Place::new());
+    let (server, clone) = waiting_clone(&template, &place);
+    let socket = server.socket.clone();
+    server.process.kill();
+    ends_for_want_of(&socket, clone);
+}
+
+/// A clone whose guest waits for a page of a server that stands still.
+fn waiting_clone(template: &Template, place: &Place) -> (PageServer, Vm) {
+    let mut server = PageServer::start(place, &template.snapshot);
+    let (clone, mut agent) = Restore::new(place, &template.snapshot).uffd(&server).ready("clone");
+    server.process.signal(Signal::STOP);
+    let question = Request::Verify { pages: template.facts.working_set, seed: SEED };
+    agent.try_ask_within(Duration::from_millis(200), question).expect_err("the server stands still");
+    (server, clone)
+}
+
+#[test]
+fn a_clone_that_waits_for_a_page_can_be_stopped() {
+    require!(Kvm, Userfaultfd);
+    let (template, place) = (Template::shared(), Place::new());
+    let (mut server, mut clone) = waiting_clone(&template, &place);
+    clone.process.signal(Signal::TERM);
+    let done = clone.process.finish_within(DEADLINE);
+    assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+    server.process.signal(Signal::CONT);
+    still_serves(&server, &template, &place);
+}
+
+#[test]
+fn a_clone_that_is_killed_while_it_waits_for_a_page_harms_no_other() {
+    require!(Kvm, Userfaultfd);
+    let (template, place) = (Template::shared(), Place::new());
+    let (mut server, mut clone) = waiting_clone(&template, &place);
+    clone.process.signal(Signal::KILL);
+    server.process.signal(Signal::CONT);
+    clone.process.finish_within(DEADLINE);
+    still_serves(&server, &template, &place);
+}
+
+#[test]
+fn a_clone_that_is_killed_while_it_waits_for_a_page_goes_with_its_page_server() {
+    require!(Kvm, Userfaultfd);
+    let (template, place) = (Template::shared(), Place::new());
+    let (server, mut clone) = waiting_clone(&template, &place);
+    clone.process.signal(Signal::KILL);
+    server.process.kill();
+    clone.process.finish_within(DEADLINE);
+}
+
+/// Its store is sound, and good for another clone.
+fn still_serves(server: &PageServer, template: &Template, place: &Place) {
+    until("the session has ended", || server.metrics().sessions.is_empty());
+    let (late, mut agent) = Restore::new(place, &template.snapshot).uffd(server).ready("late");
+    template.facts.check(&mut agent);
+    late.stop();
+    assert_eq!(
+        server.metrics().stores_retired_total,
+        0,
+        "a page came into the store that the server had not put there"
+    );
+}
+
+#[test]
+fn a_paused_clone_ends_with_its_page_server() {
+    require!(Kvm, Userfaultfd);
+    let template = Template::shared();
+    let place = Place::new();
+    let server = PageServer::start(&place, &template.snapshot);
+    let mut clone = Restore::new(&place, &template.snapshot).uffd(&server).paused().start("clone");
+    clone.state();
+    let socket = server.socket.clone();
+    server.process.kill();
+    ends_for_want_of(&socket, clone);
+}
+
+/// A server that is merely slow is waited for.
+#[test]
+fn a_page_server_that_stands_still_for_a_while_is_waited_for() {
+    require!(Kvm, Userfaultfd);
+    let template = Template::shared();
+    let place = Place::new();
+    let mut server = PageServer::start(&place, &template.snapshot);
+    let (clone, mut agent) = Restore::new(&place, &template.snapshot).uffd(&server).ready("clone");
+    server.process.signal(Signal::STOP);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| agent.mismatches(template.facts.working_set, SEED));
+        assert!(!holds_within(Duration::from_millis(300), || reader.is_finished()), "pages came from nowhere");
+        server.process.signal(Signal::CONT);
+        assert_eq!(reader.join().expect("the guest answers"), 0);
+    });
+    template.facts.check(&mut agent);
+    clone.stop();
+}
+
+/// A server outlives any clone, however it ends.
+#[test]
+fn clones_that_are_killed_leave_nothing_in_the_page_server() {
+    require!(Kvm, Userfaultfd);
+    let template = Template::shared();
+    let place = Place::new();
+    let server = PageServer::start(&place, &template.snapshot);
+    // The first clone's store is kept warm.
+    Restore::new(&place, &template.snapshot).uffd(&server).ready("first").0.stop();
+    until("the session has ended", || server.metrics().sessions.is_empty());
+    let descriptors = || tests::procfs::descriptors(server.process.pid()).len();
+    let before = descriptors();
+    for number in 0..10 {
+        let mut clone = Restore::new(&place, &template.snapshot).uffd(&server).start(&format!("clone-{number}"));
+        // Some are killed early in their restore, some at work.
+        if number % 2 == 0 {
+            template.facts.check(&mut clone.agent());
+        }
+        clone.process.kill();
+    }
+    until("all sessions have ended", || server.metrics().sessions.is_empty());
+    until("no descriptor is left", || descriptors() == before);
+    let (clone, mut agent) = Restore::new(&place, &template.snapshot).uffd(&server).ready("late");
+    template.facts.check(&mut agent);
+    clone.stop();
+}

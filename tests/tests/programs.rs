@@ -1,0 +1,130 @@
+//! What the programs do besides running VMs: the demonstration, the examination of the host, the exported guest.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use serde_json::Value;
+use tests::process::run_vmm;
+use tests::template::Facts;
+use tests::{Boot, Place, Template, require};
+
+const FLAGS: [&str; 6] =
+    ["nonce_ok", "ticks_continue", "working_set_ok", "random_unique", "generation_unique", "isolated"];
+
+/// Runs a small demonstration; its exit code and its report.
+fn demo(more: &[&str]) -> (i32, Value) {
+    let place = Place::new();
+    let dir = place.join("demo");
+    let dir = dir.to_str().expect("the path is text");
+    let mut arguments = vec!["demo", "--clones", "3", "--memory", "32", "--working-set", "4", "--json", "--dir", dir];
+    arguments.extend(more);
+    let done = run_vmm(&place, "demo", &arguments);
+    let report = serde_json::from_str(&done.stdout)
+        .unwrap_or_else(|e| panic!("the report is no JSON document ({e}): {} {}", done.stdout, done.stderr));
+    (done.code(), report)
+}
+
+#[test]
+fn the_demonstration_reports_what_it_promises_and_every_flag_is_true() {
+    require!(Kvm, Userfaultfd);
+    let (code, report) = demo(&[]);
+    for field in ["boot_ms", "snapshot_total_ms"] {
+        assert!(report[field].as_f64().is_some_and(|ms| ms > 0.0), "{field}: {report}");
+    }
+    for field in ["snapshot_pause_us", "store_pages"] {
+        assert!(report[field].as_u64().is_some_and(|count| count > 0), "{field}: {report}");
+    }
+    assert!(report["host"]["kernel"].is_string(), "{report}");
+    assert_eq!(report["image_digest_unchanged"], true);
+    let clones = report["clones"].as_array().expect("clones are listed");
+    assert_eq!(clones.len(), 3);
+    for (number, clone) in clones.iter().enumerate() {
+        assert_eq!(clone["id"], number);
+        for field in ["restore_to_reply_us", "uffd_events", "private_kib", "pss_kib"] {
+            assert!(clone[field].is_u64(), "{field}: {clone}");
+        }
+        for flag in FLAGS {
+            assert_eq!(clone[flag], true, "{flag}: {clone}");
+        }
+    }
+    let events = |clone: &Value| clone["uffd_events"].as_u64().expect("checked above");
+    assert!(clones[1..].iter().all(|clone| events(clone) * 20 <= events(&clones[0])), "{report}");
+    assert_eq!(code, 0);
+}
+
+/// The flags about identity are measured: without a new identity just those are false.
+#[test]
+fn without_reseeding_the_demonstration_fails_in_identity_alone() {
+    require!(Kvm, Userfaultfd);
+    let (code, report) = demo(&["--no-reseed"]);
+    assert_eq!(code, 1);
+    assert_eq!(report["image_digest_unchanged"], true);
+    for clone in report["clones"].as_array().expect("clones are listed") {
+        for flag in FLAGS {
+            let expected = !["random_unique", "generation_unique"].contains(&flag);
+            assert_eq!(clone[flag], expected, "{flag}: {clone}");
+        }
+    }
+}
+
+#[test]
+fn a_demonstration_leaves_nothing_but_what_it_was_told_to() {
+    require!(Kvm, Userfaultfd);
+    let place = Place::new();
+    let temporary = place.join("tmp");
+    std::fs::create_dir(&temporary).expect("a directory can be made in the test's directory");
+    let done = tests::Process::start(&place, "demo", tests::binaries::vmm(), |vmm| {
+        vmm.args(["demo", "--clones", "2", "--memory", "16", "--working-set", "1"]).env("TMPDIR", &temporary);
+    })
+    .finish();
+    assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+    assert!(done.stdout.contains("checks held"), "{}", done.stdout);
+    assert_eq!(std::fs::read_dir(&temporary).expect("it was made above").count(), 0);
+    let here = place.path().to_str().expect("the path is text");
+    assert_eq!(tests::procfs::processes_with(here), [0; 0], "processes are left");
+}
+
+#[test]
+fn the_exported_guest_is_a_kernel_that_boots() {
+    require!(Kvm);
+    let place = Place::new();
+    let kernel = place.join("guest.elf");
+    let done = run_vmm(&place, "export", &["guest", "export", kernel.to_str().expect("the path is text")]);
+    assert_eq!((done.code(), done.stderr.as_str(), done.stdout.as_str()), (0, "", ""));
+    assert!(std::fs::read(&kernel).expect("the kernel was written").starts_with(b"\x7fELF"));
+    let (vm, mut agent) = Boot::new(&place).kernel(&kernel, "coppice.vcpus=2").vcpus(2).ready("guest");
+    assert_eq!(agent.info().vcpus, 2);
+    Facts::gather(&mut agent, 1).check(&mut agent);
+    vm.stop();
+}
+
+#[test]
+fn the_doctor_names_every_finding_and_a_remedy_for_every_bad_one() {
+    let place = Place::new();
+    let done = run_vmm(&place, "doctor", &["doctor", "--json"]);
+    let report: Value = serde_json::from_str(&done.stdout).expect("one JSON document");
+    let checks = report["checks"].as_array().expect("checks are listed");
+    assert!(checks.len() > 10, "{report}");
+    for check in checks {
+        assert!(check["name"].is_string() && check["found"].is_string(), "{check}");
+        let status = check["status"].as_str().expect("a status");
+        assert!(["ok", "info", "warn", "fail"].contains(&status), "{check}");
+        assert!(!["warn", "fail"].contains(&status) || check["remedy"].is_string(), "{check}");
+    }
+    let failed = checks.iter().any(|check| check["status"] == "fail");
+    assert_eq!(done.code(), if failed { 77 } else { 0 }, "{report}");
+    let text = run_vmm(&place, "doctor-text", &["doctor"]);
+    assert_eq!(text.code(), done.code());
+    assert!(text.stdout.contains("kvm.device"), "{}", text.stdout);
+}
+
+#[test]
+fn a_snapshot_is_verified_by_command() {
+    require!(Kvm);
+    let template = Template::shared();
+    let place = Place::new();
+    let path = template.snapshot.to_str().expect("the path is text");
+    let done = run_vmm(&place, "verify", &["snapshot", "verify", path, "--json"]);
+    assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+    let report: Value = serde_json::from_str(&done.stdout).expect("one JSON document");
+    assert_eq!((&report["vcpus"], &report["memory_bytes"]), (&Value::from(1), &Value::from(32 << 20)));
+}
