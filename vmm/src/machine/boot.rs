@@ -97,11 +97,11 @@ fn set_cpuid(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
     Ok(())
 }
 
-/// The command line as configured. The embedded guest, which reads no ACPI, is told there what others find in the tables.
+/// The command line as configured, with what a guest that reads no ACPI cannot find out by itself: where its devices are.
 fn command_line(plan: &BootPlan, vcpu: Option<&VcpuFd>) -> String {
     let mut words = vec![plan.command_line.clone()];
+    words.extend(wiring::virtio_devices(plan.vsock.is_some()).iter().map(wiring::device_word));
     if plan.kernel == Kernel::Embedded {
-        words.extend(wiring::virtio_devices(plan.vsock.is_some()).iter().map(wiring::device_word));
         words.push(format!("coppice.vcpus={}", plan.vcpus));
         words.push(format!("coppice.generation={GENERATION_PAGE:#x}"));
         if let Some(khz) = vcpu.and_then(|vcpu| vcpu.get_tsc_khz().ok()) {

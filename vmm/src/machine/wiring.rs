@@ -8,9 +8,10 @@
 //! | vsock on virtio-mmio | 0xd000_0000, 4 KiB | GSI 5 |
 //! | generation id | its page of memory | GSI 23, through the ACPI event device |
 //!
-//! A Linux guest finds all of them in the ACPI tables ([`crate::arch::acpi`]). The embedded guest reads no ACPI: it finds
-//! virtio-mmio devices on its command line. No guest is told in both ways, since a Linux kernel with
-//! `CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES` would claim each device twice and complain of the second time.
+//! A guest finds them in the ACPI tables ([`crate::arch::acpi`]). Virtio-mmio devices are also named on the kernel command
+//! line, for guests that read no ACPI, such as the embedded one. A Linux kernel that heeds both
+//! (`CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES`; Debian's do not) takes each device once, and logs that its range is taken when
+//! it meets it again.
 //!
 //! Interrupts reach the guest through irqfds and kicks reach devices through ioeventfds, so that neither passes through a
 //! vCPU's thread.
