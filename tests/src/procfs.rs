@@ -91,6 +91,18 @@ pub fn vcpu_times(pid: u32) -> Vec<u64> {
     times.into_iter().map(|(_, time)| time).collect()
 }
 
+/// As [`vcpu_times`], once all `count` threads are there and stand still; panics if they do not come to that.
+pub fn still_vcpu_times(pid: u32, count: usize) -> Vec<u64> {
+    // A thread that has just been started is on its way to where it waits, and gives itself its name there.
+    let mut times = vcpu_times(pid);
+    crate::until("vCPUs stand still", || {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        let before = std::mem::replace(&mut times, vcpu_times(pid));
+        times.len() == count && times == before
+    });
+    times
+}
+
 /// How the files that process `pid` has open are opened: their names, and whether they can be written through there.
 pub fn open_files(pid: u32) -> Vec<(String, bool)> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).expect("the process is there to be looked at");

@@ -176,6 +176,56 @@ fn a_paused_clone_ends_with_its_page_server() {
     ends_for_want_of(&socket, clone);
 }
 
+/// Here it is the vmm itself that waits for a page: of a queue that it is to put a packet into.
+#[test]
+fn a_vmm_that_waits_for_a_page_ends_with_its_page_server() {
+    require!(Kvm, Userfaultfd);
+    let (template, place) = (Template::shared(), Place::new());
+    let mut server = PageServer::start(&place, &template.snapshot);
+    let mut clone = Restore::new(&place, &template.snapshot).uffd(&server).paused().start("clone");
+    clone.state();
+    server.process.signal(Signal::STOP);
+    let mut early = tests::Agent::connect(&clone.vsock);
+    let silence = early.try_ask_within(Duration::from_millis(100), Request::Ping { token: 1 });
+    silence.expect_err("a paused guest does not answer");
+    let socket = server.socket.clone();
+    server.process.kill();
+    ends_for_want_of(&socket, clone);
+}
+
+/// A snapshot of a clone needs all of its memory; one that cannot be finished leaves nothing that looks like one.
+#[test]
+fn a_snapshot_that_waits_for_pages_ends_with_the_page_server() {
+    require!(Kvm, Userfaultfd);
+    let (template, place) = (Template::shared(), Place::new());
+    let mut server = PageServer::start(&place, &template.snapshot);
+    let (mut clone, _agent) = Restore::new(&place, &template.snapshot).uffd(&server).ready("clone");
+    server.process.signal(Signal::STOP);
+    let (snapshots, socket) = (place.join("snapshots"), server.socket.clone());
+    std::fs::create_dir(&snapshots).expect("a directory can be made in the test's directory");
+    let mut api = clone.api();
+    std::thread::scope(|scope| {
+        let document = serde_json::json!({"snapshot_path": snapshots.join("half")});
+        let asked = scope.spawn(move || api.put("/snapshot/create", &document));
+        until("the snapshot has begun", || std::fs::read_dir(&snapshots).expect("it is there").count() > 0);
+        server.process.kill();
+        asked.join().expect("no panic").expect_err("there is no snapshot");
+    });
+    ends_for_want_of(&socket, clone);
+    let names = || {
+        let entries = std::fs::read_dir(&snapshots).expect("it is there");
+        entries.map(|entry| entry.expect("it can be read on").file_name().into_string().expect("text")).collect()
+    };
+    let left: Vec<String> = names();
+    assert!(left.iter().all(|name| name.starts_with(".half.partial-")), "{left:?}");
+    // Whoever takes the next snapshot there sweeps up what the ended process could not.
+    let (mut other, _agent) = Restore::new(&place, &template.snapshot).ready("other");
+    other.snapshot(&snapshots.join("half"));
+    let left: Vec<String> = names();
+    assert_eq!(left, ["half"]);
+    other.stop();
+}
+
 /// A server that is merely slow is waited for.
 #[test]
 fn a_page_server_that_stands_still_for_a_while_is_waited_for() {

@@ -6,7 +6,7 @@ use api_spec::agent::Request;
 use api_spec::vm::InstanceState;
 use std::time::Duration;
 use tests::procfs::{self, guest_ram};
-use tests::{Agent, PageServer, Place, Process, Restore, Template, TemplateOptions, binaries, require, until};
+use tests::{Agent, PageServer, Place, Process, Restore, Template, TemplateOptions, binaries, require};
 
 /// The plain command of the documentation, with nothing alive but the vmm and the page server.
 #[test]
@@ -109,8 +109,7 @@ fn the_vmm_itself_may_be_the_first_to_touch_a_page() {
     let server = PageServer::start(&place, &template.snapshot);
     let mut clone = Restore::new(&place, &template.snapshot).uffd(&server).paused().start("clone");
     assert_eq!(clone.state(), InstanceState::Paused);
-    until("the vCPU has its thread", || procfs::vcpu_times(clone.pid()).len() == 1);
-    let vcpu_times = procfs::vcpu_times(clone.pid());
+    let vcpu_times = procfs::still_vcpu_times(clone.pid(), 1);
     let mut early = Agent::connect(&clone.vsock);
     let silence = early.try_ask_within(Duration::from_millis(100), Request::Ping { token: 1 });
     silence.expect_err("a paused guest does not answer");
@@ -144,9 +143,7 @@ fn a_guest_loaded_paused_does_not_run() {
     ] {
         let mut clone = way.paused().same_generation().start(name);
         assert_eq!(clone.state(), InstanceState::Paused, "{name}");
-        // A thread gives itself its name.
-        until("both vCPUs have their threads", || procfs::vcpu_times(clone.pid()).len() == 2);
-        let times = procfs::vcpu_times(clone.pid());
+        let times = procfs::still_vcpu_times(clone.pid(), 2);
         let mut early = Agent::connect(&clone.vsock);
         let silence = early.try_ask_within(Duration::from_millis(100), Request::Ping { token: 1 });
         silence.expect_err("a paused guest does not answer");

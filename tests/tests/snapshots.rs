@@ -55,7 +55,9 @@ fn snapshots_of_snapshotted_guests_and_of_clones_hold_what_each_has_seen() {
     for path in [&template.snapshot, &second, &third, &fourth] {
         snapshot::verify::verify(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     }
-    [parent, clone, grandchild, of_fourth, of_second].map(|vm| vm.stop());
+    for vm in [parent, clone, grandchild, of_fourth, of_second] {
+        vm.stop();
+    }
 }
 
 #[test]
@@ -114,7 +116,9 @@ fn computations_go_on_from_the_step_they_were_snapshotted_at() {
         let burn = agent.burn_stop(3);
         assert_eq!(burn, Burn::after(burn.steps), "{name}: vCPU 3 again");
     }
-    [parent, by_file, by_uffd].map(|vm| vm.stop());
+    for vm in [parent, by_file, by_uffd] {
+        vm.stop();
+    }
 }
 
 /// How many steps a burning vCPU has done: the register whose count leads to what another register holds.
@@ -225,7 +229,9 @@ fn a_guest_answers_without_a_break_while_it_is_snapshotted() {
             }
         }));
         done.store(true, Ordering::Relaxed);
-        talkers.map(|talker| talker.join().expect("every request was answered"));
+        for talker in talkers {
+            talker.join().expect("every request was answered");
+        }
         result.expect("snapshots are taken");
     });
     facts.check(&mut agent);

@@ -81,7 +81,7 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
     let shape = StateShape::of_host(&kvm, &vm.fd)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
     let vsock = plan.vsock.clone();
-    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, _page_server: None, vsock, running: false })
+    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, page_server: None, vsock, running: false })
 }
 
 /// Gives each vCPU its CPUID.

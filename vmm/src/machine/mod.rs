@@ -41,7 +41,7 @@ pub struct Machine {
     shape: StateShape,
     vm: VmFd,
     ram: GuestRam,
-    _page_server: Option<PageServer>,
+    page_server: Option<PageServer>,
     vsock: Option<Vsock>,
     running: bool,
 }
@@ -93,20 +93,14 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        if !vcpu::end_all(&mut self.vcpus) {
-            // A vCPU that waits for a page for ever keeps its VM, and the VM may use this memory until the process ends.
-            std::mem::forget(self.ram.memory().clone());
-        }
-    }
-}
-
-impl Drop for Machine {
-    /// Closing the VM waits for page faults that the kernel has taken over from vCPUs; see [`PageServer`].
-    fn drop(&mut self) {
-        if let Some(server) = &self.page_server
-            && vcpu::pause_all(&self.vcpus).is_ok()
-        {
+        vcpu::ask_all_to_end(&self.vcpus);
+        if let Some(server) = &self.page_server {
+            // Closing the VM waits for page faults that the kernel has taken over from vCPUs; see `PageServer`.
             server.let_go(&self.ram);
+        }
+        if !vcpu::end_all(&mut self.vcpus) {
+            // A vCPU that does not end keeps its VM, and the VM may use this memory until the process ends.
+            std::mem::forget(self.ram.memory().clone());
         }
     }
 }

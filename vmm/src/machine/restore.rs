@@ -122,7 +122,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     if let Some(server) = &page_server {
         // Before anything touches guest memory and may have to wait.
         let signals = signals.try_clone().map_err(RestoreError::Guard)?;
-        guard::watch(server, signals, notifier.clone()).map_err(RestoreError::Guard)?;
+        guard::watch(server, &ram, signals, notifier.clone()).map_err(RestoreError::Guard)?;
     }
     let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
     let state = snapshot.state();
@@ -145,7 +145,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
 
     let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
-    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, _page_server: page_server, vsock, running: false })
+    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, page_server, vsock, running: false })
 }
 
 /// Whether this program on this host can run the snapshot.

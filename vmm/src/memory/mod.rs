@@ -109,15 +109,12 @@ impl GuestRam {
     }
 }
 
-impl GuestRam {
-    /// Takes away what lies behind the memory: from now on every access to it fails. Gives the regions that are cut off.
-    pub fn cut_off(&self) -> impl Iterator<Item = (MemoryRegion, *mut u8)> + '_ {
-        for region in self.memory.iter() {
-            if let Err(e) = mmap::cut_off(&region.get_mmap()) {
-                log::warn!("cannot take guest memory away: {e}");
-            }
+/// Takes away what lies behind guest memory: from now on every access to it fails. For the end of a guest.
+pub fn cut_off(memory: &GuestMemory) {
+    for region in memory.iter() {
+        if let Err(e) = mmap::cut_off(&region.get_mmap()) {
+            log::warn!("cannot take guest memory away: {e}");
         }
-        self.mappings()
     }
 }
 

@@ -85,7 +85,8 @@ impl PageServer {
     /// Lets go of everybody who still waits for a page of `ram`, so that the VM can be closed whatever the server does.
     /// Nobody runs or accesses the memory any more: what is behind it is taken away first.
     pub fn let_go(&self, ram: &GuestRam) {
-        for (region, addr) in ram.cut_off() {
+        super::cut_off(ram.memory());
+        for (region, addr) in ram.mappings() {
             if let Err(e) = self.uffd.wake(addr.cast(), region.size_bytes as usize) {
                 log::warn!("cannot wake those who wait for pages: {e}");
             }

@@ -161,9 +161,14 @@ pub fn pause_all(vcpus: &[Vcpu]) -> Result<(), VcpuError> {
     vcpus.iter().try_for_each(|vcpu| vcpu.wait_until_standing(deadline))
 }
 
-/// Ends the threads of all vCPUs. `false`: one waits for a page that does not come, and is left to the end of the process.
-pub fn end_all(vcpus: &mut [Vcpu]) -> bool {
+/// Asks all vCPUs' threads to end, without waiting for them.
+pub fn ask_all_to_end(vcpus: &[Vcpu]) {
     vcpus.iter().for_each(|vcpu| vcpu.ask_to_pause(Goal::Quit));
+}
+
+/// Ends the threads of all vCPUs. `false`: one does not end, and is left to the end of the process.
+pub fn end_all(vcpus: &mut [Vcpu]) -> bool {
+    ask_all_to_end(vcpus);
     let deadline = Instant::now() + PAUSE_DEADLINE;
     let mut all = true;
     for vcpu in vcpus {
