@@ -69,13 +69,12 @@ impl Console for Vm {
     fn said(&mut self, start: &str) -> String {
         let mut found = None;
         let came = holds_within(PATIENCE, || {
-            found = self.process.printed().lines().find_map(|line| line.strip_prefix(start).map(str::to_owned));
-            found.is_some() || !self.process.is_alive()
+            // In this order, since the vmm may end after the guest has said so.
+            let alive = self.process.is_alive();
+            found = lines(&self.process.printed()).find_map(|line| line.strip_prefix(start).map(str::to_owned));
+            found.is_some() || !alive
         });
         assert!(came, "{}: the guest never said {start:?}", self.name);
-        // The vmm may have ended after the guest said so.
-        let found =
-            found.or_else(|| self.process.printed().lines().find_map(|l| l.strip_prefix(start).map(str::to_owned)));
         found.unwrap_or_else(|| panic!("{}: the vmm ended before the guest said {start:?}", self.name))
     }
 
@@ -92,10 +91,14 @@ impl Console for Vm {
     }
 }
 
-/// The numbers that the minimal guest has counted, in order. The last line may be cut short and does not count.
+/// The numbers that the minimal guest has counted, in order.
 pub fn counts(console: &str) -> Vec<u64> {
-    let whole = console.rfind('\n').map_or("", |end| &console[..end]);
-    whole.lines().filter_map(|line| line.trim_end().strip_prefix("coppice: ")?.parse().ok()).collect()
+    lines(console).filter_map(|line| line.strip_prefix("coppice: ")?.parse().ok()).collect()
+}
+
+/// Whole lines, without what ends them. A last one that may be cut short is none.
+fn lines(console: &str) -> impl Iterator<Item = &str> {
+    console.rfind('\n').map_or("", |end| &console[..end]).lines().map(str::trim_end)
 }
 
 /// Panics if the kernel has complained of anything that a snapshot, a restore or a bad machine would make it complain of.

@@ -3,7 +3,7 @@
 use super::config::BootPlan;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, start_vcpus};
-use crate::arch::{ACPI_TABLES, acpi, cpuid};
+use crate::arch::{ACPI_TABLES, RESET_CODE, RESET_VECTOR, acpi, cpuid};
 use crate::arch::regs::{self, RegsError};
 use crate::kvm::{self, KvmError};
 use crate::loader::{self, Kernel, LoadError};
@@ -43,9 +43,9 @@ pub enum BootError {
     /// Devices.
     #[error(transparent)]
     Wire(#[from] WireError),
-    /// ACPI tables.
+    /// What a guest expects of firmware: ACPI tables, and code at the reset vector.
     #[error("cannot write the ACPI tables into guest memory: {0}")]
-    Acpi(GuestMemoryError),
+    Firmware(GuestMemoryError),
     /// Generation id.
     #[error("cannot write the generation id into guest memory: {0}")]
     Generation(GuestMemoryError),
@@ -71,7 +71,8 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
     write_generation(ram.memory(), &fresh_generation().map_err(BootError::Random)?).map_err(BootError::Generation)?;
 
     let tables = acpi::tables(ACPI_TABLES, plan.vcpus, &wiring::virtio_devices(plan.vsock.is_some()));
-    ram.memory().write_slice(&tables, GuestAddress(ACPI_TABLES)).map_err(BootError::Acpi)?;
+    ram.memory().write_slice(&tables, GuestAddress(ACPI_TABLES)).map_err(BootError::Firmware)?;
+    ram.memory().write_slice(&RESET_CODE, GuestAddress(RESET_VECTOR)).map_err(BootError::Firmware)?;
     let command_line = command_line(plan, vm.vcpus.first());
     let entry = loader::load(&ram, &plan.kernel, &command_line, plan.initrd.as_deref())?;
     if let Some(boot_vcpu) = vm.vcpus.first() {
