@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!   vmm                                              page server
-//!   Hello { version, image }                  ->
+//!   Hello { version, image, size }            ->
 //!                                             <-     Reply::Store { size, page_size }   + descriptor of the page store
 //!   (maps the store privately, creates a userfaultfd and registers the ranges for MISSING faults)
 //!   Attach { regions }  + the userfaultfd     ->

@@ -33,7 +33,7 @@ impl fmt::Display for Report {
         let Report { path, format_version, vcpus, memory_bytes, checked_bytes, zero_chunks, chunks, root } = self;
         writeln!(f, "{} is whole: every byte is what was written", path.display())?;
         writeln!(f, "  format   {format_version}")?;
-        writeln!(f, "  machine  {vcpus} vCPU, {} MiB", memory_bytes >> 20)?;
+        writeln!(f, "  machine  {vcpus} vCPU{}, {} MiB", if *vcpus == 1 { "" } else { "s" }, memory_bytes >> 20)?;
         writeln!(f, "  memory   {} KiB read; {zero_chunks} of {chunks} chunks are zero", checked_bytes >> 10)?;
         writeln!(f, "  root     {root}")
     }

@@ -31,12 +31,13 @@ pub use linux::Linux;
 pub use place::Place;
 pub use process::Process;
 pub use template::{Template, TemplateOptions};
+pub use test_skip::skip_test;
 pub use vm::{Boot, Restore, Vm};
 
 use std::time::{Duration, Instant};
 
 /// Longest that anything may take that takes milliseconds; only a failure takes as long.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits until `condition` holds; panics after [`PATIENCE`].
 pub fn until(what: &str, condition: impl FnMut() -> bool) {

@@ -25,7 +25,10 @@ fn run_blocks(document: &str) {
     for (number, block) in blocks.iter().enumerate() {
         let place = Place::new();
         // Whatever a block has started ends with it.
-        let script = format!("trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT\ncd {}\n{block}", place.path().display());
+        let script = format!(
+            "trap 'kill $(jobs -p) 2>/dev/null || true; wait || true' EXIT\ncd {}\n{block}",
+            place.path().display()
+        );
         let ours = [binaries::vmm(), binaries::uffd_handler()].map(|program| program.parent().unwrap().display());
         let path = format!("{}:{}:{}", ours[0], ours[1], std::env::var("PATH").unwrap_or_default());
         let done = Process::start(&place, "block", Path::new("bash"), |bash| {

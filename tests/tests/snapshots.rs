@@ -91,11 +91,16 @@ fn computations_go_on_from_the_step_they_were_snapshotted_at() {
     for vcpu in 1..4 {
         agent.burn_start(vcpu);
     }
-    agent.ticks(50);
-    let snapshot = place.join("snapshot");
-    parent.snapshot(&snapshot);
-    let saved = snapshot::load::open(&snapshot).expect("the snapshot can be opened");
-    let steps: Vec<u64> = saved.state().vcpus[1..].iter().map(|vcpu| steps_in(&vcpu.regs)).collect();
+    // On a busy host a vCPU may not have had its turn, or be in the midst of an interrupt, just then.
+    let burning = (0..20).find_map(|attempt| {
+        agent.ticks(50);
+        let snapshot = place.join(format!("snapshot-{attempt}"));
+        parent.snapshot(&snapshot);
+        let saved = snapshot::load::open(&snapshot).expect("the snapshot can be opened");
+        let steps: Option<Vec<u64>> = saved.state().vcpus[1..].iter().map(|vcpu| steps_in(&vcpu.regs)).collect();
+        steps.map(|steps| (snapshot, steps))
+    });
+    let (snapshot, steps) = burning.expect("all vCPUs compute at some moment");
     println!("steps at the snapshot: {steps:?}");
 
     let server = PageServer::start(&place, &snapshot);
@@ -122,7 +127,7 @@ fn computations_go_on_from_the_step_they_were_snapshotted_at() {
 }
 
 /// How many steps a burning vCPU has done: the register whose count leads to what another register holds.
-fn steps_in(regs: &Regs) -> u64 {
+fn steps_in(regs: &Regs) -> Option<u64> {
     let all = [
         regs.rax, regs.rbx, regs.rcx, regs.rdx, regs.rsi, regs.rdi, regs.rsp, regs.rbp, regs.r8, regs.r9, regs.r10,
         regs.r11, regs.r12, regs.r13, regs.r14, regs.r15,
@@ -133,7 +138,7 @@ fn steps_in(regs: &Regs) -> u64 {
         let integers = [Burn::after(steps).integer, half_a_step(steps), Burn::after(steps + 1).integer];
         steps > 0 && integers.iter().any(|integer| all.contains(integer))
     };
-    all.into_iter().find(is_count).unwrap_or_else(|| panic!("this vCPU was not burning: {regs:x?}"))
+    all.into_iter().find(is_count)
 }
 
 /// vCPU 0, which serves requests, is in the middle of a computation; its answer is right.

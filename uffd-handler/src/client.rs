@@ -8,7 +8,6 @@
 use crate::socket::{Passed, receive};
 use api_spec::client::unix;
 use api_spec::handshake::{Attach, HELLO_DEADLINE_MS, Hello, MAX_MESSAGE, REPLY_DEADLINE_MS, Region, Reply};
-use rustix::fs::SealFlags;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -55,12 +54,9 @@ pub fn greet(path: &Path, hello: &Hello) -> Result<Greeted, ClientError> {
     let patience = Duration::from_millis(REPLY_DEADLINE_MS);
     let stream = unix::connect(path, patience).map_err(ClientError::Connect)?;
     stream.set_write_timeout(Some(patience))?;
-    (&stream).write_all(&line(hello)?)?;
+    (&stream).write_all(&line(hello)?).map_err(sending)?;
     match receive_reply(&stream, "hello", HELLO_DEADLINE_MS)? {
-        (Reply::Store { size, .. }, Some(store)) if size == hello.size => {
-            check_seals(&store)?;
-            Ok(Greeted { stream, store })
-        }
+        (Reply::Store { size, .. }, Some(store)) if size == hello.size => Ok(Greeted { stream, store }),
         (other, _) => Err(unexpected(other)),
     }
 }
@@ -70,8 +66,8 @@ impl Greeted {
     pub fn attach(self, regions: Vec<Region>, uffd: &Uffd) -> Result<UnixStream, ClientError> {
         let line = line(&Attach { regions })?;
         let sent = self.stream.send_with_fd(&line[..], uffd.as_raw_fd());
-        let sent = sent.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
-        (&self.stream).write_all(&line[sent..])?;
+        let sent = sent.map_err(|error| sending(io::Error::from_raw_os_error(error.errno())))?;
+        (&self.stream).write_all(&line[sent..]).map_err(sending)?;
         match receive_reply(&self.stream, "attach", REPLY_DEADLINE_MS)? {
             (Reply::Serving, None) => Ok(self.stream),
             (other, _) => Err(unexpected(other)),
@@ -79,12 +75,11 @@ impl Greeted {
     }
 }
 
-/// A store that could shrink would end the guest with SIGBUS, and one that could be written would change its memory.
-fn check_seals(store: &OwnedFd) -> Result<(), ClientError> {
-    let needed = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE;
-    match rustix::fs::fcntl_get_seals(store) {
-        Ok(seals) if seals.contains(needed) => Ok(()),
-        _ => Err(ClientError::Unexpected("its page store is not sealed".into())),
+/// Why something could not be sent.
+fn sending(error: io::Error) -> ClientError {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => ClientError::Closed,
+        _ => error.into(),
     }
 }
 
@@ -112,8 +107,11 @@ fn receive_reply(
     let mut bytes = [0; 4096];
     while text.last() != Some(&b'\n') {
         let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() || text.len() >= MAX_MESSAGE {
+        if left.is_zero() {
             return Err(ClientError::Silent(question));
+        }
+        if text.len() >= MAX_MESSAGE {
+            return Err(ClientError::Unexpected(format!("a line longer than {MAX_MESSAGE} bytes")));
         }
         stream.set_read_timeout(Some(left))?;
         match receive(stream, &mut bytes) {

@@ -5,9 +5,11 @@ use rustix::fs::Mode;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Longest path that a socket address holds, in bytes.
@@ -24,6 +26,9 @@ pub enum ListenError {
         /// Its length.
         len: usize,
     },
+    /// No path at all, or one that no file can have.
+    #[error("socket path {0:?} is empty or has a zero byte: choose another one")]
+    Unusable(PathBuf),
     /// Somebody listens there.
     #[error("{0} is in use: stop the server that listens there, or choose another path")]
     InUse(PathBuf),
@@ -45,7 +50,8 @@ pub enum ListenError {
 /// Checks that a path fits into a socket address.
 pub fn check_path(path: &Path) -> Result<(), ListenError> {
     match path.as_os_str().len() {
-        0..=MAX_PATH => Ok(()),
+        len if len == 0 || path.as_os_str().as_bytes().contains(&0) => Err(ListenError::Unusable(path.into())),
+        ..=MAX_PATH => Ok(()),
         len => Err(ListenError::TooLong { path: path.into(), len }),
     }
 }
@@ -72,6 +78,7 @@ impl Listener {
         let socket = bound.map_err(failed("bind"))?;
         socket.set_nonblocking(true).map_err(failed("configure"))?;
         let identity = identity(path).map_err(failed("look at"))?;
+        files().push((path.into(), identity));
         Ok(Self { socket, path: path.into(), identity })
     }
 
@@ -103,9 +110,29 @@ impl AsRawFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|now| now == self.identity) {
-            let _ = fs::remove_file(&self.path);
-        }
+        files().retain(|(_, identity)| *identity != self.identity);
+        remove(&self.path, self.identity);
+    }
+}
+
+/// The files of all listeners of this process.
+static FILES: Mutex<Vec<(PathBuf, (u64, u64))>> = Mutex::new(Vec::new());
+
+fn files() -> MutexGuard<'static, Vec<(PathBuf, (u64, u64))>> {
+    FILES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes the files of all listeners of this process, which is about to end without dropping them.
+pub fn remove_all() {
+    for (path, identity) in files().drain(..) {
+        remove(&path, identity);
+    }
+}
+
+/// Removes the file of a listener, if it is still the one that was made.
+fn remove(path: &Path, made: (u64, u64)) {
+    if identity(path).is_ok_and(|now| now == made) {
+        let _ = fs::remove_file(path);
     }
 }
 

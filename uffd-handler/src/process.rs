@@ -3,33 +3,53 @@
 // UNSAFETY: signalfd, getsockopt and the adoption of an inherited descriptor have no safe form in the crates we use.
 #![allow(unsafe_code)]
 
-use rustix::event::{PollFd, PollFlags, Timespec};
 use std::fs::File;
 use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use vmm_sys_util::signal::{Error as SignalError, block_signal, create_sigset};
 
-/// SIGTERM and SIGINT, as something to poll instead of something that strikes.
+/// SIGTERM, SIGINT and SIGHUP, as something to poll instead of something that strikes.
 #[derive(Debug)]
 pub struct Signals(OwnedFd);
 
 impl Signals {
-    /// Blocks both signals in this thread and makes a descriptor that becomes readable when one is pending.
+    /// Blocks the signals in this thread and makes a descriptor that becomes readable when one is pending.
     ///
     /// Call it before other threads are started; those inherit the blocking.
     pub fn catch() -> io::Result<Self> {
-        let wanted = [libc::SIGTERM, libc::SIGINT];
-        for signal in wanted {
-            match block_signal(signal) {
-                // Whoever started us may have blocked it already.
-                Ok(()) | Err(SignalError::SignalAlreadyBlocked(_)) => {}
-                Err(error) => return Err(io::Error::other(error.to_string())),
-            }
-        }
+        let wanted = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+        wanted.into_iter().try_for_each(block)?;
+        survive_file_size_limit()?;
         let set = create_sigset(&wanted).map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
         // SAFETY: `set` is an initialized signal set that the call only reads; -1 asks for a new descriptor.
         owned(unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) }).map(Self)
+    }
+
+    /// Whether one has come.
+    pub fn have_come(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Makes writing beyond the limit on file sizes (`ulimit -f`) an error, as any other, instead of the end of the process.
+pub fn survive_file_size_limit() -> io::Result<()> {
+    block(libc::SIGXFSZ)
+}
+
+fn block(signal: libc::c_int) -> io::Result<()> {
+    match block_signal(signal) {
+        // Whoever started us may have blocked it already.
+        Ok(()) | Err(SignalError::SignalAlreadyBlocked(_)) => Ok(()),
+        Err(error) => Err(io::Error::other(error.to_string())),
     }
 }
 
@@ -37,18 +57,6 @@ impl Signals {
     /// A second descriptor of the same signals, for another thread to poll. Nobody need read them.
     pub fn try_clone(&self) -> io::Result<Self> {
         self.0.try_clone().map(Self)
-    }
-
-    /// Whether one has come.
-    pub fn is_pending(&self) -> bool {
-        let mut poll = [PollFd::new(&self.0, PollFlags::IN)];
-        rustix::event::poll(&mut poll, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
-    }
-}
-
-impl AsFd for Signals {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
     }
 }
 

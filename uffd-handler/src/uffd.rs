@@ -27,6 +27,16 @@ pub struct UffdError {
 }
 
 impl UffdError {
+    /// What was tried, and what the kernel said.
+    pub fn reasons(&self) -> &str {
+        &self.reasons
+    }
+
+    /// What to do.
+    pub fn remedy(&self) -> &'static str {
+        self.remedy
+    }
+
     /// Whether there is none to be had on this host, as opposed to none at this moment.
     pub fn host_cannot(&self) -> bool {
         self.host_cannot

@@ -67,6 +67,10 @@ impl Check {
 /// What was found on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
+    /// Whether VMs can run here.
+    pub can_run: bool,
+    /// Whether the page server, and with it the demonstration, can be used here.
+    pub can_serve_pages: bool,
     /// The checks, in the order in which they were made.
     pub checks: Vec<Check>,
 }
@@ -76,10 +80,18 @@ pub fn run() -> Report {
     let mut checks = kvm::checks();
     checks.extend(userfaultfd::checks());
     checks.extend(system::checks());
-    Report { checks }
+    Report::of(checks)
 }
 
 impl Report {
+    fn of(checks: Vec<Check>) -> Self {
+        let bad = |check: &Check| matches!(check.status, Status::Warn | Status::Fail);
+        let can_run = checks.iter().all(|check| check.status != Status::Fail);
+        let can_serve_pages =
+            can_run && !checks.iter().any(|check| check.name.starts_with("userfaultfd.") && bad(check));
+        Report { can_run, can_serve_pages, checks }
+    }
+
     /// How many checks came out so.
     pub fn count(&self, status: Status) -> usize {
         self.checks.iter().filter(|check| check.status == status).count()
@@ -87,9 +99,29 @@ impl Report {
 
     /// The exit code of `vmm doctor`: 77 if Coppice cannot run on this host, else 0.
     pub fn exit_code(&self) -> u8 {
-        if self.count(Status::Fail) > 0 { 77 } else { 0 }
+        if self.can_run { 0 } else { 77 }
     }
 }
+
+/// Cuts a text into lines of at most `room` characters, between words.
+fn wrap(text: &str, room: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        let line = lines.last_mut().filter(|line| line.is_empty() || line.len() + 1 + word.len() <= room);
+        match line {
+            Some(line) if line.is_empty() => line.push_str(word),
+            Some(line) => {
+                line.push(' ');
+                line.push_str(word);
+            }
+            None => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
+/// Longest line of the table, in characters, where its texts can be cut.
+const LINE: usize = 100;
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -101,13 +133,25 @@ impl fmt::Display for Report {
                 Status::Warn => "WARN",
                 Status::Fail => "FAIL",
             };
-            writeln!(f, "{word:<4}  {name:<width$}  {found}")?;
-            if let Some(remedy) = remedy {
-                writeln!(f, "{:<4}  {:<width$}  -> {remedy}", "", "")?;
+            let room = LINE.saturating_sub(4 + 2 + width + 2);
+            for (number, line) in wrap(found, room).into_iter().enumerate() {
+                let (word, name) = if number == 0 { (word, name.as_str()) } else { ("", "") };
+                writeln!(f, "{word:<4}  {name:<width$}  {line}")?;
+            }
+            let remedy = remedy.iter().flat_map(|remedy| wrap(remedy, room - 3));
+            for (number, line) in remedy.enumerate() {
+                let arrow = if number == 0 { "->" } else { "" };
+                writeln!(f, "{:<4}  {:<width$}  {arrow:<2} {line}", "", "")?;
             }
         }
         match (self.count(Status::Fail), self.count(Status::Warn)) {
             (0, 0) => writeln!(f, "\nThis host can run Coppice."),
+            (0, _) if !self.can_serve_pages => {
+                writeln!(
+                    f,
+                    "\nThis host can run VMs, but neither the page server nor the demonstration: see WARN above."
+                )
+            }
             (0, _) => writeln!(f, "\nThis host can run Coppice, within the limits marked WARN above."),
             _ => writeln!(f, "\nThis host cannot run Coppice: see FAIL above."),
         }
@@ -135,21 +179,29 @@ mod tests {
     use super::*;
 
     fn report() -> Report {
-        Report {
-            checks: vec![
-                Check::ok("a", "fine"),
-                Check::warn("longer.name", "slow", "do this"),
-                Check::info("c", "to know"),
-            ],
-        }
+        Report::of(vec![
+            Check::ok("a", "fine"),
+            Check::warn("longer.name", "slow", "do this"),
+            Check::info("c", "to know"),
+        ])
     }
 
     #[test]
     fn only_failures_make_a_host_impossible() {
-        let mut report = report();
-        assert_eq!(report.exit_code(), 0);
-        report.checks.push(Check::fail("d", "none", "get one"));
-        assert_eq!(report.exit_code(), 77);
+        let mut checks = report().checks;
+        assert_eq!(Report::of(checks.clone()).exit_code(), 0);
+        checks.push(Check::warn("userfaultfd.kernel_faults", "none", "get one"));
+        let report = Report::of(checks.clone());
+        assert_eq!((report.exit_code(), report.can_serve_pages), (0, false));
+        checks.push(Check::fail("d", "none", "get one"));
+        assert_eq!(Report::of(checks).exit_code(), 77);
+    }
+
+    #[test]
+    fn long_texts_are_cut_between_words() {
+        assert_eq!(wrap("one two three", 7), ["one two", "three"]);
+        assert_eq!(wrap("endlessword x", 4), ["endlessword", "x"]);
+        assert_eq!(wrap("", 4), [""]);
     }
 
     #[test]

@@ -2,19 +2,22 @@
 
 use std::process::ExitCode;
 use vmm::cli::{self, BAD_USAGE, Command};
+use vmm::logging::last_words;
 
 fn main() -> ExitCode {
-    let command = match Command::parse(std::env::args_os().skip(1)) {
+    let args: Vec<_> = std::env::args_os().skip(1).collect();
+    let help = Command::help_for(&args);
+    let command = match Command::parse(args) {
         Ok(command) => command,
         Err(error) => {
-            eprintln!("vmm: {error}; see vmm --help");
+            last_words(&format_args!("{error}; see {help}"));
             return exit(BAD_USAGE);
         }
     };
     match cli::run(command) {
         Ok(code) => exit(code),
         Err(error) => {
-            eprintln!("vmm: {error}");
+            last_words(&error);
             exit(error.exit_code())
         }
     }

@@ -15,6 +15,9 @@ pub enum AgentError {
     /// The connection could not be made or broke.
     #[error("no connection to the agent: {0}")]
     Io(#[from] io::Error),
+    /// It took too long.
+    #[error("the agent did not answer within {} s", .0.as_secs())]
+    Slow(Duration),
     /// What came is no frame.
     #[error(transparent)]
     Frame(#[from] FrameError),
@@ -83,7 +86,10 @@ impl AgentClient {
         if std::mem::take(&mut self.greeting_due) {
             self.receive_greeting(deadline)?;
         }
-        let answer = self.receive(deadline)?;
+        let answer = self.receive(deadline).map_err(|e| match e {
+            AgentError::Io(e) if e.kind() == io::ErrorKind::TimedOut => AgentError::Slow(self.patience),
+            other => other,
+        })?;
         match answer.body {
             _ if answer.id != id => Err(AgentError::Unexpected(answer.body)),
             Response::Refused(refusal) => Err(AgentError::Refused(refusal)),

@@ -9,13 +9,17 @@ use std::time::{Duration, Instant};
 
 /// How long to wait before asking again a listener whose queue is full.
 const RETRY: Duration = Duration::from_micros(500);
+/// Longest path of a Unix socket, in bytes.
+const MAX_PATH: usize = 107;
 
 /// Connects to a Unix socket. Unlike [`UnixStream::connect`] this does not wait for ever for a listener that does not
 /// accept. The stream that is returned blocks.
 pub fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
-    let address = SocketAddrUnix::new(path).map_err(|_| {
-        io::Error::new(io::ErrorKind::InvalidInput, "the path is longer than the 107 bytes that a Unix socket may have")
-    })?;
+    if path.as_os_str().len() > MAX_PATH {
+        let too_long = format!("the path is longer than the {MAX_PATH} bytes that a Unix socket may have");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, too_long));
+    }
+    let address = SocketAddrUnix::new(path)?;
     let deadline = Instant::now() + patience;
     let socket =
         socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)?;

@@ -60,7 +60,10 @@ impl Response {
     /// 200 with a document.
     pub fn document(document: &impl serde::Serialize) -> Self {
         match serde_json::to_vec(document) {
-            Ok(body) => Response { status: 200, body },
+            Ok(mut body) => {
+                body.push(b'\n');
+                Response { status: 200, body }
+            }
             Err(e) => Response::fault(500, &format!("cannot encode the answer: {e}")),
         }
     }

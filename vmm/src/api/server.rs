@@ -9,12 +9,18 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::timerfd::TimerFd;
 
 use uffd_handler::listener::{ListenError, Listener};
 
-/// Clients at a time; a further one takes the place of another.
+/// Clients at a time; further ones wait in the socket's queue.
 const MAX_CLIENTS: usize = 32;
+/// How long a client may be silent while others wait.
+const SILENCE: Duration = Duration::from_secs(1);
+/// How often silent clients are looked for while others wait.
+const TICK: Duration = Duration::from_millis(250);
 /// How many bytes of answers may wait for a client that does not read them.
 const MAX_UNSENT: usize = 256 * 1024;
 
@@ -26,6 +32,8 @@ pub type ClientId = RawFd;
 pub struct Server {
     listener: Listener,
     clients: BTreeMap<ClientId, Client>,
+    /// Runs while no further client can be accepted.
+    timer: TimerFd,
     /// Counts clients ever accepted, so that an answer that comes late never reaches a later client on the same number.
     accepted: u64,
 }
@@ -42,11 +50,13 @@ pub struct Pending {
 struct Client {
     stream: UnixStream,
     serial: u64,
+    /// When it last said something or was answered.
+    heard: Instant,
     received: Vec<u8>,
     unsent: Vec<u8>,
     /// A request whose answer comes later; further ones wait.
     waiting: bool,
-    /// The client will send nothing more, but may still read.
+    /// The client says nothing more.
     ended: bool,
     /// Close when everything is sent.
     closing: bool,
@@ -55,24 +65,37 @@ struct Client {
 impl Server {
     /// Listens at `path`, for the owner alone.
     pub fn listen(path: &Path) -> Result<Self, ListenError> {
-        Ok(Server { listener: Listener::bind(path)?, clients: BTreeMap::new(), accepted: 0 })
+        let timer = TimerFd::new().map_err(|error| ListenError::Failed {
+            step: "make a timer for",
+            path: path.to_owned(),
+            source: error.into(),
+        })?;
+        Ok(Server { listener: Listener::bind(path)?, clients: BTreeMap::new(), timer, accepted: 0 })
     }
 
-    /// What to watch the listening socket for. Edges only: a client that cannot be accepted now, for lack of descriptors,
-    /// is not asked about again and again, but when the next one comes.
-    pub fn listener_events(&self) -> Events {
-        Events::new(&self.listener, EventSet::IN | EventSet::EDGE_TRIGGERED)
+    /// The listening socket.
+    pub fn listener(&self) -> &Listener {
+        &self.listener
+    }
+
+    /// What is to be watched for input from the start.
+    pub fn sources(&self) -> [RawFd; 2] {
+        [self.listener.as_raw_fd(), self.timer.as_raw_fd()]
     }
 
     /// Whether events of `fd` belong here.
     pub fn owns(&self, fd: RawFd) -> bool {
-        fd == self.listener.as_raw_fd() || self.clients.contains_key(&fd)
+        self.sources().contains(&fd) || self.clients.contains_key(&fd)
     }
 
     /// Handles an event of one of this server's descriptors, and returns the requests that have arrived.
     pub fn on_event(&mut self, events: Events, ops: &mut EventOps) -> Vec<(Pending, Request)> {
-        if events.fd() == self.listener.as_raw_fd() {
+        if events.fd() == self.listener().as_raw_fd() {
             self.accept(ops);
+            return Vec::new();
+        }
+        if events.fd() == self.timer.as_raw_fd() {
+            self.send_silent_away(ops);
             return Vec::new();
         }
         let id = events.fd();
@@ -91,21 +114,29 @@ impl Server {
             return Vec::new();
         };
         client.waiting = false;
+        client.heard = Instant::now();
         client.queue(response, to.keep_alive);
         self.next_requests(to.id, ops)
     }
 
     fn accept(&mut self, ops: &mut EventOps) {
-        while let Ok(Some(stream)) = self.listener.accept() {
-            if self.clients.len() >= MAX_CLIENTS {
-                self.make_room(ops);
-            }
+        while self.clients.len() < MAX_CLIENTS {
+            let stream = match self.listener.accept() {
+                Ok(Some(stream)) => stream,
+                Ok(None) => return,
+                Err(error) => {
+                    // It would be reported again and again.
+                    log::warn!("a client of the API cannot be accepted: {error}; trying again in {TICK:?}");
+                    break;
+                }
+            };
             if stream.set_nonblocking(true).is_err() || ops.add(Events::new(&stream, EventSet::IN)).is_err() {
                 continue;
             }
             self.accepted += 1;
             let client = Client {
                 serial: self.accepted,
+                heard: Instant::now(),
                 received: Vec::new(),
                 unsent: Vec::new(),
                 waiting: false,
@@ -115,20 +146,34 @@ impl Server {
             };
             self.clients.insert(client.stream.as_raw_fd(), client);
         }
+        // No room: look at the queue again when a client has gone, or some time later.
+        let _ = ops.modify(Events::new(self.listener(), EventSet::empty()));
+        let _ = self.timer.reset(TICK, Some(TICK));
     }
 
-    /// Parts with a client: one that has asked nothing, if there is one, and else the one that came first.
-    fn make_room(&mut self, ops: &mut EventOps) {
-        let oldest = self.clients.iter().min_by_key(|(_, client)| (client.waiting, client.serial)).map(|(id, _)| *id);
-        if let Some(id) = oldest {
+    /// Makes room for clients that may be waiting.
+    fn send_silent_away(&mut self, ops: &mut EventOps) {
+        let _ = self.timer.wait();
+        let silent = |client: &Client| !client.waiting && client.heard.elapsed() >= SILENCE;
+        let silent: Vec<_> = self.clients.iter().filter(|(_, client)| silent(client)).map(|(id, _)| *id).collect();
+        for id in silent {
             self.close(id, ops);
         }
+        if self.clients.len() < MAX_CLIENTS {
+            self.look_at_queue(ops);
+        }
+    }
+
+    fn look_at_queue(&mut self, ops: &mut EventOps) {
+        let _ = ops.modify(Events::new(self.listener(), EventSet::IN));
+        let _ = self.timer.clear();
     }
 
     fn close(&mut self, id: ClientId, ops: &mut EventOps) {
         if let Some(client) = self.clients.remove(&id) {
             let _ = ops.remove(Events::empty(&client.stream));
         }
+        self.look_at_queue(ops);
     }
 
     /// Takes the requests that are complete, answers those that are no requests, sends what can be sent.
@@ -137,8 +182,8 @@ impl Server {
         let mut requests = Vec::new();
         while !client.waiting && !client.closing {
             match http::parse(&client.received) {
-                Parsed::Partial { .. } if client.ended => client.closing = true,
                 Parsed::Partial { expect_continue } => {
+                    client.closing |= client.ended;
                     if expect_continue {
                         client.unsent.extend(http::CONTINUE);
                     }
@@ -186,11 +231,18 @@ impl Client {
         let mut chunk = [0; 4096];
         while events.contains(EventSet::IN) && self.received.len() <= http::MAX_HEAD + http::MAX_BODY {
             match self.stream.read(&mut chunk) {
+                Ok(0) if self.received.is_empty() && self.unsent.is_empty() => {
+                    return Err(ErrorKind::UnexpectedEof.into());
+                }
+                // What it has said before is answered.
                 Ok(0) => {
                     self.ended = true;
                     break;
                 }
-                Ok(n) => self.received.extend_from_slice(&chunk[..n]),
+                Ok(n) => {
+                    self.heard = Instant::now();
+                    self.received.extend_from_slice(&chunk[..n]);
+                }
                 Err(e) if e.kind() == ErrorKind::WouldBlock => break,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) => return Err(e),

@@ -41,7 +41,7 @@ pub enum CliError {
         source: io::Error,
     },
     /// A configuration file that is none.
-    #[error("the configuration {path} is not what it should be: {source}")]
+    #[error("the configuration {path} is not what it should be: {source}; docs/operations.md lists its fields")]
     BadConfig {
         /// The file.
         path: PathBuf,
@@ -94,6 +94,8 @@ impl CliError {
 
 /// Does what a command line asks for, and returns the exit code of a command that did not fail.
 pub fn run(command: Command) -> Result<i32, CliError> {
+    // Without it a full disk is still reported, only a limit on file sizes is not.
+    let _ = uffd_handler::process::survive_file_size_limit();
     match command {
         Command::Help(text) => print(text),
         Command::Version => print(&format!("vmm {}\n", env!("CARGO_PKG_VERSION"))),
@@ -106,7 +108,7 @@ pub fn run(command: Command) -> Result<i32, CliError> {
         }
         Command::GuestExport(path) => {
             let write = |source| CliError::Write { path: path.clone(), source };
-            fs::write(&path, EMBEDDED_GUEST).map_err(write)?;
+            export_guest(&path).map_err(write)?;
             Ok(DONE)
         }
         Command::PageServer(options) => {
@@ -118,6 +120,16 @@ pub fn run(command: Command) -> Result<i32, CliError> {
             print(&if json { to_json(&report) } else { report.to_string() })
         }
     }
+}
+
+/// Writes the embedded guest whole, or leaves no file.
+fn export_guest(path: &Path) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(EMBEDDED_GUEST).inspect_err(|_| {
+        if file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+            let _ = fs::remove_file(path);
+        }
+    })
 }
 
 fn to_json(document: &impl serde::Serialize) -> String {

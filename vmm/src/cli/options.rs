@@ -31,7 +31,7 @@ Options:
   --id NAME              the VM's name in the API (default `anonymous-instance`)
   --end-with-parent      end, as on SIGTERM, when the process that started this one ends
   --log-level LEVEL      error, warn, info, debug or trace (default `warn`); the log goes to standard error
-  --help, --version
+  --help (-h), --version (-V)
 
 The guest's console COM1 is standard input and output.
 Ends with 0 when the guest has reset its machine or powered it off, or on SIGTERM or SIGINT, 1 on failure, 2 on bad
@@ -147,7 +147,17 @@ impl Command {
             Some("guest") => parse_guest(rest),
             Some("snapshot") => parse_snapshot(rest),
             Some("uffd-handler") => parse_page_server(rest),
+            Some("help") => Ok(Command::Help(USAGE)),
             _ => parse_run(args),
+        }
+    }
+
+    /// The command whose `--help` says more about these arguments.
+    pub fn help_for(args: &[OsString]) -> &'static str {
+        match args.first().and_then(|first| first.to_str()) {
+            Some("demo") => "vmm demo --help",
+            Some("uffd-handler") => "vmm uffd-handler --help",
+            _ => "vmm --help",
         }
     }
 }
@@ -183,9 +193,11 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             Long("api-sock") => options.api_sock = Some(parser.value()?.into()),
             Long("id") => options.id = parser.value()?.string()?,
             Long("end-with-parent") => options.end_with_parent = true,
-            Long("log-level") => options.log_level = parser.value()?.parse()?,
+            Long("log-level") => {
+                options.log_level = value(&mut parser, "--log-level", "error, warn, info, debug or trace")?;
+            }
             Long("help") | Short('h') => return Ok(Command::Help(USAGE)),
-            Long("version") => return Ok(Command::Version),
+            Long("version") | Short('V') => return Ok(Command::Version),
             other => return Err(other.unexpected().into()),
         }
     }
@@ -212,16 +224,24 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
     Ok(Command::Run(options))
 }
 
+/// The value of an option, or an error that names both.
+fn value<T: std::str::FromStr>(parser: &mut lexopt::Parser, option: &str, wanted: &str) -> Result<T, UsageError> {
+    let text = parser.value()?;
+    let parsed = text.to_str().and_then(|text| text.parse().ok());
+    let wrong = || lexopt::Error::from(format!("{option} {}: must be {wanted}", text.to_string_lossy()));
+    Ok(parsed.ok_or_else(wrong)?)
+}
+
 fn parse_demo(args: Vec<OsString>) -> Result<Command, UsageError> {
     use lexopt::prelude::*;
     let mut options = DemoOptions::default();
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
         match arg {
-            Long("clones") => options.clones = parser.value()?.parse()?,
-            Long("memory") => options.memory_mib = parser.value()?.parse()?,
-            Long("working-set") => options.working_set_mib = parser.value()?.parse()?,
-            Long("vcpus") => options.vcpus = parser.value()?.parse()?,
+            Long("clones") => options.clones = value(&mut parser, "--clones", "a number")?,
+            Long("memory") => options.memory_mib = value(&mut parser, "--memory", "a number of MiB")?,
+            Long("working-set") => options.working_set_mib = value(&mut parser, "--working-set", "a number of MiB")?,
+            Long("vcpus") => options.vcpus = value(&mut parser, "--vcpus", "a number")?,
             Long("dir") => options.dir = Some(parser.value()?.into()),
             Long("no-reseed") => options.reseed = false,
             Long("json") => options.json = true,
@@ -248,30 +268,43 @@ fn parse_doctor(args: Vec<OsString>) -> Result<Command, UsageError> {
 }
 
 fn parse_guest(args: Vec<OsString>) -> Result<Command, UsageError> {
-    match <[OsString; 2]>::try_from(args) {
-        Ok([verb, path]) if verb == "export" => Ok(Command::GuestExport(path.into())),
-        _ => Err(UsageError::Missing("`guest` takes `export FILE`")),
+    match verb_and_path(args)? {
+        Some(Parsed { verb, path: Some(path), json: false }) if verb == "export" => Ok(Command::GuestExport(path)),
+        Some(_) => Err(UsageError::Missing("`guest` takes `export FILE`")),
+        None => Ok(Command::Help(USAGE)),
     }
 }
 
 fn parse_snapshot(args: Vec<OsString>) -> Result<Command, UsageError> {
-    const WANTED: UsageError = UsageError::Missing("`snapshot` takes `verify SNAPSHOT [--json]`");
+    match verb_and_path(args)? {
+        Some(Parsed { verb, path: Some(path), json }) if verb == "verify" => Ok(Command::Verify { path, json }),
+        Some(_) => Err(UsageError::Missing("`snapshot` takes `verify SNAPSHOT [--json]`")),
+        None => Ok(Command::Help(USAGE)),
+    }
+}
+
+/// The arguments of a subcommand that takes a verb and a path.
+struct Parsed {
+    verb: OsString,
+    path: Option<PathBuf>,
+    json: bool,
+}
+
+/// Parses them; `None` if help is asked for.
+fn verb_and_path(args: Vec<OsString>) -> Result<Option<Parsed>, UsageError> {
     use lexopt::prelude::*;
     let (mut verb, mut path, mut json) = (None, None, false);
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
         match arg {
             Long("json") => json = true,
-            Long("help") | Short('h') => return Ok(Command::Help(USAGE)),
+            Long("help") | Short('h') => return Ok(None),
             Value(value) if verb.is_none() => verb = Some(value),
             Value(value) if path.is_none() => path = Some(PathBuf::from(value)),
             other => return Err(other.unexpected().into()),
         }
     }
-    match (verb, path) {
-        (Some(verb), Some(path)) if verb == "verify" => Ok(Command::Verify { path, json }),
-        _ => Err(WANTED),
-    }
+    Ok(Some(Parsed { verb: verb.unwrap_or_default(), path, json }))
 }
 
 fn parse_page_server(args: Vec<OsString>) -> Result<Command, UsageError> {
@@ -311,10 +344,13 @@ mod tests {
             "--nonsense",
             "guest",
             "guest export",
+            "guest export --json f",
+            "guest export --unknown",
             "snapshot verify",
             "demo --clones 0",
             "demo --memory 1",
             "demo --memory 64 --working-set 64",
+            "demo --working-set 18446744073709551615",
             "uffd-handler --socket s",
         ] {
             assert!(parse(line).is_err(), "{line}");

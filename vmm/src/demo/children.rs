@@ -4,15 +4,14 @@ use super::{DemoError, io_error};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::File;
 use std::io;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use uffd_handler::process::Signals;
 
 /// Starts processes of this same program.
 pub struct Children {
     program: PathBuf,
-    signals: Signals,
 }
 
 /// A process, which ends when this is dropped.
@@ -27,23 +26,19 @@ const LAST_ORDERS: Duration = Duration::from_secs(2);
 
 impl Children {
     /// Finds this program.
-    pub fn new(signals: Signals) -> Result<Self, DemoError> {
+    pub fn new() -> Result<Self, DemoError> {
         let program = std::env::current_exe().map_err(io_error("cannot find this program's own file"))?;
-        Ok(Children { program, signals })
-    }
-
-    /// Fails if this process was asked to end.
-    pub fn check_signals(&self) -> Result<(), DemoError> {
-        if self.signals.is_pending() { Err(DemoError::Interrupted) } else { Ok(()) }
+        Ok(Children { program })
     }
 
     /// Starts this program with the arguments that `arguments` adds; its log goes to `log`.
     pub fn start(&self, name: &str, log: &Path, arguments: impl FnOnce(&mut Command)) -> Result<Child, DemoError> {
-        self.check_signals()?;
         let log_file = File::create(log).map_err(io_error(format!("cannot write {}", log.display())))?;
         let mut command = Command::new(&self.program);
         arguments(&mut command);
         command.arg("--end-with-parent");
+        // Ctrl-C is for us, who then end the children: in the order that leaves nothing behind.
+        command.process_group(0);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log_file);
         let process = command.spawn().map_err(io_error(format!("cannot start the process of the {name}")))?;
         Ok(Child { name: name.to_owned(), process, log: log.to_owned() })
@@ -61,18 +56,22 @@ impl Child {
         let status = self.process.try_wait().map_err(io_error(format!("cannot look after {}", self.name)))?;
         let Some(status) = status else { return Ok(()) };
         let log = std::fs::read_to_string(&self.log).unwrap_or_default();
-        let last_words = log.lines().last().unwrap_or("its log is empty").to_owned();
+        let last = log.lines().last().unwrap_or("its log is empty");
+        let last_words = last.strip_prefix("vmm: ").unwrap_or(last).to_owned();
         Err(DemoError::Ended { name: self.name.clone(), status, last_words })
     }
 
-    fn end(&mut self) -> io::Result<()> {
-        if self.process.try_wait()?.is_some() {
-            return Ok(());
-        }
-        // The process has not been waited for, so its number is still its own.
-        if let Some(pid) = Pid::from_raw(self.process.id() as i32) {
+    /// Asks the process to end, without waiting for it.
+    pub fn ask_to_end(&mut self) {
+        // As long as the process has not been waited for, its number is its own.
+        let alive = matches!(self.process.try_wait(), Ok(None));
+        if let Some(pid) = Pid::from_raw(self.process.id() as i32).filter(|_| alive) {
             let _ = kill_process(pid, Signal::TERM);
         }
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        self.ask_to_end();
         let deadline = Instant::now() + LAST_ORDERS;
         while Instant::now() < deadline {
             if self.process.try_wait()?.is_some() {

@@ -5,6 +5,8 @@ mod children;
 mod report;
 mod smaps;
 
+use crate::machine::config;
+use crate::memory::layout;
 use api_spec::agent::pattern::Checksum;
 use api_spec::agent::{Pages, Request, Response, Resumed};
 use api_spec::client::agent::AgentError;
@@ -20,6 +22,7 @@ use std::hash::Hash;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use uffd_handler::listener::check_path;
 use uffd_handler::process::Signals;
 
 /// What `vmm demo --help` prints.
@@ -29,15 +32,15 @@ userfaultfd, talks to each of them, and prints what happened.
 
 Usage: vmm demo [options]
 
-  --clones N       how many clones (default 20)
-  --memory MIB     guest memory (default 128)
+  --clones N         how many clones, 1 to 10000 (default 20)
+  --memory MIB       guest memory, 8 or more (default 128)
   --working-set MIB  memory that the guest fills at boot and every clone reads (default 8)
-  --vcpus N        1 to 4 (default 1)
-  --dir DIR        where to work (default: a temporary directory, removed at the end)
-  --no-reseed      do not give clones an identity of their own: shows that the checks can fail
-  --json           print one JSON document instead of a table
+  --vcpus N          1 to 4 (default 1)
+  --dir DIR          where to work; what is made there is kept (default: a temporary directory, removed at the end)
+  --no-reseed        do not give clones an identity of their own: shows that the checks can fail
+  --json             print one JSON document instead of a table
 
-Ends with 0 if every check held, 1 if one did not, and 77 if this host cannot run microVMs.
+Ends with 0 if every check held, 1 if one did not or a signal came, 2 on bad usage, and 77 if this host cannot run microVMs.
 ";
 
 /// What to demonstrate.
@@ -67,6 +70,8 @@ impl Default for DemoOptions {
 
 /// Memory of the guest that is no work page, in MiB, generously.
 const GUEST_OWN_MIB: u64 = 4;
+/// Least guest memory, in MiB.
+const LEAST_MIB: u64 = 8;
 const MAX_CLONES: u32 = 10_000;
 
 impl DemoOptions {
@@ -75,14 +80,25 @@ impl DemoOptions {
         if !(1..=MAX_CLONES).contains(&self.clones) {
             return Err(format!("--clones {}: must be 1 to {MAX_CLONES}", self.clones));
         }
-        if self.working_set_mib < 1 || self.working_set_mib + GUEST_OWN_MIB > self.memory_mib {
-            let most = self.memory_mib.saturating_sub(GUEST_OWN_MIB);
-            return Err(format!(
-                "--working-set {}: must be 1 to {most} with --memory {}",
-                self.working_set_mib, self.memory_mib
-            ));
+        if !(1..=config::MAX_VCPUS).contains(&self.vcpus) {
+            return Err(format!("--vcpus {}: must be 1 to {}", self.vcpus, config::MAX_VCPUS));
         }
-        crate::machine::config::check_machine(&self.machine()).map_err(|e| e.to_string())
+        if !(LEAST_MIB..=layout::MAX_MIB).contains(&self.memory_mib) {
+            return Err(format!("--memory {}: must be {LEAST_MIB} to {}", self.memory_mib, layout::MAX_MIB));
+        }
+        // The embedded guest uses what lies below the hole for devices.
+        let most = self.memory_mib.min(layout::HOLE_START >> 20) - GUEST_OWN_MIB;
+        if !(1..=most).contains(&self.working_set_mib) {
+            let (working_set, memory) = (self.working_set_mib, self.memory_mib);
+            return Err(format!("--working-set {working_set}: must be 1 to {most} with --memory {memory}"));
+        }
+        Ok(())
+    }
+
+    /// How long a guest may take to answer: a large working set takes its time, most of all where its pages come one by
+    /// one.
+    fn patience(&self) -> Duration {
+        PATIENCE + Duration::from_millis(50 * self.working_set_mib)
     }
 
     fn machine(&self) -> MachineConfig {
@@ -106,6 +122,9 @@ pub enum DemoError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// Sockets would not fit.
+    #[error("{0} is too long a path for the sockets that are made in it; name a shorter one with --dir, or set TMPDIR")]
+    LongDirectory(PathBuf),
     /// A process ended that should not have.
     #[error("{name} ended ({status}): {last_words}")]
     Ended {
@@ -140,12 +159,12 @@ pub enum DemoError {
         /// What went wrong.
         source: RestError,
     },
-    /// Asked to end by a signal.
-    #[error("interrupted; everything that was started has been ended")]
-    Interrupted,
     /// The snapshot.
     #[error(transparent)]
     Verify(#[from] snapshot::verify::VerifyError),
+    /// A signal.
+    #[error("interrupted by a signal; every process of the demonstration has ended, start it again to see it")]
+    Interrupted,
     /// Checks that did not hold.
     #[error("{0} of {1} checks did not hold; the report names them")]
     Checks(usize, usize),
@@ -250,14 +269,20 @@ struct Seen {
 
 /// Runs the demonstration and prints its report.
 pub fn run(options: &DemoOptions) -> Result<(), DemoError> {
+    // A signal is looked for at each step, so that children, sockets and files are cleared away. Ctrl-C reaches the
+    // children too, which end in good order.
     let signals = Signals::catch().map_err(io_error("cannot block signals"))?;
     let workplace = Workplace::new(options.dir.as_deref())?;
-    let report = Demo { options, workplace: &workplace, children: Children::new(signals)? }.run()?;
+    let demo = Demo { options, workplace: &workplace, children: Children::new()?, signals };
+    // What fails after a signal fails because of it.
+    let report = demo.run();
+    clear_progress();
+    let report = report.map_err(|e| if demo.signals.have_come() { DemoError::Interrupted } else { e })?;
     let text = if options.json { report.to_json() } else { report.to_string() };
     io::stdout().write_all(text.as_bytes()).map_err(io_error("cannot write to standard output"))?;
-    match report.failed_checks() {
-        (0, _) => Ok(()),
-        (failed, all) => Err(DemoError::Checks(failed, all)),
+    match report.checks_failed {
+        0 => Ok(()),
+        failed => Err(DemoError::Checks(failed, report.checks)),
     }
 }
 
@@ -267,8 +292,14 @@ struct Workplace {
     _temporary: Option<tempfile::TempDir>,
 }
 
+/// The longest name of a socket in the directory.
+const LONGEST_SOCKET: &str = "9999.vsock.";
+
 impl Workplace {
     fn new(dir: Option<&Path>) -> Result<Self, DemoError> {
+        let above = dir.map_or_else(std::env::temp_dir, Path::to_owned);
+        let below = if dir.is_some() { "" } else { "coppice-XXXXXX" };
+        check_path(&above.join(below).join(LONGEST_SOCKET)).map_err(|_| DemoError::LongDirectory(above))?;
         match dir {
             Some(dir) => {
                 std::fs::create_dir_all(dir).map_err(io_error(format!("cannot create {}", dir.display())))?;
@@ -291,6 +322,7 @@ struct Demo<'a> {
     options: &'a DemoOptions,
     workplace: &'a Workplace,
     children: Children,
+    signals: Signals,
 }
 
 impl Demo<'_> {
@@ -300,23 +332,26 @@ impl Demo<'_> {
         let (mut parent, boot) = self.boot()?;
         let template = self.prepare(&mut parent)?;
 
+        self.go_on()?;
         progress("taking a snapshot");
         let snapshot = self.workplace.join("snapshot");
         let status = self.snapshot(&snapshot)?;
         let image_before = snapshot::verify::verify(&snapshot)?;
 
+        self.go_on()?;
         progress("starting the page server");
         let (_server, metrics_path) = self.start_page_server(&snapshot)?;
 
         let (mut guests, mut reports, mut seen) = (Vec::new(), Vec::new(), Vec::new());
         for id in 0..self.options.clones {
-            self.children.check_signals()?;
+            self.go_on()?;
             progress(&format!("restoring clone {} of {}", id + 1, self.options.clones));
             let (mut guest, restored) = self.restore(id, &snapshot)?;
             reports.push(self.examine(id, &mut guest, restored, &template, &mut seen)?);
             guests.push(guest);
         }
 
+        self.go_on()?;
         progress("reading everything back");
         let metrics =
             metrics::read(&metrics_path, PATIENCE).map_err(io_error("cannot read the page server's metrics"))?;
@@ -330,8 +365,15 @@ impl Demo<'_> {
             report.isolated = others_intact && self.holds_only_its_own(report.id, guest)?;
             self.measure(report, guest, &metrics)?;
         }
-        clear_progress();
-        Ok(Report::new(self.options, boot, status, reports, image_digest_unchanged, &metrics, started.elapsed()))
+        let total = started.elapsed();
+        progress("ending the clones");
+        guests.iter_mut().for_each(|guest| guest.child.ask_to_end());
+        Ok(Report::new(self.options, boot, status, reports, image_digest_unchanged, &metrics, total))
+    }
+
+    /// Fails if a signal has come.
+    fn go_on(&self) -> Result<(), DemoError> {
+        if self.signals.have_come() { Err(DemoError::Interrupted) } else { Ok(()) }
     }
 
     fn boot(&self) -> Result<(Guest, Duration), DemoError> {
@@ -350,7 +392,7 @@ impl Demo<'_> {
         let child = self.children.start("parent", &self.workplace.join("parent.log"), |vmm| {
             vmm.arg("--config").arg(&config_path).arg("--api-sock").arg(self.workplace.join("api.sock"));
         })?;
-        let guest = first_reply("the guest", child, &vsock, Request::Ping { token: 0 })?;
+        let guest = self.first_reply("the guest", child, &vsock, Request::Ping { token: 0 })?;
         Ok((guest, started.elapsed()))
     }
 
@@ -385,6 +427,7 @@ impl Demo<'_> {
         })?;
         let deadline = Instant::now() + PATIENCE;
         while metrics::read(&metrics, PATIENCE).is_err() {
+            self.go_on()?;
             server.check_alive()?;
             if Instant::now() > deadline {
                 return Err(io_error("the page server does not answer")(io::ErrorKind::TimedOut.into()));
@@ -412,8 +455,28 @@ impl Demo<'_> {
                 vmm.arg("--same-generation");
             }
         })?;
-        let guest = first_reply(&name, child, &vsock, first)?;
+        let guest = self.first_reply(&name, child, &vsock, first)?;
         Ok((guest, started.elapsed()))
+    }
+
+    /// Waits for a guest's first reply; if its process ends instead, says why.
+    fn first_reply(&self, name: &str, mut child: Child, vsock: &Path, request: Request) -> Result<Guest, DemoError> {
+        let deadline = Instant::now() + PATIENCE;
+        // In slices, so that a process that fails at once is noticed at once.
+        const SLICE: Duration = Duration::from_millis(100);
+        loop {
+            self.go_on()?;
+            let slice = deadline.min(Instant::now() + SLICE);
+            match AgentClient::first_reply(vsock, self.options.patience(), slice, request) {
+                Ok((agent, _)) => return Ok(Guest { name: name.to_owned(), child, agent }),
+                Err(source) => {
+                    child.check_alive()?;
+                    if Instant::now() >= deadline {
+                        return Err(DemoError::Agent { name: name.to_owned(), source });
+                    }
+                }
+            }
+        }
     }
 
     /// Asks a clone for everything that can be asked while it is alone, and lets it write.
@@ -456,6 +519,7 @@ impl Demo<'_> {
         report.pss_kib = memory.pss_kib;
         let session = metrics.sessions.iter().find(|session| session.pid == pid);
         report.uffd_events = session.map(|session| session.uffd_events);
+        report.served = session.is_some();
         Ok(())
     }
 }
@@ -466,25 +530,6 @@ fn own_pages() -> Pages {
 
 fn own_value(id: u32) -> u64 {
     0x1000_0000 + u64::from(id)
-}
-
-/// Waits for a guest's first reply; if its process ends instead, says why.
-fn first_reply(name: &str, mut child: Child, vsock: &Path, request: Request) -> Result<Guest, DemoError> {
-    let deadline = Instant::now() + PATIENCE;
-    // In slices, so that a process that fails at once is noticed at once.
-    const SLICE: Duration = Duration::from_millis(100);
-    loop {
-        let slice = deadline.min(Instant::now() + SLICE);
-        match AgentClient::first_reply(vsock, PATIENCE, slice, request) {
-            Ok((agent, _)) => return Ok(Guest { name: name.to_owned(), child, agent }),
-            Err(source) => {
-                child.check_alive()?;
-                if Instant::now() >= deadline {
-                    return Err(DemoError::Agent { name: name.to_owned(), source });
-                }
-            }
-        }
-    }
 }
 
 /// A fresh identity for a clone.

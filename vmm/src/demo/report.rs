@@ -33,6 +33,10 @@ pub struct Report {
     pub store_pages: u64,
     /// All of it, in milliseconds.
     pub total_ms: f64,
+    /// How many things were checked: those of each clone, and the image.
+    pub checks: usize,
+    /// How many of them did not hold.
+    pub checks_failed: usize,
 }
 
 /// A host.
@@ -75,6 +79,8 @@ pub struct CloneReport {
     pub generation_unique: bool,
     /// It has what it wrote and else what was snapshotted, as have the parent and the image.
     pub isolated: bool,
+    /// The page server knows it.
+    pub served: bool,
 }
 
 impl CloneReport {
@@ -86,7 +92,7 @@ impl CloneReport {
             ("random", self.random_unique),
             ("generation", self.generation_unique),
             ("isolated", self.isolated),
-            ("served", self.uffd_events.is_some()),
+            ("served", self.served),
         ]
     }
 }
@@ -109,7 +115,7 @@ impl Report {
             kernel: facts.kernel,
             ring0_emulated: crate::vcpu::ring0_is_emulated(),
         };
-        Report {
+        let mut report = Report {
             boot_ms: ms(boot),
             snapshot_pause_us: snapshot.pause_us,
             snapshot_total_ms: ms(Duration::from_micros(snapshot.total_us)),
@@ -121,11 +127,15 @@ impl Report {
             image_digest_unchanged,
             store_pages: metrics.stores.iter().map(|store| store.filled_pages).sum(),
             total_ms: ms(total),
-        }
+            checks: 0,
+            checks_failed: 0,
+        };
+        (report.checks_failed, report.checks) = report.count_checks();
+        report
     }
 
     /// How many checks did not hold, and how many there were.
-    pub(super) fn failed_checks(&self) -> (usize, usize) {
+    fn count_checks(&self) -> (usize, usize) {
         let checks = self.clones.iter().flat_map(|clone| clone.checks().map(|(_, held)| held));
         let (failed, all) = checks.fold((0, 0), |(failed, all), held| (failed + usize::from(!held), all + 1));
         (failed + usize::from(!self.image_digest_unchanged), all + 1)
@@ -141,75 +151,103 @@ impl Report {
 fn time(us: u64) -> String {
     match us {
         0..=9_999 => format!("{us} us"),
-        _ => format!("{:.1} ms", us as f64 / 1e3),
+        10_000..=999_999 => format!("{:.1} ms", us as f64 / 1e3),
+        _ => format!("{:.1} s", us as f64 / 1e6),
     }
+}
+
+/// A number of things.
+fn count(n: usize, thing: &str) -> String {
+    format!("{n} {thing}{}", if n == 1 { "" } else { "s" })
 }
 
 /// An amount of memory, in the unit that reads best.
 fn size(kib: u64) -> String {
     match kib {
         0..=9_999 => format!("{kib} KiB"),
-        _ => format!("{:.1} MiB", kib as f64 / 1024.0),
+        10_000..=1_023_999 => format!("{:.1} MiB", kib as f64 / 1024.0),
+        _ => format!("{:.1} GiB", kib as f64 / f64::from(1 << 20)),
     }
 }
 
+/// The value in the middle, or between the two that are.
 fn median(mut values: Vec<u64>) -> u64 {
     values.sort_unstable();
-    values.get(values.len() / 2).copied().unwrap_or(0)
+    let middle = values.len() / 2;
+    match values.get(middle) {
+        None => 0,
+        Some(upper) if values.len() % 2 == 1 => *upper,
+        Some(upper) => (values[middle - 1] + upper) / 2,
+    }
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Host { cpu, cpus, kernel, ring0_emulated } = &self.host;
         let emulated = if *ring0_emulated { ", KVM emulates ring 0" } else { "" };
-        writeln!(f, "host      {cpu}, {cpus} CPUs, Linux {kernel}{emulated}")?;
+        writeln!(f, "host      {cpu}, {}, Linux {kernel}{emulated}", count(*cpus, "CPU"))?;
+        let (memory, working_set) = (self.memory_mib, self.working_set_mib);
+        writeln!(f, "guest     {memory} MiB, {}, working set {working_set} MiB\n", count(self.vcpus.into(), "vCPU"))?;
+        writeln!(f, "boot      {:>9}   process start to the agent's first reply", time((self.boot_ms * 1e3) as u64))?;
         writeln!(
             f,
-            "guest     {} MiB, {} vCPU, working set {} MiB\n",
-            self.memory_mib, self.vcpus, self.working_set_mib
-        )?;
-        writeln!(f, "boot      {:>10}   process start to the agent's first reply", time((self.boot_ms * 1e3) as u64))?;
-        writeln!(
-            f,
-            "snapshot  {:>10}   of which the guest stood still {}\n",
+            "snapshot  {:>9}   of which the guest stood still {}\n",
             time((self.snapshot_total_ms * 1e3) as u64),
             time(self.snapshot_pause_us)
         )?;
-        writeln!(f, "clone   first reply   page faults       private      shared         share   checks")?;
-        writeln!(f, "                        to server    (it wrote)                     (PSS)")?;
+        writeln!(f, "clone  first reply  page faults     private      shared       share  checks")?;
+        writeln!(f, "                      to server  (it wrote)                   (PSS)")?;
         for clone in &self.clones {
-            let failed: Vec<_> = clone.checks().into_iter().filter(|(_, held)| !held).map(|(name, _)| name).collect();
-            let checks = if failed.is_empty() { "ok".to_owned() } else { format!("FAILED: {}", failed.join(", ")) };
+            let held = clone.checks().iter().all(|(_, held)| *held);
             let events = clone.uffd_events.map_or("?".to_owned(), |events| events.to_string());
             writeln!(
                 f,
-                "{:>5}   {:>11}   {:>11}   {:>11}   {:>9}   {:>11}   {checks}",
+                "{:>5}  {:>11}  {:>11}  {:>10}  {:>10}  {:>10}  {}",
                 clone.id,
                 time(clone.restore_to_reply_us),
                 events,
                 size(clone.private_kib),
                 size(clone.shared_kib),
-                size(clone.pss_kib)
+                size(clone.pss_kib),
+                if held { "ok" } else { "FAILED" }
             )?;
         }
         let pick = |value: fn(&CloneReport) -> u64| self.clones.iter().map(value).collect::<Vec<_>>();
         let events: u64 = self.clones.iter().filter_map(|clone| clone.uffd_events).sum();
         writeln!(
             f,
-            "  all   {:>11}   {:>11}   {:>11}   {:>9}   {:>11}",
-            format!("p50 {}", time(median(pick(|c| c.restore_to_reply_us)))),
+            "  all  {:>11}  {:>11}  {:>10}  {:>10}  {:>10}",
+            format!("~ {}", time(median(pick(|c| c.restore_to_reply_us)))),
             events,
             size(pick(|c| c.private_kib).iter().sum()),
             "",
             size(pick(|c| c.pss_kib).iter().sum())
         )?;
+        self.write_failures(f)?;
         let image = if self.image_digest_unchanged { "unchanged" } else { "CHANGED" };
-        writeln!(f, "\nstore     {:>10}   filled by the page server, once for all clones", size(self.store_pages * 4))?;
-        writeln!(f, "image     {image:>10}   by its digest, after all clones have written")?;
-        let (failed, all) = self.failed_checks();
-        let verdict =
-            if failed == 0 { format!("{all} checks held") } else { format!("{failed} of {all} checks FAILED") };
-        writeln!(f, "total     {:>10}   {verdict}", time((self.total_ms * 1e3) as u64))
+        writeln!(f, "\nstore     {:>9}   filled by the page server, once for all clones", size(self.store_pages * 4))?;
+        writeln!(f, "image     {image:>9}   by its digest, after all clones have written")?;
+        let Report { checks, checks_failed, .. } = self;
+        let verdict = if *checks_failed == 0 {
+            format!("{checks} checks held")
+        } else {
+            format!("{checks_failed} of {checks} checks FAILED")
+        };
+        writeln!(f, "total     {:>9}   {verdict} (~ is the median)", time((self.total_ms * 1e3) as u64))
+    }
+}
+
+impl Report {
+    /// Which checks did not hold, and for how many clones.
+    fn write_failures(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = self.clones.first().map(|clone| clone.checks().map(|(name, _)| name)).into_iter().flatten();
+        for name in names {
+            let failed = self.clones.iter().filter(|clone| clone.checks().contains(&(name, false))).count();
+            if failed > 0 {
+                writeln!(f, "FAILED  {name}: {}", count(failed, "clone"))?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -219,14 +257,15 @@ mod tests {
 
     #[test]
     fn amounts_read_well() {
-        assert_eq!((time(950), time(12_345)), ("950 us".into(), "12.3 ms".into()));
-        assert_eq!((size(12), size(20_480)), ("12 KiB".into(), "20.0 MiB".into()));
-        assert_eq!((median(vec![3, 1, 2]), median(vec![])), (2, 0));
+        assert_eq!([950, 12_345, 2_500_000].map(time), ["950 us", "12.3 ms", "2.5 s"]);
+        assert_eq!([12, 20_480, 3 << 20].map(size), ["12 KiB", "20.0 MiB", "3.0 GiB"]);
+        assert_eq!([1, 4].map(|n| count(n, "vCPU")), ["1 vCPU", "4 vCPUs"]);
+        assert_eq!((median(vec![3, 1, 2]), median(vec![1, 3]), median(vec![])), (2, 2, 0));
     }
 
     #[test]
     fn a_clone_that_nobody_served_is_a_failed_check() {
-        let clone = CloneReport { uffd_events: None, ..Default::default() };
+        let clone = CloneReport { served: false, ..Default::default() };
         assert!(clone.checks().contains(&("served", false)));
     }
 }

@@ -47,8 +47,11 @@ fn kernel_faults() -> Vec<Check> {
     let uffd = match uffd_handler::uffd::create() {
         Ok(uffd) => uffd,
         Err(e) => {
-            let found = "cannot be caught, so no page server can be used; the file backend can";
-            return vec![Check::warn(name, found, one_line(&e.to_string()))];
+            let found = format!(
+                "cannot be caught: {}; the page server and `vmm demo` cannot be used, restoring from the file can",
+                one_line(e.reasons())
+            );
+            return vec![Check::warn(name, found, e.remedy())];
         }
     };
     let registered = memfd()

@@ -44,9 +44,20 @@ pub enum LoadError {
     /// A kernel with no entry that we know.
     #[error("{0} has no 64-bit entry point; build it for x86-64 with protocol 2.12 or newer")]
     NoEntry(PathBuf),
+    /// An ELF file of another kind.
+    #[error("{path} is no kernel that can be booted here: {problem}; build it as an x86-64 executable")]
+    OtherElf {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        problem: &'static str,
+    },
+    /// An initial RAM disk without contents.
+    #[error("{0} is empty, which is no initial RAM disk; name another file, or leave `initrd_path` out")]
+    EmptyInitrd(PathBuf),
     /// The kernel does not fit.
     #[error(
-        "{path} does not fit into {mib} MiB of guest memory, or is cut short; give the guest more (`mem_size_mib`), or check the file"
+        "{path} does not fit into {mib} MiB of guest memory, or was cut short: give the guest more (`mem_size_mib`), or copy the file again"
     )]
     TooLarge {
         /// The file.
@@ -57,6 +68,11 @@ pub enum LoadError {
     /// The command line is too long or has characters that it may not have.
     #[error("the kernel command line is not usable: {0}; it may have {COMMAND_LINE_MAX} bytes of printable ASCII")]
     CommandLine(linux_loader::cmdline::Error),
+    /// The command line is too long.
+    #[error(
+        "boot_args and the words that the vmm appends have {0} bytes together, and must have fewer than {COMMAND_LINE_MAX}"
+    )]
+    LongCommandLine(usize),
     /// Something does not fit into guest memory.
     #[error("cannot write boot data into guest memory: {0}")]
     Memory(#[from] GuestMemoryError),
@@ -89,6 +105,12 @@ pub fn load(ram: &GuestRam, kernel: &Kernel, command_line: &str, initrd: Option<
         }
     };
     let initrd = initrd.map(|path| load_initrd(ram, path, loaded.kernel_end)).transpose()?;
+    if !command_line.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+        return Err(LoadError::CommandLine(linux_loader::cmdline::Error::InvalidAscii));
+    }
+    if command_line.len() >= COMMAND_LINE_MAX {
+        return Err(LoadError::LongCommandLine(command_line.len()));
+    }
     let line = Cmdline::try_from(command_line, COMMAND_LINE_MAX).map_err(LoadError::CommandLine)?;
     load_cmdline(ram.memory(), GuestAddress(COMMAND_LINE), &line).map_err(LoadError::Write)?;
     regs::write_tables(ram.memory())?;
@@ -116,15 +138,20 @@ fn load_kernel(
     image: &mut (impl Read + ReadVolatile + Seek),
 ) -> Result<(KernelLoaderResult, u64), LoadError> {
     let high = Some(GuestAddress(HIGH_MEMORY));
+    let rewind = |source| LoadError::Read { what: "kernel", path: path.to_owned(), source };
     let elf = match Elf::load(ram.memory(), None, image, high) {
         Ok(loaded) => {
             let entry = loaded.kernel_load.raw_value();
+            let other = |problem| LoadError::OtherElf { path: path.to_owned(), problem };
+            check_elf(image).map_err(rewind)?.map_or(Ok(()), |problem| Err(other(problem)))?;
+            if entry >= loaded.kernel_end {
+                return Err(other("it does not begin where it is loaded"));
+            }
             return Ok((loaded, entry));
         }
         Err(e) if is_too_large(&e) => return Err(too_large(ram, path)),
         Err(e) => e,
     };
-    let rewind = |source| LoadError::Read { what: "kernel", path: path.to_owned(), source };
     image.seek(SeekFrom::Start(0)).map_err(rewind)?;
     match BzImage::load(ram.memory(), None, image, high) {
         Ok(loaded) => {
@@ -140,6 +167,27 @@ fn load_kernel(
         Err(e) if is_too_large(&e) => Err(too_large(ram, path)),
         Err(bzimage) => Err(LoadError::NoKernel { path: path.to_owned(), elf, bzimage }),
     }
+}
+
+/// What keeps an ELF file from being a kernel for this machine, which the loader does not ask.
+fn check_elf(image: &mut (impl Read + Seek)) -> io::Result<Option<&'static str>> {
+    const CLASS_64: u8 = 2;
+    const EXECUTABLE: [u8; 2] = [2, 0];
+    const SHARED: [u8; 2] = [3, 0];
+    const X86_64: [u8; 2] = [62, 0];
+    let mut header = [0; 20];
+    image.seek(SeekFrom::Start(0))?;
+    image.read_exact(&mut header)?;
+    let [.., t0, t1, m0, m1] = header;
+    Ok(if header[4] != CLASS_64 {
+        Some("it is an ELF file, but not of 64 bits")
+    } else if [m0, m1] != X86_64 {
+        Some("it is an ELF file for another machine than x86-64")
+    } else if [t0, t1] != EXECUTABLE && [t0, t1] != SHARED {
+        Some("it is an ELF file, but not an executable one")
+    } else {
+        None
+    })
 }
 
 fn is_too_large(error: &loader::Error) -> bool {
@@ -161,6 +209,9 @@ fn load_initrd(ram: &GuestRam, path: &Path, kernel_end: u64) -> Result<Initrd, L
     let read = |source| LoadError::Read { what: "initial RAM disk", path: path.to_owned(), source };
     let mut file = open_regular(path).map_err(read)?;
     let size = file.metadata().map_err(read)?.len();
+    if size == 0 {
+        return Err(LoadError::EmptyInitrd(path.to_owned()));
+    }
     let low = ram.memory().iter().next().map_or(0, |region| region.len());
     let addr = low.checked_sub(size).map(|addr| addr & !(PAGE_SIZE - 1)).filter(|addr| *addr >= kernel_end);
     let addr = addr.ok_or_else(|| too_large(ram, path))?;

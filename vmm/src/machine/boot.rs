@@ -1,4 +1,4 @@
-//! Path one: boot. Configuration -> memory -> VM -> kernel -> devices -> vCPUs, standing still.
+//! Boot: configuration -> memory -> VM -> devices -> kernel -> vCPUs, standing still.
 
 use super::config::BootPlan;
 use super::wiring::{self, Outside, WireError};

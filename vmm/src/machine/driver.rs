@@ -64,9 +64,6 @@ pub enum RunError {
     /// The guest.
     #[error("{0}")]
     Guest(GuestEnd),
-    /// A signal that came while the event loop waited for a page.
-    #[error("ended by a signal while waiting for a page that the page server at {0} did not deliver")]
-    Stuck(PathBuf),
     /// The page server.
     #[error(
         "the page server at {0} is gone, and without it the guest cannot go on: its untouched pages are lost; restore the guest again once the server runs"
@@ -114,7 +111,6 @@ pub fn run(id: String, api: Option<&Path>, start: Start) -> Result<Ending, RunEr
     loop {
         let (arrivals, ending) = crate::devices::lock(&driver).take_news();
         if let Some(ending) = ending {
-            crate::devices::lock(&driver).clean_up();
             return ending;
         }
         for subscriber in arrivals {
@@ -322,13 +318,6 @@ impl Driver {
         self.configured = true;
     }
 
-    /// Leaves nothing behind: a snapshot that is still being written is given up.
-    fn clean_up(&mut self) {
-        if let Some((job, _)) = self.job.take() {
-            job.cancel();
-        }
-    }
-
     fn info(&self) -> InstanceInfo {
         InstanceInfo {
             id: self.id.clone(),
@@ -376,6 +365,8 @@ impl Driver {
                 self.end(Ok(Ending::PowerOff));
             }
             Notice::End(end) => self.end(Err(RunError::Guest(end))),
+            // Whoever ends everything at once ends the page server too.
+            Notice::PageServerGone(_) if self.signals.have_come() => self.end(Ok(Ending::Signal)),
             Notice::PageServerGone(path) => self.end(Err(RunError::PageServerGone(path))),
             Notice::SnapshotWritten => self.on_snapshot_written(ops),
         }
@@ -401,11 +392,10 @@ impl Driver {
 
 impl MutEventSubscriber for Driver {
     fn init(&mut self, ops: &mut EventOps) {
-        let own = [self.notices.event().as_raw_fd(), self.reset.as_raw_fd(), self.signals.as_raw_fd()];
-        let mut sources: Vec<_> = own.into_iter().map(|fd| Events::new_raw(fd, EventSet::IN)).collect();
-        sources.extend(self.api.as_ref().map(Server::listener_events));
-        for source in sources {
-            if let Err(e) = ops.add(source) {
+        let mut sources = vec![self.notices.event().as_raw_fd(), self.reset.as_raw_fd(), self.signals.as_raw_fd()];
+        sources.extend(self.api.iter().flat_map(Server::sources));
+        for fd in sources {
+            if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
                 self.end(Err(RunError::Loop(e.to_string())));
             }
         }

@@ -4,45 +4,57 @@
 //! delivered stay unreadable; and before the process ends, and that descriptor with it, guest memory is taken away, so
 //! that a fault which is let go by that cannot put a page of zeros into a store that other clones still use.
 
-use crate::cli::FAILED;
+use crate::cli::{DONE, FAILED};
+use crate::logging::last_words;
 use crate::machine::driver::RunError;
-use crate::memory::uffd::PageServer;
+use crate::memory::uffd::Watch;
 use crate::memory::{self, GuestRam};
 use crate::notice::{Notice, Notifier};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use std::io;
 use std::time::Duration;
+use uffd_handler::listener::remove_all;
 use uffd_handler::process::Signals;
 
-/// How long the event loop has to end the process in good order.
+/// How long the event loop has to end the process in good order after the page server is gone.
 const LAST_ORDERS: Duration = Duration::from_millis(500);
+/// How long to wait, after the page server's end, for a signal that was sent at the same time.
+const ALL_AT_ONCE: Duration = Duration::from_millis(20);
+/// How long it has after a signal; what it may have to wait for then is a disk.
+const SIGNAL_ORDERS: Duration = Duration::from_secs(3);
 
 /// Watches, on a thread of its own, for the end of the page server and for signals that ask this process to end. The
-/// event loop is told; if it does not end the process, the thread does.
-pub fn watch(server: &PageServer, ram: &GuestRam, signals: Signals, notifier: Notifier) -> io::Result<()> {
+/// event loop sees to them; if it does not end the process, because it waits for a page that will not come, the thread
+/// does.
+pub fn watch(server: Watch, ram: &GuestRam, signals: Signals, notifier: Notifier) -> io::Result<()> {
     let memory = ram.memory().clone();
-    let path = server.path().to_owned();
-    let connection = server.connection()?;
     std::thread::Builder::new().name("guard".into()).spawn(move || {
-        let (mut server_gone, mut asked_to_end) = (false, false);
-        while !server_gone && !asked_to_end {
-            // The server says nothing more; whatever makes the connection readable is its end.
-            let mut events = [PollFd::new(&connection, PollFlags::IN), PollFd::new(&signals, PollFlags::IN)];
-            match poll(&mut events, None) {
-                Ok(_) => [server_gone, asked_to_end] = events.map(|event| !event.revents().is_empty()),
-                Err(Errno::INTR) => {}
-                Err(_) => return,
+        // The server says nothing more; whatever makes the connection readable is its end.
+        let mut sources = [PollFd::new(&server.connection, PollFlags::IN), PollFd::new(&signals, PollFlags::IN)];
+        while let Err(Errno::INTR) = poll(&mut sources, None) {}
+        let [server_gone, _] = sources.map(|source| !source.revents().is_empty());
+        if server.is_released() {
+            return;
+        }
+        let code = if server_gone {
+            // Whoever ends everything at once may have ended the server first.
+            std::thread::sleep(ALL_AT_ONCE);
+            notifier.send(Notice::PageServerGone(server.path.clone()));
+            std::thread::sleep(LAST_ORDERS);
+            if signals.have_come() {
+                DONE
+            } else {
+                last_words(&RunError::PageServerGone(server.path.clone()));
+                FAILED
             }
-        }
-        if server_gone {
-            notifier.send(Notice::PageServerGone(path.clone()));
-        }
-        std::thread::sleep(LAST_ORDERS);
-        let reason = if server_gone { RunError::PageServerGone(path) } else { RunError::Stuck(path) };
-        eprintln!("vmm: {reason}");
+        } else {
+            std::thread::sleep(SIGNAL_ORDERS);
+            DONE
+        };
+        remove_all();
         memory::cut_off(&memory);
-        std::process::exit(FAILED);
+        std::process::exit(code);
     })?;
     Ok(())
 }

@@ -93,12 +93,14 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        vcpu::ask_all_to_end(&self.vcpus);
+        let mut ended = vcpu::end_all(&mut self.vcpus);
         if let Some(server) = &self.page_server {
-            // Closing the VM waits for page faults that the kernel has taken over from vCPUs; see `PageServer`.
+            // Closing the VM waits for page faults that the kernel has taken over from vCPUs; see `PageServer`. A vCPU
+            // that waits for one itself, deaf to signals on older kernels, is let go by the same.
             server.let_go(&self.ram);
+            ended = ended || vcpu::end_all(&mut self.vcpus);
         }
-        if !vcpu::end_all(&mut self.vcpus) {
+        if !ended {
             // A vCPU that does not end keeps its VM, and the VM may use this memory until the process ends.
             std::mem::forget(self.ram.memory().clone());
         }

@@ -1,4 +1,4 @@
-//! Path two: restore. Snapshot -> memory (and the page server's word that it serves) -> VM -> state -> devices -> vCPUs,
+//! Restore: snapshot -> memory (and the page server's word that it serves) -> VM -> state -> devices -> vCPUs,
 //! standing still.
 
 use super::boot::{fresh_generation, write_generation};
@@ -71,7 +71,7 @@ pub enum RestoreError {
     #[error(transparent)]
     Uffd(#[from] UffdError),
     /// The page server cannot be watched.
-    #[error("cannot watch the page server: {0}")]
+    #[error("cannot watch the page server: {0}; limits on open files or processes may be reached (ulimit -n, -u)")]
     Guard(std::io::Error),
     /// Guest memory.
     #[error(transparent)]
@@ -122,7 +122,8 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     if let Some(server) = &page_server {
         // Before anything touches guest memory and may have to wait.
         let signals = signals.try_clone().map_err(RestoreError::Guard)?;
-        guard::watch(server, &ram, signals, notifier.clone()).map_err(RestoreError::Guard)?;
+        let watch = server.watch().map_err(RestoreError::Guard)?;
+        guard::watch(watch, &ram, signals, notifier.clone()).map_err(RestoreError::Guard)?;
     }
     let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
     let state = snapshot.state();

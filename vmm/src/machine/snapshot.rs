@@ -1,4 +1,4 @@
-//! Path three: snapshot. The guest stands still for its state and for the freeze; memory is written after it went on.
+//! Snapshot: the guest stands still for its state and for the freeze; memory is written after it went on.
 //!
 //! ```text
 //!   event loop:  pause -> device state -> vCPU state -> VM state -> freeze -> resume
@@ -26,7 +26,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Why a snapshot could not be made.
@@ -66,28 +66,17 @@ pub enum SnapshotError {
 /// A snapshot that is being written in the background.
 #[derive(Debug)]
 pub struct Job {
-    thread: JoinHandle<Result<u64, SnapshotError>>,
+    /// `None` once it was waited for.
+    thread: Option<JoinHandle<Result<u64, SnapshotError>>>,
     cancel: Arc<AtomicBool>,
     started: Instant,
     pause_us: u64,
 }
 
-/// How long a snapshot that is given up may take to clean up after itself.
-const LAST_ORDERS: Duration = Duration::from_secs(5);
-
 impl Job {
-    /// Gives the snapshot up and waits until its files are gone; or until it is complete, if it is about to be.
-    pub fn cancel(self) {
-        self.cancel.store(true, Ordering::Relaxed);
-        let deadline = Instant::now() + LAST_ORDERS;
-        while !self.thread.is_finished() && Instant::now() < deadline {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
     /// How the snapshot went. To be called when [`Notice::SnapshotWritten`] has come; waits otherwise.
-    pub fn finish(self) -> SnapshotStatus {
-        let result = self.thread.join();
+    pub fn finish(mut self) -> SnapshotStatus {
+        let result = self.thread.take().map(JoinHandle::join);
         let status = SnapshotStatus {
             state: SnapshotState::Done,
             pause_us: self.pause_us,
@@ -95,12 +84,22 @@ impl Job {
             ..Default::default()
         };
         match result {
-            Ok(Ok(memory_bytes)) => SnapshotStatus { memory_bytes, ..status },
-            Ok(Err(e)) => SnapshotStatus { state: SnapshotState::Failed, error: Some(e.to_string()), ..status },
-            Err(_) => {
+            Some(Ok(Ok(memory_bytes))) => SnapshotStatus { memory_bytes, ..status },
+            Some(Ok(Err(e))) => SnapshotStatus { state: SnapshotState::Failed, error: Some(e.to_string()), ..status },
+            Some(Err(_)) | None => {
                 let error = Some("the thread that writes the snapshot panicked".to_owned());
                 SnapshotStatus { state: SnapshotState::Failed, error, ..status }
             }
+        }
+    }
+}
+
+impl Drop for Job {
+    /// The process is ending: the snapshot is given up, and removes what it has written.
+    fn drop(&mut self) {
+        self.cancel.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
         }
     }
 }
@@ -139,7 +138,7 @@ pub fn create(
     let pause_us = stood_still.elapsed().as_micros() as u64;
 
     let (state, memory) = captured?;
-    let cancel = Arc::new(AtomicBool::new(false));
+    let cancel = Arc::<AtomicBool>::default();
     let cancelled = cancel.clone();
     let thread = std::thread::Builder::new()
         .name("snapshot".into())
@@ -149,7 +148,7 @@ pub fn create(
             result
         })
         .map_err(SnapshotError::Thread)?;
-    Ok(Job { thread, cancel, started, pause_us })
+    Ok(Job { thread: Some(thread), cancel, started, pause_us })
 }
 
 /// Saves everything of a guest that stands still.

@@ -9,13 +9,16 @@
 
 use super::{GuestRam, MemoryError, PAGE_SIZE};
 use api_spec::handshake::{Hello, Region, VERSION};
-use rustix::fs::fstat;
+use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
 use rustix::io::fcntl_dupfd_cloexec;
 use snapshot::manifest::MemoryRegion;
 use std::fs::File;
 use std::io;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use uffd_handler::client::{self, ClientError};
 use userfaultfd::Uffd;
 
@@ -42,6 +45,14 @@ pub enum UffdError {
         /// Size of the image.
         expected: u64,
     },
+    /// Its store could become shorter under the guest, and end the vmm with SIGBUS.
+    #[error(
+        "page server at {path}: its store is not sealed against changes of its size; use our page server (`uffd-handler`)"
+    )]
+    StoreNotSealed {
+        /// Its socket.
+        path: PathBuf,
+    },
     /// No userfaultfd.
     #[error(transparent)]
     Create(#[from] uffd_handler::uffd::UffdError),
@@ -65,6 +76,8 @@ pub enum UffdError {
 pub struct PageServer {
     path: PathBuf,
     connection: UnixStream,
+    /// This guest needs the server no more.
+    released: Arc<AtomicBool>,
     uffd: Uffd,
 }
 
@@ -77,9 +90,10 @@ impl PageServer {
         &self.path
     }
 
-    /// A descriptor that hangs up when the server is gone.
-    pub fn connection(&self) -> io::Result<UnixStream> {
-        self.connection.try_clone()
+    /// What a thread needs to notice that the server is gone.
+    pub fn watch(&self) -> io::Result<Watch> {
+        let (path, released) = (self.path.clone(), self.released.clone());
+        Ok(Watch { path, connection: self.connection.try_clone()?, released })
     }
 
     /// Lets go of everybody who still waits for a page of `ram`, so that the VM can be closed whatever the server does.
@@ -91,6 +105,31 @@ impl PageServer {
                 log::warn!("cannot wake those who wait for pages: {e}");
             }
         }
+    }
+}
+
+impl Drop for PageServer {
+    fn drop(&mut self) {
+        self.released.store(true, Ordering::SeqCst);
+        // A watch holds the connection too.
+        let _ = self.connection.shutdown(Shutdown::Both);
+    }
+}
+
+/// An eye on a page server.
+#[derive(Debug)]
+pub struct Watch {
+    /// Where the server listens.
+    pub path: PathBuf,
+    /// Becomes readable when the server is gone, or not needed any more: the server says nothing more.
+    pub connection: UnixStream,
+    released: Arc<AtomicBool>,
+}
+
+impl Watch {
+    /// Whether the server is not needed any more.
+    pub fn is_released(&self) -> bool {
+        self.released.load(Ordering::SeqCst)
     }
 }
 
@@ -116,13 +155,19 @@ pub fn connect(path: &Path, image: &str, regions: Vec<MemoryRegion>) -> Result<(
     let connection = greeted.attach(ranges, &uffd).map_err(failed)?;
     let connection =
         fcntl_dupfd_cloexec(&connection, CONNECTION_FD_MIN).map_err(|e| failed(io::Error::from(e).into()))?;
-    Ok((ram, PageServer { path: path.to_owned(), connection: connection.into(), uffd }))
+    Ok((ram, PageServer { path: path.to_owned(), connection: connection.into(), released: Arc::default(), uffd }))
 }
 
-/// A store that is shorter than it says would end the guest with SIGBUS.
+/// A store that is shorter than it says, or becomes so, would end the guest with SIGBUS.
 fn check_size(path: &Path, store: &File, expected: u64) -> Result<(), UffdError> {
     let found = fstat(store).map_or(0, |stat| stat.st_size as u64);
-    if found == expected { Ok(()) } else { Err(UffdError::StoreSize { path: path.to_owned(), found, expected }) }
+    if found != expected {
+        return Err(UffdError::StoreSize { path: path.to_owned(), found, expected });
+    }
+    if !fcntl_get_seals(store).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)) {
+        return Err(UffdError::StoreNotSealed { path: path.to_owned() });
+    }
+    Ok(())
 }
 
 fn describe(region: MemoryRegion, addr: *mut u8) -> Region {

@@ -161,14 +161,9 @@ pub fn pause_all(vcpus: &[Vcpu]) -> Result<(), VcpuError> {
     vcpus.iter().try_for_each(|vcpu| vcpu.wait_until_standing(deadline))
 }
 
-/// Asks all vCPUs' threads to end, without waiting for them.
-pub fn ask_all_to_end(vcpus: &[Vcpu]) {
-    vcpus.iter().for_each(|vcpu| vcpu.ask_to_pause(Goal::Quit));
-}
-
 /// Ends the threads of all vCPUs. `false`: one does not end, and is left to the end of the process.
 pub fn end_all(vcpus: &mut [Vcpu]) -> bool {
-    ask_all_to_end(vcpus);
+    vcpus.iter().for_each(|vcpu| vcpu.ask_to_pause(Goal::Quit));
     let deadline = Instant::now() + PAUSE_DEADLINE;
     let mut all = true;
     for vcpu in vcpus {
