@@ -26,8 +26,8 @@ pub mod template;
 pub mod vm;
 
 pub use agent::Agent;
-pub use page_server::PageServer;
 pub use linux::Linux;
+pub use page_server::PageServer;
 pub use place::Place;
 pub use process::Process;
 pub use template::{Template, TemplateOptions};

@@ -88,7 +88,10 @@ fn clones_go_on(vcpus: u8, uffd: bool) {
         let done = clone.stop();
         let numbers = counts(&done.stdout);
         println!("{name} clone counted {:?} to {reached}", numbers.first());
-        assert!(numbers.first().is_some_and(|first| *first >= before && *first <= before + 20), "{before}: {numbers:?}");
+        assert!(
+            numbers.first().is_some_and(|first| *first >= before && *first <= before + 20),
+            "{before}: {numbers:?}"
+        );
         assert!(numbers.windows(2).all(|pair| pair[0] + 1 == pair[1]), "{numbers:?}");
         assert_calm(&done.stdout);
     }

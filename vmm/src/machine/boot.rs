@@ -3,8 +3,8 @@
 use super::config::BootPlan;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, start_vcpus};
-use crate::arch::{ACPI_TABLES, RESET_CODE, RESET_VECTOR, acpi, cpuid};
 use crate::arch::regs::{self, RegsError};
+use crate::arch::{ACPI_TABLES, RESET_CODE, RESET_VECTOR, acpi, cpuid};
 use crate::kvm::{self, KvmError};
 use crate::loader::{self, Kernel, LoadError};
 use crate::memory::layout::GENERATION_PAGE;
