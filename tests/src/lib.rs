@@ -7,6 +7,7 @@
 //! - [`process`]: processes that always end, with what they said shown when a test fails
 //! - [`vm`]: boots, restores, snapshots and commands VMs
 //! - [`page_server`]: starts page servers
+//! - [`linux`]: Linux guests, and what they say on their consoles
 //! - [`agent`]: talks to the agent in a guest
 //! - [`template`]: a snapshot with known contents, and the one check that holds after every step of a guest's life
 //! - [`procfs`]: what the kernel says about a process
@@ -16,6 +17,7 @@
 pub mod agent;
 pub mod binaries;
 pub mod host;
+pub mod linux;
 pub mod page_server;
 pub mod place;
 pub mod process;
@@ -24,6 +26,7 @@ pub mod template;
 pub mod vm;
 
 pub use agent::Agent;
+pub use linux::Linux;
 pub use page_server::PageServer;
 pub use place::Place;
 pub use process::Process;

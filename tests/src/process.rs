@@ -65,6 +65,11 @@ impl Process {
         self.child.id()
     }
 
+    /// What it printed so far.
+    pub fn printed(&self) -> String {
+        fs::read(&self.stdout).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    }
+
     /// What it logged so far.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.stderr).unwrap_or_default()
@@ -132,6 +137,10 @@ impl Drop for Process {
         if std::thread::panicking() {
             let how = ended.map_or("was alive".to_owned(), |status| format!("had ended, {status}"));
             eprintln!("---- {} (pid {}, {how}) logged:\n{}", self.name, self.pid(), self.log());
+            let printed = self.printed();
+            if !printed.is_empty() {
+                eprintln!("---- and printed:\n{printed}");
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! VMs: how a test boots, restores, snapshots and commands them.
 
 use crate::agent::Agent;
+use crate::linux::{self, Linux};
 use crate::page_server::PageServer;
 use crate::place::Place;
 use crate::process::{Finished, Process};
@@ -60,6 +61,14 @@ impl<'a> Boot<'a> {
         let (kernel_image_path, boot_args) = (Some(path.to_owned()), Some(command_line.to_owned()));
         self.config.boot_source = Some(BootSource { kernel_image_path, boot_args, ..Default::default() });
         self
+    }
+
+    /// With a Linux kernel and its initial RAM disk, instead of the embedded guest, and words for its command line.
+    pub fn linux(mut self, linux: &Linux, words: &str) -> Self {
+        let (kernel_image_path, initrd_path) = (Some(linux.kernel.clone()), Some(linux.initrd.clone()));
+        let boot_args = Some(format!("{} {words}", linux::COMMAND_LINE));
+        self.config.boot_source = Some(BootSource { kernel_image_path, initrd_path, boot_args, ..Default::default() });
+        self.memory_mib(linux::MEMORY_MIB)
     }
 
     /// Starts the vmm, with a configuration file.

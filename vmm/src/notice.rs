@@ -12,6 +12,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 pub enum Notice {
     /// The guest cannot go on, or does not want to.
     End(GuestEnd),
+    /// The guest has powered its machine off.
+    PowerOff,
     /// The agent has announced itself.
     Ready(Level),
     /// The page server that listened here is gone.

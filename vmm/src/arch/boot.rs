@@ -1,11 +1,13 @@
-//! The zero page of the Linux boot protocol.
+//! What a kernel is told at its entry: the zero page of the Linux boot protocol, or the start info of PVH.
 
-use super::{COMMAND_LINE, HIGH_MEMORY, ZERO_PAGE};
+use super::{ACPI_TABLES, COMMAND_LINE, HIGH_MEMORY, START_INFO, ZERO_PAGE};
 use crate::memory::GuestMemory;
 use crate::memory::layout::GENERATION_PAGE;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
+use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::bootparam::{boot_params, setup_header};
+use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use snapshot::manifest::MemoryRegion;
 use vm_memory::GuestAddress;
 
@@ -19,6 +21,14 @@ const HEADER_MAGIC: u32 = 0x5372_6448;
 const LOADER_OTHER: u8 = 0xff;
 /// What an ELF kernel, which has no header of its own, is aligned to.
 const KERNEL_ALIGNMENT: u32 = 0x0100_0000;
+/// `magic` of a PVH start info.
+const START_MAGIC: u32 = 0x336e_c578;
+/// Version of the PVH start info that has a memory map.
+const START_VERSION: u32 = 1;
+/// Where the list of modules lies in the page of the start info.
+const MODULES: u64 = START_INFO + 0x40;
+/// Where the memory map lies in the page of the start info.
+const MEMORY_MAP: u64 = START_INFO + 0x80;
 
 /// An initial RAM disk in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +68,7 @@ pub fn write_zero_page(
     }
     params.hdr.type_of_loader = LOADER_OTHER;
     params.hdr.cmd_line_ptr = COMMAND_LINE as u32;
+    params.acpi_rsdp_addr = ACPI_TABLES;
     params.hdr.cmdline_size = command_line_len as u32;
     if let Some(Initrd { addr, size }) = initrd {
         params.hdr.ramdisk_image = addr as u32;
@@ -69,6 +80,36 @@ pub fn write_zero_page(
     }
     params.e820_entries = map.len() as u8;
     LinuxBootConfigurator::write_bootparams(&BootParams::new(&params, GuestAddress(ZERO_PAGE)), memory)
+}
+
+/// Writes the start info of PVH (Xen's `docs/misc/pvh.pandoc`).
+pub fn write_start_info(
+    memory: &GuestMemory,
+    regions: &[MemoryRegion],
+    initrd: Option<Initrd>,
+) -> Result<(), linux_loader::configurator::Error> {
+    let entry = |&(addr, size, type_): &E820| hvm_memmap_table_entry { addr, size, type_, reserved: 0 };
+    let map: Vec<_> = memory_map(regions).iter().map(entry).collect();
+    let modules: Vec<_> = initrd
+        .iter()
+        .map(|&Initrd { addr, size }| hvm_modlist_entry { paddr: addr, size, ..Default::default() })
+        .collect();
+    let info = hvm_start_info {
+        magic: START_MAGIC,
+        version: START_VERSION,
+        flags: 0,
+        nr_modules: modules.len() as u32,
+        modlist_paddr: MODULES,
+        cmdline_paddr: COMMAND_LINE,
+        rsdp_paddr: ACPI_TABLES,
+        memmap_paddr: MEMORY_MAP,
+        memmap_entries: map.len() as u32,
+        reserved: 0,
+    };
+    let mut params = BootParams::new(&info, GuestAddress(START_INFO));
+    params.set_sections(&map, GuestAddress(MEMORY_MAP));
+    params.set_modules(&modules, GuestAddress(MODULES));
+    PvhBootConfigurator::write_bootparams(&params, memory)
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
-//! Registers and tables of the boot vCPU: long mode, the first GiB mapped at its own address, interrupts off.
+//! Registers and tables of the boot vCPU, interrupts off: long mode with the first GiB mapped at its own address, or, for
+//! PVH, protected mode without paging.
 
-use super::{GDT, PAGE_TABLES, ZERO_PAGE};
+use super::{GDT, PAGE_TABLES, START_INFO, ZERO_PAGE};
 use crate::memory::GuestMemory;
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
@@ -18,8 +19,26 @@ const TABLE: u64 = 0x3;
 /// Page-table entry: present, writable, a large page.
 const LARGE: u64 = 0x83;
 
-/// Flat segments at the selectors that the Linux boot protocol names: code at 0x10, data at 0x18.
-const GDT_ENTRIES: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+/// Flat segments: 32-bit code at 0x8, and, at the selectors that the Linux boot protocol names, 64-bit code at 0x10 and
+/// data at 0x18.
+const GDT_ENTRIES: [u64; 4] = [0, 0x00cf_9b00_0000_ffff, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+/// Access byte of a code segment.
+const CODE: u8 = 0x9b;
+/// Access byte of a data segment.
+const DATA: u8 = 0x93;
+/// Type of a 32-bit task-state segment that is in use.
+const BUSY_TSS: u8 = 0xb;
+/// Least limit of such a segment.
+const TSS_LIMIT: u32 = 0x67;
+
+/// Where and how a kernel is entered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// In 64-bit mode, by the Linux boot protocol.
+    Linux64(u64),
+    /// In 32-bit protected mode, by PVH.
+    Pvh(u64),
+}
 
 /// Why the boot vCPU could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -46,24 +65,44 @@ pub fn write_tables(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
     write(directory, &large_pages)
 }
 
-/// Sets the boot vCPU to enter a kernel at `entry` in 64-bit mode.
-pub fn set_boot_registers(vcpu: &VcpuFd, entry: u64) -> Result<(), RegsError> {
-    let regs = kvm_regs { rip: entry, rsi: ZERO_PAGE, rflags: RFLAGS_ALWAYS, ..Default::default() };
+/// Sets the boot vCPU to enter a kernel.
+pub fn set_boot_registers(vcpu: &VcpuFd, entry: Entry) -> Result<(), RegsError> {
+    let regs = match entry {
+        Entry::Linux64(rip) => kvm_regs { rip, rsi: ZERO_PAGE, rflags: RFLAGS_ALWAYS, ..Default::default() },
+        Entry::Pvh(rip) => kvm_regs { rip, rbx: START_INFO, rflags: RFLAGS_ALWAYS, ..Default::default() },
+    };
     vcpu.set_regs(&regs)?;
     let mut sregs: kvm_sregs = vcpu.get_sregs()?;
-    let data = segment(3, 0x93, false);
-    sregs.cs = segment(2, 0x9b, true);
+    let data = segment(3, DATA, Size::Bits32);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.gdt = kvm_dtable { base: GDT, limit: (size_of_val(&GDT_ENTRIES) - 1) as u16, ..Default::default() };
-    sregs.cr0 |= CR0_PE | CR0_ET | CR0_PG;
-    sregs.cr3 = PAGE_TABLES;
-    sregs.cr4 |= CR4_PAE;
-    sregs.efer |= EFER_LME | EFER_LMA;
+    match entry {
+        Entry::Linux64(_) => {
+            sregs.cs = segment(2, CODE, Size::Bits64);
+            sregs.cr0 |= CR0_PE | CR0_ET | CR0_PG;
+            sregs.cr3 = PAGE_TABLES;
+            sregs.cr4 |= CR4_PAE;
+            sregs.efer |= EFER_LME | EFER_LMA;
+        }
+        Entry::Pvh(_) => {
+            sregs.cs = segment(1, CODE, Size::Bits32);
+            sregs.tr = kvm_segment { type_: BUSY_TSS, limit: TSS_LIMIT, present: 1, ..Default::default() };
+            sregs.cr0 = CR0_PE | CR0_ET;
+            sregs.cr4 = 0;
+        }
+    }
     Ok(vcpu.set_sregs(&sregs)?)
 }
 
+/// What code in a segment runs as; data is 32-bit.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Size {
+    Bits32,
+    Bits64,
+}
+
 /// A flat segment: entry number `index` of the GDT, with this access byte.
-fn segment(index: u16, access: u8, code: bool) -> kvm_segment {
+fn segment(index: u16, access: u8, size: Size) -> kvm_segment {
     kvm_segment {
         base: 0,
         limit: u32::MAX,
@@ -71,9 +110,9 @@ fn segment(index: u16, access: u8, code: bool) -> kvm_segment {
         type_: access & 0xf,
         present: 1,
         dpl: 0,
-        db: (!code).into(),
+        db: (size == Size::Bits32).into(),
         s: 1,
-        l: code.into(),
+        l: (size == Size::Bits64).into(),
         g: 1,
         avl: 0,
         unusable: 0,

@@ -34,8 +34,8 @@ Options:
   --help (-h), --version (-V)
 
 The guest's console COM1 is standard input and output.
-Ends with 0 when the guest has reset its machine or on SIGTERM or SIGINT, 1 on failure, 2 on bad usage, and 77 if this
-host cannot run microVMs.
+Ends with 0 when the guest has reset its machine or powered it off, or on SIGTERM or SIGINT, 1 on failure, 2 on bad
+usage, and 77 if this host cannot run microVMs.
 ";
 
 /// How to run a VM.

@@ -14,8 +14,10 @@ pub const LEN: u64 = 5;
 
 /// Offset of the status register (read) and the command register (write), port 0x64.
 const COMMAND: u64 = 4;
+/// The port of the command register.
+pub const COMMAND_PORT: u64 = BASE + COMMAND;
 /// The command that pulses the processor's reset line.
-const RESET: u8 = 0xfe;
+pub const RESET: u8 = 0xfe;
 /// "A byte is waiting". As it never goes away, a driver that probes for keyboards gives up at once instead of after a
 /// second of waiting; a driver that wants to reset the machine waits for another bit and is not held up.
 const OUTPUT_FULL: u8 = 0x01;

@@ -1,9 +1,11 @@
 //! Puts a kernel, its command line and its initial RAM disk into guest memory.
 
-use crate::arch::boot::{Initrd, write_zero_page};
+use crate::arch::boot::{Initrd, write_start_info, write_zero_page};
+use crate::arch::regs::Entry;
 use crate::arch::{COMMAND_LINE, COMMAND_LINE_MAX, HIGH_MEMORY, regs};
 use crate::memory::{GuestRam, PAGE_SIZE};
 use linux_loader::cmdline::Cmdline;
+use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{self, BzImage, Elf, KernelLoader, KernelLoaderResult, load_cmdline};
 use std::fs::File;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
@@ -91,8 +93,9 @@ pub enum Kernel {
     File(PathBuf),
 }
 
-/// Loads a kernel and all that it needs, and returns the address of its 64-bit entry.
-pub fn load(ram: &GuestRam, kernel: &Kernel, command_line: &str, initrd: Option<&Path>) -> Result<u64, LoadError> {
+/// Loads a kernel and all that it needs, and returns where it is entered: by PVH where an ELF file offers that, else by
+/// the 64-bit Linux protocol. The embedded guest, which knows both, is entered by the latter.
+pub fn load(ram: &GuestRam, kernel: &Kernel, command_line: &str, initrd: Option<&Path>) -> Result<Entry, LoadError> {
     let (loaded, entry) = match kernel {
         Kernel::Embedded => load_kernel(ram, Path::new("the embedded guest"), &mut Cursor::new(EMBEDDED_GUEST))?,
         Kernel::File(path) => {
@@ -111,8 +114,16 @@ pub fn load(ram: &GuestRam, kernel: &Kernel, command_line: &str, initrd: Option<
     let line = Cmdline::try_from(command_line, COMMAND_LINE_MAX).map_err(LoadError::CommandLine)?;
     load_cmdline(ram.memory(), GuestAddress(COMMAND_LINE), &line).map_err(LoadError::Write)?;
     regs::write_tables(ram.memory())?;
-    write_zero_page(ram.memory(), ram.regions(), loaded.setup_header, command_line.len() + 1, initrd)?;
-    Ok(entry)
+    match (loaded.pvh_boot_cap, kernel) {
+        (PvhBootCapability::PvhEntryPresent(entry), Kernel::File(_)) => {
+            write_start_info(ram.memory(), ram.regions(), initrd)?;
+            Ok(Entry::Pvh(entry.raw_value()))
+        }
+        _ => {
+            write_zero_page(ram.memory(), ram.regions(), loaded.setup_header, command_line.len() + 1, initrd)?;
+            Ok(Entry::Linux64(entry))
+        }
+    }
 }
 
 /// Opens a file that must be a regular one: reading from a FIFO or a terminal could last for ever.

@@ -3,8 +3,8 @@
 use super::config::BootPlan;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, start_vcpus};
-use crate::arch::cpuid;
 use crate::arch::regs::{self, RegsError};
+use crate::arch::{ACPI_TABLES, RESET_CODE, RESET_VECTOR, acpi, cpuid};
 use crate::kvm::{self, KvmError};
 use crate::loader::{self, Kernel, LoadError};
 use crate::memory::layout::GENERATION_PAGE;
@@ -43,6 +43,9 @@ pub enum BootError {
     /// Devices.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// What a guest expects of firmware: ACPI tables, and code at the reset vector.
+    #[error("cannot write the ACPI tables into guest memory: {0}")]
+    Firmware(GuestMemoryError),
     /// Generation id.
     #[error("cannot write the generation id into guest memory: {0}")]
     Generation(GuestMemoryError),
@@ -67,6 +70,9 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
     set_cpuid(&kvm, &vm.vcpus)?;
     write_generation(ram.memory(), &fresh_generation().map_err(BootError::Random)?).map_err(BootError::Generation)?;
 
+    let tables = acpi::tables(ACPI_TABLES, plan.vcpus, &wiring::virtio_devices(plan.vsock.is_some()));
+    ram.memory().write_slice(&tables, GuestAddress(ACPI_TABLES)).map_err(BootError::Firmware)?;
+    ram.memory().write_slice(&RESET_CODE, GuestAddress(RESET_VECTOR)).map_err(BootError::Firmware)?;
     let command_line = command_line(plan, vm.vcpus.first());
     let entry = loader::load(&ram, &plan.kernel, &command_line, plan.initrd.as_deref())?;
     if let Some(boot_vcpu) = vm.vcpus.first() {
@@ -92,10 +98,10 @@ fn set_cpuid(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
     Ok(())
 }
 
-/// The command line as configured, with what the guest cannot find out by itself: where its devices are.
+/// The command line as configured, with what a guest that reads no ACPI cannot find out by itself: where its devices are.
 fn command_line(plan: &BootPlan, vcpu: Option<&VcpuFd>) -> String {
     let mut words = vec![plan.command_line.clone()];
-    words.extend(wiring::device_words(plan.vsock.is_some()));
+    words.extend(wiring::virtio_devices(plan.vsock.is_some()).iter().map(wiring::device_word));
     if plan.kernel == Kernel::Embedded {
         words.push(format!("coppice.vcpus={}", plan.vcpus));
         words.push(format!("coppice.generation={GENERATION_PAGE:#x}"));

@@ -34,6 +34,8 @@ pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 pub enum Ending {
     /// The guest reset its machine.
     Reset,
+    /// The guest powered its machine off.
+    PowerOff,
     /// The process was asked to end.
     Signal,
 }
@@ -357,6 +359,10 @@ impl Driver {
                 };
                 log::info!("the guest's agent is ready ({readiness:?})");
                 self.readiness = Some(readiness);
+            }
+            Notice::PowerOff => {
+                log::info!("the guest powered its machine off");
+                self.end(Ok(Ending::PowerOff));
             }
             Notice::End(end) => self.end(Err(RunError::Guest(end))),
             // Whoever ends everything at once ends the page server too.

@@ -19,6 +19,7 @@ use snapshot::compat::Mismatch;
 use snapshot::image::{ImageError, ensure_trusted};
 use snapshot::load::{LoadError, Snapshot};
 use snapshot::manifest::Manifest;
+use std::io;
 use std::path::PathBuf;
 use vm_memory::GuestMemoryError;
 
@@ -95,6 +96,9 @@ pub enum RestoreError {
     /// Generation id.
     #[error("cannot write the generation id into guest memory: {0}")]
     Generation(GuestMemoryError),
+    /// The interrupt that says so.
+    #[error("cannot tell the guest of its new generation id: {0}")]
+    Announce(io::Error),
     /// No randomness.
     #[error("cannot get random bytes from the kernel: {0}")]
     Random(rustix::io::Errno),
@@ -135,6 +139,10 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     }
     let notifier = outside.notifier.clone();
     let devices = wiring::wire(&vm.fd, ram.memory(), vsock.as_ref(), Some(&state.devices), outside)?;
+    // After the interrupt controllers' state, which would undo it.
+    if request.new_generation {
+        devices.announce_generation().map_err(RestoreError::Announce)?;
+    }
 
     let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;

@@ -4,20 +4,29 @@
 //! |---|---|---|
 //! | COM1 | ports 0x3f8 to 0x3ff | GSI 4 |
 //! | i8042 | ports 0x60 to 0x64 | none |
+//! | sleep registers | ports 0x600 and 0x601 | none |
 //! | vsock on virtio-mmio | 0xd000_0000, 4 KiB | GSI 5 |
+//! | generation id | its page of memory | GSI 23, through the ACPI event device |
+//!
+//! A guest finds them in the ACPI tables ([`crate::arch::acpi`]). Virtio-mmio devices are also named on the kernel command
+//! line, for guests that read no ACPI, such as the embedded one. A Linux kernel that heeds both
+//! (`CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES`; Debian's do not) takes each device once, and logs that its range is taken when
+//! it meets it again.
 //!
 //! Interrupts reach the guest through irqfds and kicks reach devices through ioeventfds, so that neither passes through a
 //! vCPU's thread.
 
+use crate::arch::acpi::VirtioMmio;
 use crate::devices::bus::{Bus, BusDevice, BusError};
 use crate::devices::i8042::{self, I8042};
 use crate::devices::lock;
+use crate::devices::power::{self, Power};
 use crate::devices::serial::{self, Serial, SerialError};
 use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::mmio::MmioTransport;
 use crate::devices::virtio::vsock::{self, Vsock, VsockError};
 use crate::memory::GuestMemory;
-use crate::memory::layout::{MMIO_BASE, MMIO_GSI, MMIO_STRIDE};
+use crate::memory::layout::{EVENT_GSI, MMIO_BASE, MMIO_GSI, MMIO_STRIDE};
 use crate::notice::{Notice, Notifier};
 use crate::vcpu::Buses;
 use api_spec::vm;
@@ -84,6 +93,8 @@ pub struct Devices {
     pub serial: Arc<Mutex<Serial>>,
     /// The vsock device and its transport.
     pub vsock: Option<VsockSlot>,
+    /// The interrupt of the event device.
+    event: EventFd,
 }
 
 /// The vsock device and its transport.
@@ -109,6 +120,11 @@ impl Devices {
         }
     }
 
+    /// Tells the guest that its generation id has changed.
+    pub fn announce_generation(&self) -> io::Result<()> {
+        self.event.write(1)
+    }
+
     /// To be called before vCPUs run.
     pub fn resume(&self) {
         if let Some(slot) = &self.vsock {
@@ -117,13 +133,14 @@ impl Devices {
     }
 }
 
-/// The words of the kernel command line that say where virtio-mmio devices are.
-pub fn device_words(has_vsock: bool) -> Vec<String> {
-    (0..u32::from(has_vsock)).map(device_word).collect()
+/// Where the virtio-mmio devices of a machine are.
+pub fn virtio_devices(has_vsock: bool) -> Vec<VirtioMmio> {
+    (0..u32::from(has_vsock)).map(|index| VirtioMmio { base: address(index), gsi: MMIO_GSI + index }).collect()
 }
 
-fn device_word(index: u32) -> String {
-    format!("virtio_mmio.device=4K@{:#x}:{}", address(index), MMIO_GSI + index)
+/// The word of a kernel command line that says the same.
+pub fn device_word(device: &VirtioMmio) -> String {
+    format!("virtio_mmio.device=4K@{:#x}:{}", device.base, device.gsi)
 }
 
 fn address(index: u32) -> u64 {
@@ -145,12 +162,21 @@ pub fn wire(
     let (mut pio, mut mmio) = (Bus::ports(), Bus::memory());
     let serial = wire_serial(vm, &mut pio, saved, console)?;
     pio.insert(i8042::BASE, i8042::LEN, shared(I8042::new(reset)))?;
+    pio.insert(power::BASE, power::LEN, shared(Power::new(notifier.clone())))?;
+    let event = interrupt_line(vm, EVENT_GSI)?;
     let vsock = vsock.map(|config| wire_vsock(vm, &mut mmio, memory, config, saved, notifier)).transpose()?;
-    Ok(Devices { buses: Buses { pio: Arc::new(pio), mmio: Arc::new(mmio) }, serial, vsock })
+    Ok(Devices { buses: Buses { pio: Arc::new(pio), mmio: Arc::new(mmio) }, serial, vsock, event })
 }
 
 fn shared<T: BusDevice + 'static>(device: T) -> Arc<Mutex<T>> {
     Arc::new(Mutex::new(device))
+}
+
+/// An event whose signals are interrupts of the guest.
+fn interrupt_line(vm: &VmFd, gsi: u32) -> Result<EventFd, WireError> {
+    let line = EventFd::new(EFD_NONBLOCK).map_err(WireError::Event)?;
+    vm.register_irqfd(&line, gsi).map_err(|source| WireError::Register { what: "interrupt", source })?;
+    Ok(line)
 }
 
 fn wire_serial(
@@ -159,8 +185,7 @@ fn wire_serial(
     saved: Option<&DeviceState>,
     console: Box<dyn Write + Send>,
 ) -> Result<Arc<Mutex<Serial>>, WireError> {
-    let irq = EventFd::new(EFD_NONBLOCK).map_err(WireError::Event)?;
-    vm.register_irqfd(&irq, serial::IRQ).map_err(|source| WireError::Register { what: "interrupt", source })?;
+    let irq = interrupt_line(vm, serial::IRQ)?;
     let serial = shared(match saved {
         None => Serial::new(irq, console),
         Some(saved) => Serial::restore(&saved.serial, irq, console)?,

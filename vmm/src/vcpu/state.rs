@@ -130,7 +130,10 @@ pub fn load(vcpu: &VcpuFd, vm: &VmFd, state: &VcpuState, first: bool) -> Result<
     vcpu.set_regs(&load_regs(regs)).map_err(step("loading general registers"))?;
     vcpu.set_sregs(&load_sregs(sregs)).map_err(step("loading special registers"))?;
     load_xsave(vcpu, xsave_size(vm), xsave)?;
-    vcpu.set_xcrs(&load_xcrs(xcrs)?).map_err(step("loading extended control registers"))?;
+    // A host without XSAVE has none, and refuses even to set none.
+    if !xcrs.is_empty() {
+        vcpu.set_xcrs(&load_xcrs(xcrs)?).map_err(step("loading extended control registers"))?;
+    }
     vcpu.set_debug_regs(&load_debug_regs(debug_regs)).map_err(step("loading debug registers"))?;
     vcpu.set_lapic(&load_lapic(lapic)?).map_err(step("loading the local APIC"))?;
     if first {

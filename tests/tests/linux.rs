@@ -1,0 +1,113 @@
+//! Debian's kernel, unmodified, as a guest: boot, power off, reboot, snapshot and clones. Runs in the reference machine:
+//! `tests/rig/run` is the runner.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use tests::linux::{Console, Linux, PATIENCE, assert_calm, counts};
+use tests::{Boot, PageServer, Place, Restore};
+
+const UP: &str = "coppice: Linux ";
+
+fn boots_with(vcpus: u8) {
+    let Some(linux) = Linux::guest() else { return };
+    boots(&linux, vcpus);
+}
+
+fn boots(linux: &Linux, vcpus: u8) {
+    let place = Place::new();
+    let mut vm = Boot::new(&place).linux(linux, "coppice.then=poweroff").vcpus(vcpus).start("guest");
+    let up = vm.said(UP);
+    println!("Linux {up}");
+    assert!(up.contains(&format!(" is up, {vcpus} CPUs, clock kvm-clock, virtio virtio0")), "{up}");
+    let done = vm.process.finish_within(PATIENCE);
+    assert_calm(&done.stdout);
+    assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+}
+
+#[test]
+fn one_vcpu_boots_and_powers_off() {
+    boots_with(1);
+}
+
+#[test]
+fn two_vcpus_boot_and_power_off() {
+    boots_with(2);
+}
+
+#[test]
+fn four_vcpus_boot_and_power_off() {
+    boots_with(4);
+}
+
+#[test]
+fn an_elf_kernel_is_entered_by_pvh() {
+    let Some(linux) = Linux::guest() else { return };
+    match linux.elf() {
+        Some(elf) => boots(&elf, 1),
+        None => test_skip::skip("the Linux guest has no ELF kernel"),
+    }
+}
+
+#[test]
+fn a_reboot_ends_the_vmm_in_good_order() {
+    let Some(linux) = Linux::guest() else { return };
+    let place = Place::new();
+    let mut vm = Boot::new(&place).linux(&linux, "coppice.then=reboot").start("guest");
+    vm.said(UP);
+    let done = vm.process.finish_within(PATIENCE);
+    assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+}
+
+/// A snapshot of a guest that counts, and the number that it had counted to before.
+fn snapshot(place: &Place, linux: &Linux, vcpus: u8) -> (std::path::PathBuf, u64) {
+    let mut vm = Boot::new(place).linux(linux, "").vcpus(vcpus).start("original");
+    vm.said(UP);
+    let before = vm.counted_beyond(3);
+    let path = place.join("snapshot");
+    let status = vm.snapshot(&path);
+    println!("snapshot with {vcpus} vCPUs at count {before}: {} bytes", status.memory_bytes);
+    let after = vm.counted_beyond(before);
+    vm.counted_beyond(after + 3);
+    assert_calm(&vm.stop().stdout);
+    (path, before)
+}
+
+/// Clones go on from where the snapshot was taken, each by itself.
+fn clones_go_on(vcpus: u8, uffd: bool) {
+    let Some(linux) = Linux::guest() else { return };
+    let place = Place::new();
+    let (path, before) = snapshot(&place, &linux, vcpus);
+    let server = uffd.then(|| PageServer::start(&place, &path));
+    for name in ["first", "second"] {
+        let restore = Restore::new(&place, &path);
+        let mut clone = match &server {
+            Some(server) => restore.uffd(server).start(name),
+            None => restore.start(name),
+        };
+        let reached = clone.counted_beyond(before + 10);
+        let done = clone.stop();
+        let numbers = counts(&done.stdout);
+        println!("{name} clone counted {:?} to {reached}", numbers.first());
+        assert!(
+            numbers.first().is_some_and(|first| *first >= before && *first <= before + 20),
+            "{before}: {numbers:?}"
+        );
+        assert!(numbers.windows(2).all(|pair| pair[0] + 1 == pair[1]), "{numbers:?}");
+        assert_calm(&done.stdout);
+    }
+}
+
+#[test]
+fn a_clone_goes_on_counting() {
+    clones_go_on(1, false);
+}
+
+#[test]
+fn clones_with_two_vcpus_go_on_counting() {
+    clones_go_on(2, false);
+}
+
+#[test]
+fn clones_from_a_page_server_go_on_counting() {
+    clones_go_on(2, true);
+}
