@@ -153,7 +153,8 @@ impl Server {
 
     /// Makes room for clients that may be waiting.
     fn send_silent_away(&mut self, ops: &mut EventOps) {
-        let _ = self.timer.wait();
+        // Winding it again takes its tick back. Reading it could block: this event may be older than the last winding.
+        let _ = self.timer.reset(TICK, Some(TICK));
         let silent = |client: &Client| !client.waiting && client.heard.elapsed() >= SILENCE;
         let silent: Vec<_> = self.clients.iter().filter(|(_, client)| silent(client)).map(|(id, _)| *id).collect();
         for id in silent {

@@ -269,8 +269,7 @@ struct Seen {
 
 /// Runs the demonstration and prints its report.
 pub fn run(options: &DemoOptions) -> Result<(), DemoError> {
-    // A signal is looked for at each step, so that children, sockets and files are cleared away. Ctrl-C reaches the
-    // children too, which end in good order.
+    // A signal is looked for at each step, so that children, sockets and files are cleared away.
     let signals = Signals::catch().map_err(io_error("cannot block signals"))?;
     let workplace = Workplace::new(options.dir.as_deref())?;
     let demo = Demo { options, workplace: &workplace, children: Children::new()?, signals };
@@ -462,12 +461,13 @@ impl Demo<'_> {
     /// Waits for a guest's first reply; if its process ends instead, says why.
     fn first_reply(&self, name: &str, mut child: Child, vsock: &Path, request: Request) -> Result<Guest, DemoError> {
         let deadline = Instant::now() + PATIENCE;
-        // In slices, so that a process that fails at once is noticed at once.
-        const SLICE: Duration = Duration::from_millis(100);
+        // In slices, so that a process that fails at once is noticed at once; growing, so that a slow guest has its time.
+        let mut slice = Duration::from_millis(100);
         loop {
             self.go_on()?;
-            let slice = deadline.min(Instant::now() + SLICE);
-            match AgentClient::first_reply(vsock, self.options.patience(), slice, request) {
+            let until = deadline.min(Instant::now() + slice);
+            slice *= 2;
+            match AgentClient::first_reply(vsock, self.options.patience(), until, request) {
                 Ok((agent, _)) => return Ok(Guest { name: name.to_owned(), child, agent }),
                 Err(source) => {
                     child.check_alive()?;

@@ -5,6 +5,7 @@ use crate::arch::regs::Entry;
 use crate::arch::{COMMAND_LINE, COMMAND_LINE_MAX, HIGH_MEMORY, regs};
 use crate::memory::{GuestRam, PAGE_SIZE};
 use linux_loader::cmdline::Cmdline;
+use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{self, BzImage, Elf, KernelLoader, KernelLoaderResult, load_cmdline};
 use std::fs::File;
@@ -104,7 +105,8 @@ pub fn load(ram: &GuestRam, kernel: &Kernel, command_line: &str, initrd: Option<
             load_kernel(ram, path, &mut file)?
         }
     };
-    let initrd = initrd.map(|path| load_initrd(ram, path, loaded.kernel_end)).transpose()?;
+    let kernel_end = loaded.setup_header.map_or(loaded.kernel_end, |header| unpacked_end(&loaded, &header));
+    let initrd = initrd.map(|path| load_initrd(ram, path, kernel_end)).transpose()?;
     if !command_line.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
         return Err(LoadError::CommandLine(linux_loader::cmdline::Error::InvalidAscii));
     }
@@ -202,6 +204,14 @@ fn is_too_large(error: &loader::Error) -> bool {
 
 fn too_large(ram: &GuestRam, path: &Path) -> LoadError {
     LoadError::TooLarge { path: path.to_owned(), mib: ram.size() >> 20 }
+}
+
+/// Where a bzImage ends once it has unpacked itself: it takes `init_size` bytes from where it prefers to be, or from where
+/// it was loaded, aligned (Documentation/arch/x86/boot.rst).
+fn unpacked_end(loaded: &KernelLoaderResult, header: &setup_header) -> u64 {
+    let (preferred, size, alignment) = (header.pref_address, header.init_size, header.kernel_alignment);
+    let start = loaded.kernel_load.raw_value().next_multiple_of(u64::from(alignment).max(1)).max(preferred);
+    loaded.kernel_end.max(start.saturating_add(size.into()))
 }
 
 /// Puts an initial RAM disk at the top of low memory, page-aligned.

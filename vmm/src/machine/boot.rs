@@ -82,7 +82,17 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
     let shape = StateShape::of_host(&kvm, &vm.fd)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
     let vsock = plan.vsock.clone();
-    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, page_server: None, vsock, running: false })
+    Ok(Machine {
+        vcpus,
+        devices,
+        shape,
+        vm: vm.fd,
+        ram,
+        page_server: None,
+        ending: Default::default(),
+        vsock,
+        running: false,
+    })
 }
 
 /// Gives each vCPU its CPUID.

@@ -367,6 +367,8 @@ impl Driver {
             Notice::End(end) => self.end(Err(RunError::Guest(end))),
             // Whoever ends everything at once ends the page server too.
             Notice::PageServerGone(_) if self.signals.have_come() => self.end(Ok(Ending::Signal)),
+            // It was that of a snapshot which could not be loaded.
+            Notice::PageServerGone(_) if self.machine.is_none() => {}
             Notice::PageServerGone(path) => self.end(Err(RunError::PageServerGone(path))),
             Notice::SnapshotWritten => self.on_snapshot_written(ops),
         }

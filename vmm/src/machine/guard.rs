@@ -13,6 +13,8 @@ use crate::notice::{Notice, Notifier};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use uffd_handler::listener::remove_all;
 use uffd_handler::process::Signals;
@@ -27,7 +29,15 @@ const SIGNAL_ORDERS: Duration = Duration::from_secs(3);
 /// Watches, on a thread of its own, for the end of the page server and for signals that ask this process to end. The
 /// event loop sees to them; if it does not end the process, because it waits for a page that will not come, the thread
 /// does.
-pub fn watch(server: Watch, ram: &GuestRam, signals: Signals, notifier: Notifier) -> io::Result<()> {
+///
+/// `ending` is set at once, for whatever the event loop is in the midst of and can give up.
+pub fn watch(
+    server: Watch,
+    ram: &GuestRam,
+    signals: Signals,
+    notifier: Notifier,
+    ending: Arc<AtomicBool>,
+) -> io::Result<()> {
     let memory = ram.memory().clone();
     std::thread::Builder::new().name("guard".into()).spawn(move || {
         // The server says nothing more; whatever makes the connection readable is its end.
@@ -37,11 +47,18 @@ pub fn watch(server: Watch, ram: &GuestRam, signals: Signals, notifier: Notifier
         if server.is_released() {
             return;
         }
+        ending.store(true, Ordering::Relaxed);
         let code = if server_gone {
             // Whoever ends everything at once may have ended the server first.
             std::thread::sleep(ALL_AT_ONCE);
+            if server.is_released() {
+                return;
+            }
             notifier.send(Notice::PageServerGone(server.path.clone()));
             std::thread::sleep(LAST_ORDERS);
+            if server.is_released() {
+                return;
+            }
             if signals.have_come() {
                 DONE
             } else {

@@ -31,6 +31,8 @@ use crate::vcpu::state::StateShape;
 use crate::vcpu::{self, Buses, Vcpu, VcpuError};
 use api_spec::vm::Vsock;
 use kvm_ioctls::{VcpuFd, VmFd};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use wiring::Devices;
 
 /// One microVM. Fields are dropped in this order: threads end before the VM, and the VM before its memory.
@@ -42,6 +44,8 @@ pub struct Machine {
     vm: VmFd,
     ram: GuestRam,
     page_server: Option<PageServer>,
+    /// Set when this process is about to end.
+    ending: Arc<AtomicBool>,
     vsock: Option<Vsock>,
     running: bool,
 }
@@ -109,8 +113,15 @@ impl Drop for Machine {
 
 /// Starts the threads of vCPUs, standing still.
 fn start_vcpus(fds: Vec<VcpuFd>, buses: &Buses, notifier: &Notifier) -> Result<Vec<Vcpu>, VcpuError> {
-    fds.into_iter()
-        .enumerate()
-        .map(|(number, fd)| Vcpu::start(number as u8, fd, buses.clone(), notifier.clone()))
-        .collect()
+    let mut vcpus = Vec::with_capacity(fds.len());
+    for (number, fd) in fds.into_iter().enumerate() {
+        match Vcpu::start(number as u8, fd, buses.clone(), notifier.clone()) {
+            Ok(vcpu) => vcpus.push(vcpu),
+            Err(e) => {
+                vcpu::end_all(&mut vcpus);
+                return Err(e);
+            }
+        }
+    }
+    Ok(vcpus)
 }

@@ -21,6 +21,8 @@ use snapshot::load::{LoadError, Snapshot};
 use snapshot::manifest::Manifest;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use vm_memory::GuestMemoryError;
 
 /// Why a snapshot could not be restored.
@@ -118,12 +120,13 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     let kvm = kvm::open()?;
 
     let Outside { notifier, signals, .. } = &outside;
+    let ending = Arc::<AtomicBool>::default();
     let (ram, page_server) = memory(&snapshot, request.mem_backend.as_ref())?;
     if let Some(server) = &page_server {
         // Before anything touches guest memory and may have to wait.
         let signals = signals.try_clone().map_err(RestoreError::Guard)?;
         let watch = server.watch().map_err(RestoreError::Guard)?;
-        guard::watch(watch, &ram, signals, notifier.clone()).map_err(RestoreError::Guard)?;
+        guard::watch(watch, &ram, signals, notifier.clone(), ending.clone()).map_err(RestoreError::Guard)?;
     }
     let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
     let state = snapshot.state();
@@ -146,7 +149,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
 
     let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
-    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, page_server, vsock, running: false })
+    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, page_server, ending, vsock, running: false })
 }
 
 /// Whether this program on this host can run the snapshot.

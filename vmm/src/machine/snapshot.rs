@@ -156,11 +156,8 @@ fn capture(machine: &mut Machine, staging: &mut Staging) -> Result<(MachineState
     let state = save(machine)?;
     let captured = match machine.ram.freeze()? {
         Some(frozen) => Captured::Frozen(frozen, machine.ram.regions().to_vec()),
-        None => {
-            // Nobody can ask for an end meanwhile: this is the thread that would be asked.
-            let never = AtomicBool::new(false);
-            Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &never)?)
-        }
+        // On the event loop's thread, which hears of nothing meanwhile but through this flag.
+        None => Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &machine.ending)?),
     };
     Ok((state, captured))
 }
