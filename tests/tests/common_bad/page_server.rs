@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::thread::{JoinHandle, spawn};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tests::{Place, Process, Template, TemplateOptions, binaries, require};
 
 const MEMORY_MIB: u64 = 16;
@@ -275,11 +275,9 @@ fn a_guest_that_waits_for_a_page_ends_with_its_page_server() {
     for delay_ms in [0, 5, 100] {
         let (clone, peer) = clone_of_idle_server(&template);
         std::thread::sleep(Duration::from_millis(delay_ms));
-        let left = Instant::now();
         drop(peer);
         let done = clone.finish();
         super::refusal("clone", &done, FAILED, &["page server at", "is gone"]);
-        assert!(left.elapsed() < tests::PATIENCE);
         assert_eq!(sockets(&template.place), [""; 0], "its sockets are gone");
         std::fs::remove_file(template.place.join("s")).expect("it is ours");
     }
