@@ -17,6 +17,7 @@ pub mod event_loop;
 pub mod events;
 pub mod handshake;
 pub mod listener;
+pub mod logging;
 pub mod metrics;
 pub mod mmap;
 pub mod options;

@@ -2,14 +2,12 @@
 
 use super::probe_vm::ProbeVm;
 use super::{Check, read_or_empty};
+use crate::kvm::{KVM_API_VERSION as API_VERSION, KVM_DEVICE as DEVICE};
 use kvm_ioctls::Kvm;
 use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-const DEVICE: &str = "/dev/kvm";
-/// The version of the KVM API, the same since 2007.
-const API_VERSION: i32 = 12;
 /// From here on an instruction is taken to be emulated: about 650 ns where it is, below 1 ns where it is not.
 const EMULATED_NS: f64 = 100.0;
 /// From here on making a VM is taken to wait for something.

@@ -14,7 +14,7 @@ pub const KVM_DEVICE: &str = "/dev/kvm";
 /// Three pages below 4 GiB that old Intel processors need for real mode; nothing else may lie there.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 /// The version of the KVM API, the same since 2007.
-const KVM_API_VERSION: i32 = 12;
+pub const KVM_API_VERSION: i32 = 12;
 
 /// Why KVM could not be used.
 #[derive(Debug, thiserror::Error)]
