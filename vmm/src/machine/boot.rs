@@ -66,11 +66,11 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
     let ram = GuestRam::fresh(plan.memory_bytes)?;
     let vm = kvm::create(&kvm, &ram, plan.vcpus)?;
     let notifier = outside.notifier.clone();
-    let devices = wiring::wire(&vm.fd, ram.memory(), plan.vsock.as_ref(), None, outside)?;
+    let devices = wiring::wire(&vm.fd, ram.memory(), &plan.devices, None, outside)?;
     set_cpuid(&kvm, &vm.vcpus)?;
     write_generation(ram.memory(), &fresh_generation().map_err(BootError::Random)?).map_err(BootError::Generation)?;
 
-    let tables = acpi::tables(ACPI_TABLES, plan.vcpus, &wiring::virtio_devices(plan.vsock.is_some()));
+    let tables = acpi::tables(ACPI_TABLES, plan.vcpus, &wiring::virtio_devices(&plan.devices));
     ram.memory().write_slice(&tables, GuestAddress(ACPI_TABLES)).map_err(BootError::Firmware)?;
     ram.memory().write_slice(&RESET_CODE, GuestAddress(RESET_VECTOR)).map_err(BootError::Firmware)?;
     let command_line = command_line(plan, vm.vcpus.first());
@@ -81,7 +81,6 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
 
     let shape = StateShape::of_host(&kvm, &vm.fd)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
-    let vsock = plan.vsock.clone();
     Ok(Machine {
         vcpus,
         devices,
@@ -90,7 +89,7 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
         ram,
         page_server: None,
         ending: Default::default(),
-        vsock,
+        plan: plan.devices.clone(),
         running: false,
     })
 }
@@ -111,7 +110,7 @@ fn set_cpuid(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
 /// The command line as configured, with what a guest that reads no ACPI cannot find out by itself: where its devices are.
 fn command_line(plan: &BootPlan, vcpu: Option<&VcpuFd>) -> String {
     let mut words = vec![plan.command_line.clone()];
-    words.extend(wiring::virtio_devices(plan.vsock.is_some()).iter().map(wiring::device_word));
+    words.extend(wiring::virtio_devices(&plan.devices).iter().map(wiring::device_word));
     if plan.kernel == Kernel::Embedded {
         words.push(format!("coppice.vcpus={}", plan.vcpus));
         words.push(format!("coppice.generation={GENERATION_PAGE:#x}"));

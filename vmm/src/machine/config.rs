@@ -50,8 +50,23 @@ pub struct BootPlan {
     pub vcpus: u8,
     /// Guest memory, in bytes.
     pub memory_bytes: u64,
+    /// Its devices.
+    pub devices: DevicePlan,
+}
+
+/// The devices of a machine that are configured: those of virtio, in order of their places.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DevicePlan {
     /// The vsock device.
     pub vsock: Option<Vsock>,
+}
+
+impl DevicePlan {
+    /// Number of virtio devices.
+    pub fn virtio_count(&self) -> u32 {
+        let DevicePlan { vsock } = self;
+        u32::from(vsock.is_some())
+    }
 }
 
 /// Checks CPUs and memory.
@@ -98,7 +113,7 @@ pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
         command_line: source.boot_args.clone().unwrap_or_default(),
         vcpus: machine_config.vcpu_count,
         memory_bytes: machine_config.mem_size_mib << 20,
-        vsock: vsock.clone(),
+        devices: DevicePlan { vsock: vsock.clone() },
     })
 }
 

@@ -211,13 +211,11 @@ impl Driver {
     }
 
     fn adopt(&mut self, machine: Machine) {
-        if let Some(vsock) = &machine.devices().vsock {
-            self.arrivals.push(vsock.device.clone());
-        }
+        self.arrivals.extend_from_slice(machine.devices().subscribers());
         Console::feed(&machine.devices().serial);
         self.config.machine_config.vcpu_count = machine.vcpu_count();
         self.config.machine_config.mem_size_mib = machine.memory_bytes() >> 20;
-        self.config.vsock = machine.vsock().cloned();
+        self.config.vsock = machine.plan().vsock.clone();
         self.machine = Some(machine);
     }
 

@@ -29,7 +29,7 @@ use crate::memory::uffd::PageServer;
 use crate::notice::Notifier;
 use crate::vcpu::state::StateShape;
 use crate::vcpu::{self, Buses, Vcpu, VcpuError};
-use api_spec::vm::Vsock;
+use config::DevicePlan;
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -46,7 +46,7 @@ pub struct Machine {
     page_server: Option<PageServer>,
     /// Set when this process is about to end.
     ending: Arc<AtomicBool>,
-    vsock: Option<Vsock>,
+    plan: DevicePlan,
     running: bool,
 }
 
@@ -66,9 +66,9 @@ impl Machine {
         self.vcpus.len() as u8
     }
 
-    /// The vsock device as it stands on the host.
-    pub fn vsock(&self) -> Option<&Vsock> {
-        self.vsock.as_ref()
+    /// The configured devices as they stand on the host.
+    pub fn plan(&self) -> &DevicePlan {
+        &self.plan
     }
 
     /// Devices and their places.

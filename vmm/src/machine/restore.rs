@@ -2,7 +2,7 @@
 //! standing still.
 
 use super::boot::{fresh_generation, write_generation};
-use super::config::{self, ConfigError, MAX_VCPUS};
+use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, guard, start_vcpus};
 use crate::host;
@@ -116,7 +116,7 @@ pub enum RestoreError {
 pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, RestoreError> {
     let snapshot = snapshot::load::open(&request.snapshot_path)?;
     check(&snapshot)?;
-    let vsock = vsock(snapshot.manifest(), request)?;
+    let plan = DevicePlan { vsock: vsock(snapshot.manifest(), request)? };
     let kvm = kvm::open()?;
 
     let Outside { notifier, signals, .. } = &outside;
@@ -141,7 +141,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
         write_generation(ram.memory(), &id).map_err(RestoreError::Generation)?;
     }
     let notifier = outside.notifier.clone();
-    let devices = wiring::wire(&vm.fd, ram.memory(), vsock.as_ref(), Some(&state.devices), outside)?;
+    let devices = wiring::wire(&vm.fd, ram.memory(), &plan, Some(&state.devices), outside)?;
     // After the interrupt controllers' state, which would undo it.
     if request.new_generation {
         devices.announce_generation().map_err(RestoreError::Announce)?;
@@ -149,7 +149,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
 
     let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
-    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, page_server, ending, vsock, running: false })
+    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, page_server, ending, plan, running: false })
 }
 
 /// Whether this program on this host can run the snapshot.

@@ -200,7 +200,7 @@ fn write(
 }
 
 fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
-    let vsock = machine.vsock.as_ref().map(|vsock| VsockDevice {
+    let vsock = machine.plan.vsock.as_ref().map(|vsock| VsockDevice {
         guest_cid: vsock.guest_cid.into(),
         uds_path: vsock.uds_path.to_string_lossy().into_owned(),
     });

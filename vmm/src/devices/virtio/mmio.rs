@@ -70,6 +70,7 @@ pub struct MmioTransport {
     interrupt: Arc<Interrupt>,
 
     // Facts about the device.
+    name: String,
     device_type: u32,
     device_features: u64,
     queue_events: Vec<Arc<EventFd>>,
@@ -88,6 +89,7 @@ impl MmioTransport {
     /// A transport in front of `device`, as after power-on.
     pub fn new(device: Arc<Mutex<dyn VirtioDevice>>, mem: GuestMemory, interrupt: Arc<Interrupt>) -> Self {
         let guard = lock(&*device);
+        let name = guard.name();
         let device_type = guard.device_type();
         let device_features = guard.features() | VERSION_1;
         let queue_events = guard.queue_events();
@@ -97,6 +99,7 @@ impl MmioTransport {
             device,
             mem,
             interrupt,
+            name,
             device_type,
             device_features,
             queue_events,
@@ -285,7 +288,7 @@ impl MmioTransport {
                     self.activate();
                 }
             }
-            Err(error) => log::debug!("virtio device {}: {error}", self.device_type),
+            Err(error) => log::debug!("{}: {error}", self.name),
         }
     }
 
@@ -320,7 +323,7 @@ impl MmioTransport {
     /// The driver has broken the rules: the device stops until it is reset.
     fn fail(&self, reason: &dyn std::fmt::Display) {
         lock(&*self.device).reset();
-        self.interrupt.fail(&format!("virtio device {}", self.device_type), reason);
+        self.interrupt.fail(&self.name, reason);
     }
 
     fn notify(&self, queue: u32) {
@@ -343,7 +346,7 @@ impl BusDevice for MmioTransport {
         data.fill(0);
         match <&mut [u8; 4]>::try_from(data) {
             Ok(data) if offset.is_multiple_of(4) => *data = self.read_register(offset).to_le_bytes(),
-            _ => log::debug!("virtio device {}: register {offset:#x} was not read as 32 bits", self.device_type),
+            _ => log::debug!("{}: register {offset:#x} was not read as 32 bits", self.name),
         }
     }
 
@@ -353,7 +356,7 @@ impl BusDevice for MmioTransport {
         }
         match <[u8; 4]>::try_from(data) {
             Ok(data) if offset.is_multiple_of(4) => self.write_register(offset, u32::from_le_bytes(data)),
-            _ => log::debug!("virtio device {}: register {offset:#x} was not written as 32 bits", self.device_type),
+            _ => log::debug!("{}: register {offset:#x} was not written as 32 bits", self.name),
         }
     }
 }
@@ -394,6 +397,9 @@ mod tests {
     }
 
     impl VirtioDevice for Probe {
+        fn name(&self) -> String {
+            "probe".to_owned()
+        }
         fn device_type(&self) -> u32 {
             42
         }
@@ -422,6 +428,7 @@ mod tests {
             self.resets += 1;
             self.queues.clear();
         }
+        fn resume(&mut self) {}
     }
 
     struct Rig {

@@ -4,6 +4,7 @@ pub mod chain;
 pub mod interrupt;
 pub mod mmio;
 pub mod queue;
+pub mod rings;
 pub mod status;
 pub mod vsock;
 
@@ -24,6 +25,9 @@ pub const EVENT_IDX: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVEN
 ///
 /// The transport calls it on vCPU threads, and on the event thread for save and restore.
 pub trait VirtioDevice: Send {
+    /// What messages call the device, such as `drive root`.
+    fn name(&self) -> String;
+
     /// The device's number in the virtio specification.
     fn device_type(&self) -> u32;
 
@@ -51,4 +55,8 @@ pub trait VirtioDevice: Send {
 
     /// Back to the state before activation. The device does not touch guest memory any more when this returns.
     fn reset(&mut self);
+
+    /// The vCPUs are about to run. A device that was restored has left guest memory alone until now; the first call
+    /// lets it work, and it looks at its queues if something was left in them. Any other call does nothing.
+    fn resume(&mut self);
 }
