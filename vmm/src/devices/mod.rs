@@ -25,6 +25,7 @@ pub mod bus;
 pub mod i8042;
 pub mod output;
 pub mod power;
+pub mod rate;
 pub mod serial;
 pub mod virtio;
 

@@ -2,6 +2,7 @@
 
 use crate::loader::Kernel;
 use crate::memory::layout::{MAX_MIB, MIN_MIB};
+use api_spec::devices::{RateLimiter, TokenBucket};
 use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
 use std::path::PathBuf;
 use uffd_handler::listener;
@@ -26,6 +27,17 @@ pub enum ConfigError {
     /// A socket path that is too long.
     #[error("vsock.uds_path: {0}")]
     UdsPath(String),
+    /// A name that cannot be one.
+    #[error("{field} is {id:?}; it may be 1 to 64 letters, digits, `-` and `_`")]
+    Id {
+        /// Which field.
+        field: &'static str,
+        /// What it says.
+        id: String,
+    },
+    /// A rate limit that nothing would ever pass.
+    #[error("{0}: `size` and `refill_time` must be at least 1")]
+    Rate(String),
     /// Nothing to boot.
     #[error("boot-source is missing: name a kernel (`kernel_image_path`) or say `embedded_guest`")]
     NoKernel,
@@ -117,6 +129,26 @@ pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
     })
 }
 
+/// Checks the name of a disk or a network interface.
+pub fn check_id(field: &'static str, id: &str) -> Result<(), ConfigError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if id.is_empty() || id.len() > 64 || !id.chars().all(plain) {
+        return Err(ConfigError::Id { field, id: id.to_owned() });
+    }
+    Ok(())
+}
+
+/// Checks a bound of a device's traffic. `field` names it.
+pub fn check_rate(field: &str, rate: Option<&RateLimiter>) -> Result<(), ConfigError> {
+    let RateLimiter { bandwidth, ops } = rate.copied().unwrap_or_default();
+    for (part, bucket) in [("bandwidth", bandwidth), ("ops", ops)] {
+        if bucket.is_some_and(|TokenBucket { size, refill_time, .. }| size == 0 || refill_time == 0) {
+            return Err(ConfigError::Rate(format!("{field}.{part}")));
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -153,6 +185,13 @@ mod tests {
         let initrd = with(|c| c.boot_source.as_mut().unwrap().initrd_path = Some("i".into()));
         assert_eq!(initrd, ConfigError::EmbeddedInitrd);
         assert_eq!(with(|c| c.vsock.as_mut().unwrap().guest_cid = 2), ConfigError::GuestCid(2));
+        for id in ["", "a/b", "a b", &"x".repeat(65)] {
+            assert!(check_id("drives.drive_id", id).is_err(), "{id}");
+        }
+        assert_eq!(check_id("drives.drive_id", "root-1_A"), Ok(()));
+        let ops = Some(TokenBucket { size: 1, one_time_burst: None, refill_time: 0 });
+        let refused = check_rate("entropy.rate_limiter", Some(&RateLimiter { bandwidth: None, ops }));
+        assert_eq!(refused, Err(ConfigError::Rate("entropy.rate_limiter.ops".into())));
         let long = with(|c| c.vsock.as_mut().unwrap().uds_path = "x".repeat(108).into());
         assert!(matches!(long, ConfigError::UdsPath(_)));
     }
