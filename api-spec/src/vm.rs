@@ -1,5 +1,6 @@
 //! REST documents that describe a VM, and the configuration file, which holds the same objects.
 
+use crate::devices::Serial;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -16,6 +17,9 @@ pub struct VmConfig {
     /// The vsock device, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
+    /// Where the guest's console leads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<Serial>,
 }
 
 /// What to boot: a kernel file, or the embedded guest.
@@ -122,6 +126,9 @@ pub struct InstanceInfo {
     /// What the agent in the guest has announced, once it has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub readiness: Option<Readiness>,
+    /// The pseudo-terminal that is the guest's console, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<PathBuf>,
 }
 
 /// Where a VM stands.

@@ -10,6 +10,7 @@ pub mod http;
 pub mod router;
 pub mod server;
 
+use api_spec::devices::Serial;
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad};
 use api_spec::vm::{Action, BootSource, MachineConfig, VmPatch, Vsock};
 
@@ -30,6 +31,8 @@ pub enum Request {
     PutBootSource(BootSource),
     /// `PUT /vsock`
     PutVsock(Vsock),
+    /// `PUT /serial`
+    PutSerial(Serial),
     /// `PUT /actions`
     Action(Action),
     /// `PATCH /vm`

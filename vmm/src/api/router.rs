@@ -5,13 +5,14 @@ use super::{Request, Response};
 use serde::de::DeserializeOwned;
 
 /// Every path with its methods, in the order in which they are documented.
-const ROUTES: [(&str, &[&str]); 11] = [
+const ROUTES: [(&str, &[&str]); 12] = [
     ("/", &["GET"]),
     ("/version", &["GET"]),
     ("/vm/config", &["GET"]),
     ("/machine-config", &["GET", "PUT"]),
     ("/boot-source", &["PUT"]),
     ("/vsock", &["PUT"]),
+    ("/serial", &["PUT"]),
     ("/actions", &["PUT"]),
     ("/vm", &["PATCH"]),
     ("/snapshot/create", &["PUT"]),
@@ -31,6 +32,7 @@ pub fn route(message: &Message) -> Result<Request, Response> {
         ("PUT", "/machine-config") => body(message).map(Request::PutMachineConfig),
         ("PUT", "/boot-source") => body(message).map(Request::PutBootSource),
         ("PUT", "/vsock") => body(message).map(Request::PutVsock),
+        ("PUT", "/serial") => body(message).map(Request::PutSerial),
         ("PUT", "/actions") => body(message).map(Request::Action),
         ("PATCH", "/vm") => body(message).map(Request::PatchVm),
         ("PUT", "/snapshot/create") => body(message).map(Request::SnapshotCreate),

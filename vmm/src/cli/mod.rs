@@ -144,7 +144,7 @@ fn print(text: &str) -> Result<i32, CliError> {
 
 fn run_vm(options: RunOptions) -> Result<i32, CliError> {
     logging::start(options.log_level);
-    let RunOptions { id, api_sock, config, restore, log_level: _, end_with_parent } = options;
+    let RunOptions { id, api_sock, config, restore, console, log_level: _, end_with_parent } = options;
     if end_with_parent {
         uffd_handler::process::end_with_parent().map_err(RunError::Setup)?;
     }
@@ -153,7 +153,7 @@ fn run_vm(options: RunOptions) -> Result<i32, CliError> {
         (None, Some(load)) => Start::Restore(load.request()),
         (None, None) => Start::Api,
     };
-    driver::run(id, api_sock.as_deref(), start)?;
+    driver::run(id, api_sock.as_deref(), console, start)?;
     Ok(DONE)
 }
 

@@ -1,8 +1,9 @@
 //! Is a configuration one that can be built? Pure; the same check for the command line, the file and the API.
 
+use crate::console::Place;
 use crate::loader::Kernel;
 use crate::memory::layout::{MAX_MIB, MIN_MIB};
-use api_spec::devices::{RateLimiter, TokenBucket};
+use api_spec::devices::{RateLimiter, Serial, TokenBucket};
 use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
 use std::path::PathBuf;
 use uffd_handler::listener;
@@ -27,6 +28,9 @@ pub enum ConfigError {
     /// A socket path that is too long.
     #[error("vsock.uds_path: {0}")]
     UdsPath(String),
+    /// Two places for the console.
+    #[error("serial names both a file (`serial_out_path`) and `pty`; choose one")]
+    TwoConsoles,
     /// A name that cannot be one.
     #[error("{field} is {id:?}; it may be 1 to 64 letters, digits, `-` and `_`")]
     Id {
@@ -112,13 +116,24 @@ pub fn check_vsock(vsock: &Vsock) -> Result<(), ConfigError> {
     listener::check_path(&vsock.uds_path).map_err(|e| ConfigError::UdsPath(e.to_string()))
 }
 
+/// Checks where the console leads.
+pub fn check_serial(serial: Option<&Serial>) -> Result<Place, ConfigError> {
+    match serial.map(|Serial { serial_out_path, pty }| (serial_out_path, *pty)) {
+        None | Some((None, false)) => Ok(Place::Stdio),
+        Some((None, true)) => Ok(Place::Pty),
+        Some((Some(path), false)) => Ok(Place::File(path.clone())),
+        Some((Some(_), true)) => Err(ConfigError::TwoConsoles),
+    }
+}
+
 /// Checks a whole configuration.
 pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
-    let VmConfig { boot_source, machine_config, vsock } = config;
+    let VmConfig { boot_source, machine_config, vsock, serial } = config;
     let source = boot_source.as_ref().ok_or(ConfigError::NoKernel)?;
     let kernel = check_boot_source(source)?;
     check_machine(machine_config)?;
     vsock.as_ref().map(check_vsock).transpose()?;
+    check_serial(serial.as_ref())?;
     Ok(BootPlan {
         kernel,
         initrd: source.initrd_path.clone(),
@@ -158,6 +173,7 @@ mod tests {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
             machine_config: MachineConfig { vcpu_count: 4, mem_size_mib: 8 },
             vsock: Some(Vsock { guest_cid: 3, uds_path: "/run/v".into() }),
+            serial: None,
         }
     }
 
@@ -185,6 +201,8 @@ mod tests {
         let initrd = with(|c| c.boot_source.as_mut().unwrap().initrd_path = Some("i".into()));
         assert_eq!(initrd, ConfigError::EmbeddedInitrd);
         assert_eq!(with(|c| c.vsock.as_mut().unwrap().guest_cid = 2), ConfigError::GuestCid(2));
+        let consoles = with(|c| c.serial = Some(Serial { serial_out_path: Some("f".into()), pty: true }));
+        assert_eq!(consoles, ConfigError::TwoConsoles);
         for id in ["", "a/b", "a b", &"x".repeat(65)] {
             assert!(check_id("drives.drive_id", id).is_err(), "{id}");
         }

@@ -42,9 +42,11 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
         Request::Info | Request::Version | Request::Config | Request::GetMachineConfig | Request::SnapshotStatus => {
             Ok(())
         }
-        Request::PutMachineConfig(_) | Request::PutBootSource(_) | Request::PutVsock(_) | Request::Action(_) => {
-            refuse_if(started, NotNow::Started)
-        }
+        Request::PutMachineConfig(_)
+        | Request::PutBootSource(_)
+        | Request::PutVsock(_)
+        | Request::PutSerial(_)
+        | Request::Action(_) => refuse_if(started, NotNow::Started),
         Request::SnapshotLoad(_) => {
             refuse_if(started, NotNow::Started)?;
             refuse_if(phase == Phase::NotStarted { configured: true }, NotNow::Configured)
@@ -91,6 +93,7 @@ mod tests {
             Request::PutMachineConfig(MachineConfig::default()),
             Request::PutBootSource(BootSource::default()),
             Request::PutVsock(Vsock { guest_cid: 3, uds_path: "v".into() }),
+            Request::PutSerial(Default::default()),
             Request::Action(Action { action_type: ActionType::InstanceStart }),
             Request::PatchVm(VmPatch { state: VmState::Paused }),
             Request::PatchVm(VmPatch { state: VmState::Resumed }),
