@@ -1,7 +1,7 @@
 //! ACPI tables: how a kernel finds out about vCPUs, devices, and the ways to reset and power off. Pure.
 //!
 //! ```text
-//!   RSDP -> XSDT -> FADT -> DSDT: COM1, virtio-mmio devices, generation id, events
+//!   RSDP -> XSDT -> FADT -> DSDT: COM1, pvpanic, virtio-mmio devices, generation id, events
 //!                \> MADT: local APICs, IOAPIC
 //! ```
 //!
@@ -10,7 +10,7 @@
 //! Event Device. All tables lie in one run of bytes, each aligned to 16 of them, the RSDP first.
 
 use super::{IO_APIC, LOCAL_APIC};
-use crate::devices::{i8042, power, serial};
+use crate::devices::{i8042, power, pvpanic, serial};
 use crate::memory::layout::{EVENT_GSI, GENERATION_PAGE, MMIO_STRIDE};
 use acpi_tables::aml::{
     Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate,
@@ -122,6 +122,7 @@ fn madt(vcpus: u8) -> MADT {
 
 fn dsdt(devices: &[VirtioMmio]) -> Sdt {
     let mut code = serial_port();
+    code.extend(pvpanic());
     code.extend(devices.iter().enumerate().flat_map(|(index, device)| virtio_mmio(index, *device)));
     code.extend(generation_id());
     code.extend(event_device());
@@ -147,6 +148,20 @@ fn serial_port() -> Vec<u8> {
             &Name::new("_HID".into(), &EISAName::new("PNP0501")),
             &Name::new("_UID".into(), &aml::ZERO),
             &Name::new("_CRS".into(), &resources),
+        ],
+    ))
+}
+
+/// The device by which a kernel says that it has panicked.
+fn pvpanic() -> Vec<u8> {
+    let (base, len) = (pvpanic::BASE as u16, pvpanic::LEN as u8);
+    let ports = IO::new(base, base, 0, len);
+    bytes(&Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_UID".into(), &aml::ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports])),
         ],
     ))
 }
@@ -270,7 +285,7 @@ mod tests {
         let xsdt = table(&run, u64_at(&run, 24), b"XSDT");
         let fadt = table(&run, u64_at(xsdt, 36), b"FACP");
         let dsdt = table(&run, u64_at(fadt, 140), b"DSDT");
-        for name in ["COM1", "VD00", "VD10", "LNRO0005", "VGEN", "VM_Gen_Counter", "VMGENCTR", "GED_", "_EVT", "_S5_"] {
+        for name in ["COM1", "QEMU0001", "VD00", "VD10", "LNRO0005", "VGEN", "VM_Gen_Counter", "VMGENCTR", "GED_", "_EVT", "_S5_"] {
             assert!(contains(dsdt, name.as_bytes()), "{name}");
         }
         // The last device's window (a descriptor of 32-bit memory, 9 bytes long, writable) and its interrupt (an extended

@@ -349,6 +349,12 @@ impl Driver {
         }
     }
 
+    fn take_notices(&mut self, ops: &mut EventOps) {
+        for notice in self.notices.take() {
+            self.on_notice(notice, ops);
+        }
+    }
+
     fn on_notice(&mut self, notice: Notice, ops: &mut EventOps) {
         match notice {
             Notice::Ready(level) => {
@@ -408,14 +414,14 @@ impl MutEventSubscriber for Driver {
         if self.api.as_ref().is_some_and(|api| api.owns(fd)) {
             self.on_api(events, ops);
         } else if fd == self.reset.as_raw_fd() {
+            // A kernel that panics says so before it resets the machine.
+            self.take_notices(ops);
             log::info!("the guest reset its machine");
             self.end(Ok(Ending::Reset));
         } else if fd == self.signals.as_raw_fd() {
             self.end(Ok(Ending::Signal));
         } else {
-            for notice in self.notices.take() {
-                self.on_notice(notice, ops);
-            }
+            self.take_notices(ops);
         }
     }
 }
