@@ -122,6 +122,9 @@ pub struct InstanceInfo {
     /// What the agent in the guest has announced, once it has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub readiness: Option<Readiness>,
+    /// Why the VM was paused, if nobody asked for it: the limit that was reached, by name, and what to do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_reason: Option<String>,
 }
 
 /// Where a VM stands.

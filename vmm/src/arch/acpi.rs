@@ -285,7 +285,19 @@ mod tests {
         let xsdt = table(&run, u64_at(&run, 24), b"XSDT");
         let fadt = table(&run, u64_at(xsdt, 36), b"FACP");
         let dsdt = table(&run, u64_at(fadt, 140), b"DSDT");
-        for name in ["COM1", "QEMU0001", "VD00", "VD10", "LNRO0005", "VGEN", "VM_Gen_Counter", "VMGENCTR", "GED_", "_EVT", "_S5_"] {
+        for name in [
+            "COM1",
+            "QEMU0001",
+            "VD00",
+            "VD10",
+            "LNRO0005",
+            "VGEN",
+            "VM_Gen_Counter",
+            "VMGENCTR",
+            "GED_",
+            "_EVT",
+            "_S5_",
+        ] {
             assert!(contains(dsdt, name.as_bytes()), "{name}");
         }
         // The last device's window (a descriptor of 32-bit memory, 9 bytes long, writable) and its interrupt (an extended

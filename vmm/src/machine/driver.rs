@@ -11,7 +11,7 @@ use super::wiring::Outside;
 use crate::api::server::{Pending, Server};
 use crate::api::{Request, Response};
 use crate::console::Console;
-use crate::notice::{self, Notice, Notices, Notifier};
+use crate::notice::{self, Halt, Notice, Notices, Notifier};
 use crate::vcpu::{GuestEnd, VcpuError};
 use api_spec::agent::Level;
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus};
@@ -131,6 +131,8 @@ struct Driver {
     configured: bool,
     machine: Option<Machine>,
     readiness: Option<Readiness>,
+    /// Why the machine stands still, if nobody asked for it.
+    halt: Option<Halt>,
     /// The snapshot that is being written, and who waits for it.
     job: Option<(Job, Pending)>,
     status: SnapshotStatus,
@@ -156,6 +158,7 @@ impl Driver {
             configured: false,
             machine: None,
             readiness: None,
+            halt: None,
             job: None,
             status: SnapshotStatus::default(),
             api,
@@ -263,7 +266,10 @@ impl Driver {
         match patch.state {
             _ if !changes => {}
             VmState::Paused => machine.pause()?,
-            VmState::Resumed => machine.resume(),
+            VmState::Resumed => {
+                machine.resume();
+                self.halt = None;
+            }
         }
         Ok(())
     }
@@ -329,6 +335,7 @@ impl Driver {
             vmm_version: env!("CARGO_PKG_VERSION").into(),
             app_name: "Coppice".into(),
             readiness: self.readiness,
+            pause_reason: self.halt.as_ref().map(Halt::to_string),
         }
     }
 
@@ -371,12 +378,25 @@ impl Driver {
                 self.end(Ok(Ending::PowerOff));
             }
             Notice::End(end) => self.end(Err(RunError::Guest(end))),
+            Notice::Halt(halt) => self.halt(halt),
             // Whoever ends everything at once ends the page server too.
             Notice::PageServerGone(_) if self.signals.have_come() => self.end(Ok(Ending::Signal)),
             // It was that of a snapshot which could not be loaded.
             Notice::PageServerGone(_) if self.machine.is_none() => {}
             Notice::PageServerGone(path) => self.end(Err(RunError::PageServerGone(path))),
             Notice::SnapshotWritten => self.on_snapshot_written(ops),
+        }
+    }
+
+    /// Brings a running guest to a standstill that nobody asked for.
+    fn halt(&mut self, halt: Halt) {
+        let Some(machine) = self.machine.as_mut().filter(|machine| machine.is_running()) else { return };
+        match machine.pause() {
+            Ok(()) => {
+                log::warn!("the guest is paused: {halt}");
+                self.halt = Some(halt);
+            }
+            Err(e) => log::error!("the guest cannot be paused ({e}), and should be: {halt}"),
         }
     }
 
