@@ -44,7 +44,7 @@ fn is_false(value: &bool) -> bool {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
-    /// Number of vCPUs, 1 to 4.
+    /// Number of vCPUs, 1 to 8.
     #[serde(default = "one")]
     pub vcpu_count: u8,
     /// Guest memory, in MiB.
