@@ -48,7 +48,7 @@ fn is_false(value: &bool) -> bool {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
-    /// Number of vCPUs, 1 to 4.
+    /// Number of vCPUs, 1 to 8.
     #[serde(default = "one")]
     pub vcpu_count: u8,
     /// Guest memory, in MiB.
@@ -129,6 +129,9 @@ pub struct InstanceInfo {
     /// The pseudo-terminal that is the guest's console, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<PathBuf>,
+    /// Why the VM was paused, if nobody asked for it: the limit that was reached, by name, and what to do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_reason: Option<String>,
 }
 
 /// Where a VM stands.

@@ -36,7 +36,7 @@ Options:
   --help (-h), --version (-V)
 
 Ends with 0 when the guest has reset its machine or powered it off, or on SIGTERM or SIGINT, 1 on failure, 2 on bad
-usage, and 77 if this host cannot run microVMs.
+usage, 3 when the guest's kernel has panicked and said so (pvpanic), and 77 if this host cannot run microVMs.
 ";
 
 /// How to run a VM.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use uffd_handler::listener;
 
 /// Most vCPUs that a VM may have.
-pub const MAX_VCPUS: u8 = 4;
+pub const MAX_VCPUS: u8 = 8;
 /// Context ids below this one have a meaning of their own.
 const MIN_CID: u32 = 3;
 
@@ -171,7 +171,7 @@ mod tests {
     fn good() -> VmConfig {
         VmConfig {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
-            machine_config: MachineConfig { vcpu_count: 4, mem_size_mib: 8 },
+            machine_config: MachineConfig { vcpu_count: 8, mem_size_mib: 8 },
             vsock: Some(Vsock { guest_cid: 3, uds_path: "/run/v".into() }),
             serial: None,
         }
@@ -180,7 +180,7 @@ mod tests {
     #[test]
     fn a_good_configuration_is_planned() {
         let plan = plan(&good()).unwrap();
-        assert_eq!((plan.vcpus, plan.memory_bytes, plan.kernel), (4, 8 << 20, Kernel::Embedded));
+        assert_eq!((plan.vcpus, plan.memory_bytes, plan.kernel), (8, 8 << 20, Kernel::Embedded));
     }
 
     #[test]
@@ -191,7 +191,7 @@ mod tests {
             plan(&config).unwrap_err()
         };
         assert_eq!(with(|c| c.machine_config.vcpu_count = 0), ConfigError::Vcpus(0));
-        assert_eq!(with(|c| c.machine_config.vcpu_count = 5), ConfigError::Vcpus(5));
+        assert_eq!(with(|c| c.machine_config.vcpu_count = 9), ConfigError::Vcpus(9));
         assert_eq!(with(|c| c.machine_config.mem_size_mib = 7), ConfigError::Memory(7));
         assert_eq!(with(|c| c.machine_config.mem_size_mib = u64::MAX), ConfigError::Memory(u64::MAX));
         assert_eq!(with(|c| c.boot_source = None), ConfigError::NoKernel);

@@ -11,7 +11,7 @@ use super::wiring::Outside;
 use crate::api::server::{Pending, Server};
 use crate::api::{Request, Response};
 use crate::console::{Console, ConsoleError, Input, Pty};
-use crate::notice::{self, Notice, Notices, Notifier};
+use crate::notice::{self, Halt, Notice, Notices, Notifier};
 use crate::vcpu::{GuestEnd, VcpuError};
 use api_spec::agent::Level;
 use api_spec::devices::Serial;
@@ -139,6 +139,8 @@ struct Driver {
     readiness: Option<Readiness>,
     /// The pseudo-terminal that is the guest's console.
     pty: Option<Pty>,
+    /// Why the machine stands still, if nobody asked for it.
+    halt: Option<Halt>,
     /// The snapshot that is being written, and who waits for it.
     job: Option<(Job, Pending)>,
     status: SnapshotStatus,
@@ -165,6 +167,7 @@ impl Driver {
             machine: None,
             readiness: None,
             pty: None,
+            halt: None,
             job: None,
             status: SnapshotStatus::default(),
             api,
@@ -283,7 +286,10 @@ impl Driver {
         match patch.state {
             _ if !changes => {}
             VmState::Paused => machine.pause()?,
-            VmState::Resumed => machine.resume(),
+            VmState::Resumed => {
+                machine.resume();
+                self.halt = None;
+            }
         }
         Ok(())
     }
@@ -356,6 +362,7 @@ impl Driver {
             app_name: "Coppice".into(),
             readiness: self.readiness,
             console: self.pty.as_ref().map(|pty| pty.path.clone()),
+            pause_reason: self.halt.as_ref().map(Halt::to_string),
         }
     }
 
@@ -376,6 +383,12 @@ impl Driver {
         }
     }
 
+    fn take_notices(&mut self, ops: &mut EventOps) {
+        for notice in self.notices.take() {
+            self.on_notice(notice, ops);
+        }
+    }
+
     fn on_notice(&mut self, notice: Notice, ops: &mut EventOps) {
         match notice {
             Notice::Ready(level) => {
@@ -392,12 +405,25 @@ impl Driver {
                 self.end(Ok(Ending::PowerOff));
             }
             Notice::End(end) => self.end(Err(RunError::Guest(end))),
+            Notice::Halt(halt) => self.halt(halt),
             // Whoever ends everything at once ends the page server too.
             Notice::PageServerGone(_) if self.signals.have_come() => self.end(Ok(Ending::Signal)),
             // It was that of a snapshot which could not be loaded.
             Notice::PageServerGone(_) if self.machine.is_none() => {}
             Notice::PageServerGone(path) => self.end(Err(RunError::PageServerGone(path))),
             Notice::SnapshotWritten => self.on_snapshot_written(ops),
+        }
+    }
+
+    /// Brings a running guest to a standstill that nobody asked for.
+    fn halt(&mut self, halt: Halt) {
+        let Some(machine) = self.machine.as_mut().filter(|machine| machine.is_running()) else { return };
+        match machine.pause() {
+            Ok(()) => {
+                log::warn!("the guest is paused: {halt}");
+                self.halt = Some(halt);
+            }
+            Err(e) => log::error!("the guest cannot be paused ({e}), and should be: {halt}"),
         }
     }
 
@@ -435,14 +461,14 @@ impl MutEventSubscriber for Driver {
         if self.api.as_ref().is_some_and(|api| api.owns(fd)) {
             self.on_api(events, ops);
         } else if fd == self.reset.as_raw_fd() {
+            // A kernel that panics says so before it resets the machine.
+            self.take_notices(ops);
             log::info!("the guest reset its machine");
             self.end(Ok(Ending::Reset));
         } else if fd == self.signals.as_raw_fd() {
             self.end(Ok(Ending::Signal));
         } else {
-            for notice in self.notices.take() {
-                self.on_notice(notice, ops);
-            }
+            self.take_notices(ops);
         }
     }
 }
