@@ -107,13 +107,14 @@ fn set_cpuid(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
     Ok(())
 }
 
-/// The command line as configured, with what a guest that reads no ACPI cannot find out by itself: where its devices are.
+/// The command line as configured, with what a guest that reads no ACPI cannot find out by itself: where its devices are,
+/// and its generation id, which the agent of a Linux guest reads as well.
 fn command_line(plan: &BootPlan, vcpu: Option<&VcpuFd>) -> String {
     let mut words = vec![plan.command_line.clone()];
     words.extend(wiring::virtio_devices(&plan.devices).iter().map(wiring::device_word));
+    words.push(format!("coppice.generation={GENERATION_PAGE:#x}"));
     if plan.kernel == Kernel::Embedded {
         words.push(format!("coppice.vcpus={}", plan.vcpus));
-        words.push(format!("coppice.generation={GENERATION_PAGE:#x}"));
         if let Some(khz) = vcpu.and_then(|vcpu| vcpu.get_tsc_khz().ok()) {
             words.push(format!("coppice.tsc_khz={khz}"));
         }
