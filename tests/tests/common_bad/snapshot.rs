@@ -74,6 +74,8 @@ impl<'t> Copy<'t> {
     fn expect_survived(self, name: &str) {
         let place = self.place;
         let mut vmm = Process::start(place, name, binaries::vmm(), |vmm| arguments(vmm, place, &self.dir));
+        // From its socket on it heeds signals; then the guest gets a moment to do what its state makes it do.
+        tests::until("the vmm has begun or ended", || place.join("c.api").exists() || !vmm.is_alive());
         tests::holds_within(Duration::from_millis(20), || !vmm.is_alive());
         let done = vmm.stop();
         super::no_panic(&done.stderr);
