@@ -11,6 +11,7 @@
 use super::Machine;
 use crate::host;
 use crate::kvm::state::VmStateError;
+use crate::memory::discard::Contents;
 use crate::memory::freeze::{FreezeError, Frozen};
 use crate::memory::{GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier};
@@ -216,16 +217,23 @@ fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
     }
 }
 
-/// The memory of a guest that is a private view, read through that view.
+/// The memory of a guest that is a private view, read through that view. What it has discarded and not written since is
+/// not even looked at.
 struct ViewSource {
     memory: GuestMemory,
     regions: Vec<MemoryRegion>,
+    contents: Contents,
     size: u64,
 }
 
 impl ViewSource {
     fn new(ram: &GuestRam) -> Self {
-        ViewSource { memory: ram.memory().clone(), regions: ram.regions().to_vec(), size: ram.size() }
+        ViewSource {
+            memory: ram.memory().clone(),
+            regions: ram.regions().to_vec(),
+            contents: ram.contents(),
+            size: ram.size(),
+        }
     }
 }
 
@@ -239,7 +247,7 @@ impl MemorySource for ViewSource {
     }
 
     fn next_data(&mut self, from: u64) -> io::Result<Option<Range<u64>>> {
-        Ok((from < self.size).then_some(from..self.size))
+        self.contents.next(from)
     }
 
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
