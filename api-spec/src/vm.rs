@@ -1,5 +1,6 @@
 //! REST documents that describe a VM, and the configuration file, which holds the same objects.
 
+use crate::devices::Balloon;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -16,6 +17,9 @@ pub struct VmConfig {
     /// The vsock device, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
+    /// The balloon, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
 }
 
 /// What to boot: a kernel file, or the embedded guest.

@@ -41,7 +41,7 @@ impl<'a> Boot<'a> {
     pub fn new(place: &'a Place) -> Self {
         let boot_source = Some(BootSource { embedded_guest: true, ..Default::default() });
         let machine_config = MachineConfig { vcpu_count: 1, mem_size_mib: 32 };
-        Boot { place, config: VmConfig { boot_source, machine_config, vsock: None } }
+        Boot { place, config: VmConfig { boot_source, machine_config, ..Default::default() } }
     }
 
     /// With so many vCPUs.

@@ -5,13 +5,15 @@ use super::{Request, Response};
 use serde::de::DeserializeOwned;
 
 /// Every path with its methods, in the order in which they are documented.
-const ROUTES: [(&str, &[&str]); 11] = [
+const ROUTES: [(&str, &[&str]); 13] = [
     ("/", &["GET"]),
     ("/version", &["GET"]),
     ("/vm/config", &["GET"]),
     ("/machine-config", &["GET", "PUT"]),
     ("/boot-source", &["PUT"]),
     ("/vsock", &["PUT"]),
+    ("/balloon", &["GET", "PUT", "PATCH"]),
+    ("/balloon/statistics", &["GET", "PATCH"]),
     ("/actions", &["PUT"]),
     ("/vm", &["PATCH"]),
     ("/snapshot/create", &["PUT"]),
@@ -31,6 +33,11 @@ pub fn route(message: &Message) -> Result<Request, Response> {
         ("PUT", "/machine-config") => body(message).map(Request::PutMachineConfig),
         ("PUT", "/boot-source") => body(message).map(Request::PutBootSource),
         ("PUT", "/vsock") => body(message).map(Request::PutVsock),
+        ("GET", "/balloon") => Ok(Request::GetBalloon),
+        ("PUT", "/balloon") => body(message).map(Request::PutBalloon),
+        ("PATCH", "/balloon") => body(message).map(Request::PatchBalloon),
+        ("GET", "/balloon/statistics") => Ok(Request::GetBalloonStatistics),
+        ("PATCH", "/balloon/statistics") => body(message).map(Request::PatchBalloonStatistics),
         ("PUT", "/actions") => body(message).map(Request::Action),
         ("PATCH", "/vm") => body(message).map(Request::PatchVm),
         ("PUT", "/snapshot/create") => body(message).map(Request::SnapshotCreate),

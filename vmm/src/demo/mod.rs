@@ -382,6 +382,7 @@ impl Demo<'_> {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
             machine_config: self.options.machine(),
             vsock: Some(Vsock { guest_cid: 3, uds_path: vsock.clone() }),
+            ..Default::default()
         };
         let text =
             serde_json::to_vec_pretty(&config).map_err(|e| io_error("cannot write the configuration")(e.into()))?;

@@ -17,10 +17,11 @@ use crate::memory::{GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::VcpuStateError;
+use api_spec::devices::Balloon;
 use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus, SnapshotType};
 use api_spec::vm::Readiness;
 use snapshot::create::{CreateError, Facts, FileSource, MemoryDigest, MemorySource, Staging};
-use snapshot::manifest::{self, MemoryRegion, VsockDevice};
+use snapshot::manifest::{self, BalloonDevice, MemoryRegion, VsockDevice};
 use snapshot::state::MachineState;
 use std::io;
 use std::ops::Range;
@@ -208,13 +209,18 @@ fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
     Facts {
         vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
         host: host::facts(),
-        devices: manifest::Devices { vsock },
+        devices: manifest::Devices { vsock, balloon: machine.plan.balloon.map(balloon) },
         readiness: readiness.map(|readiness| match readiness {
             Readiness::Agent => manifest::Readiness::Agent,
             Readiness::Full => manifest::Readiness::Full,
             Readiness::Degraded => manifest::Readiness::Degraded,
         }),
     }
+}
+
+fn balloon(config: Balloon) -> BalloonDevice {
+    let Balloon { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting } = config;
+    BalloonDevice { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting }
 }
 
 /// The memory of a guest that is a private view, read through that view. What it has discarded and not written since is
