@@ -1,6 +1,6 @@
 //! REST documents that describe a VM, and the configuration file, which holds the same objects.
 
-use crate::devices::Serial;
+use crate::devices::{Balloon, Serial};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -20,6 +20,9 @@ pub struct VmConfig {
     /// Where the guest's console leads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
+    /// The balloon, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
 }
 
 /// What to boot: a kernel file, or the embedded guest.

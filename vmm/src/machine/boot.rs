@@ -74,7 +74,7 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
     let ram = GuestRam::fresh(plan.memory_bytes)?;
     let vm = kvm::create(&kvm, &ram, plan.vcpus)?;
     let notifier = outside.notifier.clone();
-    let devices = wiring::wire(&vm.fd, ram.memory(), &plan.devices, None, outside)?;
+    let devices = wiring::wire(&vm.fd, &ram, &plan.devices, None, outside)?;
     set_up_vcpus(&kvm, &vm.vcpus)?;
     write_generation(ram.memory(), &fresh_generation().map_err(BootError::Random)?).map_err(BootError::Generation)?;
 

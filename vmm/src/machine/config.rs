@@ -3,7 +3,7 @@
 use crate::console::Place;
 use crate::loader::Kernel;
 use crate::memory::layout::{MAX_MIB, MIN_MIB};
-use api_spec::devices::{RateLimiter, Serial, TokenBucket};
+use api_spec::devices::{Balloon, RateLimiter, Serial, TokenBucket};
 use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
 use std::path::PathBuf;
 use uffd_handler::listener;
@@ -42,6 +42,20 @@ pub enum ConfigError {
     /// A rate limit that nothing would ever pass.
     #[error("{0}: `size` and `refill_time` must be at least 1")]
     Rate(String),
+    /// A balloon that does not fit into the guest.
+    #[error("balloon.amount_mib is {amount_mib}; it may be at most {memory_mib}, the guest's memory")]
+    Balloon {
+        /// How large the balloon shall be, in MiB.
+        amount_mib: u64,
+        /// The guest's memory, in MiB.
+        memory_mib: u64,
+    },
+    /// Statistics that were off when the guest started.
+    #[error("balloon.stats_polling_interval_s was 0 when the guest started, which was not offered statistics then")]
+    NoStatistics,
+    /// Statistics cannot be turned off.
+    #[error("balloon.stats_polling_interval_s is 0; once the guest has started it may be 1 to 65535")]
+    Interval,
     /// Nothing to boot.
     #[error("boot-source is missing: name a kernel (`kernel_image_path`) or say `embedded_guest`")]
     NoKernel,
@@ -75,13 +89,15 @@ pub struct BootPlan {
 pub struct DevicePlan {
     /// The vsock device.
     pub vsock: Option<Vsock>,
+    /// The balloon.
+    pub balloon: Option<Balloon>,
 }
 
 impl DevicePlan {
     /// Number of virtio devices.
     pub fn virtio_count(&self) -> u32 {
-        let DevicePlan { vsock } = self;
-        u32::from(vsock.is_some())
+        let DevicePlan { vsock, balloon } = self;
+        u32::from(vsock.is_some()) + u32::from(balloon.is_some())
     }
 }
 
@@ -126,21 +142,36 @@ pub fn check_serial(serial: Option<&Serial>) -> Result<Place, ConfigError> {
     }
 }
 
+/// Checks how large the balloon of a guest of so much memory shall be.
+pub fn check_balloon(amount_mib: u64, memory_mib: u64) -> Result<(), ConfigError> {
+    if amount_mib > memory_mib { Err(ConfigError::Balloon { amount_mib, memory_mib }) } else { Ok(()) }
+}
+
+/// Checks how often a guest that was started with one interval shall report statistics, in seconds.
+pub fn check_interval(started_with: u16, wanted: u16) -> Result<(), ConfigError> {
+    match (started_with, wanted) {
+        (0, _) => Err(ConfigError::NoStatistics),
+        (_, 0) => Err(ConfigError::Interval),
+        _ => Ok(()),
+    }
+}
+
 /// Checks a whole configuration.
 pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
-    let VmConfig { boot_source, machine_config, vsock, serial } = config;
+    let VmConfig { boot_source, machine_config, vsock, serial, balloon } = config;
     let source = boot_source.as_ref().ok_or(ConfigError::NoKernel)?;
     let kernel = check_boot_source(source)?;
     check_machine(machine_config)?;
     vsock.as_ref().map(check_vsock).transpose()?;
     check_serial(serial.as_ref())?;
+    balloon.map_or(Ok(()), |balloon| check_balloon(balloon.amount_mib, machine_config.mem_size_mib))?;
     Ok(BootPlan {
         kernel,
         initrd: source.initrd_path.clone(),
         command_line: source.boot_args.clone().unwrap_or_default(),
         vcpus: machine_config.vcpu_count,
         memory_bytes: machine_config.mem_size_mib << 20,
-        devices: DevicePlan { vsock: vsock.clone() },
+        devices: DevicePlan { vsock: vsock.clone(), balloon: *balloon },
     })
 }
 
@@ -168,12 +199,17 @@ pub fn check_rate(field: &str, rate: Option<&RateLimiter>) -> Result<(), ConfigE
 mod tests {
     use super::*;
 
+    fn balloon(amount_mib: u64) -> Balloon {
+        Balloon { amount_mib, deflate_on_oom: true, stats_polling_interval_s: 1, free_page_reporting: true }
+    }
+
     fn good() -> VmConfig {
         VmConfig {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
             machine_config: MachineConfig { vcpu_count: 8, mem_size_mib: 8 },
             vsock: Some(Vsock { guest_cid: 3, uds_path: "/run/v".into() }),
             serial: None,
+            balloon: Some(balloon(8)),
         }
     }
 
@@ -203,6 +239,10 @@ mod tests {
         assert_eq!(with(|c| c.vsock.as_mut().unwrap().guest_cid = 2), ConfigError::GuestCid(2));
         let consoles = with(|c| c.serial = Some(Serial { serial_out_path: Some("f".into()), pty: true }));
         assert_eq!(consoles, ConfigError::TwoConsoles);
+        let large = with(|c| c.balloon = Some(balloon(9)));
+        assert_eq!(large, ConfigError::Balloon { amount_mib: 9, memory_mib: 8 });
+        assert_eq!(check_interval(0, 1), Err(ConfigError::NoStatistics));
+        assert_eq!(check_interval(1, 0), Err(ConfigError::Interval));
         for id in ["", "a/b", "a b", &"x".repeat(65)] {
             assert!(check_id("drives.drive_id", id).is_err(), "{id}");
         }

@@ -11,10 +11,11 @@ use super::wiring::Outside;
 use crate::api::server::{Pending, Server};
 use crate::api::{Request, Response};
 use crate::console::{Console, ConsoleError, Input, Pty};
+use crate::memory::layout::MAX_MIB;
 use crate::notice::{self, Halt, Notice, Notices, Notifier};
 use crate::vcpu::{GuestEnd, VcpuError};
 use api_spec::agent::Level;
-use api_spec::devices::Serial;
+use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate, Serial};
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus};
 use api_spec::vm::{Action, ActionType, InstanceInfo, InstanceState, Readiness, Version, VmConfig, VmPatch, VmState};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
@@ -94,6 +95,8 @@ enum RequestError {
     Restore(#[from] RestoreError),
     #[error("cannot set up the VM: {0}")]
     Setup(io::Error),
+    #[error("the VM has no balloon: one can be configured before it is started (`PUT /balloon`)")]
+    NoBalloon,
 }
 
 /// What to do first.
@@ -241,6 +244,7 @@ impl Driver {
         self.config.machine_config.vcpu_count = machine.vcpu_count();
         self.config.machine_config.mem_size_mib = machine.memory_bytes() >> 20;
         self.config.vsock = machine.plan().vsock.clone();
+        self.config.balloon = machine.plan().balloon;
         self.machine = Some(machine);
     }
 
@@ -294,6 +298,27 @@ impl Driver {
         Ok(())
     }
 
+    fn patch_balloon(&mut self, update: BalloonUpdate) -> Result<(), RequestError> {
+        let BalloonUpdate { amount_mib } = update;
+        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+        config::check_balloon(amount_mib, machine.memory_bytes() >> 20)?;
+        if !machine.set_balloon(amount_mib) {
+            return Err(RequestError::NoBalloon);
+        }
+        self.config.balloon = machine.plan().balloon;
+        Ok(())
+    }
+
+    fn patch_balloon_statistics(&mut self, update: BalloonStatisticsUpdate) -> Result<(), RequestError> {
+        let BalloonStatisticsUpdate { stats_polling_interval_s } = update;
+        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+        let balloon = machine.plan().balloon.ok_or(RequestError::NoBalloon)?;
+        config::check_interval(balloon.stats_polling_interval_s, stats_polling_interval_s)?;
+        machine.set_balloon_interval(stats_polling_interval_s);
+        self.config.balloon = machine.plan().balloon;
+        Ok(())
+    }
+
     /// Answers a request; `None` if the answer comes later.
     fn answer(&mut self, request: Request, from: Pending) -> Option<Response> {
         let outcome = requests::may(&request, self.phase(), self.job.is_some())
@@ -338,6 +363,21 @@ impl Driver {
                 self.config.serial = Some(serial);
                 done
             }
+            Request::PutBalloon(balloon) => {
+                // How much memory there is may be said later; starting checks again.
+                config::check_balloon(balloon.amount_mib, MAX_MIB)?;
+                self.configure(|config| config.balloon = Some(balloon));
+                done
+            }
+            Request::GetBalloon => {
+                Ok(Some(Response::document(self.config.balloon.as_ref().ok_or(RequestError::NoBalloon)?)))
+            }
+            Request::PatchBalloon(update) => self.patch_balloon(update).and(done),
+            Request::GetBalloonStatistics => {
+                let statistics = self.machine.as_ref().and_then(Machine::balloon_statistics);
+                Ok(Some(Response::document(&statistics.ok_or(RequestError::NoBalloon)?)))
+            }
+            Request::PatchBalloonStatistics(update) => self.patch_balloon_statistics(update).and(done),
             Request::Action(Action { action_type: ActionType::InstanceStart }) => self.boot().and(done),
             Request::PatchVm(patch) => self.patch_vm(patch).and(done),
             Request::SnapshotLoad(load) => self.load(&load).and(done),

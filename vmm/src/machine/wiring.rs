@@ -27,17 +27,18 @@ use crate::devices::power::{self, Power};
 use crate::devices::pvpanic::{self, Pvpanic};
 use crate::devices::serial::{self, Serial, SerialError};
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::balloon::{self, Balloon, BalloonError};
 use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::mmio::{MmioTransport, TransportError};
 use crate::devices::virtio::vsock::{self, Vsock, VsockError};
-use crate::memory::GuestMemory;
 use crate::memory::layout::{EVENT_GSI, MMIO_BASE, MMIO_GSI, MMIO_STRIDE};
+use crate::memory::{GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier};
 use crate::vcpu::Buses;
-use api_spec::vm;
+use api_spec::{devices, vm};
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::{IoEventAddress, VmFd};
-use snapshot::state::{DeviceState, VsockState};
+use snapshot::state::{BalloonState, DeviceState, VsockState};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use uffd_handler::process::Signals;
@@ -69,6 +70,9 @@ pub enum WireError {
     /// The vsock device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// The balloon.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// A device's saved state.
     #[error("{device}: {source}")]
     State {
@@ -104,6 +108,8 @@ pub struct Devices {
     pub serial: Arc<Mutex<Serial>>,
     /// The vsock device.
     pub vsock: Option<Slot<Vsock>>,
+    /// The balloon.
+    pub balloon: Option<Slot<Balloon>>,
     /// All virtio devices, in order of their places.
     virtio: Vec<Arc<Mutex<dyn VirtioDevice>>>,
     /// The same devices, for the event loop.
@@ -119,6 +125,13 @@ pub struct Slot<D> {
     transport: Arc<Mutex<MmioTransport>>,
 }
 
+impl<D> Slot<D> {
+    /// Tells the driver that the device's configuration has changed.
+    pub fn config_changed(&self) {
+        lock(&self.transport).config_changed();
+    }
+}
+
 impl std::fmt::Debug for Devices {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let names: Vec<String> = self.virtio.iter().map(|device| lock(&**device).name()).collect();
@@ -132,6 +145,7 @@ impl Devices {
         DeviceState {
             serial: lock(&self.serial).save(),
             vsock: self.vsock.as_ref().map(|slot| vsock::save(&slot.device, &lock(&slot.transport))),
+            balloon: self.balloon.as_ref().map(|slot| balloon::save(&slot.device, &lock(&slot.transport))),
         }
     }
 
@@ -170,13 +184,13 @@ fn address(index: u32) -> u64 {
 /// Builds the devices of a machine, fresh or from saved state, and connects them.
 pub fn wire(
     vm: &VmFd,
-    memory: &GuestMemory,
+    ram: &GuestRam,
     plan: &DevicePlan,
     saved: Option<&DeviceState>,
     outside: Outside,
 ) -> Result<Devices, WireError> {
     let Outside { notifier, console, reset, signals: _ } = outside;
-    let DevicePlan { vsock } = plan;
+    let DevicePlan { vsock, balloon } = plan;
     let mut pio = Bus::ports();
     let serial = wire_serial(vm, &mut pio, saved, console)?;
     pio.insert(i8042::BASE, i8042::LEN, shared(I8042::new(reset)))?;
@@ -184,6 +198,7 @@ pub fn wire(
     pio.insert(pvpanic::BASE, pvpanic::LEN, shared(Pvpanic::new(notifier.clone())))?;
     let event = interrupt_line(vm, EVENT_GSI)?;
 
+    let memory = ram.memory();
     let mut virtio = Virtio { vm, memory, mmio: Bus::memory(), devices: Vec::new(), subscribers: Vec::new() };
     let saved_vsock = saved.and_then(|saved| saved.vsock.as_ref());
     if saved.is_some() && saved_vsock.is_some() != vsock.is_some() {
@@ -191,9 +206,15 @@ pub fn wire(
     }
     let vsock = vsock.as_ref().map(|config| virtio.add_vsock(config, saved_vsock, notifier)).transpose()?;
 
+    let saved_balloon = saved.and_then(|saved| saved.balloon.as_ref());
+    if saved.is_some() && saved_balloon.is_some() != balloon.is_some() {
+        return Err(WireError::DeviceMismatch("balloon"));
+    }
+    let balloon = balloon.map(|config| virtio.add_balloon(config, saved_balloon, ram)).transpose()?;
+
     let Virtio { mmio, devices, subscribers, .. } = virtio;
     let buses = Buses { pio: Arc::new(pio), mmio: Arc::new(mmio) };
-    Ok(Devices { buses, serial, vsock, virtio: devices, subscribers, event })
+    Ok(Devices { buses, serial, vsock, balloon, virtio: devices, subscribers, event })
 }
 
 fn shared<T: BusDevice + 'static>(device: T) -> Arc<Mutex<T>> {
@@ -278,5 +299,14 @@ impl Virtio<'_> {
         });
         let device = Vsock::new(config.guest_cid.into(), &config.uds_path, ready)?;
         self.add(device, |device, transport| saved.map_or(Ok(()), |saved| vsock::restore(device, transport, saved)))
+    }
+    fn add_balloon(
+        &mut self,
+        config: devices::Balloon,
+        saved: Option<&BalloonState>,
+        ram: &GuestRam,
+    ) -> Result<Slot<Balloon>, WireError> {
+        let device = Balloon::new(config, ram.discarder())?;
+        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| balloon::restore(device, transport, saved)))
     }
 }
