@@ -9,6 +9,8 @@ pub struct DeviceState {
     pub serial: SerialState,
     /// The vsock device, if the machine has one, with its transport.
     pub vsock: Option<VsockState>,
+    /// The disks, in order of their places.
+    pub drives: Vec<DriveState>,
     /// The balloon, if the machine has one, with its transport.
     pub balloon: Option<BalloonState>,
 }
@@ -84,6 +86,17 @@ pub struct VsockState {
     /// Whether streams were open, or the guest had not yet taken in an earlier reset: then a clone must be told that
     /// its transport was reset.
     pub needs_reset: bool,
+}
+
+/// A disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DriveState {
+    /// Its name.
+    pub drive_id: String,
+    /// Its transport.
+    pub transport: VirtioMmioState,
+    /// Whether requests were left in its queue.
+    pub pending: bool,
 }
 
 /// The memory balloon. What is configured about it is in the manifest.

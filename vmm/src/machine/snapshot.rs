@@ -209,7 +209,7 @@ fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
     Facts {
         vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
         host: host::facts(),
-        devices: manifest::Devices { vsock, balloon: machine.plan.balloon.map(balloon) },
+        devices: manifest::Devices { vsock, drives: Vec::new(), balloon: machine.plan.balloon.map(balloon) },
         readiness: readiness.map(|readiness| match readiness {
             Readiness::Agent => manifest::Readiness::Agent,
             Readiness::Full => manifest::Readiness::Full,

@@ -143,6 +143,7 @@ impl Devices {
     /// The state of all devices of a machine whose vCPUs stand still.
     pub fn save(&self) -> DeviceState {
         DeviceState {
+            drives: Vec::new(),
             serial: lock(&self.serial).save(),
             vsock: self.vsock.as_ref().map(|slot| vsock::save(&slot.device, &lock(&slot.transport))),
             balloon: self.balloon.as_ref().map(|slot| balloon::save(&slot.device, &lock(&slot.transport))),
