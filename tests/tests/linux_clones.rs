@@ -150,7 +150,7 @@ fn check_clone(clone: &mut Vm, parent: &Parent) -> Ids {
 fn clones_are_themselves(kernel: &str, vcpus: u8) {
     let Some(linux) = Linux::guest(kernel) else { return };
     let place = Place::new();
-    let parent = parent(&place, &linux, vcpus);
+    let parent = parent(&place, &linux.elf(), vcpus);
     let server = PageServer::start(&place, &parent.snapshot);
     a_minute_passes();
     let mut seen = HashSet::from([parent.ids.random.clone(), parent.ids.hostname.clone()]);
@@ -190,7 +190,7 @@ fn the_agent_survives_many_resets() {
     const ROUNDS: u32 = 20;
     let Some(linux) = Linux::guest("6.1") else { return };
     let place = Place::new();
-    let mut vm = Boot::new(&place).linux(&linux, "").memory_mib(96).start("round-0");
+    let mut vm = Boot::new(&place).linux(&linux.elf(), "").memory_mib(96).start("round-0");
     vm.becomes(Readiness::Full);
     let mut agent = vm.linux_agent();
     let pid = agent.shell("pidof guest-agent");

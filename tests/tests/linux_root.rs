@@ -65,9 +65,9 @@ fn ask(vm: &Vm) -> Answer {
 }
 
 /// A guest that has started from the root image, with more files in it.
-fn boot(place: &Place, linux: &Linux, readiness: Readiness) -> (Vm, LinuxAgent) {
+fn boot(place: &Place, linux: Linux, readiness: Readiness) -> (Vm, LinuxAgent) {
     let image = std::fs::read(&linux.root).expect("the root image can be read");
-    let linux = linux.with_files(place, &[("/root.ext4", 0o644, &image)]);
+    let linux = linux.elf().with_files(place, &[("/root.ext4", 0o644, &image)]);
     let words = "root=/root.ext4 quiet systemd.show_status=false";
     let mut vm = Boot::new(place).linux(&linux, words).memory_mib(512).start("parent");
     vm.becomes(readiness);
@@ -92,7 +92,7 @@ fn start_time(agent: &mut LinuxAgent, pid: u32) -> String {
 fn a_clone_answers_from_the_interpreter_that_was_in_the_snapshot() {
     let Some(linux) = Linux::guest("6.12") else { return };
     let place = Place::new();
-    let (mut vm, mut agent) = boot(&place, &linux, Readiness::Full);
+    let (mut vm, mut agent) = boot(&place, linux, Readiness::Full);
     assert_eq!(agent.shell("cat /proc/1/comm"), "systemd");
     put(&mut agent, "/srv/service.py", 0o644, SERVICE);
     agent.shell("mkdir -p /etc/coppice/hooks.d/resumed");
