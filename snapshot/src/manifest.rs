@@ -122,6 +122,22 @@ pub struct StateFile {
 pub struct Devices {
     /// The vsock device, if the machine has one.
     pub vsock: Option<VsockDevice>,
+    /// The balloon, if the machine has one.
+    pub balloon: Option<BalloonDevice>,
+}
+
+/// The configuration of the balloon when the snapshot was taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonDevice {
+    /// How much memory the guest should give back, in MiB.
+    pub amount_mib: u64,
+    /// Whether the guest may take memory back before it would run out.
+    pub deflate_on_oom: bool,
+    /// How often the guest reports statistics, in seconds; 0: never.
+    pub stats_polling_interval_s: u16,
+    /// Whether the guest gives back free memory by itself.
+    pub free_page_reporting: bool,
 }
 
 /// The host side of the vsock device.
@@ -227,10 +243,9 @@ impl Manifest {
         if names.windows(2).any(|pair| pair[0] == pair[1]) {
             return Err(BadField::new("memory.file", "and `memory.digests` and `state.file` must be three files"));
         }
-        match &devices.vsock {
-            Some(vsock) => vsock.check(),
-            None => Ok(()),
-        }
+        let Devices { vsock, balloon } = devices;
+        vsock.as_ref().map_or(Ok(()), VsockDevice::check)?;
+        balloon.map_or(Ok(()), |balloon| balloon.check(machine.memory_bytes))
     }
 }
 
@@ -293,6 +308,17 @@ fn check_regions(regions: &[MemoryRegion], size_bytes: u64) -> Result<(), BadFie
         return Err(BadField::new("memory.regions", problem));
     }
     Ok(())
+}
+
+impl BalloonDevice {
+    fn check(&self, memory_bytes: u64) -> Result<(), BadField> {
+        let most = memory_bytes >> 20;
+        if self.amount_mib > most {
+            let problem = format!("must be at most {most}, the guest's memory, not {}", self.amount_mib);
+            return Err(BadField::new("devices.balloon.amount_mib", problem));
+        }
+        Ok(())
+    }
 }
 
 impl VsockDevice {

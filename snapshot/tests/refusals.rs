@@ -231,6 +231,8 @@ fn a_value_that_no_snapshot_has_is_refused() {
         ("/devices/vsock/guest_cid", json!(2), "guest_cid"),
         ("/devices/vsock/guest_cid", json!(u32::MAX), "guest_cid"),
         ("/devices/vsock/uds_path", json!(""), "uds_path"),
+        ("/devices/balloon/amount_mib", json!(1 << 20), "devices.balloon.amount_mib"),
+        ("/devices/balloon/stats_polling_interval_s", json!(65536), "65536"),
         ("/readiness", json!("nearly"), "unknown variant"),
     ];
     for (place, value, expected) in cases {

@@ -9,6 +9,8 @@ pub struct DeviceState {
     pub serial: SerialState,
     /// The vsock device, if the machine has one, with its transport.
     pub vsock: Option<VsockState>,
+    /// The balloon, if the machine has one, with its transport.
+    pub balloon: Option<BalloonState>,
 }
 
 /// A 16550 serial port: its registers, and what was received and not yet read.
@@ -82,4 +84,19 @@ pub struct VsockState {
     /// Whether streams were open, or the guest had not yet taken in an earlier reset: then a clone must be told that
     /// its transport was reset.
     pub needs_reset: bool,
+}
+
+/// The memory balloon. What is configured about it is in the manifest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonState {
+    /// Its transport.
+    pub transport: VirtioMmioState,
+    /// How many pages the driver said are in the balloon.
+    pub actual: u32,
+    /// Head of the statistics buffer that the device keeps.
+    pub held: Option<u16>,
+    /// The statistics that the guest has sent last: tags and values (virtio 1.2, section 5.5.6.4).
+    pub statistics: Vec<(u16, u64)>,
+    /// Whether something was left in its queues.
+    pub pending: bool,
 }

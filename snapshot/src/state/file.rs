@@ -15,7 +15,7 @@
 //! numbers, one `vm  ` and one `devs`. Each kind has a version of its own; a section of another kind or version is
 //! refused by name, as are bytes left over in a section or after the last one.
 
-use super::{DeviceState, IrqchipState, MachineState, VcpuState, VmState};
+use super::{BalloonState, DeviceState, IrqchipState, MachineState, VcpuState, VmState};
 use serde::{Serialize, de::DeserializeOwned};
 
 const MAGIC: [u8; 8] = *b"coppice\n";
@@ -253,10 +253,14 @@ fn check(state: &MachineState) -> Result<(), StateError> {
     for IrqchipState { chip_id: _, chip } in &vm.irqchips {
         ensure("vm.irqchips.chip", chip.len(), chip.len() == IRQCHIP_BYTES)?;
     }
-    let DeviceState { serial, vsock } = devices;
+    let DeviceState { serial, vsock, balloon } = devices;
     ensure("devices.serial.in_buffer", serial.in_buffer.len(), serial.in_buffer.len() <= MAX_ENTRIES)?;
     if let Some(vsock) = vsock {
         ensure("devices.vsock.transport.queues", vsock.transport.queues.len(), vsock.transport.queues.len() <= 64)?;
+    }
+    if let Some(BalloonState { transport, statistics, .. }) = balloon {
+        ensure("devices.balloon.transport.queues", transport.queues.len(), transport.queues.len() <= 64)?;
+        ensure("devices.balloon.statistics", statistics.len(), statistics.len() <= 64)?;
     }
     Ok(())
 }
@@ -383,7 +387,7 @@ mod tests {
     #[test]
     fn lists_of_impossible_length_are_refused() {
         type Spoil = fn(&mut MachineState);
-        let cases: [(&str, Spoil); 8] = [
+        let cases: [(&str, Spoil); 9] = [
             ("vcpu.xsave", |s| s.vcpus[0].xsave.truncate(4095)),
             ("vcpu.xsave", |s| s.vcpus[0].xsave.resize(65537, 0)),
             ("vcpu.lapic", |s| s.vcpus[1].lapic.push(0)),
@@ -392,6 +396,7 @@ mod tests {
             ("vm.irqchips", |s| s.vm.irqchips.resize(17, s.vm.irqchips[0].clone())),
             ("vm.irqchips.chip", |s| s.vm.irqchips[0].chip.truncate(511)),
             ("devices.serial.in_buffer", |s| s.devices.serial.in_buffer.resize(4097, 0)),
+            ("devices.balloon.statistics", |s| s.devices.balloon.get_or_insert_default().statistics.resize(65, (0, 0))),
         ];
         for (field, spoil) in cases {
             let mut state = state();
@@ -416,7 +421,8 @@ mod tests {
         let mut state = state();
         state.vm.pit = PitState { flags: 3, ..PitState::default() };
         state.devices.vsock = Some(Default::default());
-        assert_eq!(digest(&encode(&state).unwrap()), "30140d99fbb7a5ee");
+        state.devices.balloon = Some(Default::default());
+        assert_eq!(digest(&encode(&state).unwrap()), "faababd2e5e1a28d");
     }
 
     proptest! {

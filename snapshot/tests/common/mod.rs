@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 use snapshot::compat::HostFacts;
 use snapshot::create::{BytesSource, CreateError, Facts, Staging};
-use snapshot::manifest::{Cpu, Devices, Manifest, Readiness, VsockDevice};
+use snapshot::manifest::{BalloonDevice, Cpu, Devices, Manifest, Readiness, VsockDevice};
 use snapshot::state::{IrqchipState, MachineState, Msr, QueueState, VirtioMmioState, VsockState};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -22,7 +22,10 @@ pub fn facts() -> Facts {
     Facts {
         vmm_version: "0.1.0".into(),
         host: host(),
-        devices: Devices { vsock: Some(VsockDevice { guest_cid: 3, uds_path: "run/v.sock".into() }) },
+        devices: Devices {
+            vsock: Some(VsockDevice { guest_cid: 3, uds_path: "run/v.sock".into() }),
+            balloon: Some(BalloonDevice { stats_polling_interval_s: 1, ..BalloonDevice::default() }),
+        },
         readiness: Some(Readiness::Full),
     }
 }

@@ -5,13 +5,16 @@ use super::{Request, Response};
 use serde::de::DeserializeOwned;
 
 /// Every path with its methods, in the order in which they are documented.
-const ROUTES: [(&str, &[&str]); 11] = [
+const ROUTES: &[(&str, &[&str])] = &[
     ("/", &["GET"]),
     ("/version", &["GET"]),
     ("/vm/config", &["GET"]),
     ("/machine-config", &["GET", "PUT"]),
     ("/boot-source", &["PUT"]),
     ("/vsock", &["PUT"]),
+    ("/serial", &["PUT"]),
+    ("/balloon", &["GET", "PUT", "PATCH"]),
+    ("/balloon/statistics", &["GET", "PATCH"]),
     ("/actions", &["PUT"]),
     ("/vm", &["PATCH"]),
     ("/snapshot/create", &["PUT"]),
@@ -31,6 +34,12 @@ pub fn route(message: &Message) -> Result<Request, Response> {
         ("PUT", "/machine-config") => body(message).map(Request::PutMachineConfig),
         ("PUT", "/boot-source") => body(message).map(Request::PutBootSource),
         ("PUT", "/vsock") => body(message).map(Request::PutVsock),
+        ("PUT", "/serial") => body(message).map(Request::PutSerial),
+        ("GET", "/balloon") => Ok(Request::GetBalloon),
+        ("PUT", "/balloon") => body(message).map(Request::PutBalloon),
+        ("PATCH", "/balloon") => body(message).map(Request::PatchBalloon),
+        ("GET", "/balloon/statistics") => Ok(Request::GetBalloonStatistics),
+        ("PATCH", "/balloon/statistics") => body(message).map(Request::PatchBalloonStatistics),
         ("PUT", "/actions") => body(message).map(Request::Action),
         ("PATCH", "/vm") => body(message).map(Request::PatchVm),
         ("PUT", "/snapshot/create") => body(message).map(Request::SnapshotCreate),
@@ -64,8 +73,8 @@ mod tests {
 
     #[test]
     fn every_listed_route_is_routed() {
-        for (path, methods) in ROUTES {
-            for method in methods {
+        for &(path, methods) in ROUTES {
+            for &method in methods {
                 let routed = route(&message(method, path, ""));
                 assert!(!matches!(routed, Err(Response { status: 404 | 405, .. })), "{method} {path}");
             }

@@ -35,7 +35,7 @@ Usage: vmm demo [options]
   --clones N         how many clones, 1 to 10000 (default 20)
   --memory MIB       guest memory, 8 or more (default 128)
   --working-set MIB  memory that the guest fills at boot and every clone reads (default 8)
-  --vcpus N          1 to 4 (default 1)
+  --vcpus N          1 to 8 (default 1)
   --dir DIR          where to work; what is made there is kept (default: a temporary directory, removed at the end)
   --no-reseed        do not give clones an identity of their own: shows that the checks can fail
   --json             print one JSON document instead of a table
@@ -382,6 +382,7 @@ impl Demo<'_> {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
             machine_config: self.options.machine(),
             vsock: Some(Vsock { guest_cid: 3, uds_path: vsock.clone() }),
+            ..Default::default()
         };
         let text =
             serde_json::to_vec_pretty(&config).map_err(|e| io_error("cannot write the configuration")(e.into()))?;

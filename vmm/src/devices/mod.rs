@@ -7,12 +7,14 @@
 //! | `output.rs` | a writer that never blocks whoever writes to it, for the serial port |
 //! | `i8042.rs` | the keyboard controller, of which only the reset line exists |
 //! | `power.rs` | the registers that power the machine off |
+//! | `pvpanic.rs` | the port by which a kernel says that it has panicked |
 //! | `virtio/mod.rs` | what a virtio device is to its transport |
 //! | `virtio/mmio.rs` | the virtio-mmio transport |
 //! | `virtio/status.rs` | the rules of its status register |
 //! | `virtio/queue.rs` | the set-up of a virtqueue, and when it may be used |
 //! | `virtio/chain.rs` | descriptor chains as runs of guest memory |
 //! | `virtio/interrupt.rs` | how a device interrupts the guest, and how it fails |
+//! | `virtio/balloon/` | the memory balloon |
 //! | `virtio/vsock/` | the socket device between guest and host |
 //!
 //! vCPU threads reach devices through a bus; everything else that a device does happens on the event thread.
@@ -25,6 +27,8 @@ pub mod bus;
 pub mod i8042;
 pub mod output;
 pub mod power;
+pub mod pvpanic;
+pub mod rate;
 pub mod serial;
 pub mod virtio;
 

@@ -1,13 +1,15 @@
 //! Is a configuration one that can be built? Pure; the same check for the command line, the file and the API.
 
+use crate::console::Place;
 use crate::loader::Kernel;
 use crate::memory::layout::{MAX_MIB, MIN_MIB};
+use api_spec::devices::{Balloon, RateLimiter, Serial, TokenBucket};
 use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
 use std::path::PathBuf;
 use uffd_handler::listener;
 
 /// Most vCPUs that a VM may have.
-pub const MAX_VCPUS: u8 = 4;
+pub const MAX_VCPUS: u8 = 8;
 /// Context ids below this one have a meaning of their own.
 const MIN_CID: u32 = 3;
 
@@ -26,6 +28,34 @@ pub enum ConfigError {
     /// A socket path that is too long.
     #[error("vsock.uds_path: {0}")]
     UdsPath(String),
+    /// Two places for the console.
+    #[error("serial names both a file (`serial_out_path`) and `pty`; choose one")]
+    TwoConsoles,
+    /// A name that cannot be one.
+    #[error("{field} is {id:?}; it may be 1 to 64 letters, digits, `-` and `_`")]
+    Id {
+        /// Which field.
+        field: &'static str,
+        /// What it says.
+        id: String,
+    },
+    /// A rate limit that nothing would ever pass.
+    #[error("{0}: `size` and `refill_time` must be at least 1")]
+    Rate(String),
+    /// A balloon that does not fit into the guest.
+    #[error("balloon.amount_mib is {amount_mib}; it may be at most {memory_mib}, the guest's memory")]
+    Balloon {
+        /// How large the balloon shall be, in MiB.
+        amount_mib: u64,
+        /// The guest's memory, in MiB.
+        memory_mib: u64,
+    },
+    /// Statistics that were off when the guest started.
+    #[error("balloon.stats_polling_interval_s was 0 when the guest started, which was not offered statistics then")]
+    NoStatistics,
+    /// Statistics cannot be turned off.
+    #[error("balloon.stats_polling_interval_s is 0; once the guest has started it may be 1 to 65535")]
+    Interval,
     /// Nothing to boot.
     #[error("boot-source is missing: name a kernel (`kernel_image_path`) or say `embedded_guest`")]
     NoKernel,
@@ -50,8 +80,25 @@ pub struct BootPlan {
     pub vcpus: u8,
     /// Guest memory, in bytes.
     pub memory_bytes: u64,
+    /// Its devices.
+    pub devices: DevicePlan,
+}
+
+/// The devices of a machine that are configured: those of virtio, in order of their places.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DevicePlan {
     /// The vsock device.
     pub vsock: Option<Vsock>,
+    /// The balloon.
+    pub balloon: Option<Balloon>,
+}
+
+impl DevicePlan {
+    /// Number of virtio devices.
+    pub fn virtio_count(&self) -> u32 {
+        let DevicePlan { vsock, balloon } = self;
+        u32::from(vsock.is_some()) + u32::from(balloon.is_some())
+    }
 }
 
 /// Checks CPUs and memory.
@@ -85,39 +132,91 @@ pub fn check_vsock(vsock: &Vsock) -> Result<(), ConfigError> {
     listener::check_path(&vsock.uds_path).map_err(|e| ConfigError::UdsPath(e.to_string()))
 }
 
+/// Checks where the console leads.
+pub fn check_serial(serial: Option<&Serial>) -> Result<Place, ConfigError> {
+    match serial.map(|Serial { serial_out_path, pty }| (serial_out_path, *pty)) {
+        None | Some((None, false)) => Ok(Place::Stdio),
+        Some((None, true)) => Ok(Place::Pty),
+        Some((Some(path), false)) => Ok(Place::File(path.clone())),
+        Some((Some(_), true)) => Err(ConfigError::TwoConsoles),
+    }
+}
+
+/// Checks how large the balloon of a guest of so much memory shall be.
+pub fn check_balloon(amount_mib: u64, memory_mib: u64) -> Result<(), ConfigError> {
+    if amount_mib > memory_mib { Err(ConfigError::Balloon { amount_mib, memory_mib }) } else { Ok(()) }
+}
+
+/// Checks how often a guest that was started with one interval shall report statistics, in seconds.
+pub fn check_interval(started_with: u16, wanted: u16) -> Result<(), ConfigError> {
+    match (started_with, wanted) {
+        (0, _) => Err(ConfigError::NoStatistics),
+        (_, 0) => Err(ConfigError::Interval),
+        _ => Ok(()),
+    }
+}
+
 /// Checks a whole configuration.
 pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
-    let VmConfig { boot_source, machine_config, vsock } = config;
+    let VmConfig { boot_source, machine_config, vsock, serial, balloon } = config;
     let source = boot_source.as_ref().ok_or(ConfigError::NoKernel)?;
     let kernel = check_boot_source(source)?;
     check_machine(machine_config)?;
     vsock.as_ref().map(check_vsock).transpose()?;
+    check_serial(serial.as_ref())?;
+    balloon.map_or(Ok(()), |balloon| check_balloon(balloon.amount_mib, machine_config.mem_size_mib))?;
     Ok(BootPlan {
         kernel,
         initrd: source.initrd_path.clone(),
         command_line: source.boot_args.clone().unwrap_or_default(),
         vcpus: machine_config.vcpu_count,
         memory_bytes: machine_config.mem_size_mib << 20,
-        vsock: vsock.clone(),
+        devices: DevicePlan { vsock: vsock.clone(), balloon: *balloon },
     })
+}
+
+/// Checks the name of a disk or a network interface.
+pub fn check_id(field: &'static str, id: &str) -> Result<(), ConfigError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if id.is_empty() || id.len() > 64 || !id.chars().all(plain) {
+        return Err(ConfigError::Id { field, id: id.to_owned() });
+    }
+    Ok(())
+}
+
+/// Checks a bound of a device's traffic. `field` names it.
+pub fn check_rate(field: &str, rate: Option<&RateLimiter>) -> Result<(), ConfigError> {
+    let RateLimiter { bandwidth, ops } = rate.copied().unwrap_or_default();
+    for (part, bucket) in [("bandwidth", bandwidth), ("ops", ops)] {
+        if bucket.is_some_and(|TokenBucket { size, refill_time, .. }| size == 0 || refill_time == 0) {
+            return Err(ConfigError::Rate(format!("{field}.{part}")));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn balloon(amount_mib: u64) -> Balloon {
+        Balloon { amount_mib, deflate_on_oom: true, stats_polling_interval_s: 1, free_page_reporting: true }
+    }
+
     fn good() -> VmConfig {
         VmConfig {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
-            machine_config: MachineConfig { vcpu_count: 4, mem_size_mib: 8 },
+            machine_config: MachineConfig { vcpu_count: 8, mem_size_mib: 8 },
             vsock: Some(Vsock { guest_cid: 3, uds_path: "/run/v".into() }),
+            serial: None,
+            balloon: Some(balloon(8)),
         }
     }
 
     #[test]
     fn a_good_configuration_is_planned() {
         let plan = plan(&good()).unwrap();
-        assert_eq!((plan.vcpus, plan.memory_bytes, plan.kernel), (4, 8 << 20, Kernel::Embedded));
+        assert_eq!((plan.vcpus, plan.memory_bytes, plan.kernel), (8, 8 << 20, Kernel::Embedded));
     }
 
     #[test]
@@ -128,7 +227,7 @@ mod tests {
             plan(&config).unwrap_err()
         };
         assert_eq!(with(|c| c.machine_config.vcpu_count = 0), ConfigError::Vcpus(0));
-        assert_eq!(with(|c| c.machine_config.vcpu_count = 5), ConfigError::Vcpus(5));
+        assert_eq!(with(|c| c.machine_config.vcpu_count = 9), ConfigError::Vcpus(9));
         assert_eq!(with(|c| c.machine_config.mem_size_mib = 7), ConfigError::Memory(7));
         assert_eq!(with(|c| c.machine_config.mem_size_mib = u64::MAX), ConfigError::Memory(u64::MAX));
         assert_eq!(with(|c| c.boot_source = None), ConfigError::NoKernel);
@@ -138,6 +237,19 @@ mod tests {
         let initrd = with(|c| c.boot_source.as_mut().unwrap().initrd_path = Some("i".into()));
         assert_eq!(initrd, ConfigError::EmbeddedInitrd);
         assert_eq!(with(|c| c.vsock.as_mut().unwrap().guest_cid = 2), ConfigError::GuestCid(2));
+        let consoles = with(|c| c.serial = Some(Serial { serial_out_path: Some("f".into()), pty: true }));
+        assert_eq!(consoles, ConfigError::TwoConsoles);
+        let large = with(|c| c.balloon = Some(balloon(9)));
+        assert_eq!(large, ConfigError::Balloon { amount_mib: 9, memory_mib: 8 });
+        assert_eq!(check_interval(0, 1), Err(ConfigError::NoStatistics));
+        assert_eq!(check_interval(1, 0), Err(ConfigError::Interval));
+        for id in ["", "a/b", "a b", &"x".repeat(65)] {
+            assert!(check_id("drives.drive_id", id).is_err(), "{id}");
+        }
+        assert_eq!(check_id("drives.drive_id", "root-1_A"), Ok(()));
+        let ops = Some(TokenBucket { size: 1, one_time_burst: None, refill_time: 0 });
+        let refused = check_rate("entropy.rate_limiter", Some(&RateLimiter { bandwidth: None, ops }));
+        assert_eq!(refused, Err(ConfigError::Rate("entropy.rate_limiter.ops".into())));
         let long = with(|c| c.vsock.as_mut().unwrap().uds_path = "x".repeat(108).into());
         assert!(matches!(long, ConfigError::UdsPath(_)));
     }

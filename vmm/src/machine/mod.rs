@@ -24,12 +24,14 @@ pub mod restore;
 pub mod snapshot;
 pub mod wiring;
 
+use crate::devices::lock;
 use crate::memory::GuestRam;
 use crate::memory::uffd::PageServer;
 use crate::notice::Notifier;
 use crate::vcpu::state::StateShape;
 use crate::vcpu::{self, Buses, Vcpu, VcpuError};
-use api_spec::vm::Vsock;
+use api_spec::devices::BalloonStatistics;
+use config::DevicePlan;
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -46,7 +48,7 @@ pub struct Machine {
     page_server: Option<PageServer>,
     /// Set when this process is about to end.
     ending: Arc<AtomicBool>,
-    vsock: Option<Vsock>,
+    plan: DevicePlan,
     running: bool,
 }
 
@@ -66,14 +68,36 @@ impl Machine {
         self.vcpus.len() as u8
     }
 
-    /// The vsock device as it stands on the host.
-    pub fn vsock(&self) -> Option<&Vsock> {
-        self.vsock.as_ref()
+    /// The configured devices as they stand on the host.
+    pub fn plan(&self) -> &DevicePlan {
+        &self.plan
     }
 
     /// Devices and their places.
     pub fn devices(&self) -> &Devices {
         &self.devices
+    }
+
+    /// Has the guest give back so much memory in all, in MiB. `false` if it has no balloon.
+    pub fn set_balloon(&mut self, amount_mib: u64) -> bool {
+        let (Some(slot), Some(config)) = (&self.devices.balloon, &mut self.plan.balloon) else { return false };
+        config.amount_mib = amount_mib;
+        lock(&slot.device).set_target(amount_mib);
+        slot.config_changed();
+        true
+    }
+
+    /// Has the guest report statistics every so many seconds. `false` if it has no balloon.
+    pub fn set_balloon_interval(&mut self, seconds: u16) -> bool {
+        let (Some(slot), Some(config)) = (&self.devices.balloon, &mut self.plan.balloon) else { return false };
+        config.stats_polling_interval_s = seconds;
+        lock(&slot.device).set_interval(seconds);
+        true
+    }
+
+    /// Where the balloon stands, if there is one.
+    pub fn balloon_statistics(&self) -> Option<BalloonStatistics> {
+        self.devices.balloon.as_ref().map(|slot| lock(&slot.device).statistics())
     }
 
     /// Lets all vCPUs run.

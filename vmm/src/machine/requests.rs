@@ -39,17 +39,26 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
     let refuse_if = |condition, reason| if condition { Err(reason) } else { Ok(()) };
     let started = !matches!(phase, Phase::NotStarted { .. });
     match request {
-        Request::Info | Request::Version | Request::Config | Request::GetMachineConfig | Request::SnapshotStatus => {
-            Ok(())
-        }
-        Request::PutMachineConfig(_) | Request::PutBootSource(_) | Request::PutVsock(_) | Request::Action(_) => {
-            refuse_if(started, NotNow::Started)
-        }
+        Request::Info
+        | Request::Version
+        | Request::Config
+        | Request::GetMachineConfig
+        | Request::GetBalloon
+        | Request::SnapshotStatus => Ok(()),
+        Request::PutMachineConfig(_)
+        | Request::PutBootSource(_)
+        | Request::PutVsock(_)
+        | Request::PutSerial(_)
+        | Request::PutBalloon(_)
+        | Request::Action(_) => refuse_if(started, NotNow::Started),
         Request::SnapshotLoad(_) => {
             refuse_if(started, NotNow::Started)?;
             refuse_if(phase == Phase::NotStarted { configured: true }, NotNow::Configured)
         }
-        Request::PatchVm(_) => refuse_if(!started, NotNow::NotStarted),
+        Request::PatchVm(_)
+        | Request::PatchBalloon(_)
+        | Request::GetBalloonStatistics
+        | Request::PatchBalloonStatistics(_) => refuse_if(!started, NotNow::NotStarted),
         Request::SnapshotCreate(_) => {
             refuse_if(!started, NotNow::NotStarted)?;
             refuse_if(writing, NotNow::Writing)
@@ -68,6 +77,7 @@ pub fn changes(phase: Phase, wanted: VmState) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate};
     use api_spec::snapshot::SnapshotCreate;
     use api_spec::vm::{Action, ActionType, BootSource, MachineConfig, VmPatch, Vsock};
     use proptest::prelude::*;
@@ -91,6 +101,12 @@ mod tests {
             Request::PutMachineConfig(MachineConfig::default()),
             Request::PutBootSource(BootSource::default()),
             Request::PutVsock(Vsock { guest_cid: 3, uds_path: "v".into() }),
+            Request::PutSerial(Default::default()),
+            Request::PutBalloon(serde_json::from_str(r#"{"amount_mib":1}"#).unwrap()),
+            Request::GetBalloon,
+            Request::PatchBalloon(BalloonUpdate { amount_mib: 1 }),
+            Request::GetBalloonStatistics,
+            Request::PatchBalloonStatistics(BalloonStatisticsUpdate { stats_polling_interval_s: 1 }),
             Request::Action(Action { action_type: ActionType::InstanceStart }),
             Request::PatchVm(VmPatch { state: VmState::Paused }),
             Request::PatchVm(VmPatch { state: VmState::Resumed }),
@@ -111,9 +127,10 @@ mod tests {
     /// What the machine is after a request that was allowed and succeeded.
     fn after(request: &Request, phase: Phase) -> Phase {
         match request {
-            Request::PutMachineConfig(_) | Request::PutBootSource(_) | Request::PutVsock(_) => {
-                Phase::NotStarted { configured: true }
-            }
+            Request::PutMachineConfig(_)
+            | Request::PutBootSource(_)
+            | Request::PutVsock(_)
+            | Request::PutBalloon(_) => Phase::NotStarted { configured: true },
             Request::Action(_) | Request::PatchVm(VmPatch { state: VmState::Resumed }) => Phase::Running,
             Request::SnapshotLoad(_) | Request::PatchVm(VmPatch { state: VmState::Paused }) => Phase::Paused,
             _ => phase,

@@ -2,7 +2,7 @@
 //! standing still.
 
 use super::boot::{fresh_generation, write_generation};
-use super::config::{self, ConfigError, MAX_VCPUS};
+use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, guard, start_vcpus};
 use crate::host;
@@ -13,12 +13,13 @@ use crate::memory::uffd::{self, PageServer, UffdError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
+use api_spec::devices::Balloon;
 use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad};
 use api_spec::vm::Vsock;
 use snapshot::compat::Mismatch;
 use snapshot::image::{ImageError, ensure_trusted};
 use snapshot::load::{LoadError, Snapshot};
-use snapshot::manifest::Manifest;
+use snapshot::manifest::{BalloonDevice, Manifest};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -116,7 +117,8 @@ pub enum RestoreError {
 pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, RestoreError> {
     let snapshot = snapshot::load::open(&request.snapshot_path)?;
     check(&snapshot)?;
-    let vsock = vsock(snapshot.manifest(), request)?;
+    let balloon = snapshot.manifest().devices.balloon.map(balloon);
+    let plan = DevicePlan { vsock: vsock(snapshot.manifest(), request)?, balloon };
     let kvm = kvm::open()?;
 
     let Outside { notifier, signals, .. } = &outside;
@@ -141,7 +143,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
         write_generation(ram.memory(), &id).map_err(RestoreError::Generation)?;
     }
     let notifier = outside.notifier.clone();
-    let devices = wiring::wire(&vm.fd, ram.memory(), vsock.as_ref(), Some(&state.devices), outside)?;
+    let devices = wiring::wire(&vm.fd, &ram, &plan, Some(&state.devices), outside)?;
     // After the interrupt controllers' state, which would undo it.
     if request.new_generation {
         devices.announce_generation().map_err(RestoreError::Announce)?;
@@ -149,7 +151,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
 
     let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
-    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, page_server, ending, vsock, running: false })
+    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, page_server, ending, plan, running: false })
 }
 
 /// Whether this program on this host can run the snapshot.
@@ -164,6 +166,12 @@ fn check(snapshot: &Snapshot) -> Result<(), RestoreError> {
         return Err(RestoreError::Vcpus(manifest.machine.vcpus));
     }
     Ok(())
+}
+
+/// The balloon, as it was.
+fn balloon(saved: BalloonDevice) -> Balloon {
+    let BalloonDevice { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting } = saved;
+    Balloon { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting }
 }
 
 /// The vsock device: as it was, but for what the request overrides.

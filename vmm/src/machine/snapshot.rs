@@ -11,15 +11,17 @@
 use super::Machine;
 use crate::host;
 use crate::kvm::state::VmStateError;
+use crate::memory::discard::Contents;
 use crate::memory::freeze::{FreezeError, Frozen};
 use crate::memory::{GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::VcpuStateError;
+use api_spec::devices::Balloon;
 use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus, SnapshotType};
 use api_spec::vm::Readiness;
 use snapshot::create::{CreateError, Facts, FileSource, MemoryDigest, MemorySource, Staging};
-use snapshot::manifest::{self, MemoryRegion, VsockDevice};
+use snapshot::manifest::{self, BalloonDevice, MemoryRegion, VsockDevice};
 use snapshot::state::MachineState;
 use std::io;
 use std::ops::Range;
@@ -200,14 +202,14 @@ fn write(
 }
 
 fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
-    let vsock = machine.vsock.as_ref().map(|vsock| VsockDevice {
+    let vsock = machine.plan.vsock.as_ref().map(|vsock| VsockDevice {
         guest_cid: vsock.guest_cid.into(),
         uds_path: vsock.uds_path.to_string_lossy().into_owned(),
     });
     Facts {
         vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
         host: host::facts(),
-        devices: manifest::Devices { vsock },
+        devices: manifest::Devices { vsock, balloon: machine.plan.balloon.map(balloon) },
         readiness: readiness.map(|readiness| match readiness {
             Readiness::Agent => manifest::Readiness::Agent,
             Readiness::Full => manifest::Readiness::Full,
@@ -216,16 +218,28 @@ fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
     }
 }
 
-/// The memory of a guest that is a private view, read through that view.
+fn balloon(config: Balloon) -> BalloonDevice {
+    let Balloon { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting } = config;
+    BalloonDevice { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting }
+}
+
+/// The memory of a guest that is a private view, read through that view. What it has discarded and not written since is
+/// not even looked at.
 struct ViewSource {
     memory: GuestMemory,
     regions: Vec<MemoryRegion>,
+    contents: Contents,
     size: u64,
 }
 
 impl ViewSource {
     fn new(ram: &GuestRam) -> Self {
-        ViewSource { memory: ram.memory().clone(), regions: ram.regions().to_vec(), size: ram.size() }
+        ViewSource {
+            memory: ram.memory().clone(),
+            regions: ram.regions().to_vec(),
+            contents: ram.contents(),
+            size: ram.size(),
+        }
     }
 }
 
@@ -239,7 +253,7 @@ impl MemorySource for ViewSource {
     }
 
     fn next_data(&mut self, from: u64) -> io::Result<Option<Range<u64>>> {
-        Ok((from < self.size).then_some(from..self.size))
+        self.contents.next(from)
     }
 
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()> {

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | COM1 | ports 0x3f8 to 0x3ff | GSI 4 |
 //! | i8042 | ports 0x60 to 0x64 | none |
+//! | pvpanic | port 0x505 | none |
 //! | sleep registers | ports 0x600 and 0x601 | none |
 //! | vsock on virtio-mmio | 0xd000_0000, 4 KiB | GSI 5 |
 //! | generation id | its page of memory | GSI 23, through the ACPI event device |
@@ -16,22 +17,28 @@
 //! Interrupts reach the guest through irqfds and kicks reach devices through ioeventfds, so that neither passes through a
 //! vCPU's thread.
 
+use super::config::DevicePlan;
+use super::driver::Subscriber;
 use crate::arch::acpi::VirtioMmio;
 use crate::devices::bus::{Bus, BusDevice, BusError};
 use crate::devices::i8042::{self, I8042};
 use crate::devices::lock;
 use crate::devices::power::{self, Power};
+use crate::devices::pvpanic::{self, Pvpanic};
 use crate::devices::serial::{self, Serial, SerialError};
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::balloon::{self, Balloon, BalloonError};
 use crate::devices::virtio::interrupt::Interrupt;
-use crate::devices::virtio::mmio::MmioTransport;
+use crate::devices::virtio::mmio::{MmioTransport, TransportError};
 use crate::devices::virtio::vsock::{self, Vsock, VsockError};
-use crate::memory::GuestMemory;
 use crate::memory::layout::{EVENT_GSI, MMIO_BASE, MMIO_GSI, MMIO_STRIDE};
+use crate::memory::{GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier};
 use crate::vcpu::Buses;
-use api_spec::vm;
+use api_spec::{devices, vm};
+use event_manager::MutEventSubscriber;
 use kvm_ioctls::{IoEventAddress, VmFd};
-use snapshot::state::DeviceState;
+use snapshot::state::{BalloonState, DeviceState, VsockState};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use uffd_handler::process::Signals;
@@ -63,14 +70,22 @@ pub enum WireError {
     /// The vsock device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
-    /// The vsock device's saved state.
+    /// The balloon.
     #[error(transparent)]
-    VsockState(#[from] vsock::RestoreError),
+    Balloon(#[from] BalloonError),
+    /// A device's saved state.
+    #[error("{device}: {source}")]
+    State {
+        /// Which device.
+        device: String,
+        /// What is wrong with it.
+        source: TransportError,
+    },
     /// A device that the snapshot lists and did not save, or the reverse.
     #[error(
-        "the snapshot's list of devices and their saved state do not agree on vsock; it was not written by this program"
+        "the snapshot's list of devices and their saved state do not agree on {0}; it was not written by this program"
     )]
-    DeviceMismatch,
+    DeviceMismatch(&'static str),
 }
 
 /// What devices need from outside the machine.
@@ -91,23 +106,36 @@ pub struct Devices {
     pub buses: Buses,
     /// The serial port.
     pub serial: Arc<Mutex<Serial>>,
-    /// The vsock device and its transport.
-    pub vsock: Option<VsockSlot>,
+    /// The vsock device.
+    pub vsock: Option<Slot<Vsock>>,
+    /// The balloon.
+    pub balloon: Option<Slot<Balloon>>,
+    /// All virtio devices, in order of their places.
+    virtio: Vec<Arc<Mutex<dyn VirtioDevice>>>,
+    /// The same devices, for the event loop.
+    subscribers: Vec<Subscriber>,
     /// The interrupt of the event device.
     event: EventFd,
 }
 
-/// The vsock device and its transport.
-#[derive(Clone)]
-pub struct VsockSlot {
+/// A virtio device and its transport.
+pub struct Slot<D> {
     /// The device.
-    pub device: Arc<Mutex<Vsock>>,
+    pub device: Arc<Mutex<D>>,
     transport: Arc<Mutex<MmioTransport>>,
+}
+
+impl<D> Slot<D> {
+    /// Tells the driver that the device's configuration has changed.
+    pub fn config_changed(&self) {
+        lock(&self.transport).config_changed();
+    }
 }
 
 impl std::fmt::Debug for Devices {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Devices").field("vsock", &self.vsock.is_some()).finish_non_exhaustive()
+        let names: Vec<String> = self.virtio.iter().map(|device| lock(&**device).name()).collect();
+        f.debug_struct("Devices").field("virtio", &names).finish_non_exhaustive()
     }
 }
 
@@ -117,6 +145,7 @@ impl Devices {
         DeviceState {
             serial: lock(&self.serial).save(),
             vsock: self.vsock.as_ref().map(|slot| vsock::save(&slot.device, &lock(&slot.transport))),
+            balloon: self.balloon.as_ref().map(|slot| balloon::save(&slot.device, &lock(&slot.transport))),
         }
     }
 
@@ -127,15 +156,20 @@ impl Devices {
 
     /// To be called before vCPUs run.
     pub fn resume(&self) {
-        if let Some(slot) = &self.vsock {
-            lock(&slot.device).resume();
+        for device in &self.virtio {
+            lock(&**device).resume();
         }
+    }
+
+    /// What the event loop has to serve.
+    pub fn subscribers(&self) -> &[Subscriber] {
+        &self.subscribers
     }
 }
 
 /// Where the virtio-mmio devices of a machine are.
-pub fn virtio_devices(has_vsock: bool) -> Vec<VirtioMmio> {
-    (0..u32::from(has_vsock)).map(|index| VirtioMmio { base: address(index), gsi: MMIO_GSI + index }).collect()
+pub fn virtio_devices(plan: &DevicePlan) -> Vec<VirtioMmio> {
+    (0..plan.virtio_count()).map(|index| VirtioMmio { base: address(index), gsi: MMIO_GSI + index }).collect()
 }
 
 /// The word of a kernel command line that says the same.
@@ -150,22 +184,37 @@ fn address(index: u32) -> u64 {
 /// Builds the devices of a machine, fresh or from saved state, and connects them.
 pub fn wire(
     vm: &VmFd,
-    memory: &GuestMemory,
-    vsock: Option<&vm::Vsock>,
+    ram: &GuestRam,
+    plan: &DevicePlan,
     saved: Option<&DeviceState>,
     outside: Outside,
 ) -> Result<Devices, WireError> {
     let Outside { notifier, console, reset, signals: _ } = outside;
-    if saved.is_some_and(|saved| saved.vsock.is_some() != vsock.is_some()) {
-        return Err(WireError::DeviceMismatch);
-    }
-    let (mut pio, mut mmio) = (Bus::ports(), Bus::memory());
+    let DevicePlan { vsock, balloon } = plan;
+    let mut pio = Bus::ports();
     let serial = wire_serial(vm, &mut pio, saved, console)?;
     pio.insert(i8042::BASE, i8042::LEN, shared(I8042::new(reset)))?;
     pio.insert(power::BASE, power::LEN, shared(Power::new(notifier.clone())))?;
+    pio.insert(pvpanic::BASE, pvpanic::LEN, shared(Pvpanic::new(notifier.clone())))?;
     let event = interrupt_line(vm, EVENT_GSI)?;
-    let vsock = vsock.map(|config| wire_vsock(vm, &mut mmio, memory, config, saved, notifier)).transpose()?;
-    Ok(Devices { buses: Buses { pio: Arc::new(pio), mmio: Arc::new(mmio) }, serial, vsock, event })
+
+    let memory = ram.memory();
+    let mut virtio = Virtio { vm, memory, mmio: Bus::memory(), devices: Vec::new(), subscribers: Vec::new() };
+    let saved_vsock = saved.and_then(|saved| saved.vsock.as_ref());
+    if saved.is_some() && saved_vsock.is_some() != vsock.is_some() {
+        return Err(WireError::DeviceMismatch("vsock"));
+    }
+    let vsock = vsock.as_ref().map(|config| virtio.add_vsock(config, saved_vsock, notifier)).transpose()?;
+
+    let saved_balloon = saved.and_then(|saved| saved.balloon.as_ref());
+    if saved.is_some() && saved_balloon.is_some() != balloon.is_some() {
+        return Err(WireError::DeviceMismatch("balloon"));
+    }
+    let balloon = balloon.map(|config| virtio.add_balloon(config, saved_balloon, ram)).transpose()?;
+
+    let Virtio { mmio, devices, subscribers, .. } = virtio;
+    let buses = Buses { pio: Arc::new(pio), mmio: Arc::new(mmio) };
+    Ok(Devices { buses, serial, vsock, balloon, virtio: devices, subscribers, event })
 }
 
 fn shared<T: BusDevice + 'static>(device: T) -> Arc<Mutex<T>> {
@@ -194,41 +243,70 @@ fn wire_serial(
     Ok(serial)
 }
 
-fn wire_vsock(
-    vm: &VmFd,
-    mmio: &mut Bus,
-    memory: &GuestMemory,
-    config: &vm::Vsock,
-    saved: Option<&DeviceState>,
-    notifier: Notifier,
-) -> Result<VsockSlot, WireError> {
-    // Only what is new: a guest may repeat itself as fast as it can.
-    let mut announced = None;
-    let ready = Box::new(move |level, _kind| {
-        if announced.replace(level) != Some(level) {
-            notifier.send(Notice::Ready(level));
-        }
-    });
-    let device = Vsock::new(config.guest_cid.into(), &config.uds_path, ready)?;
-    let interrupt = Arc::new(Interrupt::new().map_err(WireError::Event)?);
-    let transport = shared(MmioTransport::new(device.clone(), memory.clone(), interrupt));
-    if let Some(saved) = saved.and_then(|saved| saved.vsock.as_ref()) {
-        vsock::restore(&device, &mut lock(&transport), saved)?;
-    }
-    place(vm, mmio, 0, &transport)?;
-    Ok(VsockSlot { device, transport })
+/// Virtio devices on their way into the machine; each gets the next place.
+struct Virtio<'a> {
+    vm: &'a VmFd,
+    memory: &'a GuestMemory,
+    mmio: Bus,
+    devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
+    subscribers: Vec<Subscriber>,
 }
 
-/// Gives virtio-mmio device number `index` its addresses, its interrupt and its kicks.
-fn place(vm: &VmFd, mmio: &mut Bus, index: u32, transport: &Arc<Mutex<MmioTransport>>) -> Result<(), WireError> {
-    let refused = |what| move |source| WireError::Register { what, source };
-    let base = address(index);
-    mmio.insert(base, MMIO_STRIDE, transport.clone())?;
-    let transport = lock(transport);
-    vm.register_irqfd(transport.interrupt().event(), MMIO_GSI + index).map_err(refused("interrupt"))?;
-    let notify = IoEventAddress::Mmio(base + QUEUE_NOTIFY);
-    for (queue, event) in transport.queue_events().iter().enumerate() {
-        vm.register_ioevent(event, &notify, queue as u32).map_err(refused("kick"))?;
+impl Virtio<'_> {
+    /// Puts a device behind a transport, brings both to their saved state if there is one, and gives them the next place:
+    /// addresses, interrupt and kicks.
+    fn add<D: VirtioDevice + MutEventSubscriber + 'static>(
+        &mut self,
+        device: Arc<Mutex<D>>,
+        restore: impl FnOnce(&Mutex<D>, &mut MmioTransport) -> Result<(), TransportError>,
+    ) -> Result<Slot<D>, WireError> {
+        let index = self.devices.len() as u32;
+        let interrupt = Arc::new(Interrupt::new().map_err(WireError::Event)?);
+        let transport = shared(MmioTransport::new(device.clone(), self.memory.clone(), interrupt));
+        restore(&device, &mut lock(&transport))
+            .map_err(|source| WireError::State { device: lock(&device).name(), source })?;
+        self.place(index, &transport)?;
+        self.devices.push(device.clone());
+        self.subscribers.push(device.clone());
+        Ok(Slot { device, transport })
     }
-    Ok(())
+
+    fn place(&mut self, index: u32, transport: &Arc<Mutex<MmioTransport>>) -> Result<(), WireError> {
+        let refused = |what| move |source| WireError::Register { what, source };
+        let base = address(index);
+        self.mmio.insert(base, MMIO_STRIDE, transport.clone())?;
+        let transport = lock(transport);
+        self.vm.register_irqfd(transport.interrupt().event(), MMIO_GSI + index).map_err(refused("interrupt"))?;
+        let notify = IoEventAddress::Mmio(base + QUEUE_NOTIFY);
+        for (queue, event) in transport.queue_events().iter().enumerate() {
+            self.vm.register_ioevent(event, &notify, queue as u32).map_err(refused("kick"))?;
+        }
+        Ok(())
+    }
+
+    fn add_vsock(
+        &mut self,
+        config: &vm::Vsock,
+        saved: Option<&VsockState>,
+        notifier: Notifier,
+    ) -> Result<Slot<Vsock>, WireError> {
+        // Only what is new: a guest may repeat itself as fast as it can.
+        let mut announced = None;
+        let ready = Box::new(move |level, _kind| {
+            if announced.replace(level) != Some(level) {
+                notifier.send(Notice::Ready(level));
+            }
+        });
+        let device = Vsock::new(config.guest_cid.into(), &config.uds_path, ready)?;
+        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| vsock::restore(device, transport, saved)))
+    }
+    fn add_balloon(
+        &mut self,
+        config: devices::Balloon,
+        saved: Option<&BalloonState>,
+        ram: &GuestRam,
+    ) -> Result<Slot<Balloon>, WireError> {
+        let device = Balloon::new(config, ram.discarder())?;
+        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| balloon::restore(device, transport, saved)))
+    }
 }

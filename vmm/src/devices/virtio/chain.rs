@@ -53,22 +53,49 @@ impl Buffer {
     /// Takes in the pieces of `chain` in place of those it had.
     pub fn load(&mut self, chain: DescriptorChain<&GuestMemory>, direction: Direction) -> Result<(), ChainError> {
         let head = chain.head_index();
-        self.pieces.clear();
-        self.len = 0;
+        self.clear();
         let mut continues = None;
         for descriptor in chain {
             if descriptor.is_write_only() != (direction == Direction::ToDriver) {
                 return Err(ChainError::Direction(head));
             }
-            self.pieces.push((descriptor.addr(), descriptor.len()));
-            self.len += u64::from(descriptor.len());
+            self.push(descriptor.addr(), descriptor.len());
             continues = Some(descriptor.has_next());
         }
-        match continues {
-            Some(false) => Ok(()),
-            Some(true) => Err(ChainError::Endless(head)),
-            None => Err(ChainError::Empty(head)),
+        complete(head, continues)
+    }
+
+    /// Takes in the pieces of a chain that holds a request and leaves room for its answer: those that the device reads in
+    /// `request`, those that it writes in `answer`. What is read comes first (virtio 1.2, section 2.7.4.2).
+    pub fn load_both(
+        chain: DescriptorChain<&GuestMemory>,
+        request: &mut Buffer,
+        answer: &mut Buffer,
+    ) -> Result<(), ChainError> {
+        let head = chain.head_index();
+        request.clear();
+        answer.clear();
+        let mut continues = None;
+        for descriptor in chain {
+            let part = match descriptor.is_write_only() {
+                true => &mut *answer,
+                false if answer.pieces.is_empty() => &mut *request,
+                false => return Err(ChainError::Direction(head)),
+            };
+            part.push(descriptor.addr(), descriptor.len());
+            continues = Some(descriptor.has_next());
         }
+        complete(head, continues)
+    }
+
+    fn clear(&mut self) {
+        self.pieces.clear();
+        self.len = 0;
+    }
+
+    fn push(&mut self, addr: GuestAddress, len: u32) {
+        self.pieces.push((addr, len));
+        self.len += u64::from(len);
     }
 
     /// Length of the buffer, in bytes.
@@ -79,6 +106,11 @@ impl Buffer {
     /// Whether the buffer has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Its pieces: addresses, and lengths in bytes. They may lie outside of guest memory.
+    pub fn pieces(&self) -> impl Iterator<Item = (GuestAddress, u32)> + '_ {
+        self.pieces.iter().copied()
     }
 
     /// Copies bytes from `offset` bytes into the buffer to `data`.
@@ -122,6 +154,15 @@ impl Buffer {
             (skip, at) = (0, at + run);
         }
         Ok(())
+    }
+}
+
+/// Whether a chain came to its end: its last descriptor that could be read does not continue.
+fn complete(head: u16, continues: Option<bool>) -> Result<(), ChainError> {
+    match continues {
+        Some(false) => Ok(()),
+        Some(true) => Err(ChainError::Endless(head)),
+        None => Err(ChainError::Empty(head)),
     }
 }
 

@@ -53,6 +53,9 @@ pub enum TransportError {
     /// The driver was ready although a queue was not.
     #[error("saved virtio device is in use although its queue {0} is not ready; the snapshot is damaged")]
     QueueNotReady(usize),
+    /// The device had kept a buffer that its queue cannot have.
+    #[error("saved virtio device keeps buffer {0}, which its queue does not have; the snapshot is damaged")]
+    Held(u16),
     /// A queue is not in order.
     #[error("saved virtio queue {index} cannot be used: {error}; the snapshot is damaged or of another machine")]
     Queue {
@@ -70,6 +73,7 @@ pub struct MmioTransport {
     interrupt: Arc<Interrupt>,
 
     // Facts about the device.
+    name: String,
     device_type: u32,
     device_features: u64,
     queue_events: Vec<Arc<EventFd>>,
@@ -88,6 +92,7 @@ impl MmioTransport {
     /// A transport in front of `device`, as after power-on.
     pub fn new(device: Arc<Mutex<dyn VirtioDevice>>, mem: GuestMemory, interrupt: Arc<Interrupt>) -> Self {
         let guard = lock(&*device);
+        let name = guard.name();
         let device_type = guard.device_type();
         let device_features = guard.features() | VERSION_1;
         let queue_events = guard.queue_events();
@@ -97,6 +102,7 @@ impl MmioTransport {
             device,
             mem,
             interrupt,
+            name,
             device_type,
             device_features,
             queue_events,
@@ -182,7 +188,8 @@ impl MmioTransport {
             live.push(queue.ok_or(TransportError::QueueNotReady(index)));
         }
         let active = status.running() && !failed;
-        let live = if active { Some(live.into_iter().collect::<Result<Vec<_>, _>>()?) } else { None };
+        let used = if active { lock(&*self.device).negotiated(driver_features) } else { 0 };
+        let live = live.into_iter().take(used).collect::<Result<Vec<_>, _>>()?;
 
         // Everything is in order; from here on nothing fails.
         self.driver_features = driver_features;
@@ -193,7 +200,7 @@ impl MmioTransport {
         self.config_generation = config_generation;
         self.queues = configs;
         self.interrupt.set(interrupt_status, failed);
-        if let Some(live) = live {
+        if active {
             lock(&*self.device).activate(self.mem.clone(), live, self.interrupt.clone());
         }
         Ok(())
@@ -285,7 +292,7 @@ impl MmioTransport {
                     self.activate();
                 }
             }
-            Err(error) => log::debug!("virtio device {}: {error}", self.device_type),
+            Err(error) => log::debug!("{}: {error}", self.name),
         }
     }
 
@@ -293,11 +300,13 @@ impl MmioTransport {
         if self.interrupt.has_failed() {
             return;
         }
-        if let Some(index) = self.queues.iter().position(|queue| !queue.ready) {
+        let used = lock(&*self.device).negotiated(self.driver_features);
+        if let Some(index) = self.queues.iter().take(used).position(|queue| !queue.ready) {
             return self.fail(&format_args!("the driver started although queue {index} is not ready"));
         }
         let event_idx = self.event_idx();
-        let queues: Result<Vec<_>, _> = self.queues.iter().map(|queue| queue.build(&self.mem, event_idx)).collect();
+        let queues: Result<Vec<_>, _> =
+            self.queues.iter().take(used).map(|queue| queue.build(&self.mem, event_idx)).collect();
         match queues {
             Ok(queues) => lock(&*self.device).activate(self.mem.clone(), queues, self.interrupt.clone()),
             Err(error) => self.fail(&error),
@@ -320,7 +329,7 @@ impl MmioTransport {
     /// The driver has broken the rules: the device stops until it is reset.
     fn fail(&self, reason: &dyn std::fmt::Display) {
         lock(&*self.device).reset();
-        self.interrupt.fail(&format!("virtio device {}", self.device_type), reason);
+        self.interrupt.fail(&self.name, reason);
     }
 
     fn notify(&self, queue: u32) {
@@ -343,7 +352,7 @@ impl BusDevice for MmioTransport {
         data.fill(0);
         match <&mut [u8; 4]>::try_from(data) {
             Ok(data) if offset.is_multiple_of(4) => *data = self.read_register(offset).to_le_bytes(),
-            _ => log::debug!("virtio device {}: register {offset:#x} was not read as 32 bits", self.device_type),
+            _ => log::debug!("{}: register {offset:#x} was not read as 32 bits", self.name),
         }
     }
 
@@ -353,7 +362,7 @@ impl BusDevice for MmioTransport {
         }
         match <[u8; 4]>::try_from(data) {
             Ok(data) if offset.is_multiple_of(4) => self.write_register(offset, u32::from_le_bytes(data)),
-            _ => log::debug!("virtio device {}: register {offset:#x} was not written as 32 bits", self.device_type),
+            _ => log::debug!("{}: register {offset:#x} was not written as 32 bits", self.name),
         }
     }
 }
@@ -394,6 +403,9 @@ mod tests {
     }
 
     impl VirtioDevice for Probe {
+        fn name(&self) -> String {
+            "probe".to_owned()
+        }
         fn device_type(&self) -> u32 {
             42
         }
@@ -422,6 +434,7 @@ mod tests {
             self.resets += 1;
             self.queues.clear();
         }
+        fn resume(&mut self) {}
     }
 
     struct Rig {

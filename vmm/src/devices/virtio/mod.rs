@@ -1,9 +1,11 @@
 //! virtio devices (virtio 1.2) on the MMIO transport.
 
+pub mod balloon;
 pub mod chain;
 pub mod interrupt;
 pub mod mmio;
 pub mod queue;
+pub mod rings;
 pub mod status;
 pub mod vsock;
 
@@ -24,6 +26,9 @@ pub const EVENT_IDX: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVEN
 ///
 /// The transport calls it on vCPU threads, and on the event thread for save and restore.
 pub trait VirtioDevice: Send {
+    /// What messages call the device, such as `drive root`.
+    fn name(&self) -> String;
+
     /// The device's number in the virtio specification.
     fn device_type(&self) -> u32;
 
@@ -42,6 +47,12 @@ pub trait VirtioDevice: Send {
     /// Writes the configuration space. What cannot be written there is ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
 
+    /// The driver has accepted these features, and is about to be ready, or was when it was saved. The result is how many
+    /// queues it uses then, from the first: all, unless features decide.
+    fn negotiated(&mut self, _features: u64) -> usize {
+        self.queue_max_sizes().len()
+    }
+
     /// The driver is ready: from here on the device may use its queues. They have been checked. Touches no guest
     /// memory.
     fn activate(&mut self, mem: GuestMemory, queues: Vec<Queue>, interrupt: Arc<Interrupt>);
@@ -51,4 +62,8 @@ pub trait VirtioDevice: Send {
 
     /// Back to the state before activation. The device does not touch guest memory any more when this returns.
     fn reset(&mut self);
+
+    /// The vCPUs are about to run. A device that was restored has left guest memory alone until now; the first call
+    /// lets it work, and it looks at its queues if something was left in them. Any other call does nothing.
+    fn resume(&mut self);
 }

@@ -13,17 +13,15 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, Mutex};
 
-use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use virtio_queue::Queue;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::super::chain::{Buffer, ChainError, Direction};
+use super::super::chain::{Buffer, Direction};
 use super::super::interrupt::Interrupt;
+use super::super::rings::{QueueBroken, Rings};
 use super::super::{EVENT_IDX, VERSION_1, VirtioDevice};
 use super::event_handler::Clients;
 use super::host::HostSocket;
@@ -61,15 +59,6 @@ pub enum VsockError {
     Events(io::Error),
 }
 
-/// Why a driver's queues cannot be used any further.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum QueueBroken {
-    #[error("queue {0}: {1}")]
-    Ring(usize, virtio_queue::Error),
-    #[error("queue {0}: {1}")]
-    Chain(usize, ChainError),
-}
-
 /// What the guest may be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Gate {
@@ -91,17 +80,11 @@ pub(super) enum Gate {
 
 /// What the device has while the driver drives it.
 pub(super) struct Active {
-    mem: GuestMemory,
-    queues: Vec<Queue>,
-    interrupt: Arc<Interrupt>,
+    rings: Rings,
     /// The chain at hand.
     buffer: Buffer,
     /// The payload at hand.
     payload: Vec<u8>,
-    /// Queues in which buffers were used since the driver was last interrupted.
-    used: [bool; 3],
-    /// At which index of each queue the driver has been asked to tell of news, with event indices.
-    asked: [Option<u16>; 3],
 }
 
 /// The virtio socket device.
@@ -143,19 +126,6 @@ impl Vsock {
         self.listener.path().into()
     }
 
-    /// The vCPUs are about to start. After a restore this is what lets the device work again: on the event thread it
-    /// looks at its queues once, and tells the guest to forget its streams if it must. Otherwise it does nothing.
-    pub fn resume(&mut self) {
-        let Gate::Restored { reset } = self.gate else { return };
-        self.gate = if reset { Gate::ResetDue } else { Gate::Open };
-        if let Some(active) = &mut self.active {
-            active.interrupt.raise_again();
-            // All was taken from the queue when it was saved, and that ends with asking for more.
-            active.asked[TX] = Some(active.queues[TX].next_avail());
-        }
-        self.wake();
-    }
-
     /// Has the event thread look at the queues and the sockets.
     pub(super) fn wake(&self) {
         let _ = self.events[TX].write(1); // It can only overflow when it is set already.
@@ -183,7 +153,7 @@ impl Vsock {
         let Some(active) = &mut self.active else { return };
         let mut work = Work { active, muxer: &mut self.muxer, listener: &self.listener };
         // The vCPUs stand still, so a queue holds no more than its size.
-        if let Err(error) = work.take_packets(usize::from(u16::MAX)).and_then(|_| work.interrupt()) {
+        if let Err(error) = work.take_packets(usize::from(u16::MAX)).and_then(|_| work.active.rings.interrupt()) {
             self.fail(&error);
         }
         self.wake();
@@ -192,13 +162,17 @@ impl Vsock {
     /// The driver has broken the rules: the device leaves its memory alone until it is reset.
     fn fail(&mut self, reason: &QueueBroken) {
         if let Some(active) = self.active.take() {
-            active.interrupt.fail("vsock", reason);
+            active.rings.fail("vsock", reason);
         }
         self.reset();
     }
 }
 
 impl VirtioDevice for Vsock {
+    fn name(&self) -> String {
+        "vsock".to_owned()
+    }
+
     fn device_type(&self) -> u32 {
         DEVICE_TYPE
     }
@@ -228,11 +202,11 @@ impl VirtioDevice for Vsock {
 
     fn activate(&mut self, mem: GuestMemory, queues: Vec<Queue>, interrupt: Arc<Interrupt>) {
         let (buffer, payload) = (Buffer::default(), Vec::new());
-        self.active = Some(Active { mem, queues, interrupt, buffer, payload, used: [false; 3], asked: [None; 3] });
+        self.active = Some(Active { rings: Rings::new(mem, queues, interrupt), buffer, payload });
     }
 
     fn queues(&self) -> &[Queue] {
-        self.active.as_ref().map_or(&[], |active| &active.queues)
+        self.active.as_ref().map_or(&[], |active| active.rings.queues())
     }
 
     fn reset(&mut self) {
@@ -240,6 +214,17 @@ impl VirtioDevice for Vsock {
         self.gate = Gate::Open;
         self.muxer.clear();
         self.wake(); // for the sockets of the streams that were
+    }
+
+    /// After a restore this is what lets the device work again: on the event thread it looks at its queues once, and
+    /// tells the guest to forget its streams if it must.
+    fn resume(&mut self) {
+        let Gate::Restored { reset } = self.gate else { return };
+        self.gate = if reset { Gate::ResetDue } else { Gate::Open };
+        if let Some(active) = &mut self.active {
+            active.rings.resume(&[TX]);
+        }
+        self.wake();
     }
 }
 
@@ -258,45 +243,18 @@ impl Work<'_> {
         if *gate == Gate::Open {
             self.give_packets()?;
         }
-        self.interrupt()?;
+        self.active.rings.interrupt()?;
         Ok(more)
-    }
-
-    /// Interrupts the driver if it wants to hear of what was used. All queues share one interrupt, so one is enough.
-    fn interrupt(&mut self) -> Result<(), QueueBroken> {
-        let mut wanted = false;
-        for queue in [RX, TX, EVENTS] {
-            wanted |= self.wants_interrupt(queue)?;
-        }
-        if wanted {
-            self.active.interrupt.used_buffers();
-        }
-        Ok(())
-    }
-
-    fn wants_interrupt(&mut self, index: usize) -> Result<bool, QueueBroken> {
-        let Active { mem, queues, used, .. } = &mut *self.active;
-        let queue = &mut queues[index];
-        if !std::mem::take(&mut used[index]) {
-            return Ok(false);
-        }
-        if queue.event_idx_enabled() {
-            return queue.needs_notification(mem).map_err(|error| QueueBroken::Ring(index, error));
-        }
-        fence(Ordering::SeqCst); // The used index is written before the flags are read.
-        let flags = mem.load::<u16>(GuestAddress(queue.avail_ring()), Ordering::Relaxed);
-        let memory = |error| QueueBroken::Ring(index, virtio_queue::Error::GuestMemory(error));
-        Ok(u32::from(u16::from_le(flags.map_err(memory)?)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
     /// Takes up to `limit` packets from the guest. The result is whether there are more.
     fn take_packets(&mut self, limit: usize) -> Result<bool, QueueBroken> {
         for _ in 0..limit {
             let Some(head) = self.next_chain(TX, Direction::FromDriver)? else { return Ok(false) };
-            let Active { mem, buffer, payload, .. } = &mut *self.active;
-            let header = packet::read(buffer, mem, payload).map_err(|error| QueueBroken::Chain(TX, error))?;
+            let Active { rings, buffer, payload } = &mut *self.active;
+            let header = packet::read(buffer, rings.mem(), payload).map_err(|error| QueueBroken::Chain(TX, error))?;
             self.muxer.receive(&header, payload, self.listener);
-            self.used(TX, head, 0)?;
+            self.active.rings.used(TX, head, 0)?;
         }
         Ok(true)
     }
@@ -305,16 +263,16 @@ impl Work<'_> {
     fn give_packets(&mut self) -> Result<(), QueueBroken> {
         while self.muxer.has_packet() {
             let Some(head) = self.next_chain(RX, Direction::ToDriver)? else { break };
-            let Active { mem, buffer, payload, queues, .. } = &mut *self.active;
+            let Active { rings, buffer, payload } = &mut *self.active;
             let broken = |error| QueueBroken::Chain(RX, error);
             let room = packet::room(buffer).map_err(broken)?;
             match self.muxer.next_packet(room, payload) {
                 Some(header) => {
-                    let len = packet::write(buffer, mem, &header, payload).map_err(broken)?;
-                    self.used(RX, head, len)?;
+                    let len = packet::write(buffer, rings.mem(), &header, payload).map_err(broken)?;
+                    rings.used(RX, head, len)?;
                 }
                 None => {
-                    queues[RX].go_to_previous_position();
+                    rings.put_back(RX);
                     break;
                 }
             }
@@ -327,60 +285,26 @@ impl Work<'_> {
         if *gate == Gate::ResetDue
             && let Some(head) = self.next_chain(EVENTS, Direction::ToDriver)?
         {
-            let Active { mem, buffer, .. } = &mut *self.active;
-            buffer.write(mem, 0, &TRANSPORT_RESET).map_err(|error| QueueBroken::Chain(EVENTS, error))?;
-            *gate = Gate::ResetSent { avail: self.avail_index(EVENTS)? };
-            self.used(EVENTS, head, TRANSPORT_RESET.len() as u32)?;
+            let Active { rings, buffer, .. } = &mut *self.active;
+            buffer.write(rings.mem(), 0, &TRANSPORT_RESET).map_err(|error| QueueBroken::Chain(EVENTS, error))?;
+            *gate = Gate::ResetSent { avail: rings.avail_index(EVENTS)? };
+            rings.used(EVENTS, head, TRANSPORT_RESET.len() as u32)?;
         }
         if let Gate::ResetSent { avail } = *gate {
             // Ask to be told, then look: what comes in between is not missed.
-            self.ask_for_news(EVENTS)?;
-            if self.avail_index(EVENTS)? != avail {
+            let rings = &mut self.active.rings;
+            rings.ask_for_news(EVENTS)?;
+            if rings.avail_index(EVENTS)? != avail {
                 *gate = Gate::Open;
             }
         }
         Ok(())
     }
 
-    /// Loads the next chain of a queue into the buffer and returns its head. Without one the driver is asked to tell
-    /// of the next.
+    /// Loads the next chain of a queue into the buffer and returns its head.
     fn next_chain(&mut self, index: usize, direction: Direction) -> Result<Option<u16>, QueueBroken> {
-        loop {
-            let Active { mem, queues, buffer, .. } = &mut *self.active;
-            let mut chains = queues[index].iter(&*mem).map_err(|error| QueueBroken::Ring(index, error))?;
-            if let Some(chain) = chains.next() {
-                let head = chain.head_index();
-                buffer.load(chain, direction).map_err(|error| QueueBroken::Chain(index, error))?;
-                return Ok(Some(head));
-            }
-            if !self.ask_for_news(index)? {
-                return Ok(None);
-            }
-        }
-    }
-
-    /// Asks the driver to tell of the next chain in a queue. The result is whether one has come in the meantime.
-    fn ask_for_news(&mut self, index: usize) -> Result<bool, QueueBroken> {
-        let Active { mem, queues, asked, .. } = &mut *self.active;
-        let queue = &mut queues[index];
-        // Without event indices the driver always tells; and what it has been asked needs no second write.
-        let next = Some(queue.next_avail());
-        if !queue.event_idx_enabled() || asked[index] == next {
-            return Ok(false);
-        }
-        asked[index] = next;
-        queue.enable_notification(mem).map_err(|error| QueueBroken::Ring(index, error))
-    }
-
-    fn used(&mut self, index: usize, head: u16, len: u32) -> Result<(), QueueBroken> {
-        let Active { mem, queues, used, .. } = &mut *self.active;
-        used[index] = true;
-        queues[index].add_used(mem, head, len).map_err(|error| QueueBroken::Ring(index, error))
-    }
-
-    fn avail_index(&self, index: usize) -> Result<u16, QueueBroken> {
-        let queue = &self.active.queues[index];
-        let avail = queue.avail_idx(&self.active.mem, Ordering::Acquire);
-        avail.map(|avail| avail.0).map_err(|error| QueueBroken::Ring(index, error))
+        let Active { rings, buffer, .. } = &mut *self.active;
+        let next = rings.next(index, |chain| buffer.load(chain, direction))?;
+        Ok(next.map(|(head, ())| head))
     }
 }

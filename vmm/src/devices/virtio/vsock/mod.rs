@@ -26,5 +26,5 @@ pub mod ready;
 mod tests;
 
 pub use device::{Vsock, VsockError};
-pub use persist::{RestoreError, restore, save};
+pub use persist::{restore, save};
 pub use ready::ReadySink;

@@ -11,14 +11,6 @@ use super::super::mmio::{MmioTransport, TransportError};
 use super::device::{Gate, Vsock};
 use crate::devices::lock;
 
-/// Why a saved device cannot be restored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RestoreError {
-    /// The transport is not in order.
-    #[error("vsock: {0}")]
-    Transport(#[from] TransportError),
-}
-
 /// The state to save of `device` behind `transport`. The vCPUs must be paused, and the caller be on the event thread.
 ///
 /// What the guest has sent is taken in first, so guest memory may change; it must be saved after this. The streams of
@@ -32,8 +24,8 @@ pub fn save(device: &Mutex<Vsock>, transport: &MmioTransport) -> VsockState {
 }
 
 /// Takes over a saved state into a fresh `device` behind a fresh `transport`. Touches no guest memory; the device does
-/// nothing until [`Vsock::resume`].
-pub fn restore(device: &Mutex<Vsock>, transport: &mut MmioTransport, state: &VsockState) -> Result<(), RestoreError> {
+/// nothing until [`resume`](super::super::VirtioDevice::resume).
+pub fn restore(device: &Mutex<Vsock>, transport: &mut MmioTransport, state: &VsockState) -> Result<(), TransportError> {
     let VsockState { guest_cid, transport: ref saved, needs_reset } = *state;
     // From here on the event thread keeps away from the queues that the transport is about to hand over.
     let mut vsock = lock(device);

@@ -25,6 +25,7 @@ use super::connection::BUFFER;
 use super::packet::{BOTH_ENDS, HEADER_LEN, HOST_CID, Header, NO_RECEIVE, NO_SEND, STREAM, op};
 use super::{ReadySink, Vsock, VsockError};
 use crate::devices::bus::BusDevice;
+use crate::devices::virtio::VirtioDevice;
 use crate::devices::{GuestMemory, lock};
 
 const CID: u64 = 3;
