@@ -40,7 +40,7 @@ impl<'a> Boot<'a> {
     /// The embedded guest with 1 vCPU and 32 MiB.
     pub fn new(place: &'a Place) -> Self {
         let boot_source = Some(BootSource { embedded_guest: true, ..Default::default() });
-        let machine_config = MachineConfig { vcpu_count: 1, mem_size_mib: 32 };
+        let machine_config = MachineConfig { vcpu_count: 1, mem_size_mib: 32, max_private_mib: None };
         Boot { place, config: VmConfig { boot_source, machine_config, vsock: None } }
     }
 
@@ -53,6 +53,12 @@ impl<'a> Boot<'a> {
     /// With so much memory.
     pub fn memory_mib(mut self, size: u64) -> Self {
         self.config.machine_config.mem_size_mib = size;
+        self
+    }
+
+    /// With at most so much private memory.
+    pub fn max_private_mib(mut self, limit: u64) -> Self {
+        self.config.machine_config.max_private_mib = Some(limit);
         self
     }
 
@@ -100,6 +106,7 @@ pub struct Restore<'a> {
     page_server: Option<PathBuf>,
     paused: bool,
     same_generation: bool,
+    max_private_mib: Option<u64>,
     recorded_vsock: Option<PathBuf>,
     by_api: bool,
 }
@@ -113,6 +120,7 @@ impl<'a> Restore<'a> {
             page_server: None,
             paused: false,
             same_generation: false,
+            max_private_mib: None,
             recorded_vsock: None,
             by_api: false,
         }
@@ -138,6 +146,12 @@ impl<'a> Restore<'a> {
     /// It keeps the generation id.
     pub fn same_generation(mut self) -> Self {
         self.same_generation = true;
+        self
+    }
+
+    /// It may have so much private memory.
+    pub fn max_private_mib(mut self, limit: u64) -> Self {
+        self.max_private_mib = Some(limit);
         self
     }
 
@@ -169,6 +183,9 @@ impl<'a> Restore<'a> {
             if self.recorded_vsock.is_none() {
                 vmm.arg("--vsock").arg(&vsock);
             }
+            if let Some(limit) = self.max_private_mib {
+                vmm.arg("--max-private-mib").arg(limit.to_string());
+            }
             vmm.args(self.paused.then_some("--paused")).args(self.same_generation.then_some("--same-generation"));
         });
         Vm { process, name: name.to_owned(), vsock, api }
@@ -187,6 +204,7 @@ impl<'a> Restore<'a> {
             resume_vm: !self.paused,
             vsock_override: self.recorded_vsock.is_none().then(|| VsockOverride { uds_path: vm.vsock.clone() }),
             new_generation: !self.same_generation,
+            max_private_mib: self.max_private_mib,
         };
         vm.api().put("/snapshot/load", &document).unwrap_or_else(|e| panic!("{name}: cannot load the snapshot: {e}"));
         vm

@@ -49,7 +49,7 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
             refuse_if(started, NotNow::Started)?;
             refuse_if(phase == Phase::NotStarted { configured: true }, NotNow::Configured)
         }
-        Request::PatchVm(_) => refuse_if(!started, NotNow::NotStarted),
+        Request::PatchVm(_) | Request::PatchMachineConfig(_) => refuse_if(!started, NotNow::NotStarted),
         Request::SnapshotCreate(_) => {
             refuse_if(!started, NotNow::NotStarted)?;
             refuse_if(writing, NotNow::Writing)
@@ -69,7 +69,7 @@ pub fn changes(phase: Phase, wanted: VmState) -> bool {
 mod tests {
     use super::*;
     use api_spec::snapshot::SnapshotCreate;
-    use api_spec::vm::{Action, ActionType, BootSource, MachineConfig, VmPatch, Vsock};
+    use api_spec::vm::{Action, ActionType, BootSource, MachineConfig, MachinePatch, VmPatch, Vsock};
     use proptest::prelude::*;
 
     fn create() -> Request {
@@ -94,6 +94,7 @@ mod tests {
             Request::Action(Action { action_type: ActionType::InstanceStart }),
             Request::PatchVm(VmPatch { state: VmState::Paused }),
             Request::PatchVm(VmPatch { state: VmState::Resumed }),
+            Request::PatchMachineConfig(MachinePatch { max_private_mib: None }),
             create(),
             Request::SnapshotLoad(serde_json::from_str(r#"{"snapshot_path":"s"}"#).unwrap()),
         ])

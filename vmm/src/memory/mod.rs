@@ -1,12 +1,14 @@
 //! Guest memory: a private view over an immutable image, or, for a guest that was booted here, the image in the making.
 //!
 //! - [`layout`]: which guest-physical addresses are RAM (pure)
+//! - [`limit`]: how much of it may be the guest's own (pure)
 //! - [`freeze`]: turns the RAM of a booted guest into an immutable image without copying it
 //! - [`uffd`]: a view whose pages a page server provides
 //! - `mmap`: the system calls that change mappings
 
 pub mod freeze;
 pub mod layout;
+pub mod limit;
 mod mmap;
 pub mod uffd;
 
