@@ -57,6 +57,18 @@ pub struct MachineConfig {
     /// Guest memory, in MiB.
     #[serde(default = "default_memory")]
     pub mem_size_mib: u64,
+    /// Most private memory, in MiB, that the guest may have before it is paused; no limit when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_private_mib: Option<u64>,
+}
+
+/// Body of `PATCH /machine-config`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachinePatch {
+    /// The new limit of private memory, in MiB; `null` takes it away.
+    #[serde(deserialize_with = "Option::deserialize")]
+    pub max_private_mib: Option<u64>,
 }
 
 fn one() -> u8 {
@@ -69,7 +81,7 @@ fn default_memory() -> u64 {
 
 impl Default for MachineConfig {
     fn default() -> Self {
-        MachineConfig { vcpu_count: one(), mem_size_mib: default_memory() }
+        MachineConfig { vcpu_count: one(), mem_size_mib: default_memory(), max_private_mib: None }
     }
 }
 

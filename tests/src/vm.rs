@@ -41,7 +41,7 @@ impl<'a> Boot<'a> {
     /// The embedded guest with 1 vCPU and 32 MiB.
     pub fn new(place: &'a Place) -> Self {
         let boot_source = Some(BootSource { embedded_guest: true, ..Default::default() });
-        let machine_config = MachineConfig { vcpu_count: 1, mem_size_mib: 32 };
+        let machine_config = MachineConfig { vcpu_count: 1, mem_size_mib: 32, max_private_mib: None };
         Boot { place, config: VmConfig { boot_source, machine_config, ..Default::default() }, console: None }
     }
 
@@ -54,6 +54,12 @@ impl<'a> Boot<'a> {
     /// With so much memory.
     pub fn memory_mib(mut self, size: u64) -> Self {
         self.config.machine_config.mem_size_mib = size;
+        self
+    }
+
+    /// With at most so much private memory.
+    pub fn max_private_mib(mut self, limit: u64) -> Self {
+        self.config.machine_config.max_private_mib = Some(limit);
         self
     }
 
@@ -108,6 +114,7 @@ pub struct Restore<'a> {
     page_server: Option<PathBuf>,
     paused: bool,
     same_generation: bool,
+    max_private_mib: Option<u64>,
     recorded_vsock: Option<PathBuf>,
     by_api: bool,
     console: Option<String>,
@@ -122,6 +129,7 @@ impl<'a> Restore<'a> {
             page_server: None,
             paused: false,
             same_generation: false,
+            max_private_mib: None,
             recorded_vsock: None,
             by_api: false,
             console: None,
@@ -148,6 +156,12 @@ impl<'a> Restore<'a> {
     /// It keeps the generation id.
     pub fn same_generation(mut self) -> Self {
         self.same_generation = true;
+        self
+    }
+
+    /// It may have so much private memory.
+    pub fn max_private_mib(mut self, limit: u64) -> Self {
+        self.max_private_mib = Some(limit);
         self
     }
 
@@ -186,6 +200,9 @@ impl<'a> Restore<'a> {
                 vmm.arg("--vsock").arg(&vsock);
             }
             vmm.args(self.console.iter().flat_map(|place| ["--console", place]));
+            if let Some(limit) = self.max_private_mib {
+                vmm.arg("--max-private-mib").arg(limit.to_string());
+            }
             vmm.args(self.paused.then_some("--paused")).args(self.same_generation.then_some("--same-generation"));
         });
         Vm { process, name: name.to_owned(), vsock, api }
@@ -204,6 +221,7 @@ impl<'a> Restore<'a> {
             resume_vm: !self.paused,
             vsock_override: self.recorded_vsock.is_none().then(|| VsockOverride { uds_path: vm.vsock.clone() }),
             new_generation: !self.same_generation,
+            max_private_mib: self.max_private_mib,
         };
         vm.api().put("/snapshot/load", &document).unwrap_or_else(|e| panic!("{name}: cannot load the snapshot: {e}"));
         vm

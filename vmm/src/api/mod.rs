@@ -12,7 +12,7 @@ pub mod server;
 
 use api_spec::devices::{Balloon, BalloonStatisticsUpdate, BalloonUpdate, Serial};
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad};
-use api_spec::vm::{Action, BootSource, MachineConfig, VmPatch, Vsock};
+use api_spec::vm::{Action, BootSource, MachineConfig, MachinePatch, VmPatch, Vsock};
 
 /// A request that has been understood, before anyone has asked whether it is legal now.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +27,8 @@ pub enum Request {
     GetMachineConfig,
     /// `PUT /machine-config`
     PutMachineConfig(MachineConfig),
+    /// `PATCH /machine-config`
+    PatchMachineConfig(MachinePatch),
     /// `PUT /boot-source`
     PutBootSource(BootSource),
     /// `PUT /vsock`

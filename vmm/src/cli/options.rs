@@ -27,6 +27,7 @@ Options:
   --uffd-mode MODE       with --uffd: `shared` (default); `copy` is not offered yet
   --vsock PATH           with --restore: the Unix socket of the vsock device, instead of the snapshot's own
   --paused               with --restore: leave the vCPUs standing still
+  --max-private-mib N    with --restore: pause the guest when it has N MiB of private memory
   --same-generation      with --restore: keep the generation id, so that the guest takes itself for the original (tests)
   --console PLACE        where the guest's COM1 leads: `stdio` (default), `pty`, or a file that output is appended to
   --api-sock PATH        Unix socket of the REST API; created, mode 0600, removed at the end
@@ -71,6 +72,8 @@ pub struct LoadOptions {
     pub paused: bool,
     /// Keep the generation id.
     pub same_generation: bool,
+    /// Most private memory, in MiB.
+    pub max_private_mib: Option<u64>,
 }
 
 impl LoadOptions {
@@ -83,6 +86,7 @@ impl LoadOptions {
             resume_vm: !self.paused,
             vsock_override: self.vsock.as_ref().map(|path| VsockOverride { uds_path: path.clone() }),
             new_generation: !self.same_generation,
+            max_private_mib: self.max_private_mib,
         }
     }
 }
@@ -177,7 +181,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         end_with_parent: false,
     };
     let (mut snapshot, mut uffd, mut vsock) = (None, None, None);
-    let (mut paused, mut same_generation) = (false, false);
+    let (mut paused, mut same_generation, mut max_private_mib) = (false, false, None);
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
         match arg {
@@ -194,6 +198,9 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             Long("vsock") => vsock = Some(PathBuf::from(parser.value()?)),
             Long("paused") => paused = true,
             Long("same-generation") => same_generation = true,
+            Long("max-private-mib") => {
+                max_private_mib = Some(value(&mut parser, "--max-private-mib", "a number of MiB")?);
+            }
             Long("api-sock") => options.api_sock = Some(parser.value()?.into()),
             Long("console") => options.console = Some(console(parser.value()?)),
             Long("id") => options.id = parser.value()?.string()?,
@@ -211,11 +218,12 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         ("--vsock", vsock.is_some()),
         ("--paused", paused),
         ("--same-generation", same_generation),
+        ("--max-private-mib", max_private_mib.is_some()),
     ];
     match (snapshot, &options.config) {
         (Some(_), Some(_)) => return Err(UsageError::Conflict("--config", "--restore")),
         (Some(snapshot), None) => {
-            options.restore = Some(LoadOptions { snapshot, uffd, vsock, paused, same_generation });
+            options.restore = Some(LoadOptions { snapshot, uffd, vsock, paused, same_generation, max_private_mib });
         }
         (None, _) => {
             if let Some((option, _)) = only_with_restore.into_iter().find(|(_, given)| *given) {
@@ -354,6 +362,8 @@ mod tests {
             "--config a --restore b",
             "--config a --uffd b",
             "--api-sock a --paused",
+            "--config a --max-private-mib 5",
+            "--restore a --max-private-mib much",
             "--restore a --uffd b --uffd-mode copy",
             "--nonsense",
             "guest",

@@ -22,6 +22,9 @@ pub enum ConfigError {
     /// Memory out of range.
     #[error("machine-config.mem_size_mib is {0}; it may be {MIN_MIB} to {MAX_MIB}")]
     Memory(u64),
+    /// A limit that nothing can keep.
+    #[error("max_private_mib is 0, and the vmm itself needs more; give it more, or leave it out for no limit")]
+    MaxPrivate,
     /// A reserved context id.
     #[error("vsock.guest_cid is {0}; it may be {MIN_CID} to 4294967294")]
     GuestCid(u32),
@@ -103,14 +106,19 @@ impl DevicePlan {
 
 /// Checks CPUs and memory.
 pub fn check_machine(config: &MachineConfig) -> Result<(), ConfigError> {
-    let MachineConfig { vcpu_count, mem_size_mib } = *config;
+    let MachineConfig { vcpu_count, mem_size_mib, max_private_mib } = *config;
     if !(1..=MAX_VCPUS).contains(&vcpu_count) {
         return Err(ConfigError::Vcpus(vcpu_count));
     }
     if !(MIN_MIB..=MAX_MIB).contains(&mem_size_mib) {
         return Err(ConfigError::Memory(mem_size_mib));
     }
-    Ok(())
+    check_max_private(max_private_mib)
+}
+
+/// Checks the limit of private memory.
+pub fn check_max_private(mib: Option<u64>) -> Result<(), ConfigError> {
+    if mib == Some(0) { Err(ConfigError::MaxPrivate) } else { Ok(()) }
 }
 
 /// Checks what to boot.
@@ -206,7 +214,7 @@ mod tests {
     fn good() -> VmConfig {
         VmConfig {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
-            machine_config: MachineConfig { vcpu_count: 8, mem_size_mib: 8 },
+            machine_config: MachineConfig { vcpu_count: 8, mem_size_mib: 8, max_private_mib: Some(4) },
             vsock: Some(Vsock { guest_cid: 3, uds_path: "/run/v".into() }),
             serial: None,
             balloon: Some(balloon(8)),
@@ -230,6 +238,7 @@ mod tests {
         assert_eq!(with(|c| c.machine_config.vcpu_count = 9), ConfigError::Vcpus(9));
         assert_eq!(with(|c| c.machine_config.mem_size_mib = 7), ConfigError::Memory(7));
         assert_eq!(with(|c| c.machine_config.mem_size_mib = u64::MAX), ConfigError::Memory(u64::MAX));
+        assert_eq!(with(|c| c.machine_config.max_private_mib = Some(0)), ConfigError::MaxPrivate);
         assert_eq!(with(|c| c.boot_source = None), ConfigError::NoKernel);
         assert_eq!(with(|c| c.boot_source = Some(BootSource::default())), ConfigError::NoKernel);
         let both = with(|c| c.boot_source.as_mut().unwrap().kernel_image_path = Some("k".into()));

@@ -4,6 +4,7 @@
 use super::Machine;
 use super::boot::{BootError, boot};
 use super::config::{self, ConfigError};
+use super::private::PrivateWatch;
 use super::requests::{self, NotNow, Phase};
 use super::restore::{RestoreError, restore};
 use super::snapshot::{self, Job, SnapshotError};
@@ -17,7 +18,9 @@ use crate::vcpu::{GuestEnd, VcpuError};
 use api_spec::agent::Level;
 use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate, Serial};
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus};
-use api_spec::vm::{Action, ActionType, InstanceInfo, InstanceState, Readiness, Version, VmConfig, VmPatch, VmState};
+use api_spec::vm::{
+    Action, ActionType, InstanceInfo, InstanceState, MachinePatch, Readiness, Version, VmConfig, VmPatch, VmState,
+};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -97,6 +100,10 @@ enum RequestError {
     Setup(io::Error),
     #[error("the VM has no balloon: one can be configured before it is started (`PUT /balloon`)")]
     NoBalloon,
+    #[error("cannot keep a limit of private memory: {0}")]
+    Limit(io::Error),
+    #[error("the guest cannot go on. {0}")]
+    Halt(Halt),
 }
 
 /// What to do first.
@@ -144,6 +151,7 @@ struct Driver {
     pty: Option<Pty>,
     /// Why the machine stands still, if nobody asked for it.
     halt: Option<Halt>,
+    private: PrivateWatch,
     /// The snapshot that is being written, and who waits for it.
     job: Option<(Job, Pending)>,
     status: SnapshotStatus,
@@ -171,6 +179,7 @@ impl Driver {
             readiness: None,
             pty: None,
             halt: None,
+            private: PrivateWatch::new()?,
             job: None,
             status: SnapshotStatus::default(),
             api,
@@ -245,11 +254,14 @@ impl Driver {
         self.config.machine_config.mem_size_mib = machine.memory_bytes() >> 20;
         self.config.vsock = machine.plan().vsock.clone();
         self.config.balloon = machine.plan().balloon;
+        self.private.set_vcpus(machine.vcpu_count());
         self.machine = Some(machine);
+        self.look_at_private_memory();
     }
 
     fn boot(&mut self) -> Result<(), RequestError> {
         let plan = config::plan(&self.config)?;
+        self.private.set_limit(self.config.machine_config.max_private_mib).map_err(RequestError::Limit)?;
         let (outside, input, pty) = self.outside()?;
         let mut machine = boot(&plan, outside)?;
         machine.resume();
@@ -259,11 +271,14 @@ impl Driver {
     }
 
     fn load(&mut self, load: &SnapshotLoad) -> Result<(), RequestError> {
+        config::check_max_private(load.max_private_mib)?;
+        self.private.set_limit(load.max_private_mib).map_err(RequestError::Limit)?;
         let (outside, input, pty) = self.outside()?;
         let mut machine = restore(load, outside)?;
         if load.resume_vm {
             machine.resume();
         }
+        self.config.machine_config.max_private_mib = load.max_private_mib;
         self.adopt(machine, input, pty);
         Ok(())
     }
@@ -289,8 +304,15 @@ impl Driver {
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
         match patch.state {
             _ if !changes => {}
-            VmState::Paused => machine.pause()?,
+            VmState::Paused => {
+                machine.pause()?;
+                self.private.stop();
+            }
             VmState::Resumed => {
+                if let Some(halt) = self.private.look() {
+                    self.private.stop();
+                    return Err(RequestError::Halt(halt));
+                }
                 machine.resume();
                 self.halt = None;
             }
@@ -317,6 +339,24 @@ impl Driver {
         machine.set_balloon_interval(stats_polling_interval_s);
         self.config.balloon = machine.plan().balloon;
         Ok(())
+    }
+
+    fn patch_machine(&mut self, patch: MachinePatch) -> Result<(), RequestError> {
+        let MachinePatch { max_private_mib } = patch;
+        config::check_max_private(max_private_mib)?;
+        self.private.set_limit(max_private_mib).map_err(RequestError::Limit)?;
+        self.config.machine_config.max_private_mib = max_private_mib;
+        self.look_at_private_memory();
+        Ok(())
+    }
+
+    /// Looks at the private memory of a running guest, and pauses it if that has reached its limit.
+    fn look_at_private_memory(&mut self) {
+        if self.phase() != Phase::Running {
+            self.private.stop();
+        } else if let Some(halt) = self.private.look() {
+            self.halt(halt);
+        }
     }
 
     /// Answers a request; `None` if the answer comes later.
@@ -347,6 +387,7 @@ impl Driver {
                 self.configure(|config| config.machine_config = machine);
                 done
             }
+            Request::PatchMachineConfig(patch) => self.patch_machine(patch).and(done),
             Request::PutBootSource(source) => {
                 config::check_boot_source(&source)?;
                 self.configure(|config| config.boot_source = Some(source));
@@ -460,6 +501,7 @@ impl Driver {
         let Some(machine) = self.machine.as_mut().filter(|machine| machine.is_running()) else { return };
         match machine.pause() {
             Ok(()) => {
+                self.private.stop();
                 log::warn!("the guest is paused: {halt}");
                 self.halt = Some(halt);
             }
@@ -487,7 +529,12 @@ impl Driver {
 
 impl MutEventSubscriber for Driver {
     fn init(&mut self, ops: &mut EventOps) {
-        let mut sources = vec![self.notices.event().as_raw_fd(), self.reset.as_raw_fd(), self.signals.as_raw_fd()];
+        let mut sources = vec![
+            self.notices.event().as_raw_fd(),
+            self.reset.as_raw_fd(),
+            self.signals.as_raw_fd(),
+            self.private.source(),
+        ];
         sources.extend(self.api.iter().flat_map(Server::sources));
         for fd in sources {
             if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
@@ -507,6 +554,8 @@ impl MutEventSubscriber for Driver {
             self.end(Ok(Ending::Reset));
         } else if fd == self.signals.as_raw_fd() {
             self.end(Ok(Ending::Signal));
+        } else if fd == self.private.source() {
+            self.look_at_private_memory();
         } else {
             self.take_notices(ops);
         }

@@ -13,12 +13,14 @@
 //! - [`boot`], [`restore`], [`snapshot`]: the three long constructions, each readable from top to bottom
 //! - [`wiring`]: devices and their places
 //! - [`driver`]: the one owner of all this, on the event loop
+//! - `private`: watches over what the guest has of its own
 //! - `guard`: ends the process when the event loop cannot
 
 pub mod boot;
 pub mod config;
 pub mod driver;
 mod guard;
+mod private;
 pub mod requests;
 pub mod restore;
 pub mod snapshot;

@@ -56,6 +56,7 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
             refuse_if(phase == Phase::NotStarted { configured: true }, NotNow::Configured)
         }
         Request::PatchVm(_)
+        | Request::PatchMachineConfig(_)
         | Request::PatchBalloon(_)
         | Request::GetBalloonStatistics
         | Request::PatchBalloonStatistics(_) => refuse_if(!started, NotNow::NotStarted),
@@ -79,7 +80,7 @@ mod tests {
     use super::*;
     use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate};
     use api_spec::snapshot::SnapshotCreate;
-    use api_spec::vm::{Action, ActionType, BootSource, MachineConfig, VmPatch, Vsock};
+    use api_spec::vm::{Action, ActionType, BootSource, MachineConfig, MachinePatch, VmPatch, Vsock};
     use proptest::prelude::*;
 
     fn create() -> Request {
@@ -110,6 +111,7 @@ mod tests {
             Request::Action(Action { action_type: ActionType::InstanceStart }),
             Request::PatchVm(VmPatch { state: VmState::Paused }),
             Request::PatchVm(VmPatch { state: VmState::Resumed }),
+            Request::PatchMachineConfig(MachinePatch { max_private_mib: None }),
             create(),
             Request::SnapshotLoad(serde_json::from_str(r#"{"snapshot_path":"s"}"#).unwrap()),
         ])

@@ -1,6 +1,7 @@
 //! Guest memory: a private view over an immutable image, or, for a guest that was booted here, the image in the making.
 //!
 //! - [`layout`]: which guest-physical addresses are RAM (pure)
+//! - [`limit`]: how much of it may be the guest's own (pure)
 //! - [`freeze`]: turns the RAM of a booted guest into an immutable image without copying it
 //! - [`uffd`]: a view whose pages a page server provides
 //! - [`discard`]: pages that the guest gives back; [`ranges`] records which (pure), `pagemap` knows which were written since
@@ -9,6 +10,7 @@
 pub mod discard;
 pub mod freeze;
 pub mod layout;
+pub mod limit;
 mod mmap;
 mod pagemap;
 pub mod ranges;
