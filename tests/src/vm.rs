@@ -9,6 +9,7 @@ use crate::{PATIENCE, binaries, until};
 use api_spec::agent::{Request, Response};
 use api_spec::client::rest::RestError;
 use api_spec::client::{AgentClient, RestClient};
+use api_spec::devices::Balloon;
 use api_spec::snapshot::{
     MemBackend, MemBackendType, SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus, VsockOverride,
 };
@@ -53,6 +54,12 @@ impl<'a> Boot<'a> {
     /// With so much memory.
     pub fn memory_mib(mut self, size: u64) -> Self {
         self.config.machine_config.mem_size_mib = size;
+        self
+    }
+
+    /// With a balloon.
+    pub fn balloon(mut self, balloon: Balloon) -> Self {
+        self.config.balloon = Some(balloon);
         self
     }
 

@@ -1,10 +1,11 @@
 //! The machine as the agent sees it.
 
 use crate::loader::Boot;
+use crate::virtio::Balloon;
 use crate::{hw, smp};
 use api_spec::agent::burn::Burn;
 use api_spec::agent::pattern::WORDS;
-use api_spec::agent::{GuestKind, Info, Refusal};
+use api_spec::agent::{GuestKind, Info, Pages, Refusal};
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use embedded_guest::agent::Machine;
 
@@ -13,6 +14,7 @@ pub struct Hardware {
     info: Info,
     generation: Option<u64>,
     cpus: smp::Cpus,
+    balloon: Option<Balloon>,
 }
 
 impl Hardware {
@@ -28,7 +30,7 @@ impl Hardware {
             pages_base: boot.pages.base,
         };
         let generation = boot.cmdline.generation.filter(|&address| address <= MAPPED - 16);
-        Hardware { info, generation, cpus }
+        Hardware { info, generation, cpus, balloon: Balloon::find(boot) }
     }
 }
 
@@ -65,6 +67,17 @@ impl Machine for Hardware {
 
     fn burn_stop(&mut self, vcpu: u8) -> Result<Burn, Refusal> {
         self.cpus.burn_stop(vcpu)
+    }
+
+    fn give_back(&mut self, pages: Pages) -> Result<(), Refusal> {
+        let balloon = self.balloon.as_mut().ok_or(Refusal::NotHere)?;
+        let base = self.info.pages_base;
+        if balloon.give(pages.numbers().map(|number| base + 4096 * u64::from(number))) {
+            Ok(())
+        } else {
+            self.balloon = None;
+            Err(Refusal::NotHere)
+        }
     }
 
     fn reset(&mut self) {
