@@ -201,7 +201,8 @@ pub struct Info {
     pub vcpus: u8,
     /// Number of work pages (4 KiB each).
     pub pages: u32,
-    /// Guest-physical address of work page 0, in bytes.
+    /// Guest-physical address of work page 0, in bytes. The others follow it in order, those that would lie between 3 and
+    /// 4 GiB and all after them 1 GiB further on.
     pub pages_base: u64,
 }
 

@@ -163,6 +163,18 @@ pub struct Entropy {
     pub rate_limiter: Option<RateLimiter>,
 }
 
+/// Where the guest's serial port COM1 leads on the host: standard input and output unless one of these is given.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Serial {
+    /// A file that what the guest writes is appended to, or a FIFO. Nothing can be typed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial_out_path: Option<PathBuf>,
+    /// A new pseudo-terminal; `GET /` tells its name.
+    #[serde(default)]
+    pub pty: bool,
+}
+
 /// Bounds of a device's traffic. Either may be absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

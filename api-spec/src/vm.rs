@@ -1,6 +1,6 @@
 //! REST documents that describe a VM, and the configuration file, which holds the same objects.
 
-use crate::devices::Balloon;
+use crate::devices::{Balloon, Serial};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -17,6 +17,9 @@ pub struct VmConfig {
     /// The vsock device, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
+    /// Where the guest's console leads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<Serial>,
     /// The balloon, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<Balloon>,
@@ -48,7 +51,7 @@ fn is_false(value: &bool) -> bool {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
-    /// Number of vCPUs, 1 to 4.
+    /// Number of vCPUs, 1 to 8.
     #[serde(default = "one")]
     pub vcpu_count: u8,
     /// Guest memory, in MiB.
@@ -126,6 +129,12 @@ pub struct InstanceInfo {
     /// What the agent in the guest has announced, once it has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub readiness: Option<Readiness>,
+    /// The pseudo-terminal that is the guest's console, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<PathBuf>,
+    /// Why the VM was paused, if nobody asked for it: the limit that was reached, by name, and what to do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_reason: Option<String>,
 }
 
 /// Where a VM stands.

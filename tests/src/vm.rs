@@ -35,6 +35,7 @@ pub struct Vm {
 pub struct Boot<'a> {
     place: &'a Place,
     config: VmConfig,
+    console: Option<String>,
 }
 
 impl<'a> Boot<'a> {
@@ -42,7 +43,7 @@ impl<'a> Boot<'a> {
     pub fn new(place: &'a Place) -> Self {
         let boot_source = Some(BootSource { embedded_guest: true, ..Default::default() });
         let machine_config = MachineConfig { vcpu_count: 1, mem_size_mib: 32 };
-        Boot { place, config: VmConfig { boot_source, machine_config, ..Default::default() } }
+        Boot { place, config: VmConfig { boot_source, machine_config, ..Default::default() }, console: None }
     }
 
     /// With so many vCPUs.
@@ -78,6 +79,12 @@ impl<'a> Boot<'a> {
         self.memory_mib(linux::MEMORY_MIB)
     }
 
+    /// With its console elsewhere than at standard output: the value of `--console`.
+    pub fn console(mut self, place: &str) -> Self {
+        self.console = Some(place.to_owned());
+        self
+    }
+
     /// Starts the vmm, with a configuration file.
     pub fn start(mut self, name: &str) -> Vm {
         let (vsock, api) = sockets(self.place, name);
@@ -87,6 +94,7 @@ impl<'a> Boot<'a> {
         std::fs::write(&config, text).expect("a file can be made in the test's directory");
         let process = Process::start(self.place, name, binaries::vmm(), |vmm| {
             vmm.arg("--config").arg(&config).arg("--api-sock").arg(&api);
+            vmm.args(self.console.iter().flat_map(|place| ["--console", place]));
         });
         Vm { process, name: name.to_owned(), vsock, api }
     }
@@ -109,6 +117,7 @@ pub struct Restore<'a> {
     same_generation: bool,
     recorded_vsock: Option<PathBuf>,
     by_api: bool,
+    console: Option<String>,
 }
 
 impl<'a> Restore<'a> {
@@ -122,6 +131,7 @@ impl<'a> Restore<'a> {
             same_generation: false,
             recorded_vsock: None,
             by_api: false,
+            console: None,
         }
     }
 
@@ -154,6 +164,12 @@ impl<'a> Restore<'a> {
         self
     }
 
+    /// With its console elsewhere than at standard output: the value of `--console`.
+    pub fn console(mut self, place: &str) -> Self {
+        self.console = Some(place.to_owned());
+        self
+    }
+
     /// By `PUT /snapshot/load` instead of `--restore`.
     pub fn by_api(mut self) -> Self {
         self.by_api = true;
@@ -176,6 +192,7 @@ impl<'a> Restore<'a> {
             if self.recorded_vsock.is_none() {
                 vmm.arg("--vsock").arg(&vsock);
             }
+            vmm.args(self.console.iter().flat_map(|place| ["--console", place]));
             vmm.args(self.paused.then_some("--paused")).args(self.same_generation.then_some("--same-generation"));
         });
         Vm { process, name: name.to_owned(), vsock, api }

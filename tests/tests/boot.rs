@@ -40,6 +40,18 @@ fn four_vcpus_boot_to_full_readiness() {
 }
 
 #[test]
+fn eight_vcpus_boot_to_full_readiness() {
+    require!(Kvm);
+    boots_with(8);
+}
+
+#[test]
+fn odd_numbers_of_vcpus_boot_to_full_readiness() {
+    require!(Kvm);
+    [3, 5, 6, 7].into_iter().for_each(boots_with);
+}
+
+#[test]
 fn a_reset_by_the_guest_ends_the_vmm_in_good_order() {
     require!(Kvm);
     let place = Place::new();

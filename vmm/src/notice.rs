@@ -7,6 +7,23 @@ use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+/// Why a guest is brought to a standstill that nobody asked for. It can go on once the cause is gone.
+///
+/// The text is what `GET /` gives as `pause_reason`: the limit by its name, what was met, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Halt {
+    /// Too much memory is the guest's own.
+    #[error(
+        "max_private_mib: {used_mib} MiB of private memory are in use, of {limit_mib} MiB; raise the limit (PATCH /machine-config), then resume"
+    )]
+    PrivateMemory {
+        /// What is in use, in MiB, rounded up.
+        used_mib: u64,
+        /// The limit, in MiB.
+        limit_mib: u64,
+    },
+}
+
 /// Something that the owner of the machine wants to know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
@@ -16,6 +33,8 @@ pub enum Notice {
     PowerOff,
     /// The agent has announced itself.
     Ready(Level),
+    /// The guest has reached a limit and is to stand still.
+    Halt(Halt),
     /// The page server that listened here is gone.
     PageServerGone(PathBuf),
     /// The background part of a snapshot is over.

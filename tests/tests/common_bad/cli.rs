@@ -56,7 +56,7 @@ fn options_that_make_no_sense_are_named() {
         "--working-set 128",
         "--working-set 18446744073709551615",
         "--vcpus 0",
-        "--vcpus 5",
+        "--vcpus 9",
         "--vcpus 256",
         "--dir",
         "--nonsense",

@@ -161,7 +161,7 @@ fn requests_out_of_order_are_refused_by_name() {
     refuses("PATCH", "/vm", r#"{"state":"Resumed"}"#, "there is no VM yet");
     refuses("PUT", "/actions", start, "boot-source is missing");
     refuses("PUT", "/actions", r#"{"action_type":"Explode"}"#, "Explode");
-    refuses("PUT", "/machine-config", r#"{"vcpu_count":5}"#, "1 to 4");
+    refuses("PUT", "/machine-config", r#"{"vcpu_count":9}"#, "1 to 8");
     refuses("PUT", "/boot-source", "{}", "boot-source is missing");
     refuses("PUT", "/vsock", r#"{"guest_cid":2,"uds_path":"v"}"#, "guest_cid is 2");
     // Loads that fail leave nothing behind.

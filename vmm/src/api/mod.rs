@@ -10,7 +10,7 @@ pub mod http;
 pub mod router;
 pub mod server;
 
-use api_spec::devices::{Balloon, BalloonStatisticsUpdate, BalloonUpdate};
+use api_spec::devices::{Balloon, BalloonStatisticsUpdate, BalloonUpdate, Serial};
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad};
 use api_spec::vm::{Action, BootSource, MachineConfig, VmPatch, Vsock};
 
@@ -31,6 +31,8 @@ pub enum Request {
     PutBootSource(BootSource),
     /// `PUT /vsock`
     PutVsock(Vsock),
+    /// `PUT /serial`
+    PutSerial(Serial),
     /// `PUT /balloon`
     PutBalloon(Balloon),
     /// `GET /balloon`

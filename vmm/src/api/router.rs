@@ -5,13 +5,14 @@ use super::{Request, Response};
 use serde::de::DeserializeOwned;
 
 /// Every path with its methods, in the order in which they are documented.
-const ROUTES: [(&str, &[&str]); 13] = [
+const ROUTES: &[(&str, &[&str])] = &[
     ("/", &["GET"]),
     ("/version", &["GET"]),
     ("/vm/config", &["GET"]),
     ("/machine-config", &["GET", "PUT"]),
     ("/boot-source", &["PUT"]),
     ("/vsock", &["PUT"]),
+    ("/serial", &["PUT"]),
     ("/balloon", &["GET", "PUT", "PATCH"]),
     ("/balloon/statistics", &["GET", "PATCH"]),
     ("/actions", &["PUT"]),
@@ -33,6 +34,7 @@ pub fn route(message: &Message) -> Result<Request, Response> {
         ("PUT", "/machine-config") => body(message).map(Request::PutMachineConfig),
         ("PUT", "/boot-source") => body(message).map(Request::PutBootSource),
         ("PUT", "/vsock") => body(message).map(Request::PutVsock),
+        ("PUT", "/serial") => body(message).map(Request::PutSerial),
         ("GET", "/balloon") => Ok(Request::GetBalloon),
         ("PUT", "/balloon") => body(message).map(Request::PutBalloon),
         ("PATCH", "/balloon") => body(message).map(Request::PatchBalloon),
@@ -71,8 +73,8 @@ mod tests {
 
     #[test]
     fn every_listed_route_is_routed() {
-        for (path, methods) in ROUTES {
-            for method in methods {
+        for &(path, methods) in ROUTES {
+            for &method in methods {
                 let routed = route(&message(method, path, ""));
                 assert!(!matches!(routed, Err(Response { status: 404 | 405, .. })), "{method} {path}");
             }

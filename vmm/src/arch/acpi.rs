@@ -1,7 +1,7 @@
 //! ACPI tables: how a kernel finds out about vCPUs, devices, and the ways to reset and power off. Pure.
 //!
 //! ```text
-//!   RSDP -> XSDT -> FADT -> DSDT: COM1, virtio-mmio devices, generation id, events
+//!   RSDP -> XSDT -> FADT -> DSDT: vCPUs, COM1, pvpanic, virtio-mmio devices, generation id, events
 //!                \> MADT: local APICs, IOAPIC
 //! ```
 //!
@@ -10,7 +10,7 @@
 //! Event Device. All tables lie in one run of bytes, each aligned to 16 of them, the RSDP first.
 
 use super::{IO_APIC, LOCAL_APIC};
-use crate::devices::{i8042, power, serial};
+use crate::devices::{i8042, power, pvpanic, serial};
 use crate::memory::layout::{EVENT_GSI, GENERATION_PAGE, MMIO_STRIDE};
 use acpi_tables::aml::{
     Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate,
@@ -55,7 +55,7 @@ pub struct VirtioMmio {
 /// The tables of a machine, as bytes that belong at guest-physical address `base`, which is also the RSDP's.
 pub fn tables(base: u64, vcpus: u8, devices: &[VirtioMmio]) -> Vec<u8> {
     let mut run = Run { base, bytes: vec![0; Rsdp::len()] };
-    let dsdt = run.append(dsdt(devices).as_slice());
+    let dsdt = run.append(dsdt(vcpus, devices).as_slice());
     let fadt = run.append(&bytes(&fadt(dsdt)));
     let madt = run.append(&bytes(&madt(vcpus)));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);
@@ -120,8 +120,10 @@ fn madt(vcpus: u8) -> MADT {
     madt
 }
 
-fn dsdt(devices: &[VirtioMmio]) -> Sdt {
-    let mut code = serial_port();
+fn dsdt(vcpus: u8, devices: &[VirtioMmio]) -> Sdt {
+    let mut code: Vec<u8> = (0..vcpus).flat_map(processor).collect();
+    code.extend(serial_port());
+    code.extend(pvpanic());
     code.extend(devices.iter().enumerate().flat_map(|(index, device)| virtio_mmio(index, *device)));
     code.extend(generation_id());
     code.extend(event_device());
@@ -130,6 +132,13 @@ fn dsdt(devices: &[VirtioMmio]) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", HEADER, DSDT_REVISION, OEM, OEM_TABLE, OEM_REVISION);
     dsdt.append_slice(&all);
     dsdt
+}
+
+/// A vCPU, as a device whose `_UID` is the one that the MADT gives its local APIC.
+fn processor(number: u8) -> Vec<u8> {
+    let name = format!("C{number:03}");
+    let (hid, uid) = (Name::new("_HID".into(), &"ACPI0007"), Name::new("_UID".into(), &number));
+    bytes(&Device::new(Path::new(&name), vec![&hid, &uid]))
 }
 
 /// An interrupt that comes as an edge, active high, for one device alone.
@@ -147,6 +156,20 @@ fn serial_port() -> Vec<u8> {
             &Name::new("_HID".into(), &EISAName::new("PNP0501")),
             &Name::new("_UID".into(), &aml::ZERO),
             &Name::new("_CRS".into(), &resources),
+        ],
+    ))
+}
+
+/// The device by which a kernel says that it has panicked.
+fn pvpanic() -> Vec<u8> {
+    let (base, len) = (pvpanic::BASE as u16, pvpanic::LEN as u8);
+    let ports = IO::new(base, base, 0, len);
+    bytes(&Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new("_UID".into(), &aml::ZERO),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&ports])),
         ],
     ))
 }
@@ -265,12 +288,46 @@ mod tests {
     }
 
     #[test]
+    fn each_vcpu_is_a_processor_with_the_uid_of_its_local_apic() {
+        let run = machine(8, 0);
+        let xsdt = table(&run, u64_at(&run, 24), b"XSDT");
+        let fadt = table(&run, u64_at(xsdt, 36), b"FACP");
+        let dsdt = table(&run, u64_at(fadt, 140), b"DSDT");
+        for number in 0..8u8 {
+            let name = format!("C{number:03}");
+            let at = dsdt.windows(4).position(|w| w == name.as_bytes()).unwrap();
+            let device = &dsdt[at..at + 40];
+            assert!(contains(device, b"ACPI0007"), "{name}");
+            // `_UID` as the constant Zero, One, or a byte.
+            let uid: &[u8] = match number {
+                0 => &[0],
+                1 => &[1],
+                _ => &[0x0a, number],
+            };
+            assert!(contains(device, &[b"_UID", uid].concat()), "{name}: {device:x?}");
+        }
+        assert!(!contains(dsdt, b"C008"));
+    }
+
+    #[test]
     fn each_device_is_described() {
         let run = machine(1, 17);
         let xsdt = table(&run, u64_at(&run, 24), b"XSDT");
         let fadt = table(&run, u64_at(xsdt, 36), b"FACP");
         let dsdt = table(&run, u64_at(fadt, 140), b"DSDT");
-        for name in ["COM1", "VD00", "VD10", "LNRO0005", "VGEN", "VM_Gen_Counter", "VMGENCTR", "GED_", "_EVT", "_S5_"] {
+        for name in [
+            "COM1",
+            "QEMU0001",
+            "VD00",
+            "VD10",
+            "LNRO0005",
+            "VGEN",
+            "VM_Gen_Counter",
+            "VMGENCTR",
+            "GED_",
+            "_EVT",
+            "_S5_",
+        ] {
             assert!(contains(dsdt, name.as_bytes()), "{name}");
         }
         // The last device's window (a descriptor of 32-bit memory, 9 bytes long, writable) and its interrupt (an extended

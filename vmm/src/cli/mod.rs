@@ -12,6 +12,7 @@ use crate::machine::boot::BootError;
 use crate::machine::driver::{self, RunError, Start};
 use crate::machine::restore::RestoreError;
 use crate::memory::uffd::UffdError;
+use crate::vcpu::GuestEnd;
 use api_spec::vm::VmConfig;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -23,6 +24,8 @@ pub const DONE: i32 = 0;
 pub const FAILED: i32 = 1;
 /// Exit code: bad usage.
 pub const BAD_USAGE: i32 = 2;
+/// Exit code: the guest's kernel panicked.
+pub const GUEST_PANICKED: i32 = 3;
 /// Exit code: not possible on this host.
 pub const HOST_CANNOT: i32 = 77;
 
@@ -85,6 +88,7 @@ impl CliError {
             CliError::Run(RunError::Restore(RestoreError::Uffd(UffdError::Create(e)))) if e.host_cannot() => {
                 HOST_CANNOT
             }
+            CliError::Run(RunError::Guest(GuestEnd::Panic)) => GUEST_PANICKED,
             CliError::PageServer(e) => e.exit_code().into(),
             CliError::Demo(e) if e.host_cannot() => HOST_CANNOT,
             _ => FAILED,
@@ -144,7 +148,7 @@ fn print(text: &str) -> Result<i32, CliError> {
 
 fn run_vm(options: RunOptions) -> Result<i32, CliError> {
     logging::start(options.log_level);
-    let RunOptions { id, api_sock, config, restore, log_level: _, end_with_parent } = options;
+    let RunOptions { id, api_sock, config, restore, console, log_level: _, end_with_parent } = options;
     if end_with_parent {
         uffd_handler::process::end_with_parent().map_err(RunError::Setup)?;
     }
@@ -153,7 +157,7 @@ fn run_vm(options: RunOptions) -> Result<i32, CliError> {
         (None, Some(load)) => Start::Restore(load.request()),
         (None, None) => Start::Api,
     };
-    driver::run(id, api_sock.as_deref(), start)?;
+    driver::run(id, api_sock.as_deref(), console, start)?;
     Ok(DONE)
 }
 

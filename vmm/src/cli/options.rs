@@ -1,6 +1,7 @@
 //! What a command line asks for. Pure.
 
 use crate::demo::DemoOptions;
+use api_spec::devices::Serial;
 use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad, VsockOverride};
 use log::LevelFilter;
 use std::ffi::OsString;
@@ -27,15 +28,15 @@ Options:
   --vsock PATH           with --restore: the Unix socket of the vsock device, instead of the snapshot's own
   --paused               with --restore: leave the vCPUs standing still
   --same-generation      with --restore: keep the generation id, so that the guest takes itself for the original (tests)
+  --console PLACE        where the guest's COM1 leads: `stdio` (default), `pty`, or a file that output is appended to
   --api-sock PATH        Unix socket of the REST API; created, mode 0600, removed at the end
   --id NAME              the VM's name in the API (default `anonymous-instance`)
   --end-with-parent      end, as on SIGTERM, when the process that started this one ends
   --log-level LEVEL      error, warn, info, debug or trace (default `warn`); the log goes to standard error
   --help (-h), --version (-V)
 
-The guest's console COM1 is standard input and output.
 Ends with 0 when the guest has reset its machine or powered it off, or on SIGTERM or SIGINT, 1 on failure, 2 on bad
-usage, and 77 if this host cannot run microVMs.
+usage, 3 when the guest's kernel has panicked and said so (pvpanic), and 77 if this host cannot run microVMs.
 ";
 
 /// How to run a VM.
@@ -49,6 +50,8 @@ pub struct RunOptions {
     pub config: Option<PathBuf>,
     /// What to restore.
     pub restore: Option<LoadOptions>,
+    /// Where the guest's console leads.
+    pub console: Option<Serial>,
     /// What to log.
     pub log_level: LevelFilter,
     /// End when the parent process ends.
@@ -169,6 +172,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         api_sock: None,
         config: None,
         restore: None,
+        console: None,
         log_level: LevelFilter::Warn,
         end_with_parent: false,
     };
@@ -191,6 +195,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             Long("paused") => paused = true,
             Long("same-generation") => same_generation = true,
             Long("api-sock") => options.api_sock = Some(parser.value()?.into()),
+            Long("console") => options.console = Some(console(parser.value()?)),
             Long("id") => options.id = parser.value()?.string()?,
             Long("end-with-parent") => options.end_with_parent = true,
             Long("log-level") => {
@@ -222,6 +227,15 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         return Err(UsageError::Missing("one of --config, --restore and --api-sock must be given"));
     }
     Ok(Command::Run(options))
+}
+
+/// Where `--console` says that a console leads.
+fn console(place: OsString) -> Serial {
+    match place.to_str() {
+        Some("stdio") => Serial::default(),
+        Some("pty") => Serial { serial_out_path: None, pty: true },
+        _ => Serial { serial_out_path: Some(place.into()), pty: false },
+    }
 }
 
 /// The value of an option, or an error that names both.

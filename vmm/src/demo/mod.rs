@@ -35,7 +35,7 @@ Usage: vmm demo [options]
   --clones N         how many clones, 1 to 10000 (default 20)
   --memory MIB       guest memory, 8 or more (default 128)
   --working-set MIB  memory that the guest fills at boot and every clone reads (default 8)
-  --vcpus N          1 to 4 (default 1)
+  --vcpus N          1 to 8 (default 1)
   --dir DIR          where to work; what is made there is kept (default: a temporary directory, removed at the end)
   --no-reseed        do not give clones an identity of their own: shows that the checks can fail
   --json             print one JSON document instead of a table

@@ -7,6 +7,7 @@
 //! | `output.rs` | a writer that never blocks whoever writes to it, for the serial port |
 //! | `i8042.rs` | the keyboard controller, of which only the reset line exists |
 //! | `power.rs` | the registers that power the machine off |
+//! | `pvpanic.rs` | the port by which a kernel says that it has panicked |
 //! | `virtio/mod.rs` | what a virtio device is to its transport |
 //! | `virtio/mmio.rs` | the virtio-mmio transport |
 //! | `virtio/status.rs` | the rules of its status register |
@@ -26,6 +27,7 @@ pub mod bus;
 pub mod i8042;
 pub mod output;
 pub mod power;
+pub mod pvpanic;
 pub mod rate;
 pub mod serial;
 pub mod virtio;

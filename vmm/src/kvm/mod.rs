@@ -36,6 +36,14 @@ pub enum KvmError {
     /// The host's KVM lacks something that we cannot do without.
     #[error("this host's KVM lacks {0:?}, without which no microVM can run here; a newer kernel has it")]
     Lacks(Cap),
+    /// More vCPUs than a VM may have here.
+    #[error("this host's KVM gives a VM at most {most} vCPUs, and this one has {asked}; give it fewer")]
+    Vcpus {
+        /// How many were asked for.
+        asked: u8,
+        /// How many KVM gives.
+        most: usize,
+    },
     /// A step of making the VM failed.
     #[error("KVM refused {step}: {source}")]
     Step {
@@ -53,7 +61,7 @@ impl KvmError {
             KvmError::Missing | KvmError::Forbidden | KvmError::ApiVersion(_) | KvmError::Lacks(_) => true,
             // The device file is there, but nothing behind it.
             KvmError::Open(e) => matches!(e.raw_os_error(), Some(libc::ENODEV | libc::ENXIO)),
-            KvmError::Step { .. } => false,
+            KvmError::Vcpus { .. } | KvmError::Step { .. } => false,
         }
     }
 
@@ -111,6 +119,7 @@ pub struct Vm {
 /// Memory slots come first: after the interrupt controllers and the interval timer have registered themselves on KVM's
 /// buses, each change of the slots waits for a grace period of several milliseconds.
 pub fn create(kvm: &Kvm, ram: &GuestRam, vcpu_count: u8) -> Result<Vm, KvmError> {
+    check_vcpus(vcpu_count, kvm.get_max_vcpus())?;
     let fd = kvm.create_vm().map_err(KvmError::step("to create a VM"))?;
     slots::set(&fd, ram).map_err(KvmError::step("a memory slot"))?;
     fd.set_tss_address(TSS_ADDRESS).map_err(KvmError::step("the TSS address"))?;
@@ -121,4 +130,25 @@ pub fn create(kvm: &Kvm, ram: &GuestRam, vcpu_count: u8) -> Result<Vm, KvmError>
         .map(|id| fd.create_vcpu(id).map_err(KvmError::step("to create a vCPU")))
         .collect::<Result<_, _>>()?;
     Ok(Vm { fd, vcpus })
+}
+
+/// Whether KVM gives a VM so many vCPUs.
+fn check_vcpus(asked: u8, most: usize) -> Result<(), KvmError> {
+    if usize::from(asked) <= most { Ok(()) } else { Err(KvmError::Vcpus { asked, most }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_vcpus_than_kvm_gives_are_refused_in_one_line() {
+        check_vcpus(8, 8).unwrap();
+        let refused = check_vcpus(8, 4).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "this host's KVM gives a VM at most 4 vCPUs, and this one has 8; give it fewer"
+        );
+        assert!(!refused.host_cannot(), "another configuration can run here");
+    }
 }

@@ -1,14 +1,15 @@
 //! Is a configuration one that can be built? Pure; the same check for the command line, the file and the API.
 
+use crate::console::Place;
 use crate::loader::Kernel;
 use crate::memory::layout::{MAX_MIB, MIN_MIB};
-use api_spec::devices::{Balloon, RateLimiter, TokenBucket};
+use api_spec::devices::{Balloon, RateLimiter, Serial, TokenBucket};
 use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
 use std::path::PathBuf;
 use uffd_handler::listener;
 
 /// Most vCPUs that a VM may have.
-pub const MAX_VCPUS: u8 = 4;
+pub const MAX_VCPUS: u8 = 8;
 /// Context ids below this one have a meaning of their own.
 const MIN_CID: u32 = 3;
 
@@ -27,6 +28,9 @@ pub enum ConfigError {
     /// A socket path that is too long.
     #[error("vsock.uds_path: {0}")]
     UdsPath(String),
+    /// Two places for the console.
+    #[error("serial names both a file (`serial_out_path`) and `pty`; choose one")]
+    TwoConsoles,
     /// A name that cannot be one.
     #[error("{field} is {id:?}; it may be 1 to 64 letters, digits, `-` and `_`")]
     Id {
@@ -128,6 +132,16 @@ pub fn check_vsock(vsock: &Vsock) -> Result<(), ConfigError> {
     listener::check_path(&vsock.uds_path).map_err(|e| ConfigError::UdsPath(e.to_string()))
 }
 
+/// Checks where the console leads.
+pub fn check_serial(serial: Option<&Serial>) -> Result<Place, ConfigError> {
+    match serial.map(|Serial { serial_out_path, pty }| (serial_out_path, *pty)) {
+        None | Some((None, false)) => Ok(Place::Stdio),
+        Some((None, true)) => Ok(Place::Pty),
+        Some((Some(path), false)) => Ok(Place::File(path.clone())),
+        Some((Some(_), true)) => Err(ConfigError::TwoConsoles),
+    }
+}
+
 /// Checks how large the balloon of a guest of so much memory shall be.
 pub fn check_balloon(amount_mib: u64, memory_mib: u64) -> Result<(), ConfigError> {
     if amount_mib > memory_mib { Err(ConfigError::Balloon { amount_mib, memory_mib }) } else { Ok(()) }
@@ -144,11 +158,12 @@ pub fn check_interval(started_with: u16, wanted: u16) -> Result<(), ConfigError>
 
 /// Checks a whole configuration.
 pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
-    let VmConfig { boot_source, machine_config, vsock, balloon } = config;
+    let VmConfig { boot_source, machine_config, vsock, serial, balloon } = config;
     let source = boot_source.as_ref().ok_or(ConfigError::NoKernel)?;
     let kernel = check_boot_source(source)?;
     check_machine(machine_config)?;
     vsock.as_ref().map(check_vsock).transpose()?;
+    check_serial(serial.as_ref())?;
     balloon.map_or(Ok(()), |balloon| check_balloon(balloon.amount_mib, machine_config.mem_size_mib))?;
     Ok(BootPlan {
         kernel,
@@ -191,8 +206,9 @@ mod tests {
     fn good() -> VmConfig {
         VmConfig {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
-            machine_config: MachineConfig { vcpu_count: 4, mem_size_mib: 8 },
+            machine_config: MachineConfig { vcpu_count: 8, mem_size_mib: 8 },
             vsock: Some(Vsock { guest_cid: 3, uds_path: "/run/v".into() }),
+            serial: None,
             balloon: Some(balloon(8)),
         }
     }
@@ -200,7 +216,7 @@ mod tests {
     #[test]
     fn a_good_configuration_is_planned() {
         let plan = plan(&good()).unwrap();
-        assert_eq!((plan.vcpus, plan.memory_bytes, plan.kernel), (4, 8 << 20, Kernel::Embedded));
+        assert_eq!((plan.vcpus, plan.memory_bytes, plan.kernel), (8, 8 << 20, Kernel::Embedded));
     }
 
     #[test]
@@ -211,7 +227,7 @@ mod tests {
             plan(&config).unwrap_err()
         };
         assert_eq!(with(|c| c.machine_config.vcpu_count = 0), ConfigError::Vcpus(0));
-        assert_eq!(with(|c| c.machine_config.vcpu_count = 5), ConfigError::Vcpus(5));
+        assert_eq!(with(|c| c.machine_config.vcpu_count = 9), ConfigError::Vcpus(9));
         assert_eq!(with(|c| c.machine_config.mem_size_mib = 7), ConfigError::Memory(7));
         assert_eq!(with(|c| c.machine_config.mem_size_mib = u64::MAX), ConfigError::Memory(u64::MAX));
         assert_eq!(with(|c| c.boot_source = None), ConfigError::NoKernel);
@@ -221,6 +237,8 @@ mod tests {
         let initrd = with(|c| c.boot_source.as_mut().unwrap().initrd_path = Some("i".into()));
         assert_eq!(initrd, ConfigError::EmbeddedInitrd);
         assert_eq!(with(|c| c.vsock.as_mut().unwrap().guest_cid = 2), ConfigError::GuestCid(2));
+        let consoles = with(|c| c.serial = Some(Serial { serial_out_path: Some("f".into()), pty: true }));
+        assert_eq!(consoles, ConfigError::TwoConsoles);
         let large = with(|c| c.balloon = Some(balloon(9)));
         assert_eq!(large, ConfigError::Balloon { amount_mib: 9, memory_mib: 8 });
         assert_eq!(check_interval(0, 1), Err(ConfigError::NoStatistics));

@@ -10,12 +10,12 @@ use super::snapshot::{self, Job, SnapshotError};
 use super::wiring::Outside;
 use crate::api::server::{Pending, Server};
 use crate::api::{Request, Response};
-use crate::console::Console;
+use crate::console::{Console, ConsoleError, Input, Pty};
 use crate::memory::layout::MAX_MIB;
-use crate::notice::{self, Notice, Notices, Notifier};
+use crate::notice::{self, Halt, Notice, Notices, Notifier};
 use crate::vcpu::{GuestEnd, VcpuError};
 use api_spec::agent::Level;
-use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate};
+use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate, Serial};
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus};
 use api_spec::vm::{Action, ActionType, InstanceInfo, InstanceState, Readiness, Version, VmConfig, VmPatch, VmState};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
@@ -57,6 +57,9 @@ pub enum RunError {
     /// The configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The console.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
     /// Boot.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -80,6 +83,8 @@ enum RequestError {
     NotNow(#[from] NotNow),
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
     #[error(transparent)]
     Boot(#[from] BootError),
     #[error(transparent)]
@@ -105,13 +110,13 @@ pub enum Start {
     Restore(SnapshotLoad),
 }
 
-/// Runs a vmm until it ends.
-pub fn run(id: String, api: Option<&Path>, start: Start) -> Result<Ending, RunError> {
+/// Runs a vmm until it ends. `console` is where the guest's console leads, if that was said on the command line.
+pub fn run(id: String, api: Option<&Path>, console: Option<Serial>, start: Start) -> Result<Ending, RunError> {
     uffd_handler::raise_descriptor_limit();
     let mut manager = EventManager::<Subscriber>::new().map_err(loop_error)?;
     let driver = Arc::new(Mutex::new(Driver::new(id, api)?));
     manager.add_subscriber(driver.clone());
-    crate::devices::lock(&driver).start(start)?;
+    crate::devices::lock(&driver).start(start, console)?;
     loop {
         let (arrivals, ending) = crate::devices::lock(&driver).take_news();
         if let Some(ending) = ending {
@@ -135,6 +140,10 @@ struct Driver {
     configured: bool,
     machine: Option<Machine>,
     readiness: Option<Readiness>,
+    /// The pseudo-terminal that is the guest's console.
+    pty: Option<Pty>,
+    /// Why the machine stands still, if nobody asked for it.
+    halt: Option<Halt>,
     /// The snapshot that is being written, and who waits for it.
     job: Option<(Job, Pending)>,
     status: SnapshotStatus,
@@ -160,6 +169,8 @@ impl Driver {
             configured: false,
             machine: None,
             readiness: None,
+            pty: None,
+            halt: None,
             job: None,
             status: SnapshotStatus::default(),
             api,
@@ -172,19 +183,24 @@ impl Driver {
         })
     }
 
-    fn start(&mut self, start: Start) -> Result<(), RunError> {
+    /// `console` stands above what a configuration says.
+    fn start(&mut self, start: Start, console: Option<Serial>) -> Result<(), RunError> {
+        self.config.serial = console.clone();
         match start {
             Start::Api => Ok(()),
             Start::Boot(config) => {
-                self.config = config;
+                self.config = VmConfig { serial: console.or(config.serial.clone()), ..config };
                 self.boot().map_err(|e| match e {
                     RequestError::Config(e) => RunError::Config(e),
+                    RequestError::Console(e) => RunError::Console(e),
                     RequestError::Boot(e) => RunError::Boot(e),
                     RequestError::Setup(e) => RunError::Setup(e),
                     other => RunError::Loop(other.to_string()),
                 })
             }
             Start::Restore(load) => self.load(&load).map_err(|e| match e {
+                RequestError::Config(e) => RunError::Config(e),
+                RequestError::Console(e) => RunError::Console(e),
                 RequestError::Restore(e) => RunError::Restore(e),
                 RequestError::Setup(e) => RunError::Setup(e),
                 other => RunError::Loop(other.to_string()),
@@ -209,14 +225,22 @@ impl Driver {
         }
     }
 
-    fn outside(&self) -> Result<Outside, io::Error> {
-        let (reset, signals) = (self.reset.try_clone()?, self.signals.try_clone()?);
-        Ok(Outside { notifier: self.notifier.clone(), console: Console::output(), reset, signals })
+    /// What a machine needs from outside, and what its console still needs of it.
+    fn outside(&self) -> Result<(Outside, Input, Option<Pty>), RequestError> {
+        let place = config::check_serial(self.config.serial.as_ref())?;
+        let (console, input, pty) = Console::open(&place)?.into_parts();
+        let setup = RequestError::Setup;
+        let (reset, signals) = (self.reset.try_clone().map_err(setup)?, self.signals.try_clone().map_err(setup)?);
+        Ok((Outside { notifier: self.notifier.clone(), console, reset, signals }, input, pty))
     }
 
-    fn adopt(&mut self, machine: Machine) {
+    fn adopt(&mut self, machine: Machine, input: Input, pty: Option<Pty>) {
         self.arrivals.extend_from_slice(machine.devices().subscribers());
-        Console::feed(&machine.devices().serial);
+        input.feed(&machine.devices().serial);
+        if let Some(pty) = &pty {
+            log::info!("the guest's console is {}", pty.path.display());
+        }
+        self.pty = pty;
         self.config.machine_config.vcpu_count = machine.vcpu_count();
         self.config.machine_config.mem_size_mib = machine.memory_bytes() >> 20;
         self.config.vsock = machine.plan().vsock.clone();
@@ -226,21 +250,21 @@ impl Driver {
 
     fn boot(&mut self) -> Result<(), RequestError> {
         let plan = config::plan(&self.config)?;
-        let outside = self.outside().map_err(RequestError::Setup)?;
+        let (outside, input, pty) = self.outside()?;
         let mut machine = boot(&plan, outside)?;
         machine.resume();
-        self.adopt(machine);
+        self.adopt(machine, input, pty);
         log::info!("booted: {} vCPUs, {} MiB", plan.vcpus, plan.memory_bytes >> 20);
         Ok(())
     }
 
     fn load(&mut self, load: &SnapshotLoad) -> Result<(), RequestError> {
-        let outside = self.outside().map_err(RequestError::Setup)?;
+        let (outside, input, pty) = self.outside()?;
         let mut machine = restore(load, outside)?;
         if load.resume_vm {
             machine.resume();
         }
-        self.adopt(machine);
+        self.adopt(machine, input, pty);
         Ok(())
     }
 
@@ -266,7 +290,10 @@ impl Driver {
         match patch.state {
             _ if !changes => {}
             VmState::Paused => machine.pause()?,
-            VmState::Resumed => machine.resume(),
+            VmState::Resumed => {
+                machine.resume();
+                self.halt = None;
+            }
         }
         Ok(())
     }
@@ -330,6 +357,12 @@ impl Driver {
                 self.configure(|config| config.vsock = Some(vsock));
                 done
             }
+            Request::PutSerial(serial) => {
+                config::check_serial(Some(&serial))?;
+                // No part of what is booted: a snapshot can be loaded all the same.
+                self.config.serial = Some(serial);
+                done
+            }
             Request::PutBalloon(balloon) => {
                 // How much memory there is may be said later; starting checks again.
                 config::check_balloon(balloon.amount_mib, MAX_MIB)?;
@@ -368,6 +401,8 @@ impl Driver {
             vmm_version: env!("CARGO_PKG_VERSION").into(),
             app_name: "Coppice".into(),
             readiness: self.readiness,
+            console: self.pty.as_ref().map(|pty| pty.path.clone()),
+            pause_reason: self.halt.as_ref().map(Halt::to_string),
         }
     }
 
@@ -388,6 +423,12 @@ impl Driver {
         }
     }
 
+    fn take_notices(&mut self, ops: &mut EventOps) {
+        for notice in self.notices.take() {
+            self.on_notice(notice, ops);
+        }
+    }
+
     fn on_notice(&mut self, notice: Notice, ops: &mut EventOps) {
         match notice {
             Notice::Ready(level) => {
@@ -404,12 +445,25 @@ impl Driver {
                 self.end(Ok(Ending::PowerOff));
             }
             Notice::End(end) => self.end(Err(RunError::Guest(end))),
+            Notice::Halt(halt) => self.halt(halt),
             // Whoever ends everything at once ends the page server too.
             Notice::PageServerGone(_) if self.signals.have_come() => self.end(Ok(Ending::Signal)),
             // It was that of a snapshot which could not be loaded.
             Notice::PageServerGone(_) if self.machine.is_none() => {}
             Notice::PageServerGone(path) => self.end(Err(RunError::PageServerGone(path))),
             Notice::SnapshotWritten => self.on_snapshot_written(ops),
+        }
+    }
+
+    /// Brings a running guest to a standstill that nobody asked for.
+    fn halt(&mut self, halt: Halt) {
+        let Some(machine) = self.machine.as_mut().filter(|machine| machine.is_running()) else { return };
+        match machine.pause() {
+            Ok(()) => {
+                log::warn!("the guest is paused: {halt}");
+                self.halt = Some(halt);
+            }
+            Err(e) => log::error!("the guest cannot be paused ({e}), and should be: {halt}"),
         }
     }
 
@@ -447,14 +501,14 @@ impl MutEventSubscriber for Driver {
         if self.api.as_ref().is_some_and(|api| api.owns(fd)) {
             self.on_api(events, ops);
         } else if fd == self.reset.as_raw_fd() {
+            // A kernel that panics says so before it resets the machine.
+            self.take_notices(ops);
             log::info!("the guest reset its machine");
             self.end(Ok(Ending::Reset));
         } else if fd == self.signals.as_raw_fd() {
             self.end(Ok(Ending::Signal));
         } else {
-            for notice in self.notices.take() {
-                self.on_notice(notice, ops);
-            }
+            self.take_notices(ops);
         }
     }
 }

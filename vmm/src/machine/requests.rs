@@ -48,6 +48,7 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
         Request::PutMachineConfig(_)
         | Request::PutBootSource(_)
         | Request::PutVsock(_)
+        | Request::PutSerial(_)
         | Request::PutBalloon(_)
         | Request::Action(_) => refuse_if(started, NotNow::Started),
         Request::SnapshotLoad(_) => {
@@ -100,6 +101,7 @@ mod tests {
             Request::PutMachineConfig(MachineConfig::default()),
             Request::PutBootSource(BootSource::default()),
             Request::PutVsock(Vsock { guest_cid: 3, uds_path: "v".into() }),
+            Request::PutSerial(Default::default()),
             Request::PutBalloon(serde_json::from_str(r#"{"amount_mib":1}"#).unwrap()),
             Request::GetBalloon,
             Request::PatchBalloon(BalloonUpdate { amount_mib: 1 }),

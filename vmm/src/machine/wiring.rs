@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | COM1 | ports 0x3f8 to 0x3ff | GSI 4 |
 //! | i8042 | ports 0x60 to 0x64 | none |
+//! | pvpanic | port 0x505 | none |
 //! | sleep registers | ports 0x600 and 0x601 | none |
 //! | vsock on virtio-mmio | 0xd000_0000, 4 KiB | GSI 5 |
 //! | generation id | its page of memory | GSI 23, through the ACPI event device |
@@ -23,6 +24,7 @@ use crate::devices::bus::{Bus, BusDevice, BusError};
 use crate::devices::i8042::{self, I8042};
 use crate::devices::lock;
 use crate::devices::power::{self, Power};
+use crate::devices::pvpanic::{self, Pvpanic};
 use crate::devices::serial::{self, Serial, SerialError};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::{self, Balloon, BalloonError};
@@ -193,6 +195,7 @@ pub fn wire(
     let serial = wire_serial(vm, &mut pio, saved, console)?;
     pio.insert(i8042::BASE, i8042::LEN, shared(I8042::new(reset)))?;
     pio.insert(power::BASE, power::LEN, shared(Power::new(notifier.clone())))?;
+    pio.insert(pvpanic::BASE, pvpanic::LEN, shared(Pvpanic::new(notifier.clone())))?;
     let event = interrupt_line(vm, EVENT_GSI)?;
 
     let memory = ram.memory();

@@ -8,6 +8,8 @@ use std::path::Path;
 pub enum GuestEnd {
     /// The guest reset the machine through the keyboard controller.
     Reset,
+    /// The guest's kernel said that it has panicked.
+    Panic,
     /// A vCPU met a fault while handling a fault while handling a fault.
     TripleFault {
         /// Number of the vCPU.
@@ -37,6 +39,7 @@ impl fmt::Display for GuestEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             GuestEnd::Reset => f.write_str("the guest reset its machine"),
+            GuestEnd::Panic => f.write_str("the guest's kernel panicked; its console says why"),
             GuestEnd::TripleFault { vcpu } => {
                 write!(f, "vCPU {vcpu} of the guest triple-faulted; its console says what it did last")
             }
