@@ -11,7 +11,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
-use tests::linux::{Console, LinuxAgent, PATIENCE, a_minute_passes, assert_calm, shell};
+use tests::linux::{LinuxAgent, PATIENCE, a_minute_passes, assert_calm, shell};
 use tests::{Boot, Linux, PageServer, Place, Restore, Vm, holds_within};
 
 /// Keeps count, and notes it if monotonic time goes back. A file that it holds open has no name any more.
@@ -105,7 +105,7 @@ fn parent(place: &Place, linux: &Linux, vcpus: u8) -> Parent {
         assert!(count(&mut agent) > known.count);
         let after = ids(&mut agent);
         assert_eq!((&after.machine_id, &after.generation), (&known.ids.machine_id, &known.ids.generation));
-        agent.shell("pkill -f 'sleep 4242'");
+        agent.shell("kill $(ps -o pid,args | sed -n 's|^ *\\([0-9]*\\) /bin/sleep 424[2]$|\\1|p')");
         waits.join().expect("the thread ends").expect("its program has ended");
         assert_calm(&vm.stop().stdout);
         Parent { ids: after, ..known }
@@ -150,7 +150,7 @@ fn check_clone(clone: &mut Vm, parent: &Parent) -> Ids {
 fn clones_are_themselves(kernel: &str, vcpus: u8) {
     let Some(linux) = Linux::guest(kernel) else { return };
     let place = Place::new();
-    let parent = parent(&place, &linux, vcpus);
+    let parent = parent(&place, &linux.elf(), vcpus);
     let server = PageServer::start(&place, &parent.snapshot);
     a_minute_passes();
     let mut seen = HashSet::from([parent.ids.random.clone(), parent.ids.hostname.clone()]);
@@ -190,7 +190,7 @@ fn the_agent_survives_many_resets() {
     const ROUNDS: u32 = 20;
     let Some(linux) = Linux::guest("6.1") else { return };
     let place = Place::new();
-    let mut vm = Boot::new(&place).linux(&linux, "").start("round-0");
+    let mut vm = Boot::new(&place).linux(&linux.elf(), "").memory_mib(96).start("round-0");
     vm.becomes(Readiness::Full);
     let mut agent = vm.linux_agent();
     let pid = agent.shell("pidof guest-agent");
