@@ -9,6 +9,7 @@ use crate::{PATIENCE, binaries, until};
 use api_spec::agent::{Request, Response};
 use api_spec::client::rest::RestError;
 use api_spec::client::{AgentClient, RestClient};
+use api_spec::devices::Balloon;
 use api_spec::snapshot::{
     MemBackend, MemBackendType, SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus, VsockOverride,
 };
@@ -60,6 +61,12 @@ impl<'a> Boot<'a> {
     /// With at most so much private memory.
     pub fn max_private_mib(mut self, limit: u64) -> Self {
         self.config.machine_config.max_private_mib = Some(limit);
+        self
+    }
+
+    /// With a balloon.
+    pub fn balloon(mut self, balloon: Balloon) -> Self {
+        self.config.balloon = Some(balloon);
         self
     }
 

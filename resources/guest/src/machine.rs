@@ -1,10 +1,11 @@
 //! The machine as the agent sees it.
 
 use crate::loader::Boot;
+use crate::virtio::Balloon;
 use crate::{hw, smp, stub};
 use api_spec::agent::burn::Burn;
 use api_spec::agent::pattern::WORDS;
-use api_spec::agent::{GuestKind, Info, Refusal};
+use api_spec::agent::{GuestKind, Info, Pages, Refusal};
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use embedded_guest::agent::Machine;
 use embedded_guest::ram::{DIRECTORY_SPAN, HIGH, WorkPages};
@@ -15,6 +16,7 @@ pub struct Hardware {
     pages: WorkPages,
     generation: Option<u64>,
     cpus: smp::Cpus,
+    balloon: Option<Balloon>,
 }
 
 impl Hardware {
@@ -31,7 +33,7 @@ impl Hardware {
             pages_base: boot.pages.base,
         };
         let generation = boot.cmdline.generation.filter(|&address| address <= MAPPED - 16);
-        Hardware { info, pages: boot.pages, generation, cpus }
+        Hardware { info, pages: boot.pages, generation, cpus, balloon: Balloon::find(boot) }
     }
 }
 
@@ -89,6 +91,16 @@ impl Machine for Hardware {
 
     fn burn_stop(&mut self, vcpu: u8) -> Result<Burn, Refusal> {
         self.cpus.burn_stop(vcpu)
+    }
+
+    fn give_back(&mut self, pages: Pages) -> Result<(), Refusal> {
+        let balloon = self.balloon.as_mut().ok_or(Refusal::NotHere)?;
+        if balloon.give(pages.numbers().map(|number| self.pages.address(number))) {
+            Ok(())
+        } else {
+            self.balloon = None;
+            Err(Refusal::NotHere)
+        }
     }
 
     fn reset(&mut self) {

@@ -341,6 +341,36 @@ mod tests {
         assert_eq!(ram.discarder().discard(7..7), Outcome::default());
     }
 
+    /// RAM in two regions, with the hole for devices between.
+    #[test]
+    fn a_range_may_reach_over_the_hole() {
+        const LOW_END: u64 = (3 << 30) / PAGE_SIZE;
+        const HIGH: u64 = (4 << 30) / PAGE_SIZE;
+        let mut ram = GuestRam::fresh(5 << 30).unwrap();
+        let discarder = ram.discarder();
+        for frozen in [false, true] {
+            fill(&ram, LOW_END - 4..LOW_END, NEW);
+            fill(&ram, HIGH..HIGH + 4, NEW);
+            let outcome = discarder.discard(LOW_END - 2..HIGH + 2);
+            assert_eq!(outcome, Outcome { discarded: 4, kept: 0, outside: HIGH - LOW_END });
+            let pages = [LOW_END - 3, LOW_END - 2, LOW_END - 1, HIGH, HIGH + 1, HIGH + 2];
+            assert_eq!(pages.map(|page| byte(&ram, page)), [NEW, 0, 0, 0, 0, NEW]);
+            if !frozen {
+                ram.freeze().unwrap();
+            }
+        }
+        // One run of the image, of which a page has been written since, on either side. (That it was read counts as use too.)
+        discarder.discard(LOW_END - 2..HIGH + 2);
+        let contents = ram.contents();
+        assert_eq!(contents.next(0).unwrap().unwrap().end, (LOW_END - 2) * PAGE_SIZE);
+        let used = (LOW_END - 1) * PAGE_SIZE;
+        fill(&ram, LOW_END - 1..LOW_END, NEW);
+        assert_eq!(contents.next((LOW_END - 2) * PAGE_SIZE).unwrap(), Some(used..used + PAGE_SIZE));
+        fill(&ram, HIGH + 1..HIGH + 2, NEW);
+        let used = (LOW_END + 1) * PAGE_SIZE;
+        assert_eq!(contents.next(LOW_END * PAGE_SIZE).unwrap(), Some(used..used + PAGE_SIZE));
+    }
+
     #[test]
     fn mappings_are_bounded_and_neighbours_share_one() {
         let (ram, _image) = view();
