@@ -122,6 +122,38 @@ pub struct StateFile {
 pub struct Devices {
     /// The vsock device, if the machine has one.
     pub vsock: Option<VsockDevice>,
+    /// The source of entropy, if the machine has one.
+    pub entropy: Option<EntropyDevice>,
+}
+
+/// The source of entropy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EntropyDevice {
+    /// Bounds of what the guest takes.
+    pub rate_limit: Option<RateLimit>,
+}
+
+/// Bounds of a device's traffic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// In bytes.
+    pub bandwidth: Option<TokenBucket>,
+    /// In operations.
+    pub ops: Option<TokenBucket>,
+}
+
+/// A token bucket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucket {
+    /// Tokens that it holds.
+    pub size: u64,
+    /// Tokens on top of that, once.
+    pub one_time_burst: u64,
+    /// How long it takes to refill, in milliseconds.
+    pub refill_ms: u64,
 }
 
 /// The host side of the vsock device.
@@ -227,11 +259,24 @@ impl Manifest {
         if names.windows(2).any(|pair| pair[0] == pair[1]) {
             return Err(BadField::new("memory.file", "and `memory.digests` and `state.file` must be three files"));
         }
-        match &devices.vsock {
-            Some(vsock) => vsock.check(),
-            None => Ok(()),
+        let Devices { vsock, entropy } = devices;
+        if let Some(vsock) = vsock {
+            vsock.check()?;
         }
+        if let Some(EntropyDevice { rate_limit }) = entropy {
+            check_rate("devices.entropy.rate_limit", rate_limit.as_ref())?;
+        }
+        Ok(())
     }
+}
+
+/// Whether something passes.
+fn check_rate(field: &str, rate: Option<&RateLimit>) -> Result<(), BadField> {
+    let buckets = rate.map_or([None; 2], |RateLimit { bandwidth, ops }| [*bandwidth, *ops]);
+    if buckets.into_iter().flatten().any(|bucket| bucket.size == 0 || bucket.refill_ms == 0) {
+        return Err(BadField::new(field, "must let something pass"));
+    }
+    Ok(())
 }
 
 impl Memory {

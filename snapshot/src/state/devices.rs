@@ -9,6 +9,8 @@ pub struct DeviceState {
     pub serial: SerialState,
     /// The vsock device, if the machine has one, with its transport.
     pub vsock: Option<VsockState>,
+    /// The source of entropy, if the machine has one, with its transport.
+    pub entropy: Option<EntropyState>,
 }
 
 /// A 16550 serial port: its registers, and what was received and not yet read.
@@ -82,4 +84,13 @@ pub struct VsockState {
     /// Whether streams were open, or the guest had not yet taken in an earlier reset: then a clone must be told that
     /// its transport was reset.
     pub needs_reset: bool,
+}
+
+/// The source of entropy. No random bytes are saved.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EntropyState {
+    /// Its transport.
+    pub transport: VirtioMmioState,
+    /// Whether requests were left in its queue.
+    pub pending: bool,
 }

@@ -253,10 +253,14 @@ fn check(state: &MachineState) -> Result<(), StateError> {
     for IrqchipState { chip_id: _, chip } in &vm.irqchips {
         ensure("vm.irqchips.chip", chip.len(), chip.len() == IRQCHIP_BYTES)?;
     }
-    let DeviceState { serial, vsock } = devices;
+    let DeviceState { serial, vsock, entropy } = devices;
     ensure("devices.serial.in_buffer", serial.in_buffer.len(), serial.in_buffer.len() <= MAX_ENTRIES)?;
     if let Some(vsock) = vsock {
         ensure("devices.vsock.transport.queues", vsock.transport.queues.len(), vsock.transport.queues.len() <= 64)?;
+    }
+    if let Some(entropy) = entropy {
+        let queues = entropy.transport.queues.len();
+        ensure("devices.entropy.transport.queues", queues, queues <= 64)?;
     }
     Ok(())
 }
@@ -383,7 +387,7 @@ mod tests {
     #[test]
     fn lists_of_impossible_length_are_refused() {
         type Spoil = fn(&mut MachineState);
-        let cases: [(&str, Spoil); 8] = [
+        let cases: [(&str, Spoil); 9] = [
             ("vcpu.xsave", |s| s.vcpus[0].xsave.truncate(4095)),
             ("vcpu.xsave", |s| s.vcpus[0].xsave.resize(65537, 0)),
             ("vcpu.lapic", |s| s.vcpus[1].lapic.push(0)),
@@ -392,6 +396,9 @@ mod tests {
             ("vm.irqchips", |s| s.vm.irqchips.resize(17, s.vm.irqchips[0].clone())),
             ("vm.irqchips.chip", |s| s.vm.irqchips[0].chip.truncate(511)),
             ("devices.serial.in_buffer", |s| s.devices.serial.in_buffer.resize(4097, 0)),
+            ("devices.entropy.transport.queues", |s| {
+                s.devices.entropy.get_or_insert_default().transport.queues.resize(65, Default::default())
+            }),
         ];
         for (field, spoil) in cases {
             let mut state = state();
@@ -416,7 +423,8 @@ mod tests {
         let mut state = state();
         state.vm.pit = PitState { flags: 3, ..PitState::default() };
         state.devices.vsock = Some(Default::default());
-        assert_eq!(digest(&encode(&state).unwrap()), "30140d99fbb7a5ee");
+        state.devices.entropy = Some(Default::default());
+        assert_eq!(digest(&encode(&state).unwrap()), "b205f9842b064a58");
     }
 
     proptest! {

@@ -4,8 +4,8 @@
 use proptest::prelude::*;
 use snapshot::compat::HostFacts;
 use snapshot::create::{BytesSource, CreateError, Facts, Staging};
-use snapshot::manifest::{Cpu, Devices, Manifest, Readiness, VsockDevice};
-use snapshot::state::{IrqchipState, MachineState, Msr, QueueState, VirtioMmioState, VsockState};
+use snapshot::manifest::{Cpu, Devices, EntropyDevice, Manifest, RateLimit, Readiness, TokenBucket, VsockDevice};
+use snapshot::state::{EntropyState, IrqchipState, MachineState, Msr, QueueState, VirtioMmioState, VsockState};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -22,9 +22,17 @@ pub fn facts() -> Facts {
     Facts {
         vmm_version: "0.1.0".into(),
         host: host(),
-        devices: Devices { vsock: Some(VsockDevice { guest_cid: 3, uds_path: "run/v.sock".into() }) },
+        devices: Devices {
+            vsock: Some(VsockDevice { guest_cid: 3, uds_path: "run/v.sock".into() }),
+            entropy: Some(EntropyDevice { rate_limit: Some(rate_limit()) }),
+        },
         readiness: Some(Readiness::Full),
     }
+}
+
+pub fn rate_limit() -> RateLimit {
+    let bucket = |size| Some(TokenBucket { size, one_time_burst: 9, refill_ms: 100 });
+    RateLimit { bandwidth: bucket(65536), ops: bucket(32) }
 }
 
 /// A state in which no two neighbouring values are equal by accident.
@@ -43,6 +51,8 @@ pub fn state(vcpus: usize) -> MachineState {
     state.vm.irqchips = (0..3).map(|chip_id| IrqchipState { chip_id, chip: vec![chip_id as u8; 512] }).collect();
     let queue = QueueState { max_size: 256, size: 128, ready: true, desc_table: 0x10_0000, ..QueueState::default() };
     let transport = VirtioMmioState { status: 0xf, queues: vec![queue; 3], ..VirtioMmioState::default() };
+    let one_queue = VirtioMmioState { queues: vec![queue], ..transport.clone() };
+    state.devices.entropy = Some(EntropyState { transport: one_queue, pending: true });
     state.devices.vsock = Some(VsockState { guest_cid: 3, transport, needs_reset: true });
     state
 }

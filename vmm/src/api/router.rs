@@ -5,7 +5,7 @@ use super::{Request, Response};
 use serde::de::DeserializeOwned;
 
 /// Every path with its methods, in the order in which they are documented.
-const ROUTES: [(&str, &[&str]); 12] = [
+const ROUTES: [(&str, &[&str]); 13] = [
     ("/", &["GET"]),
     ("/version", &["GET"]),
     ("/vm/config", &["GET"]),
@@ -13,6 +13,7 @@ const ROUTES: [(&str, &[&str]); 12] = [
     ("/boot-source", &["PUT"]),
     ("/vsock", &["PUT"]),
     ("/serial", &["PUT"]),
+    ("/entropy", &["PUT"]),
     ("/actions", &["PUT"]),
     ("/vm", &["PATCH"]),
     ("/snapshot/create", &["PUT"]),
@@ -33,6 +34,7 @@ pub fn route(message: &Message) -> Result<Request, Response> {
         ("PUT", "/boot-source") => body(message).map(Request::PutBootSource),
         ("PUT", "/vsock") => body(message).map(Request::PutVsock),
         ("PUT", "/serial") => body(message).map(Request::PutSerial),
+        ("PUT", "/entropy") => body(message).map(Request::PutEntropy),
         ("PUT", "/actions") => body(message).map(Request::Action),
         ("PATCH", "/vm") => body(message).map(Request::PatchVm),
         ("PUT", "/snapshot/create") => body(message).map(Request::SnapshotCreate),

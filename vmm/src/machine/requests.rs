@@ -46,6 +46,7 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
         | Request::PutBootSource(_)
         | Request::PutVsock(_)
         | Request::PutSerial(_)
+        | Request::PutEntropy(_)
         | Request::Action(_) => refuse_if(started, NotNow::Started),
         Request::SnapshotLoad(_) => {
             refuse_if(started, NotNow::Started)?;
@@ -94,6 +95,7 @@ mod tests {
             Request::PutBootSource(BootSource::default()),
             Request::PutVsock(Vsock { guest_cid: 3, uds_path: "v".into() }),
             Request::PutSerial(Default::default()),
+            Request::PutEntropy(Default::default()),
             Request::Action(Action { action_type: ActionType::InstanceStart }),
             Request::PatchVm(VmPatch { state: VmState::Paused }),
             Request::PatchVm(VmPatch { state: VmState::Resumed }),
@@ -114,9 +116,10 @@ mod tests {
     /// What the machine is after a request that was allowed and succeeded.
     fn after(request: &Request, phase: Phase) -> Phase {
         match request {
-            Request::PutMachineConfig(_) | Request::PutBootSource(_) | Request::PutVsock(_) => {
-                Phase::NotStarted { configured: true }
-            }
+            Request::PutMachineConfig(_)
+            | Request::PutBootSource(_)
+            | Request::PutVsock(_)
+            | Request::PutEntropy(_) => Phase::NotStarted { configured: true },
             Request::Action(_) | Request::PatchVm(VmPatch { state: VmState::Resumed }) => Phase::Running,
             Request::SnapshotLoad(_) | Request::PatchVm(VmPatch { state: VmState::Paused }) => Phase::Paused,
             _ => phase,
