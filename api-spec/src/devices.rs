@@ -155,7 +155,7 @@ pub struct BalloonStatistics {
 }
 
 /// The source of entropy (virtio entropy device).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entropy {
     /// Bounds what the guest takes.

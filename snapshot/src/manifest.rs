@@ -131,6 +131,8 @@ pub struct Devices {
     pub vsock: Option<VsockDevice>,
     /// The disks, in order.
     pub drives: Vec<DriveDevice>,
+    /// The source of entropy, if the machine has one.
+    pub entropy: Option<EntropyDevice>,
     /// The balloon, if the machine has one.
     pub balloon: Option<BalloonDevice>,
 }
@@ -200,6 +202,14 @@ pub enum CacheType {
     Unsafe,
     /// That everything is on disk.
     Writeback,
+}
+
+/// The source of entropy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EntropyDevice {
+    /// Bounds of what the guest takes.
+    pub rate_limit: Option<RateLimit>,
 }
 
 /// Bounds of a device's traffic.
@@ -341,9 +351,12 @@ impl Manifest {
         if names.windows(2).any(|pair| pair[0] == pair[1]) {
             return Err(BadField::new("memory.file", "and `memory.digests` and `state.file` must be three files"));
         }
-        let Devices { vsock, drives, balloon } = devices;
+        let Devices { vsock, drives, entropy, balloon } = devices;
         vsock.as_ref().map_or(Ok(()), VsockDevice::check)?;
         check_drives(drives)?;
+        if let Some(EntropyDevice { rate_limit }) = entropy {
+            check_rate("devices.entropy.rate_limit".to_owned(), rate_limit.as_ref())?;
+        }
         balloon.map_or(Ok(()), |balloon| balloon.check(machine.memory_bytes))
     }
 }
@@ -389,12 +402,7 @@ impl DriveDevice {
         if let Some(partuuid) = partuuid {
             check_text(&field("partuuid"), partuuid)?;
         }
-        if let Some(RateLimit { bandwidth, ops }) = rate_limit {
-            let none_pass = |bucket: &Option<TokenBucket>| bucket.is_some_and(|b| b.size == 0 || b.refill_ms == 0);
-            if none_pass(bandwidth) || none_pass(ops) {
-                return Err(BadField::new(field("rate_limit"), "must let something pass"));
-            }
-        }
+        check_rate(field("rate_limit"), rate_limit.as_ref())?;
         if *size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) || *size_bytes > MAX_DISK_BYTES {
             let problem = format!("must be a multiple of {SECTOR_BYTES}, and at most {MAX_DISK_BYTES}");
             return Err(BadField::new(field("size_bytes"), problem));
@@ -434,6 +442,15 @@ impl HeldDisk {
         }
         Ok(())
     }
+}
+
+/// Whether something passes.
+fn check_rate(field: String, rate: Option<&RateLimit>) -> Result<(), BadField> {
+    let buckets = rate.map_or([None; 2], |RateLimit { bandwidth, ops }| [*bandwidth, *ops]);
+    if buckets.into_iter().flatten().any(|bucket| bucket.size == 0 || bucket.refill_ms == 0) {
+        return Err(BadField::new(field, "must let something pass"));
+    }
+    Ok(())
 }
 
 impl Memory {

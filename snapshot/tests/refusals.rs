@@ -204,6 +204,7 @@ fn a_value_that_no_snapshot_has_is_refused() {
         ("/cpu/brand", json!("x".repeat(300)), "cpu.brand"),
         ("/host_kernel", json!("\r"), "host_kernel"),
         ("/machine/vcpus", json!(0), "machine.vcpus"),
+        ("/devices/entropy/rate_limit/ops/refill_ms", json!(0), "devices.entropy.rate_limit"),
         ("/machine/vcpus", json!(65), "machine.vcpus"),
         ("/machine/vcpus", json!(2), "holds 1 vCPUs and the manifest says 2"),
         ("/machine/memory_bytes", json!(size + page), "machine.memory_bytes"),

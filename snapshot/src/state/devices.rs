@@ -11,6 +11,8 @@ pub struct DeviceState {
     pub vsock: Option<VsockState>,
     /// The disks, in order of their places.
     pub drives: Vec<DriveState>,
+    /// The source of entropy, if the machine has one, with its transport.
+    pub entropy: Option<EntropyState>,
     /// The balloon, if the machine has one, with its transport.
     pub balloon: Option<BalloonState>,
 }
@@ -86,6 +88,15 @@ pub struct VsockState {
     /// Whether streams were open, or the guest had not yet taken in an earlier reset: then a clone must be told that
     /// its transport was reset.
     pub needs_reset: bool,
+}
+
+/// The source of entropy. No random bytes are saved.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EntropyState {
+    /// Its transport.
+    pub transport: VirtioMmioState,
+    /// Whether requests were left in its queue.
+    pub pending: bool,
 }
 
 /// A disk.

@@ -253,7 +253,7 @@ fn check(state: &MachineState) -> Result<(), StateError> {
     for IrqchipState { chip_id: _, chip } in &vm.irqchips {
         ensure("vm.irqchips.chip", chip.len(), chip.len() == IRQCHIP_BYTES)?;
     }
-    let DeviceState { serial, vsock, drives, balloon } = devices;
+    let DeviceState { serial, vsock, drives, entropy, balloon } = devices;
     ensure("devices.serial.in_buffer", serial.in_buffer.len(), serial.in_buffer.len() <= MAX_ENTRIES)?;
     if let Some(vsock) = vsock {
         ensure("devices.vsock.transport.queues", vsock.transport.queues.len(), vsock.transport.queues.len() <= 64)?;
@@ -266,6 +266,10 @@ fn check(state: &MachineState) -> Result<(), StateError> {
     if let Some(BalloonState { transport, statistics, .. }) = balloon {
         ensure("devices.balloon.transport.queues", transport.queues.len(), transport.queues.len() <= 64)?;
         ensure("devices.balloon.statistics", statistics.len(), statistics.len() <= 64)?;
+    }
+    if let Some(entropy) = entropy {
+        let queues = entropy.transport.queues.len();
+        ensure("devices.entropy.transport.queues", queues, queues <= 64)?;
     }
     Ok(())
 }
@@ -392,7 +396,7 @@ mod tests {
     #[test]
     fn lists_of_impossible_length_are_refused() {
         type Spoil = fn(&mut MachineState);
-        let cases: [(&str, Spoil); 12] = [
+        let cases: [(&str, Spoil); 13] = [
             ("vcpu.xsave", |s| s.vcpus[0].xsave.truncate(4095)),
             ("vcpu.xsave", |s| s.vcpus[0].xsave.resize(65537, 0)),
             ("vcpu.lapic", |s| s.vcpus[1].lapic.push(0)),
@@ -410,6 +414,9 @@ mod tests {
                 let mut drive = DriveState::default();
                 drive.transport.queues.resize(65, Default::default());
                 s.devices.drives.push(drive);
+            }),
+            ("devices.entropy.transport.queues", |s| {
+                s.devices.entropy.get_or_insert_default().transport.queues.resize(65, Default::default())
             }),
         ];
         for (field, spoil) in cases {
@@ -437,7 +444,8 @@ mod tests {
         state.devices.vsock = Some(Default::default());
         state.devices.drives = vec![Default::default()];
         state.devices.balloon = Some(Default::default());
-        assert_eq!(digest(&encode(&state).unwrap()), "0ae191d7b139f92f");
+        state.devices.entropy = Some(Default::default());
+        assert_eq!(digest(&encode(&state).unwrap()), "9e82812a4a58c8b4");
     }
 
     proptest! {

@@ -10,7 +10,7 @@ pub mod http;
 pub mod router;
 pub mod server;
 
-use api_spec::devices::{Balloon, BalloonStatisticsUpdate, BalloonUpdate, Serial};
+use api_spec::devices::{Balloon, BalloonStatisticsUpdate, BalloonUpdate, Entropy, Serial};
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad};
 use api_spec::vm::{Action, BootSource, MachineConfig, MachinePatch, VmPatch, Vsock};
 
@@ -35,6 +35,8 @@ pub enum Request {
     PutVsock(Vsock),
     /// `PUT /serial`
     PutSerial(Serial),
+    /// `PUT /entropy`
+    PutEntropy(Entropy),
     /// `PUT /balloon`
     PutBalloon(Balloon),
     /// `GET /balloon`

@@ -3,7 +3,7 @@
 use crate::console::Place;
 use crate::loader::Kernel;
 use crate::memory::layout::{MAX_MIB, MIN_MIB};
-use api_spec::devices::{Balloon, RateLimiter, Serial, TokenBucket};
+use api_spec::devices::{Balloon, Entropy, RateLimiter, Serial, TokenBucket};
 use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
 use std::path::PathBuf;
 use uffd_handler::listener;
@@ -92,6 +92,8 @@ pub struct BootPlan {
 pub struct DevicePlan {
     /// The vsock device.
     pub vsock: Option<Vsock>,
+    /// The source of entropy.
+    pub entropy: Option<Entropy>,
     /// The balloon.
     pub balloon: Option<Balloon>,
 }
@@ -99,8 +101,8 @@ pub struct DevicePlan {
 impl DevicePlan {
     /// Number of virtio devices.
     pub fn virtio_count(&self) -> u32 {
-        let DevicePlan { vsock, balloon } = self;
-        u32::from(vsock.is_some()) + u32::from(balloon.is_some())
+        let DevicePlan { vsock, entropy, balloon } = self;
+        [vsock.is_some(), entropy.is_some(), balloon.is_some()].map(u32::from).iter().sum()
     }
 }
 
@@ -140,6 +142,11 @@ pub fn check_vsock(vsock: &Vsock) -> Result<(), ConfigError> {
     listener::check_path(&vsock.uds_path).map_err(|e| ConfigError::UdsPath(e.to_string()))
 }
 
+/// Checks the source of entropy.
+pub fn check_entropy(entropy: &Entropy) -> Result<(), ConfigError> {
+    check_rate("entropy.rate_limiter", entropy.rate_limiter.as_ref())
+}
+
 /// Checks where the console leads.
 pub fn check_serial(serial: Option<&Serial>) -> Result<Place, ConfigError> {
     match serial.map(|Serial { serial_out_path, pty }| (serial_out_path, *pty)) {
@@ -166,11 +173,12 @@ pub fn check_interval(started_with: u16, wanted: u16) -> Result<(), ConfigError>
 
 /// Checks a whole configuration.
 pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
-    let VmConfig { boot_source, machine_config, vsock, serial, balloon } = config;
+    let VmConfig { boot_source, machine_config, vsock, entropy, balloon, serial } = config;
     let source = boot_source.as_ref().ok_or(ConfigError::NoKernel)?;
     let kernel = check_boot_source(source)?;
     check_machine(machine_config)?;
     vsock.as_ref().map(check_vsock).transpose()?;
+    entropy.as_ref().map(check_entropy).transpose()?;
     check_serial(serial.as_ref())?;
     balloon.map_or(Ok(()), |balloon| check_balloon(balloon.amount_mib, machine_config.mem_size_mib))?;
     Ok(BootPlan {
@@ -179,7 +187,7 @@ pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
         command_line: source.boot_args.clone().unwrap_or_default(),
         vcpus: machine_config.vcpu_count,
         memory_bytes: machine_config.mem_size_mib << 20,
-        devices: DevicePlan { vsock: vsock.clone(), balloon: *balloon },
+        devices: DevicePlan { vsock: vsock.clone(), entropy: *entropy, balloon: *balloon },
     })
 }
 
@@ -216,6 +224,7 @@ mod tests {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
             machine_config: MachineConfig { vcpu_count: 8, mem_size_mib: 8, max_private_mib: Some(4) },
             vsock: Some(Vsock { guest_cid: 3, uds_path: "/run/v".into() }),
+            entropy: Some(Entropy::default()),
             serial: None,
             balloon: Some(balloon(8)),
         }
@@ -257,8 +266,8 @@ mod tests {
         }
         assert_eq!(check_id("drives.drive_id", "root-1_A"), Ok(()));
         let ops = Some(TokenBucket { size: 1, one_time_burst: None, refill_time: 0 });
-        let refused = check_rate("entropy.rate_limiter", Some(&RateLimiter { bandwidth: None, ops }));
-        assert_eq!(refused, Err(ConfigError::Rate("entropy.rate_limiter.ops".into())));
+        let rate_limiter = Some(RateLimiter { bandwidth: None, ops });
+        assert_eq!(check_entropy(&Entropy { rate_limiter }), Err(ConfigError::Rate("entropy.rate_limiter.ops".into())));
         let long = with(|c| c.vsock.as_mut().unwrap().uds_path = "x".repeat(108).into());
         assert!(matches!(long, ConfigError::UdsPath(_)));
     }

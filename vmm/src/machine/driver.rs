@@ -253,6 +253,7 @@ impl Driver {
         self.config.machine_config.vcpu_count = machine.vcpu_count();
         self.config.machine_config.mem_size_mib = machine.memory_bytes() >> 20;
         self.config.vsock = machine.plan().vsock.clone();
+        self.config.entropy = machine.plan().entropy;
         self.config.balloon = machine.plan().balloon;
         self.private.set_vcpus(machine.vcpu_count());
         self.machine = Some(machine);
@@ -396,6 +397,11 @@ impl Driver {
             Request::PutVsock(vsock) => {
                 config::check_vsock(&vsock)?;
                 self.configure(|config| config.vsock = Some(vsock));
+                done
+            }
+            Request::PutEntropy(entropy) => {
+                config::check_entropy(&entropy)?;
+                self.configure(|config| config.entropy = Some(entropy));
                 done
             }
             Request::PutSerial(serial) => {

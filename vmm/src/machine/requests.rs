@@ -49,6 +49,7 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
         | Request::PutBootSource(_)
         | Request::PutVsock(_)
         | Request::PutSerial(_)
+        | Request::PutEntropy(_)
         | Request::PutBalloon(_)
         | Request::Action(_) => refuse_if(started, NotNow::Started),
         Request::SnapshotLoad(_) => {
@@ -103,6 +104,7 @@ mod tests {
             Request::PutBootSource(BootSource::default()),
             Request::PutVsock(Vsock { guest_cid: 3, uds_path: "v".into() }),
             Request::PutSerial(Default::default()),
+            Request::PutEntropy(Default::default()),
             Request::PutBalloon(serde_json::from_str(r#"{"amount_mib":1}"#).unwrap()),
             Request::GetBalloon,
             Request::PatchBalloon(BalloonUpdate { amount_mib: 1 }),
@@ -132,6 +134,7 @@ mod tests {
             Request::PutMachineConfig(_)
             | Request::PutBootSource(_)
             | Request::PutVsock(_)
+            | Request::PutEntropy(_)
             | Request::PutBalloon(_) => Phase::NotStarted { configured: true },
             Request::Action(_) | Request::PatchVm(VmPatch { state: VmState::Resumed }) => Phase::Running,
             Request::SnapshotLoad(_) | Request::PatchVm(VmPatch { state: VmState::Paused }) => Phase::Paused,

@@ -13,13 +13,13 @@ use crate::memory::uffd::{self, PageServer, UffdError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
-use api_spec::devices::Balloon;
+use api_spec::devices::{Balloon, Entropy, RateLimiter, TokenBucket};
 use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad};
 use api_spec::vm::Vsock;
 use snapshot::compat::Mismatch;
 use snapshot::image::{ImageError, ensure_trusted};
 use snapshot::load::{LoadError, Snapshot};
-use snapshot::manifest::{BalloonDevice, Manifest};
+use snapshot::manifest::{self, BalloonDevice, Manifest, RateLimit};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -117,8 +117,7 @@ pub enum RestoreError {
 pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, RestoreError> {
     let snapshot = snapshot::load::open(&request.snapshot_path)?;
     check(&snapshot)?;
-    let balloon = snapshot.manifest().devices.balloon.map(balloon);
-    let plan = DevicePlan { vsock: vsock(snapshot.manifest(), request)?, balloon };
+    let plan = device_plan(snapshot.manifest(), request)?;
     let kvm = kvm::open()?;
 
     let Outside { notifier, signals, .. } = &outside;
@@ -172,6 +171,24 @@ fn check(snapshot: &Snapshot) -> Result<(), RestoreError> {
 fn balloon(saved: BalloonDevice) -> Balloon {
     let BalloonDevice { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting } = saved;
     Balloon { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting }
+}
+
+/// The devices: as they were, but for what the request overrides.
+fn device_plan(manifest: &Manifest, request: &SnapshotLoad) -> Result<DevicePlan, RestoreError> {
+    let entropy = manifest.devices.entropy.as_ref();
+    Ok(DevicePlan {
+        vsock: vsock(manifest, request)?,
+        entropy: entropy.map(|saved| Entropy { rate_limiter: saved.rate_limit.map(rate_limiter) }),
+        balloon: manifest.devices.balloon.map(balloon),
+    })
+}
+
+fn rate_limiter(saved: RateLimit) -> RateLimiter {
+    let bucket = |manifest::TokenBucket { size, one_time_burst, refill_ms }| {
+        let one_time_burst = (one_time_burst > 0).then_some(one_time_burst);
+        TokenBucket { size, one_time_burst, refill_time: refill_ms }
+    };
+    RateLimiter { bandwidth: saved.bandwidth.map(bucket), ops: saved.ops.map(bucket) }
 }
 
 /// The vsock device: as it was, but for what the request overrides.

@@ -17,11 +17,11 @@ use crate::memory::{GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::VcpuStateError;
-use api_spec::devices::Balloon;
+use api_spec::devices::{Balloon, RateLimiter, TokenBucket};
 use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus, SnapshotType};
 use api_spec::vm::Readiness;
 use snapshot::create::{CreateError, Facts, FileSource, MemoryDigest, MemorySource, Staging};
-use snapshot::manifest::{self, BalloonDevice, MemoryRegion, VsockDevice};
+use snapshot::manifest::{self, BalloonDevice, EntropyDevice, MemoryRegion, RateLimit, VsockDevice};
 use snapshot::state::MachineState;
 use std::io;
 use std::ops::Range;
@@ -209,13 +209,26 @@ fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
     Facts {
         vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
         host: host::facts(),
-        devices: manifest::Devices { vsock, drives: Vec::new(), balloon: machine.plan.balloon.map(balloon) },
+        devices: manifest::Devices {
+            vsock,
+            drives: Vec::new(),
+            entropy: machine.plan.entropy.map(|e| EntropyDevice { rate_limit: e.rate_limiter.map(rate_limit) }),
+            balloon: machine.plan.balloon.map(balloon),
+        },
         readiness: readiness.map(|readiness| match readiness {
             Readiness::Agent => manifest::Readiness::Agent,
             Readiness::Full => manifest::Readiness::Full,
             Readiness::Degraded => manifest::Readiness::Degraded,
         }),
     }
+}
+
+fn rate_limit(configured: RateLimiter) -> RateLimit {
+    let bucket = |TokenBucket { size, one_time_burst, refill_time }| {
+        let one_time_burst = one_time_burst.unwrap_or(0);
+        manifest::TokenBucket { size, one_time_burst, refill_ms: refill_time }
+    };
+    RateLimit { bandwidth: configured.bandwidth.map(bucket), ops: configured.ops.map(bucket) }
 }
 
 fn balloon(config: Balloon) -> BalloonDevice {

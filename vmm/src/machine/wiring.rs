@@ -6,7 +6,7 @@
 //! | i8042 | ports 0x60 to 0x64 | none |
 //! | pvpanic | port 0x505 | none |
 //! | sleep registers | ports 0x600 and 0x601 | none |
-//! | vsock on virtio-mmio | 0xd000_0000, 4 KiB | GSI 5 |
+//! | virtio-mmio devices: vsock, entropy | from 0xd000_0000, 4 KiB each | from GSI 5 |
 //! | generation id | its page of memory | GSI 23, through the ACPI event device |
 //!
 //! A guest finds them in the ACPI tables ([`crate::arch::acpi`]). Virtio-mmio devices are also named on the kernel command
@@ -30,6 +30,7 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::{self, Balloon, BalloonError};
 use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::mmio::{MmioTransport, TransportError};
+use crate::devices::virtio::rng::{self, Rng, RngError};
 use crate::devices::virtio::vsock::{self, Vsock, VsockError};
 use crate::memory::layout::{EVENT_GSI, MMIO_BASE, MMIO_GSI, MMIO_STRIDE};
 use crate::memory::{GuestMemory, GuestRam};
@@ -38,7 +39,7 @@ use crate::vcpu::Buses;
 use api_spec::{devices, vm};
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::{IoEventAddress, VmFd};
-use snapshot::state::{BalloonState, DeviceState, VsockState};
+use snapshot::state::{BalloonState, DeviceState, EntropyState, VsockState};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use uffd_handler::process::Signals;
@@ -70,6 +71,9 @@ pub enum WireError {
     /// The vsock device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// The source of entropy.
+    #[error(transparent)]
+    Rng(#[from] RngError),
     /// The balloon.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
@@ -108,6 +112,8 @@ pub struct Devices {
     pub serial: Arc<Mutex<Serial>>,
     /// The vsock device.
     pub vsock: Option<Slot<Vsock>>,
+    /// The source of entropy.
+    pub entropy: Option<Slot<Rng>>,
     /// The balloon.
     pub balloon: Option<Slot<Balloon>>,
     /// All virtio devices, in order of their places.
@@ -146,6 +152,7 @@ impl Devices {
             drives: Vec::new(),
             serial: lock(&self.serial).save(),
             vsock: self.vsock.as_ref().map(|slot| vsock::save(&slot.device, &lock(&slot.transport))),
+            entropy: self.entropy.as_ref().map(|slot| rng::save(&slot.device, &lock(&slot.transport))),
             balloon: self.balloon.as_ref().map(|slot| balloon::save(&slot.device, &lock(&slot.transport))),
         }
     }
@@ -191,7 +198,7 @@ pub fn wire(
     outside: Outside,
 ) -> Result<Devices, WireError> {
     let Outside { notifier, console, reset, signals: _ } = outside;
-    let DevicePlan { vsock, balloon } = plan;
+    let DevicePlan { vsock, entropy, balloon } = plan;
     let mut pio = Bus::ports();
     let serial = wire_serial(vm, &mut pio, saved, console)?;
     pio.insert(i8042::BASE, i8042::LEN, shared(I8042::new(reset)))?;
@@ -202,10 +209,15 @@ pub fn wire(
     let memory = ram.memory();
     let mut virtio = Virtio { vm, memory, mmio: Bus::memory(), devices: Vec::new(), subscribers: Vec::new() };
     let saved_vsock = saved.and_then(|saved| saved.vsock.as_ref());
+    let saved_entropy = saved.and_then(|saved| saved.entropy.as_ref());
     if saved.is_some() && saved_vsock.is_some() != vsock.is_some() {
         return Err(WireError::DeviceMismatch("vsock"));
     }
+    if saved.is_some() && saved_entropy.is_some() != entropy.is_some() {
+        return Err(WireError::DeviceMismatch("entropy"));
+    }
     let vsock = vsock.as_ref().map(|config| virtio.add_vsock(config, saved_vsock, notifier)).transpose()?;
+    let entropy = entropy.as_ref().map(|config| virtio.add_entropy(config, saved_entropy)).transpose()?;
 
     let saved_balloon = saved.and_then(|saved| saved.balloon.as_ref());
     if saved.is_some() && saved_balloon.is_some() != balloon.is_some() {
@@ -215,7 +227,7 @@ pub fn wire(
 
     let Virtio { mmio, devices, subscribers, .. } = virtio;
     let buses = Buses { pio: Arc::new(pio), mmio: Arc::new(mmio) };
-    Ok(Devices { buses, serial, vsock, balloon, virtio: devices, subscribers, event })
+    Ok(Devices { buses, serial, vsock, entropy, balloon, virtio: devices, subscribers, event })
 }
 
 fn shared<T: BusDevice + 'static>(device: T) -> Arc<Mutex<T>> {
@@ -301,6 +313,11 @@ impl Virtio<'_> {
         let device = Vsock::new(config.guest_cid.into(), &config.uds_path, ready)?;
         self.add(device, |device, transport| saved.map_or(Ok(()), |saved| vsock::restore(device, transport, saved)))
     }
+    fn add_entropy(&mut self, config: &devices::Entropy, saved: Option<&EntropyState>) -> Result<Slot<Rng>, WireError> {
+        let device = Rng::new(config.rate_limiter.as_ref())?;
+        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| rng::restore(device, transport, saved)))
+    }
+
     fn add_balloon(
         &mut self,
         config: devices::Balloon,

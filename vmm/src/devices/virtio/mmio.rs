@@ -305,8 +305,8 @@ impl MmioTransport {
             return self.fail(&format_args!("the driver started although queue {index} is not ready"));
         }
         let event_idx = self.event_idx();
-        let queues: Result<Vec<_>, _> =
-            self.queues.iter().take(used).map(|queue| queue.build(&self.mem, event_idx)).collect();
+        let queues = self.queues.iter().take(used);
+        let queues: Result<Vec<_>, _> = queues.map(|queue| queue.build(&self.mem, event_idx)).collect();
         match queues {
             Ok(queues) => lock(&*self.device).activate(self.mem.clone(), queues, self.interrupt.clone()),
             Err(error) => self.fail(&error),

@@ -2,10 +2,13 @@
 
 pub mod balloon;
 pub mod chain;
+#[cfg(test)]
+mod fake_driver;
 pub mod interrupt;
 pub mod mmio;
 pub mod queue;
 pub mod rings;
+pub mod rng;
 pub mod status;
 pub mod vsock;
 
