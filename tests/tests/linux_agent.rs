@@ -5,8 +5,9 @@
 
 use api_spec::agent::linux::{Exec, Exit};
 use api_spec::agent::{GuestKind, Level, Request, Response};
+use api_spec::client::AgentClient;
 use api_spec::client::agent::AgentError;
-use api_spec::vm::Readiness;
+use api_spec::vm::{InstanceState, Readiness};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -47,6 +48,7 @@ fn serves(kernel: &str, vcpus: u8, end: End) {
     runs_programs(&mut agent);
     moves_files(&mut agent);
     survives_nonsense(&vm, &mut agent);
+    answers_after_a_pause(&mut vm);
 
     match end {
         End::PowerOff => agent.power_off().expect("it agrees to be switched off"),
@@ -125,6 +127,23 @@ fn survives_nonsense(vm: &Vm, agent: &mut LinuxAgent) {
         stream.write_all(start).expect("bytes can be sent");
     }
     assert_eq!(agent.shell("echo still here"), "still here");
+}
+
+/// Whoever connects to a guest that stands still is answered when it goes on.
+fn answers_after_a_pause(vm: &mut Vm) {
+    vm.pause();
+    let vsock = vm.vsock.clone();
+    let (asking, asks) = std::sync::mpsc::channel();
+    let asked = std::thread::spawn(move || {
+        let mut client = AgentClient::connect(&vsock, PATIENCE).expect("the vsock socket takes connections");
+        asking.send(()).expect("the test waits");
+        client.call(Request::Ping { token: 7 })
+    });
+    asks.recv().expect("the thread connects");
+    assert_eq!(vm.state(), InstanceState::Paused);
+    vm.resume();
+    let answer = asked.join().expect("the thread ends").expect("the agent answers");
+    assert_eq!(answer, Response::Pong { token: 7 });
 }
 
 #[test]

@@ -3,11 +3,12 @@
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
+use api_spec::agent::Level;
 use api_spec::vm::Readiness;
 use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use tests::linux::{LinuxAgent, PATIENCE, assert_calm};
+use tests::linux::{Console, LinuxAgent, PATIENCE, assert_calm};
 use tests::{Boot, Linux, PageServer, Place, Restore, Vm, holds_within};
 
 /// A service with a state that only its own memory has, on vsock port 6000: who it is, how many requests it had, what it made up
@@ -65,13 +66,21 @@ fn ask(vm: &Vm) -> Answer {
 }
 
 /// A guest that has started from the root image, with more files in it.
-fn boot(place: &Place, linux: Linux, readiness: Readiness) -> (Vm, LinuxAgent) {
+fn boot(
+    place: &Place,
+    linux: Linux,
+    files: &[(&str, u32, &[u8])],
+    words: &str,
+    readiness: Readiness,
+) -> (Vm, LinuxAgent) {
     let image = std::fs::read(&linux.root).expect("the root image can be read");
-    let linux = linux.elf().with_files(place, &[("/root.ext4", 0o644, &image)]);
-    let words = "root=/root.ext4 quiet systemd.show_status=false";
-    let mut vm = Boot::new(place).linux(&linux, words).memory_mib(512).start("parent");
+    let linux = linux.elf().with_files(place, &[&[("/root.ext4", 0o644, &image[..])], files].concat());
+    let words = format!("root=/root.ext4 quiet systemd.show_status=false {words}");
+    let mut vm = Boot::new(place).linux(&linux, &words).memory_mib(512).start("parent");
     vm.becomes(readiness);
-    let agent = vm.linux_agent();
+    let mut agent = vm.linux_agent();
+    // Ready is when nothing is left that starts.
+    assert_eq!(agent.shell("cat /proc/1/comm; systemctl list-jobs --no-legend"), "systemd");
     (vm, agent)
 }
 
@@ -92,8 +101,7 @@ fn start_time(agent: &mut LinuxAgent, pid: u32) -> String {
 fn a_clone_answers_from_the_interpreter_that_was_in_the_snapshot() {
     let Some(linux) = Linux::guest("6.12") else { return };
     let place = Place::new();
-    let (mut vm, mut agent) = boot(&place, linux, Readiness::Full);
-    assert_eq!(agent.shell("cat /proc/1/comm"), "systemd");
+    let (mut vm, mut agent) = boot(&place, linux, &[], "", Readiness::Full);
     put(&mut agent, "/srv/service.py", 0o644, SERVICE);
     agent.shell("mkdir -p /etc/coppice/hooks.d/resumed");
     put(&mut agent, "/etc/coppice/hooks.d/resumed/10-service", 0o755, HOOK);
@@ -124,4 +132,30 @@ fn a_clone_answers_from_the_interpreter_that_was_in_the_snapshot() {
         clone.becomes(Readiness::Full);
         assert_calm(&clone.stop().stdout);
     }
+}
+
+#[test]
+fn a_unit_that_fails_degrades_the_guest_and_is_named() {
+    const UNIT: &[u8] = b"[Service]\nType=oneshot\nExecStart=/bin/false\n";
+    let Some(linux) = Linux::guest("6.1") else { return };
+    let place = Place::new();
+    let files = [("/overlay/etc/systemd/system/broken.service", 0o644, UNIT)];
+    let (vm, mut agent) = boot(&place, linux, &files, "systemd.wants=broken.service", Readiness::Degraded);
+    let readiness = agent.readiness().expect("it says how ready it is");
+    assert_eq!((readiness.level, readiness.failed), (Level::Degraded, vec!["broken.service".to_owned()]));
+    // It serves all the same, and ends in order.
+    assert_eq!(agent.shell("python3 -c 'print(6 * 7)'"), "42");
+    agent.power_off().expect("it agrees to be switched off");
+    let done = vm.process.finish_within(PATIENCE);
+    assert_calm(&done.stdout);
+    assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+}
+
+#[test]
+fn a_guest_without_its_root_ends_early_and_says_what_is_missing() {
+    let Some(linux) = Linux::guest("6.1") else { return };
+    let place = Place::new();
+    let mut vm = Boot::new(&place).linux(&linux.elf(), "root=/dev/none").start("guest");
+    assert_eq!(vm.said("coppice: cannot start "), "/sbin/init on the root file system /dev/none");
+    assert_eq!(vm.process.finish_within(PATIENCE).code(), 0);
 }
