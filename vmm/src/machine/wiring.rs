@@ -6,7 +6,7 @@
 //! | i8042 | ports 0x60 to 0x64 | none |
 //! | pvpanic | port 0x505 | none |
 //! | sleep registers | ports 0x600 and 0x601 | none |
-//! | virtio-mmio devices: vsock, entropy | from 0xd000_0000, 4 KiB each | from GSI 5 |
+//! | virtio-mmio devices, as far as there are: vsock, entropy, balloon | from 0xd000_0000, 4 KiB each | from GSI 5 |
 //! | generation id | its page of memory | GSI 23, through the ACPI event device |
 //!
 //! A guest finds them in the ACPI tables ([`crate::arch::acpi`]). Virtio-mmio devices are also named on the kernel command

@@ -13,19 +13,12 @@ use vm_memory::MmapRegion;
 
 /// Keeps a region out of core dumps and out of child processes.
 pub fn keep_private(region: &MmapRegion) -> io::Result<()> {
-    keep_part_private(&Part::all(region))
+    let all = Part { addr: region.as_ptr(), len: region.size() };
+    PRIVACY.into_iter().try_for_each(|advice| all.advise(advice))
 }
 
-fn keep_part_private(part: &Part) -> io::Result<()> {
-    for advice in [libc::MADV_DONTDUMP, libc::MADV_DONTFORK] {
-        // SAFETY: the range is part of a region's own mapping, and neither advice changes what this process reads or
-        // writes.
-        if unsafe { libc::madvise(part.addr.cast(), part.len, advice) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
-}
+/// Advice that keeps memory out of core dumps and out of child processes.
+const PRIVACY: [libc::c_int; 2] = [libc::MADV_DONTDUMP, libc::MADV_DONTFORK];
 
 /// Part of a region's mapping, or all of it.
 struct Part {
@@ -34,10 +27,6 @@ struct Part {
 }
 
 impl Part {
-    fn all(region: &MmapRegion) -> Self {
-        Part { addr: region.as_ptr(), len: region.size() }
-    }
-
     /// The bytes of `range`, whole pages, counted from the region's start.
     fn of(region: &MmapRegion, range: Range<u64>) -> io::Result<Self> {
         let aligned = [range.start, range.end].iter().all(|at| at.is_multiple_of(PAGE_SIZE));
@@ -46,6 +35,15 @@ impl Part {
         }
         let addr = region.as_ptr().wrapping_add(range.start as usize);
         Ok(Part { addr, len: (range.end - range.start) as usize })
+    }
+
+    fn advise(&self, advice: libc::c_int) -> io::Result<()> {
+        // SAFETY: the range lies within a region's own mapping, which stays. Advice changes no byte that is read there,
+        // but for MADV_DONTNEED, which is like a write of the guest, to volatile memory that no Rust reference points to.
+        if unsafe { libc::madvise(self.addr.cast(), self.len, advice) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
     }
 }
 
@@ -65,21 +63,17 @@ pub fn make_anonymous(region: &MmapRegion, range: Range<u64>) -> io::Result<()> 
         return Err(io::Error::last_os_error());
     }
     // The new mapping stands, whatever becomes of the advice. With it, it joins its neighbours of the same kind.
-    if let Err(e) = keep_part_private(&part) {
+    if let Err(e) = PRIVACY.into_iter().try_for_each(|advice| part.advise(advice)) {
         log::debug!("pages that the guest gave back may appear in core dumps: {e}");
     }
+    // A huge page would take 2 MiB as soon as one of its pages is used again. Refused by kernels that have none.
+    let _ = part.advise(libc::MADV_NOHUGEPAGE);
     Ok(())
 }
 
 /// Drops what part of a region holds, which must be anonymous memory: it reads as zeros then.
 pub fn empty(region: &MmapRegion, range: Range<u64>) -> io::Result<()> {
-    let part = Part::of(region, range)?;
-    // SAFETY: the range lies within the region's own mapping, which stays; that its bytes change is like a write of the
-    // guest, to volatile memory that no Rust reference points to.
-    if unsafe { libc::madvise(part.addr.cast(), part.len, libc::MADV_DONTNEED) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(())
+    Part::of(region, range)?.advise(libc::MADV_DONTNEED)
 }
 
 /// Puts a mapping in a region's place that cannot be accessed. For the end of a guest: whoever accesses the region later

@@ -28,7 +28,7 @@ const SIZE: u16 = 16;
 const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
 const STATISTICS: usize = 2;
-/// Where the driver's queues begin, and its buffers, of two pages each.
+/// Where the driver's queues begin, and its buffers, and how long a buffer may be.
 const QUEUES: u64 = 0x1000;
 const BUFFERS: u64 = 0x1_0000;
 const BUFFER_LEN: u64 = 0x8000;
@@ -418,9 +418,8 @@ fn a_driver_that_breaks_the_rules_stops_the_device_alone() {
     let cases: [(&str, fn(&mut Rig, &[u8])); 8] = [
         ("half a number", |rig, good| rig.put(INFLATE, 0, &good[..6])),
         ("no numbers", |rig, _| rig.put(INFLATE, 0, &[])),
-        ("too many", |rig, good| {
+        ("too many", |rig, _| {
             rig.describe(INFLATE, 0, BUFFERS, 4 * MAX_NUMBERS as u32 + 4, 0);
-            let _ = good;
             rig.offer(INFLATE, 0);
         }),
         ("4 GiB", |rig, _| {
