@@ -3,7 +3,7 @@
 
 use super::Machine;
 use super::boot::{BootError, boot};
-use super::config::{self, ConfigError};
+use super::config::{self, ConfigError, DriveError};
 use super::requests::{self, NotNow, Phase};
 use super::restore::{RestoreError, restore};
 use super::snapshot::{self, Job, SnapshotError};
@@ -241,6 +241,7 @@ impl Driver {
         self.config.machine_config.vcpu_count = machine.vcpu_count();
         self.config.machine_config.mem_size_mib = machine.memory_bytes() >> 20;
         self.config.vsock = machine.plan().vsock.clone();
+        self.config.drives = machine.plan().drives.clone();
         self.machine = Some(machine);
     }
 
@@ -338,6 +339,24 @@ impl Driver {
                 self.config.serial = Some(serial);
                 done
             }
+            Request::PutDrive(drive) => {
+                config::check_drive(&drive)?;
+                self.configure(|config| {
+                    match config.drives.iter_mut().find(|other| other.drive_id == drive.drive_id) {
+                        Some(other) => *other = drive,
+                        None => config.drives.push(drive),
+                    }
+                });
+                done
+            }
+            Request::PatchDrive(update) => {
+                let mib = config::check_drive_update(&update)?;
+                let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+                let unknown = || ConfigError::from(DriveError::Unknown(update.drive_id.clone()));
+                machine.set_max_overlay(&update.drive_id, mib).ok_or_else(unknown)?;
+                self.config.drives = machine.plan().drives.clone();
+                done
+            }
             Request::Action(Action { action_type: ActionType::InstanceStart }) => self.boot().and(done),
             Request::PatchVm(patch) => self.patch_vm(patch).and(done),
             Request::SnapshotLoad(load) => self.load(&load).and(done),
@@ -429,7 +448,11 @@ impl Driver {
 
     fn on_snapshot_written(&mut self, ops: &mut EventOps) {
         let Some((job, from)) = self.job.take() else { return };
-        self.status = job.finish();
+        let (status, folded) = job.finish();
+        self.status = status;
+        if let Some(machine) = &mut self.machine {
+            machine.adopt_folded(folded);
+        }
         let response = match &self.status.error {
             None => Response::done(),
             Some(error) => Response::fault(400, error),

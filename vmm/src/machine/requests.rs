@@ -45,13 +45,14 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
         Request::PutMachineConfig(_)
         | Request::PutBootSource(_)
         | Request::PutVsock(_)
+        | Request::PutDrive(_)
         | Request::PutSerial(_)
         | Request::Action(_) => refuse_if(started, NotNow::Started),
         Request::SnapshotLoad(_) => {
             refuse_if(started, NotNow::Started)?;
             refuse_if(phase == Phase::NotStarted { configured: true }, NotNow::Configured)
         }
-        Request::PatchVm(_) => refuse_if(!started, NotNow::NotStarted),
+        Request::PatchVm(_) | Request::PatchDrive(_) => refuse_if(!started, NotNow::NotStarted),
         Request::SnapshotCreate(_) => {
             refuse_if(!started, NotNow::NotStarted)?;
             refuse_if(writing, NotNow::Writing)
@@ -94,6 +95,8 @@ mod tests {
             Request::PutBootSource(BootSource::default()),
             Request::PutVsock(Vsock { guest_cid: 3, uds_path: "v".into() }),
             Request::PutSerial(Default::default()),
+            Request::PutDrive(serde_json::from_str(r#"{"drive_id":"a","path_on_host":"d"}"#).unwrap()),
+            Request::PatchDrive(serde_json::from_str(r#"{"drive_id":"a","max_overlay_mib":5}"#).unwrap()),
             Request::Action(Action { action_type: ActionType::InstanceStart }),
             Request::PatchVm(VmPatch { state: VmState::Paused }),
             Request::PatchVm(VmPatch { state: VmState::Resumed }),
@@ -114,7 +117,7 @@ mod tests {
     /// What the machine is after a request that was allowed and succeeded.
     fn after(request: &Request, phase: Phase) -> Phase {
         match request {
-            Request::PutMachineConfig(_) | Request::PutBootSource(_) | Request::PutVsock(_) => {
+            Request::PutMachineConfig(_) | Request::PutBootSource(_) | Request::PutVsock(_) | Request::PutDrive(_) => {
                 Phase::NotStarted { configured: true }
             }
             Request::Action(_) | Request::PatchVm(VmPatch { state: VmState::Resumed }) => Phase::Running,

@@ -3,6 +3,7 @@
 
 use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
+use super::disks::{self, RestoreDisksError};
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, guard, start_vcpus};
 use crate::host;
@@ -66,6 +67,12 @@ pub enum RestoreError {
     /// A device that cannot be built.
     #[error("vsock_override: {0}")]
     Vsock(ConfigError),
+    /// More devices than there are places for.
+    #[error("the snapshot cannot be restored: {0}")]
+    Places(ConfigError),
+    /// Disks.
+    #[error(transparent)]
+    Disks(#[from] RestoreDisksError),
     /// The memory file.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -116,7 +123,9 @@ pub enum RestoreError {
 pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, RestoreError> {
     let snapshot = snapshot::load::open(&request.snapshot_path)?;
     check(&snapshot)?;
-    let plan = DevicePlan { vsock: vsock(snapshot.manifest(), request)? };
+    let (drives, disks) = disks::restore(&snapshot, request)?;
+    let plan = DevicePlan { vsock: vsock(snapshot.manifest(), request)?, drives };
+    config::check_places(&plan).map_err(RestoreError::Places)?;
     let kvm = kvm::open()?;
 
     let Outside { notifier, signals, .. } = &outside;
@@ -141,7 +150,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
         write_generation(ram.memory(), &id).map_err(RestoreError::Generation)?;
     }
     let notifier = outside.notifier.clone();
-    let devices = wiring::wire(&vm.fd, ram.memory(), &plan, Some(&state.devices), outside)?;
+    let devices = wiring::wire(&vm.fd, ram.memory(), &plan, disks, Some(&state.devices), outside)?;
     // After the interrupt controllers' state, which would undo it.
     if request.new_generation {
         devices.announce_generation().map_err(RestoreError::Announce)?;

@@ -1,5 +1,6 @@
 //! virtio devices (virtio 1.2) on the MMIO transport.
 
+pub mod block;
 pub mod chain;
 pub mod interrupt;
 pub mod mmio;
