@@ -124,6 +124,15 @@ pub fn drive(drive_id: &str, path: &Path) -> Drive {
     }
 }
 
+/// A vmm that waits for instructions.
+pub fn waiting(place: &Place, name: &str) -> Vm {
+    let (vsock, api) = sockets(place, name);
+    let process = Process::start(place, name, binaries::vmm(), |vmm| {
+        vmm.arg("--api-sock").arg(&api);
+    });
+    Vm { process, name: name.to_owned(), vsock, api }
+}
+
 /// How to restore a guest: from its memory file, running, by the command line, unless told otherwise.
 #[derive(Clone, Debug)]
 pub struct Restore<'a> {
