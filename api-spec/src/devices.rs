@@ -38,6 +38,20 @@ pub struct Drive {
     pub max_overlay_mib: Option<u64>,
 }
 
+/// Body of `PATCH /drives/{drive_id}`: what can be changed of the disk of a VM that was started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveUpdate {
+    /// Name of the disk.
+    pub drive_id: String,
+    /// Another image. The image of a running guest's disk is not exchanged: a value is refused by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path_on_host: Option<PathBuf>,
+    /// Most that the overlay may hold from now on, in MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_overlay_mib: Option<u64>,
+}
+
 /// What a flush of the guest means on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CacheType {

@@ -45,6 +45,9 @@ pub struct SnapshotLoad {
     /// Another host side for the vsock device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_override: Option<VsockOverride>,
+    /// Other places of disk images. The images must be those that the snapshot was taken over.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drive_overrides: Vec<DriveOverride>,
     /// Write a fresh generation id into the guest before any vCPU runs. On unless told otherwise; turning it off makes
     /// clones indistinguishable to themselves and is meant for tests.
     #[serde(default = "yes")]
@@ -85,6 +88,16 @@ pub enum MemBackendType {
 pub struct VsockOverride {
     /// The Unix socket that stands for the device on the host.
     pub uds_path: PathBuf,
+}
+
+/// Another place of a disk's image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveOverride {
+    /// Name of the disk.
+    pub drive_id: String,
+    /// The image.
+    pub path_on_host: PathBuf,
 }
 
 /// Body of the answer to `GET /snapshot/status`: how the last `PUT /snapshot/create` went.

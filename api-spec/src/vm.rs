@@ -1,6 +1,6 @@
 //! REST documents that describe a VM, and the configuration file, which holds the same objects.
 
-use crate::devices::{Balloon, Entropy, Serial};
+use crate::devices::{Balloon, Drive, Entropy, Serial};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -17,6 +17,9 @@ pub struct VmConfig {
     /// The vsock device, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
+    /// The disks. The root disk becomes the first, the others follow in this order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drives: Vec<Drive>,
     /// The source of entropy, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,

@@ -9,9 +9,10 @@ use crate::{PATIENCE, binaries, until};
 use api_spec::agent::{Request, Response};
 use api_spec::client::rest::RestError;
 use api_spec::client::{AgentClient, RestClient};
-use api_spec::devices::Balloon;
+use api_spec::devices::{Balloon, Drive};
 use api_spec::snapshot::{
-    MemBackend, MemBackendType, SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus, VsockOverride,
+    DriveOverride, MemBackend, MemBackendType, SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus,
+    VsockOverride,
 };
 use api_spec::vm::{BootSource, InstanceInfo, InstanceState, MachineConfig, VmConfig, VmPatch, VmState, Vsock};
 use std::path::{Path, PathBuf};
@@ -91,6 +92,12 @@ impl<'a> Boot<'a> {
         self
     }
 
+    /// With a disk more.
+    pub fn drive(mut self, drive: Drive) -> Self {
+        self.config.drives.push(drive);
+        self
+    }
+
     /// Starts the vmm, with a configuration file.
     pub fn start(mut self, name: &str) -> Vm {
         let (vsock, api) = sockets(self.place, name);
@@ -113,6 +120,31 @@ impl<'a> Boot<'a> {
     }
 }
 
+/// A disk of this name over an image.
+pub fn drive(drive_id: &str, path: &Path) -> Drive {
+    Drive {
+        drive_id: drive_id.to_owned(),
+        path_on_host: path.to_owned(),
+        is_root_device: false,
+        is_read_only: false,
+        partuuid: None,
+        cache_type: Default::default(),
+        io_engine: Default::default(),
+        rate_limiter: None,
+        overlay: false,
+        max_overlay_mib: None,
+    }
+}
+
+/// A vmm that waits for instructions.
+pub fn waiting(place: &Place, name: &str) -> Vm {
+    let (vsock, api) = sockets(place, name);
+    let process = Process::start(place, name, binaries::vmm(), |vmm| {
+        vmm.arg("--api-sock").arg(&api);
+    });
+    Vm { process, name: name.to_owned(), vsock, api }
+}
+
 /// How to restore a guest: from its memory file, running, by the command line, unless told otherwise.
 #[derive(Clone, Debug)]
 pub struct Restore<'a> {
@@ -123,6 +155,7 @@ pub struct Restore<'a> {
     same_generation: bool,
     max_private_mib: Option<u64>,
     recorded_vsock: Option<PathBuf>,
+    drives: Vec<DriveOverride>,
     by_api: bool,
     console: Option<String>,
 }
@@ -138,6 +171,7 @@ impl<'a> Restore<'a> {
             same_generation: false,
             max_private_mib: None,
             recorded_vsock: None,
+            drives: Vec::new(),
             by_api: false,
             console: None,
         }
@@ -184,6 +218,12 @@ impl<'a> Restore<'a> {
         self
     }
 
+    /// The image of this disk is at `path`.
+    pub fn drive(mut self, drive_id: &str, path: &Path) -> Self {
+        self.drives.push(DriveOverride { drive_id: drive_id.to_owned(), path_on_host: path.to_owned() });
+        self
+    }
+
     /// By `PUT /snapshot/load` instead of `--restore`.
     pub fn by_api(mut self) -> Self {
         self.by_api = true;
@@ -202,6 +242,9 @@ impl<'a> Restore<'a> {
             vmm.arg("--restore").arg(self.snapshot.join("snap.json")).arg("--api-sock").arg(&api);
             if let Some(socket) = &self.page_server {
                 vmm.arg("--uffd").arg(socket);
+            }
+            for DriveOverride { drive_id, path_on_host } in &self.drives {
+                vmm.arg("--drive").arg(format!("{drive_id}={}", path_on_host.display()));
             }
             if self.recorded_vsock.is_none() {
                 vmm.arg("--vsock").arg(&vsock);
@@ -226,6 +269,7 @@ impl<'a> Restore<'a> {
             snapshot_path: self.snapshot,
             mem_backend: self.page_server.as_ref().map(backend),
             resume_vm: !self.paused,
+            drive_overrides: self.drives,
             vsock_override: self.recorded_vsock.is_none().then(|| VsockOverride { uds_path: vm.vsock.clone() }),
             new_generation: !self.same_generation,
             max_private_mib: self.max_private_mib,

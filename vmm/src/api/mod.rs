@@ -10,7 +10,7 @@ pub mod http;
 pub mod router;
 pub mod server;
 
-use api_spec::devices::{Balloon, BalloonStatisticsUpdate, BalloonUpdate, Entropy, Serial};
+use api_spec::devices::{Balloon, BalloonStatisticsUpdate, BalloonUpdate, Drive, DriveUpdate, Entropy, Serial};
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad};
 use api_spec::vm::{Action, BootSource, MachineConfig, MachinePatch, VmPatch, Vsock};
 
@@ -33,6 +33,10 @@ pub enum Request {
     PutBootSource(BootSource),
     /// `PUT /vsock`
     PutVsock(Vsock),
+    /// `PUT /drives/{drive_id}`
+    PutDrive(Drive),
+    /// `PATCH /drives/{drive_id}`
+    PatchDrive(DriveUpdate),
     /// `PUT /serial`
     PutSerial(Serial),
     /// `PUT /entropy`

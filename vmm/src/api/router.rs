@@ -2,6 +2,7 @@
 
 use super::http::Message;
 use super::{Request, Response};
+use api_spec::devices::{Drive, DriveUpdate};
 use serde::de::DeserializeOwned;
 
 /// Every path with its methods, in the order in which they are documented.
@@ -16,12 +17,16 @@ const ROUTES: &[(&str, &[&str])] = &[
     ("/entropy", &["PUT"]),
     ("/balloon", &["GET", "PUT", "PATCH"]),
     ("/balloon/statistics", &["GET", "PATCH"]),
+    (DRIVES, &["PUT", "PATCH"]),
     ("/actions", &["PUT"]),
     ("/vm", &["PATCH"]),
     ("/snapshot/create", &["PUT"]),
     ("/snapshot/load", &["PUT"]),
     ("/snapshot/status", &["GET"]),
 ];
+
+/// The path of a disk; its last part stands for any name.
+const DRIVES: &str = "/drives/{drive_id}";
 
 /// The request that `message` is, or the answer that it gets at once.
 pub fn route(message: &Message) -> Result<Request, Response> {
@@ -43,6 +48,12 @@ pub fn route(message: &Message) -> Result<Request, Response> {
         ("PATCH", "/balloon") => body(message).map(Request::PatchBalloon),
         ("GET", "/balloon/statistics") => Ok(Request::GetBalloonStatistics),
         ("PATCH", "/balloon/statistics") => body(message).map(Request::PatchBalloonStatistics),
+        ("PUT", _) if drive_id(path).is_some() => {
+            named(message, |drive: &Drive| &drive.drive_id).map(Request::PutDrive)
+        }
+        ("PATCH", _) if drive_id(path).is_some() => {
+            named(message, |update: &DriveUpdate| &update.drive_id).map(Request::PatchDrive)
+        }
         ("PUT", "/actions") => body(message).map(Request::Action),
         ("PATCH", "/vm") => body(message).map(Request::PatchVm),
         ("PUT", "/snapshot/create") => body(message).map(Request::SnapshotCreate),
@@ -57,8 +68,26 @@ fn body<T: DeserializeOwned>(message: &Message) -> Result<T, Response> {
     })
 }
 
+/// The disk that a path names.
+fn drive_id(path: &str) -> Option<&str> {
+    path.strip_prefix("/drives/").filter(|id| !id.is_empty() && !id.contains('/'))
+}
+
+/// A body that names the disk that the path names.
+fn named<T: DeserializeOwned>(message: &Message, name: impl Fn(&T) -> &String) -> Result<T, Response> {
+    let document = body(message)?;
+    match drive_id(&message.path) {
+        Some(id) if id == name(&document) => Ok(document),
+        _ => {
+            let text = format!("{} {}: the body's drive_id is {}", message.method, message.path, name(&document));
+            Err(Response::fault(400, &text))
+        }
+    }
+}
+
 fn unknown(method: &str, path: &str) -> Response {
-    match ROUTES.iter().find(|(known, _)| *known == path) {
+    let drives = |known: &str| known == DRIVES && drive_id(path).is_some();
+    match ROUTES.iter().find(|(known, _)| *known == path || drives(known)) {
         Some((_, methods)) => {
             Response::fault(405, &format!("{path} does not take {method}; it takes {}", methods.join(", ")))
         }
@@ -84,6 +113,20 @@ mod tests {
             assert!(matches!(route(&message("DELETE", path, "")), Err(Response { status: 405, .. })), "{path}");
         }
         assert!(matches!(route(&message("GET", "/nothing", "")), Err(Response { status: 404, .. })));
+    }
+
+    #[test]
+    fn the_path_and_the_body_name_the_same_disk() {
+        let body = r#"{"drive_id":"root","path_on_host":"d"}"#;
+        assert!(matches!(route(&message("PUT", "/drives/root", body)), Ok(Request::PutDrive(_))));
+        let refused = route(&message("PUT", "/drives/other", body)).unwrap_err();
+        assert_eq!(refused.status, 400);
+        assert!(String::from_utf8_lossy(&refused.body).contains("drive_id is root"));
+        for path in ["/drives", "/drives/", "/drives/root/x"] {
+            assert!(matches!(route(&message("PUT", path, body)), Err(Response { status: 404, .. })), "{path}");
+        }
+        let body = r#"{"drive_id":"root","max_overlay_mib":9}"#;
+        assert!(matches!(route(&message("PATCH", "/drives/root", body)), Ok(Request::PatchDrive(_))));
     }
 
     #[test]

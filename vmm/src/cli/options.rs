@@ -2,9 +2,10 @@
 
 use crate::demo::DemoOptions;
 use api_spec::devices::Serial;
-use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad, VsockOverride};
+use api_spec::snapshot::{DriveOverride, MemBackend, MemBackendType, SnapshotLoad, VsockOverride};
 use log::LevelFilter;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 /// What `--help` prints.
@@ -26,6 +27,7 @@ Options:
   --uffd PATH            with --restore: take memory from the page server that listens there
   --uffd-mode MODE       with --uffd: `shared` (default); `copy` is not offered yet
   --vsock PATH           with --restore: the Unix socket of the vsock device, instead of the snapshot's own
+  --drive ID=PATH        with --restore: the image of the disk ID is at PATH; once for each disk
   --paused               with --restore: leave the vCPUs standing still
   --max-private-mib N    with --restore: pause the guest when it has N MiB of private memory
   --same-generation      with --restore: keep the generation id, so that the guest takes itself for the original (tests)
@@ -66,6 +68,8 @@ pub struct LoadOptions {
     pub snapshot: PathBuf,
     /// The page server's socket.
     pub uffd: Option<PathBuf>,
+    /// Other places of disk images.
+    pub drives: Vec<DriveOverride>,
     /// The vsock device's socket.
     pub vsock: Option<PathBuf>,
     /// Leave vCPUs standing still.
@@ -84,6 +88,7 @@ impl LoadOptions {
             snapshot_path: self.snapshot.clone(),
             mem_backend: self.uffd.as_ref().map(uffd),
             resume_vm: !self.paused,
+            drive_overrides: self.drives.clone(),
             vsock_override: self.vsock.as_ref().map(|path| VsockOverride { uds_path: path.clone() }),
             new_generation: !self.same_generation,
             max_private_mib: self.max_private_mib,
@@ -181,6 +186,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         end_with_parent: false,
     };
     let (mut snapshot, mut uffd, mut vsock) = (None, None, None);
+    let mut drives = Vec::new();
     let (mut paused, mut same_generation, mut max_private_mib) = (false, false, None);
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
@@ -196,6 +202,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
                 }
             },
             Long("vsock") => vsock = Some(PathBuf::from(parser.value()?)),
+            Long("drive") => drives.push(drive(parser.value()?)?),
             Long("paused") => paused = true,
             Long("same-generation") => same_generation = true,
             Long("max-private-mib") => {
@@ -216,6 +223,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
     let only_with_restore = [
         ("--uffd", uffd.is_some()),
         ("--vsock", vsock.is_some()),
+        ("--drive", !drives.is_empty()),
         ("--paused", paused),
         ("--same-generation", same_generation),
         ("--max-private-mib", max_private_mib.is_some()),
@@ -223,7 +231,8 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
     match (snapshot, &options.config) {
         (Some(_), Some(_)) => return Err(UsageError::Conflict("--config", "--restore")),
         (Some(snapshot), None) => {
-            options.restore = Some(LoadOptions { snapshot, uffd, vsock, paused, same_generation, max_private_mib });
+            options.restore =
+                Some(LoadOptions { snapshot, uffd, drives, vsock, paused, same_generation, max_private_mib });
         }
         (None, _) => {
             if let Some((option, _)) = only_with_restore.into_iter().find(|(_, given)| *given) {
@@ -243,6 +252,18 @@ fn console(place: OsString) -> Serial {
         Some("stdio") => Serial::default(),
         Some("pty") => Serial { serial_out_path: None, pty: true },
         _ => Serial { serial_out_path: Some(place.into()), pty: false },
+    }
+}
+
+/// What `--drive ID=PATH` says.
+fn drive(value: OsString) -> Result<DriveOverride, UsageError> {
+    let bytes = value.as_bytes();
+    let parts = bytes.iter().position(|b| *b == b'=').map(|at| (&bytes[..at], &bytes[at + 1..]));
+    match parts.map(|(id, path)| (std::str::from_utf8(id), path)) {
+        Some((Ok(id), path)) if !id.is_empty() && !path.is_empty() => {
+            Ok(DriveOverride { drive_id: id.to_owned(), path_on_host: OsStr::from_bytes(path).into() })
+        }
+        _ => Err(lexopt::Error::from(format!("--drive {}: must be ID=PATH", value.to_string_lossy())).into()),
     }
 }
 
@@ -352,7 +373,11 @@ mod tests {
         assert_eq!(request.snapshot_path, PathBuf::from("snap.json"));
         let backend = request.mem_backend.unwrap();
         assert_eq!((backend.backend_type, backend.backend_path), (MemBackendType::UffdShared, "/run/uffd.sock".into()));
-        assert!(request.resume_vm && request.new_generation);
+        assert!(request.resume_vm && request.new_generation && request.drive_overrides.is_empty());
+        let Ok(Command::Run(options)) = parse("--restore s --drive a=/b=c --drive d=e") else { panic!() };
+        let drives = options.restore.unwrap().request().drive_overrides;
+        let drive = |id: &str, path: &str| DriveOverride { drive_id: id.into(), path_on_host: path.into() };
+        assert_eq!(drives, [drive("a", "/b=c"), drive("d", "e")]);
     }
 
     #[test]
@@ -364,6 +389,10 @@ mod tests {
             "--api-sock a --paused",
             "--config a --max-private-mib 5",
             "--restore a --max-private-mib much",
+            "--config a --drive b=c",
+            "--restore a --drive b",
+            "--restore a --drive =b",
+            "--restore a --drive b=",
             "--restore a --uffd b --uffd-mode copy",
             "--nonsense",
             "guest",

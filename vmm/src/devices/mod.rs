@@ -8,14 +8,15 @@
 //! | `i8042.rs` | the keyboard controller, of which only the reset line exists |
 //! | `power.rs` | the registers that power the machine off |
 //! | `pvpanic.rs` | the port by which a kernel says that it has panicked |
-//! | `rate.rs` | bounds of a device's traffic |
-//! | `alarm.rs` | has a device take its turn after some time |
+//! | `rate.rs`, `alarm.rs` | bounds of a device's traffic, and waiting until it may go on |
+//! | `timer.rs` | |
 //! | `virtio/mod.rs` | what a virtio device is to its transport |
 //! | `virtio/mmio.rs` | the virtio-mmio transport |
 //! | `virtio/status.rs` | the rules of its status register |
 //! | `virtio/queue.rs` | the set-up of a virtqueue, and when it may be used |
 //! | `virtio/chain.rs` | descriptor chains as runs of guest memory |
 //! | `virtio/interrupt.rs` | how a device interrupts the guest, and how it fails |
+//! | `virtio/block/` | disks |
 //! | `virtio/rng/` | the source of entropy |
 //! | `virtio/balloon/` | the memory balloon |
 //! | `virtio/vsock/` | the socket device between guest and host |
@@ -34,6 +35,7 @@ pub mod power;
 pub mod pvpanic;
 pub mod rate;
 pub mod serial;
+pub mod timer;
 pub mod virtio;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

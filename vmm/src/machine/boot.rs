@@ -2,9 +2,10 @@
 
 use super::config::BootPlan;
 use super::wiring::{self, Outside, WireError};
-use super::{Machine, start_vcpus};
+use super::{Machine, disks, start_vcpus};
 use crate::arch::regs::{self, RegsError};
 use crate::arch::{ACPI_TABLES, RESET_CODE, RESET_VECTOR, acpi, cpuid, msrs};
+use crate::devices::virtio::block::DiskError;
 use crate::kvm::{self, KvmError};
 use crate::loader::{self, Kernel, LoadError};
 use crate::memory::layout::GENERATION_PAGE;
@@ -48,6 +49,9 @@ pub enum BootError {
     /// More CPUID leaves than KVM takes.
     #[error("this host offers more CPUID leaves than KVM takes: {0:?}")]
     CpuidSize(vmm_sys_util::fam::Error),
+    /// Disks.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Devices.
     #[error(transparent)]
     Wire(#[from] WireError),
@@ -70,11 +74,13 @@ pub enum BootError {
 
 /// Builds a machine with its kernel loaded. Its vCPUs stand still.
 pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
+    // First, since they are the user's files.
+    let disks = disks::open(&plan.devices.drives)?;
     let kvm = kvm::open()?;
     let ram = GuestRam::fresh(plan.memory_bytes)?;
     let vm = kvm::create(&kvm, &ram, plan.vcpus)?;
     let notifier = outside.notifier.clone();
-    let devices = wiring::wire(&vm.fd, &ram, &plan.devices, None, outside)?;
+    let devices = wiring::wire(&vm.fd, &ram, &plan.devices, disks, None, outside)?;
     set_up_vcpus(&kvm, &vm.vcpus)?;
     write_generation(ram.memory(), &fresh_generation().map_err(BootError::Random)?).map_err(BootError::Generation)?;
 
@@ -122,7 +128,9 @@ fn command_line(plan: &BootPlan, vcpu: Option<&VcpuFd>) -> String {
     let mut words = vec![plan.command_line.clone()];
     words.extend(wiring::virtio_devices(&plan.devices).iter().map(wiring::device_word));
     words.push(format!("coppice.generation={GENERATION_PAGE:#x}"));
-    if plan.kernel == Kernel::Embedded {
+    if plan.kernel != Kernel::Embedded {
+        words.extend(root_words(plan));
+    } else {
         words.push(format!("coppice.vcpus={}", plan.vcpus));
         if let Some(khz) = vcpu.and_then(|vcpu| vcpu.get_tsc_khz().ok()) {
             words.push(format!("coppice.tsc_khz={khz}"));
@@ -130,6 +138,19 @@ fn command_line(plan: &BootPlan, vcpu: Option<&VcpuFd>) -> String {
     }
     words.retain(|word| !word.is_empty());
     words.join(" ")
+}
+
+/// Where a Linux guest finds its root file system, if it is on a disk and the configured command line does not say.
+fn root_words(plan: &BootPlan) -> Option<String> {
+    let root = plan.devices.drives.first().filter(|drive| drive.is_root_device)?;
+    if plan.command_line.split_ascii_whitespace().any(|word| word.starts_with("root=")) {
+        return None;
+    }
+    let device = match &root.partuuid {
+        Some(uuid) => format!("PARTUUID={uuid}"),
+        None => "/dev/vda".to_owned(),
+    };
+    Some(format!("root={device} {}", if root.is_read_only { "ro" } else { "rw" }))
 }
 
 /// A generation id that no other guest has.
@@ -144,4 +165,33 @@ pub(super) fn fresh_generation() -> Result<[u8; 16], rustix::io::Errno> {
 /// Writes a generation id where the guest finds it. No vCPU may run.
 pub(super) fn write_generation(memory: &crate::memory::GuestMemory, id: &[u8; 16]) -> Result<(), GuestMemoryError> {
     memory.write_slice(id, GuestAddress(GENERATION_PAGE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config;
+    use super::*;
+
+    #[test]
+    fn a_linux_guest_is_told_where_its_root_is() {
+        let line = |args: &str, drive: serde_json::Value| {
+            let config = serde_json::json!({
+                "boot-source": { "kernel_image_path": "k", "boot_args": args },
+                "drives": [{ "drive_id": "data", "path_on_host": "d" }, drive],
+            });
+            command_line(&config::plan(&serde_json::from_value(config).unwrap()).unwrap(), None)
+        };
+        let devices = "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6";
+        let root = serde_json::json!({ "drive_id": "r", "path_on_host": "r", "is_root_device": true });
+        let with = |field: &str, value: serde_json::Value| {
+            let mut root = root.clone();
+            root[field] = value;
+            root
+        };
+        assert_eq!(line("quiet", root.clone()), format!("quiet {devices} root=/dev/vda rw"));
+        assert_eq!(line("", with("is_read_only", true.into())), format!("{devices} root=/dev/vda ro"));
+        assert_eq!(line("", with("partuuid", "0b-1".into())), format!("{devices} root=PARTUUID=0b-1 rw"));
+        assert_eq!(line("root=/dev/vdb", root.clone()), format!("root=/dev/vdb {devices}"));
+        assert_eq!(line("", with("is_root_device", false.into())), devices);
+    }
 }

@@ -2,8 +2,8 @@
 
 use crate::console::Place;
 use crate::loader::Kernel;
-use crate::memory::layout::{MAX_MIB, MIN_MIB};
-use api_spec::devices::{Balloon, Entropy, RateLimiter, Serial, TokenBucket};
+use crate::memory::layout::{MAX_MIB, MAX_VIRTIO, MIN_MIB};
+use api_spec::devices::{Balloon, Drive, DriveUpdate, Entropy, IoEngine, RateLimiter, Serial, TokenBucket};
 use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
 use std::path::PathBuf;
 use uffd_handler::listener;
@@ -34,6 +34,12 @@ pub enum ConfigError {
     /// Two places for the console.
     #[error("serial names both a file (`serial_out_path`) and `pty`; choose one")]
     TwoConsoles,
+    /// A disk that cannot be.
+    #[error("drives: {0}")]
+    Drive(#[from] DriveError),
+    /// More devices than there are places for.
+    #[error("{0} virtio devices are configured; there may be {MAX_VIRTIO}")]
+    TooMany(u32),
     /// A name that cannot be one.
     #[error("{field} is {id:?}; it may be 1 to 64 letters, digits, `-` and `_`")]
     Id {
@@ -70,6 +76,38 @@ pub enum ConfigError {
     EmbeddedInitrd,
 }
 
+/// Why a disk cannot be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DriveError {
+    /// Two of the same name.
+    #[error("two have the drive_id {0}; each needs its own")]
+    Duplicate(String),
+    /// Two roots.
+    #[error("{0} and {1} both say is_root_device; one can be root")]
+    TwoRoots(String, String),
+    /// An engine that is not offered.
+    #[error("{0}: io_engine `Async` (io_uring) is not offered; leave it out, or say `Sync`")]
+    Async(String),
+    /// A disk that only reads has nothing to keep.
+    #[error("{0}: `{1}` makes no sense with is_read_only: the guest writes nothing")]
+    ReadOnly(String, &'static str),
+    /// An overlay that can hold nothing.
+    #[error("{0}: max_overlay_mib must be at least 1")]
+    NoOverlay(String),
+    /// A partition's id that cannot be one, or of a disk that is not root.
+    #[error("{0}: partuuid must be letters, digits and `-`, at most 64, of the drive that says is_root_device")]
+    Partuuid(String),
+    /// Another image for a running guest.
+    #[error("{0}: path_on_host cannot be changed once the VM was started; stop the guest to exchange a disk")]
+    Path(String),
+    /// No change at all.
+    #[error("{0}: nothing to change was given; max_overlay_mib can be changed")]
+    NoChange(String),
+    /// No such disk.
+    #[error("there is no {0}")]
+    Unknown(String),
+}
+
 /// A configuration that can be built.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BootPlan {
@@ -92,6 +130,8 @@ pub struct BootPlan {
 pub struct DevicePlan {
     /// The vsock device.
     pub vsock: Option<Vsock>,
+    /// The disks, the root disk first.
+    pub drives: Vec<Drive>,
     /// The source of entropy.
     pub entropy: Option<Entropy>,
     /// The balloon.
@@ -101,8 +141,9 @@ pub struct DevicePlan {
 impl DevicePlan {
     /// Number of virtio devices.
     pub fn virtio_count(&self) -> u32 {
-        let DevicePlan { vsock, entropy, balloon } = self;
-        [vsock.is_some(), entropy.is_some(), balloon.is_some()].map(u32::from).iter().sum()
+        let DevicePlan { vsock, drives, entropy, balloon } = self;
+        let single = [vsock.is_some(), entropy.is_some(), balloon.is_some()];
+        single.map(u32::from).iter().sum::<u32>() + drives.len() as u32
     }
 }
 
@@ -171,9 +212,69 @@ pub fn check_interval(started_with: u16, wanted: u16) -> Result<(), ConfigError>
     }
 }
 
+/// Checks a disk by itself.
+pub fn check_drive(drive: &Drive) -> Result<(), ConfigError> {
+    let Drive { drive_id: id, is_root_device, is_read_only, partuuid, io_engine, rate_limiter, .. } = drive;
+    check_id("drives.drive_id", id)?;
+    check_rate(&format!("drives.{id}.rate_limiter"), rate_limiter.as_ref())?;
+    if *io_engine == IoEngine::Async {
+        return Err(DriveError::Async(id.clone()).into());
+    }
+    for (field, given) in [("overlay", drive.overlay), ("max_overlay_mib", drive.max_overlay_mib.is_some())] {
+        if *is_read_only && given {
+            return Err(DriveError::ReadOnly(id.clone(), field).into());
+        }
+    }
+    if drive.max_overlay_mib == Some(0) {
+        return Err(DriveError::NoOverlay(id.clone()).into());
+    }
+    let plain = |id: &String| {
+        let all = id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
+        *is_root_device && all && (1..=64).contains(&id.len())
+    };
+    if !partuuid.as_ref().is_none_or(plain) {
+        return Err(DriveError::Partuuid(id.clone()).into());
+    }
+    Ok(())
+}
+
+/// Checks disks, each by itself and all together.
+pub fn check_drives(drives: &[Drive]) -> Result<(), ConfigError> {
+    drives.iter().try_for_each(check_drive)?;
+    for (i, drive) in drives.iter().enumerate() {
+        if drives[..i].iter().any(|other| other.drive_id == drive.drive_id) {
+            return Err(DriveError::Duplicate(drive.drive_id.clone()).into());
+        }
+    }
+    let mut roots = drives.iter().filter(|drive| drive.is_root_device).map(|drive| drive.drive_id.clone());
+    match (roots.next(), roots.next()) {
+        (Some(one), Some(two)) => Err(DriveError::TwoRoots(one, two).into()),
+        _ => Ok(()),
+    }
+}
+
+/// The new bound of the overlay, in MiB, which is all that can be changed of a disk.
+pub fn check_drive_update(update: &DriveUpdate) -> Result<u64, ConfigError> {
+    let DriveUpdate { drive_id, path_on_host, max_overlay_mib } = update;
+    match max_overlay_mib {
+        _ if path_on_host.is_some() => Err(DriveError::Path(drive_id.clone()).into()),
+        None => Err(DriveError::NoChange(drive_id.clone()).into()),
+        Some(0) => Err(DriveError::NoOverlay(drive_id.clone()).into()),
+        Some(mib) => Ok(*mib),
+    }
+}
+
+/// Checks that there is a place for each device.
+pub fn check_places(plan: &DevicePlan) -> Result<(), ConfigError> {
+    match plan.virtio_count() {
+        count if count > MAX_VIRTIO => Err(ConfigError::TooMany(count)),
+        _ => Ok(()),
+    }
+}
+
 /// Checks a whole configuration.
 pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
-    let VmConfig { boot_source, machine_config, vsock, entropy, balloon, serial } = config;
+    let VmConfig { boot_source, machine_config, vsock, drives, entropy, balloon, serial } = config;
     let source = boot_source.as_ref().ok_or(ConfigError::NoKernel)?;
     let kernel = check_boot_source(source)?;
     check_machine(machine_config)?;
@@ -181,13 +282,19 @@ pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
     entropy.as_ref().map(check_entropy).transpose()?;
     check_serial(serial.as_ref())?;
     balloon.map_or(Ok(()), |balloon| check_balloon(balloon.amount_mib, machine_config.mem_size_mib))?;
+    check_drives(drives)?;
+    let mut drives = drives.clone();
+    // Stable: the others keep their order.
+    drives.sort_by_key(|drive| !drive.is_root_device);
+    let devices = DevicePlan { vsock: vsock.clone(), drives, entropy: *entropy, balloon: *balloon };
+    check_places(&devices)?;
     Ok(BootPlan {
         kernel,
         initrd: source.initrd_path.clone(),
         command_line: source.boot_args.clone().unwrap_or_default(),
         vcpus: machine_config.vcpu_count,
         memory_bytes: machine_config.mem_size_mib << 20,
-        devices: DevicePlan { vsock: vsock.clone(), entropy: *entropy, balloon: *balloon },
+        devices,
     })
 }
 
@@ -224,10 +331,60 @@ mod tests {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
             machine_config: MachineConfig { vcpu_count: 8, mem_size_mib: 8, max_private_mib: Some(4) },
             vsock: Some(Vsock { guest_cid: 3, uds_path: "/run/v".into() }),
+            drives: vec![drive("data"), Drive { is_root_device: true, ..drive("root") }, drive("more")],
             entropy: Some(Entropy::default()),
             serial: None,
             balloon: Some(balloon(8)),
         }
+    }
+
+    fn drive(id: &str) -> Drive {
+        serde_json::from_value(serde_json::json!({ "drive_id": id, "path_on_host": "/d" })).unwrap()
+    }
+
+    #[test]
+    fn the_root_disk_comes_first() {
+        let ids: Vec<String> = plan(&good()).unwrap().devices.drives.into_iter().map(|drive| drive.drive_id).collect();
+        assert_eq!(ids, ["root", "data", "more"]);
+    }
+
+    #[test]
+    fn each_bad_disk_is_refused_by_name() {
+        let with = |change: fn(&mut VmConfig)| {
+            let mut config = good();
+            change(&mut config);
+            plan(&config).unwrap_err()
+        };
+        let id = || "data".to_owned();
+        assert_eq!(with(|c| c.drives[2].drive_id = "data".into()), DriveError::Duplicate(id()).into());
+        assert_eq!(with(|c| c.drives[0].is_root_device = true), DriveError::TwoRoots(id(), "root".into()).into());
+        assert_eq!(with(|c| c.drives[0].io_engine = IoEngine::Async), DriveError::Async(id()).into());
+        assert_eq!(with(|c| c.drives[0].max_overlay_mib = Some(0)), DriveError::NoOverlay(id()).into());
+        for uuid in ["0b-1", "", "a b", "a\"b"] {
+            let mut config = good();
+            config.drives[0].partuuid = Some(uuid.into());
+            assert_eq!(plan(&config), Err(DriveError::Partuuid(id()).into()), "{uuid}: it is no root");
+            config.drives[1].partuuid = config.drives[0].partuuid.take();
+            assert_eq!(plan(&config).is_ok(), uuid == "0b-1", "{uuid}");
+        }
+        let mut sealed = Drive { is_read_only: true, overlay: true, ..drive("data") };
+        assert_eq!(check_drive(&sealed), Err(DriveError::ReadOnly(id(), "overlay").into()));
+        (sealed.overlay, sealed.max_overlay_mib) = (false, Some(5));
+        assert_eq!(check_drive(&sealed), Err(DriveError::ReadOnly(id(), "max_overlay_mib").into()));
+        assert!(matches!(with(|c| c.drives[0].drive_id = "a/b".into()), ConfigError::Id { .. }));
+        let many = with(|c| c.drives = (0..18).map(|n| drive(&n.to_string())).collect());
+        assert_eq!(many, ConfigError::TooMany(19));
+    }
+
+    #[test]
+    fn only_the_bound_of_an_overlay_can_be_changed() {
+        let update =
+            |path_on_host, max_overlay_mib| DriveUpdate { drive_id: "a".into(), path_on_host, max_overlay_mib };
+        assert_eq!(check_drive_update(&update(None, Some(7))), Ok(7));
+        assert_eq!(check_drive_update(&update(None, None)), Err(DriveError::NoChange("a".into()).into()));
+        assert_eq!(check_drive_update(&update(None, Some(0))), Err(DriveError::NoOverlay("a".into()).into()));
+        let path = update(Some("/x".into()), Some(7));
+        assert_eq!(check_drive_update(&path), Err(DriveError::Path("a".into()).into()));
     }
 
     #[test]

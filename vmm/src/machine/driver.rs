@@ -3,7 +3,7 @@
 
 use super::Machine;
 use super::boot::{BootError, boot};
-use super::config::{self, ConfigError};
+use super::config::{self, ConfigError, DriveError};
 use super::private::PrivateWatch;
 use super::requests::{self, NotNow, Phase};
 use super::restore::{RestoreError, restore};
@@ -253,6 +253,7 @@ impl Driver {
         self.config.machine_config.vcpu_count = machine.vcpu_count();
         self.config.machine_config.mem_size_mib = machine.memory_bytes() >> 20;
         self.config.vsock = machine.plan().vsock.clone();
+        self.config.drives = machine.plan().drives.clone();
         self.config.entropy = machine.plan().entropy;
         self.config.balloon = machine.plan().balloon;
         self.private.set_vcpus(machine.vcpu_count());
@@ -410,6 +411,24 @@ impl Driver {
                 self.config.serial = Some(serial);
                 done
             }
+            Request::PutDrive(drive) => {
+                config::check_drive(&drive)?;
+                self.configure(|config| {
+                    match config.drives.iter_mut().find(|other| other.drive_id == drive.drive_id) {
+                        Some(other) => *other = drive,
+                        None => config.drives.push(drive),
+                    }
+                });
+                done
+            }
+            Request::PatchDrive(update) => {
+                let mib = config::check_drive_update(&update)?;
+                let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+                let unknown = || ConfigError::from(DriveError::Unknown(update.drive_id.clone()));
+                machine.set_max_overlay(&update.drive_id, mib).ok_or_else(unknown)?;
+                self.config.drives = machine.plan().drives.clone();
+                done
+            }
             Request::PutBalloon(balloon) => {
                 // How much memory there is may be said later; starting checks again.
                 config::check_balloon(balloon.amount_mib, MAX_MIB)?;
@@ -517,7 +536,11 @@ impl Driver {
 
     fn on_snapshot_written(&mut self, ops: &mut EventOps) {
         let Some((job, from)) = self.job.take() else { return };
-        self.status = job.finish();
+        let (status, folded) = job.finish();
+        self.status = status;
+        if let Some(machine) = &mut self.machine {
+            machine.adopt_folded(folded);
+        }
         let response = match &self.status.error {
             None => Response::done(),
             Some(error) => Response::fault(400, error),

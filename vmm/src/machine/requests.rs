@@ -48,6 +48,7 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
         Request::PutMachineConfig(_)
         | Request::PutBootSource(_)
         | Request::PutVsock(_)
+        | Request::PutDrive(_)
         | Request::PutSerial(_)
         | Request::PutEntropy(_)
         | Request::PutBalloon(_)
@@ -58,6 +59,7 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
         }
         Request::PatchVm(_)
         | Request::PatchMachineConfig(_)
+        | Request::PatchDrive(_)
         | Request::PatchBalloon(_)
         | Request::GetBalloonStatistics
         | Request::PatchBalloonStatistics(_) => refuse_if(!started, NotNow::NotStarted),
@@ -104,6 +106,8 @@ mod tests {
             Request::PutBootSource(BootSource::default()),
             Request::PutVsock(Vsock { guest_cid: 3, uds_path: "v".into() }),
             Request::PutSerial(Default::default()),
+            Request::PutDrive(serde_json::from_str(r#"{"drive_id":"a","path_on_host":"d"}"#).unwrap()),
+            Request::PatchDrive(serde_json::from_str(r#"{"drive_id":"a","max_overlay_mib":5}"#).unwrap()),
             Request::PutEntropy(Default::default()),
             Request::PutBalloon(serde_json::from_str(r#"{"amount_mib":1}"#).unwrap()),
             Request::GetBalloon,
@@ -134,6 +138,7 @@ mod tests {
             Request::PutMachineConfig(_)
             | Request::PutBootSource(_)
             | Request::PutVsock(_)
+            | Request::PutDrive(_)
             | Request::PutEntropy(_)
             | Request::PutBalloon(_) => Phase::NotStarted { configured: true },
             Request::Action(_) | Request::PatchVm(VmPatch { state: VmState::Resumed }) => Phase::Running,

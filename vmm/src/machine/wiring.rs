@@ -6,7 +6,7 @@
 //! | i8042 | ports 0x60 to 0x64 | none |
 //! | pvpanic | port 0x505 | none |
 //! | sleep registers | ports 0x600 and 0x601 | none |
-//! | virtio-mmio devices, as far as there are: vsock, entropy, balloon | from 0xd000_0000, 4 KiB each | from GSI 5 |
+//! | virtio-mmio devices, as far as there are: vsock, disks (the root disk first), entropy, balloon | from 0xd000_0000, 4 KiB each | from GSI 5, up to 22 |
 //! | generation id | its page of memory | GSI 23, through the ACPI event device |
 //!
 //! A guest finds them in the ACPI tables ([`crate::arch::acpi`]). Virtio-mmio devices are also named on the kernel command
@@ -28,6 +28,7 @@ use crate::devices::pvpanic::{self, Pvpanic};
 use crate::devices::serial::{self, Serial, SerialError};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::{self, Balloon, BalloonError};
+use crate::devices::virtio::block::{self, Block, BlockConfig, Disk};
 use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::mmio::{MmioTransport, TransportError};
 use crate::devices::virtio::rng::{self, Rng, RngError};
@@ -36,10 +37,11 @@ use crate::memory::layout::{EVENT_GSI, MMIO_BASE, MMIO_GSI, MMIO_STRIDE};
 use crate::memory::{GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier};
 use crate::vcpu::Buses;
-use api_spec::{devices, vm};
+use api_spec::devices::{self, CacheType, Drive};
+use api_spec::vm;
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::{IoEventAddress, VmFd};
-use snapshot::state::{BalloonState, DeviceState, EntropyState, VsockState};
+use snapshot::state::{BalloonState, DeviceState, DriveState, EntropyState, VsockState};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use uffd_handler::process::Signals;
@@ -116,6 +118,8 @@ pub struct Devices {
     pub entropy: Option<Slot<Rng>>,
     /// The balloon.
     pub balloon: Option<Slot<Balloon>>,
+    /// The disks, in the order of the plan.
+    pub drives: Vec<Slot<Block>>,
     /// All virtio devices, in order of their places.
     virtio: Vec<Arc<Mutex<dyn VirtioDevice>>>,
     /// The same devices, for the event loop.
@@ -149,11 +153,11 @@ impl Devices {
     /// The state of all devices of a machine whose vCPUs stand still.
     pub fn save(&self) -> DeviceState {
         DeviceState {
-            drives: Vec::new(),
             serial: lock(&self.serial).save(),
             vsock: self.vsock.as_ref().map(|slot| vsock::save(&slot.device, &lock(&slot.transport))),
             entropy: self.entropy.as_ref().map(|slot| rng::save(&slot.device, &lock(&slot.transport))),
             balloon: self.balloon.as_ref().map(|slot| balloon::save(&slot.device, &lock(&slot.transport))),
+            drives: self.drives.iter().map(|slot| block::save(&slot.device, &lock(&slot.transport))).collect(),
         }
     }
 
@@ -189,16 +193,18 @@ fn address(index: u32) -> u64 {
     MMIO_BASE + u64::from(index) * MMIO_STRIDE
 }
 
-/// Builds the devices of a machine, fresh or from saved state, and connects them.
+/// Builds the devices of a machine, fresh or from saved state, and connects them. `disks` are what lies behind the drives
+/// of the plan.
 pub fn wire(
     vm: &VmFd,
     ram: &GuestRam,
     plan: &DevicePlan,
+    disks: Vec<Disk>,
     saved: Option<&DeviceState>,
     outside: Outside,
 ) -> Result<Devices, WireError> {
     let Outside { notifier, console, reset, signals: _ } = outside;
-    let DevicePlan { vsock, entropy, balloon } = plan;
+    let DevicePlan { vsock, drives, entropy, balloon } = plan;
     let mut pio = Bus::ports();
     let serial = wire_serial(vm, &mut pio, saved, console)?;
     pio.insert(i8042::BASE, i8042::LEN, shared(I8042::new(reset)))?;
@@ -216,7 +222,14 @@ pub fn wire(
     if saved.is_some() && saved_entropy.is_some() != entropy.is_some() {
         return Err(WireError::DeviceMismatch("entropy"));
     }
-    let vsock = vsock.as_ref().map(|config| virtio.add_vsock(config, saved_vsock, notifier)).transpose()?;
+    let vsock = vsock.as_ref().map(|config| virtio.add_vsock(config, saved_vsock, notifier.clone())).transpose()?;
+    if saved.is_some_and(|saved| saved.drives.len() != drives.len()) {
+        return Err(WireError::DeviceMismatch("drives"));
+    }
+    let drives = drives.iter().zip(disks).enumerate().map(|(number, (config, disk))| {
+        virtio.add_drive(config, disk, saved.and_then(|saved| saved.drives.get(number)), notifier.clone())
+    });
+    let drives = drives.collect::<Result<_, _>>()?;
     let entropy = entropy.as_ref().map(|config| virtio.add_entropy(config, saved_entropy)).transpose()?;
 
     let saved_balloon = saved.and_then(|saved| saved.balloon.as_ref());
@@ -227,7 +240,7 @@ pub fn wire(
 
     let Virtio { mmio, devices, subscribers, .. } = virtio;
     let buses = Buses { pio: Arc::new(pio), mmio: Arc::new(mmio) };
-    Ok(Devices { buses, serial, vsock, entropy, balloon, virtio: devices, subscribers, event })
+    Ok(Devices { buses, serial, vsock, drives, entropy, balloon, virtio: devices, subscribers, event })
 }
 
 fn shared<T: BusDevice + 'static>(device: T) -> Arc<Mutex<T>> {
@@ -295,6 +308,24 @@ impl Virtio<'_> {
             self.vm.register_ioevent(event, &notify, queue as u32).map_err(refused("kick"))?;
         }
         Ok(())
+    }
+
+    fn add_drive(
+        &mut self,
+        config: &Drive,
+        disk: Disk,
+        saved: Option<&DriveState>,
+        notifier: Notifier,
+    ) -> Result<Slot<Block>, WireError> {
+        let halt = Box::new(move |halt| notifier.send(Notice::Halt(halt)));
+        let config = BlockConfig {
+            id: config.drive_id.clone(),
+            flush: config.cache_type == CacheType::Writeback,
+            rate_limiter: config.rate_limiter,
+            max_overlay_mib: config.max_overlay_mib,
+        };
+        let device = Block::new(config, disk, halt).map_err(WireError::Event)?;
+        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| block::restore(device, transport, saved)))
     }
 
     fn add_vsock(
