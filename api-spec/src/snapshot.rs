@@ -52,6 +52,9 @@ pub struct SnapshotLoad {
     /// clones indistinguishable to themselves and is meant for tests.
     #[serde(default = "yes")]
     pub new_generation: bool,
+    /// Most private memory, in MiB, that the guest may have before it is paused; no limit when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_private_mib: Option<u64>,
 }
 
 fn yes() -> bool {

@@ -1,6 +1,6 @@
 //! REST documents that describe a VM, and the configuration file, which holds the same objects.
 
-use crate::devices::{Drive, Serial};
+use crate::devices::{Balloon, Drive, Entropy, Serial};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -20,9 +20,15 @@ pub struct VmConfig {
     /// The disks. The root disk becomes the first, the others follow in this order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<Drive>,
+    /// The source of entropy, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<Entropy>,
     /// Where the guest's console leads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
+    /// The balloon, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
 }
 
 /// What to boot: a kernel file, or the embedded guest.
@@ -57,6 +63,18 @@ pub struct MachineConfig {
     /// Guest memory, in MiB.
     #[serde(default = "default_memory")]
     pub mem_size_mib: u64,
+    /// Most private memory, in MiB, that the guest may have before it is paused; no limit when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_private_mib: Option<u64>,
+}
+
+/// Body of `PATCH /machine-config`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachinePatch {
+    /// The new limit of private memory, in MiB; `null` takes it away.
+    #[serde(deserialize_with = "Option::deserialize")]
+    pub max_private_mib: Option<u64>,
 }
 
 fn one() -> u8 {
@@ -69,7 +87,7 @@ fn default_memory() -> u64 {
 
 impl Default for MachineConfig {
     fn default() -> Self {
-        MachineConfig { vcpu_count: one(), mem_size_mib: default_memory() }
+        MachineConfig { vcpu_count: one(), mem_size_mib: default_memory(), max_private_mib: None }
     }
 }
 

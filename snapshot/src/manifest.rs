@@ -131,6 +131,10 @@ pub struct Devices {
     pub vsock: Option<VsockDevice>,
     /// The disks, in order.
     pub drives: Vec<DriveDevice>,
+    /// The source of entropy, if the machine has one.
+    pub entropy: Option<EntropyDevice>,
+    /// The balloon, if the machine has one.
+    pub balloon: Option<BalloonDevice>,
 }
 
 /// The host side of a disk, and what the snapshot holds of it.
@@ -200,6 +204,14 @@ pub enum CacheType {
     Writeback,
 }
 
+/// The source of entropy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EntropyDevice {
+    /// Bounds of what the guest takes.
+    pub rate_limit: Option<RateLimit>,
+}
+
 /// Bounds of a device's traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -220,6 +232,20 @@ pub struct TokenBucket {
     pub one_time_burst: u64,
     /// How long it takes to refill, in milliseconds.
     pub refill_ms: u64,
+}
+
+/// The configuration of the balloon when the snapshot was taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonDevice {
+    /// How much memory the guest should give back, in MiB.
+    pub amount_mib: u64,
+    /// Whether the guest may take memory back before it would run out.
+    pub deflate_on_oom: bool,
+    /// How often the guest reports statistics, in seconds; 0: never.
+    pub stats_polling_interval_s: u16,
+    /// Whether the guest gives back free memory by itself.
+    pub free_page_reporting: bool,
 }
 
 /// The host side of the vsock device.
@@ -325,11 +351,13 @@ impl Manifest {
         if names.windows(2).any(|pair| pair[0] == pair[1]) {
             return Err(BadField::new("memory.file", "and `memory.digests` and `state.file` must be three files"));
         }
-        let Devices { vsock, drives } = devices;
-        if let Some(vsock) = vsock {
-            vsock.check()?;
+        let Devices { vsock, drives, entropy, balloon } = devices;
+        vsock.as_ref().map_or(Ok(()), VsockDevice::check)?;
+        check_drives(drives)?;
+        if let Some(EntropyDevice { rate_limit }) = entropy {
+            check_rate("devices.entropy.rate_limit".to_owned(), rate_limit.as_ref())?;
         }
-        check_drives(drives)
+        balloon.map_or(Ok(()), |balloon| balloon.check(machine.memory_bytes))
     }
 }
 
@@ -374,12 +402,7 @@ impl DriveDevice {
         if let Some(partuuid) = partuuid {
             check_text(&field("partuuid"), partuuid)?;
         }
-        if let Some(RateLimit { bandwidth, ops }) = rate_limit {
-            let none_pass = |bucket: &Option<TokenBucket>| bucket.is_some_and(|b| b.size == 0 || b.refill_ms == 0);
-            if none_pass(bandwidth) || none_pass(ops) {
-                return Err(BadField::new(field("rate_limit"), "must let something pass"));
-            }
-        }
+        check_rate(field("rate_limit"), rate_limit.as_ref())?;
         if *size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) || *size_bytes > MAX_DISK_BYTES {
             let problem = format!("must be a multiple of {SECTOR_BYTES}, and at most {MAX_DISK_BYTES}");
             return Err(BadField::new(field("size_bytes"), problem));
@@ -419,6 +442,15 @@ impl HeldDisk {
         }
         Ok(())
     }
+}
+
+/// Whether something passes.
+fn check_rate(field: String, rate: Option<&RateLimit>) -> Result<(), BadField> {
+    let buckets = rate.map_or([None; 2], |RateLimit { bandwidth, ops }| [*bandwidth, *ops]);
+    if buckets.into_iter().flatten().any(|bucket| bucket.size == 0 || bucket.refill_ms == 0) {
+        return Err(BadField::new(field, "must let something pass"));
+    }
+    Ok(())
 }
 
 impl Memory {
@@ -480,6 +512,17 @@ fn check_regions(regions: &[MemoryRegion], size_bytes: u64) -> Result<(), BadFie
         return Err(BadField::new("memory.regions", problem));
     }
     Ok(())
+}
+
+impl BalloonDevice {
+    fn check(&self, memory_bytes: u64) -> Result<(), BadField> {
+        let most = memory_bytes >> 20;
+        if self.amount_mib > most {
+            let problem = format!("must be at most {most}, the guest's memory, not {}", self.amount_mib);
+            return Err(BadField::new("devices.balloon.amount_mib", problem));
+        }
+        Ok(())
+    }
 }
 
 impl VsockDevice {

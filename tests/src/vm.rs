@@ -9,7 +9,7 @@ use crate::{PATIENCE, binaries, until};
 use api_spec::agent::{Request, Response};
 use api_spec::client::rest::RestError;
 use api_spec::client::{AgentClient, RestClient};
-use api_spec::devices::Drive;
+use api_spec::devices::{Balloon, Drive};
 use api_spec::snapshot::{
     DriveOverride, MemBackend, MemBackendType, SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus,
     VsockOverride,
@@ -43,7 +43,7 @@ impl<'a> Boot<'a> {
     /// The embedded guest with 1 vCPU and 32 MiB.
     pub fn new(place: &'a Place) -> Self {
         let boot_source = Some(BootSource { embedded_guest: true, ..Default::default() });
-        let machine_config = MachineConfig { vcpu_count: 1, mem_size_mib: 32 };
+        let machine_config = MachineConfig { vcpu_count: 1, mem_size_mib: 32, max_private_mib: None };
         Boot { place, config: VmConfig { boot_source, machine_config, ..Default::default() }, console: None }
     }
 
@@ -56,6 +56,18 @@ impl<'a> Boot<'a> {
     /// With so much memory.
     pub fn memory_mib(mut self, size: u64) -> Self {
         self.config.machine_config.mem_size_mib = size;
+        self
+    }
+
+    /// With at most so much private memory.
+    pub fn max_private_mib(mut self, limit: u64) -> Self {
+        self.config.machine_config.max_private_mib = Some(limit);
+        self
+    }
+
+    /// With a balloon.
+    pub fn balloon(mut self, balloon: Balloon) -> Self {
+        self.config.balloon = Some(balloon);
         self
     }
 
@@ -141,6 +153,7 @@ pub struct Restore<'a> {
     page_server: Option<PathBuf>,
     paused: bool,
     same_generation: bool,
+    max_private_mib: Option<u64>,
     recorded_vsock: Option<PathBuf>,
     drives: Vec<DriveOverride>,
     by_api: bool,
@@ -156,6 +169,7 @@ impl<'a> Restore<'a> {
             page_server: None,
             paused: false,
             same_generation: false,
+            max_private_mib: None,
             recorded_vsock: None,
             drives: Vec::new(),
             by_api: false,
@@ -183,6 +197,12 @@ impl<'a> Restore<'a> {
     /// It keeps the generation id.
     pub fn same_generation(mut self) -> Self {
         self.same_generation = true;
+        self
+    }
+
+    /// It may have so much private memory.
+    pub fn max_private_mib(mut self, limit: u64) -> Self {
+        self.max_private_mib = Some(limit);
         self
     }
 
@@ -230,6 +250,9 @@ impl<'a> Restore<'a> {
                 vmm.arg("--vsock").arg(&vsock);
             }
             vmm.args(self.console.iter().flat_map(|place| ["--console", place]));
+            if let Some(limit) = self.max_private_mib {
+                vmm.arg("--max-private-mib").arg(limit.to_string());
+            }
             vmm.args(self.paused.then_some("--paused")).args(self.same_generation.then_some("--same-generation"));
         });
         Vm { process, name: name.to_owned(), vsock, api }
@@ -249,6 +272,7 @@ impl<'a> Restore<'a> {
             drive_overrides: self.drives,
             vsock_override: self.recorded_vsock.is_none().then(|| VsockOverride { uds_path: vm.vsock.clone() }),
             new_generation: !self.same_generation,
+            max_private_mib: self.max_private_mib,
         };
         vm.api().put("/snapshot/load", &document).unwrap_or_else(|e| panic!("{name}: cannot load the snapshot: {e}"));
         vm

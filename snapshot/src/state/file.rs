@@ -15,7 +15,7 @@
 //! numbers, one `vm  ` and one `devs`. Each kind has a version of its own; a section of another kind or version is
 //! refused by name, as are bytes left over in a section or after the last one.
 
-use super::{DeviceState, DriveState, IrqchipState, MachineState, VcpuState, VmState};
+use super::{BalloonState, DeviceState, DriveState, IrqchipState, MachineState, VcpuState, VmState};
 use serde::{Serialize, de::DeserializeOwned};
 
 const MAGIC: [u8; 8] = *b"coppice\n";
@@ -253,7 +253,7 @@ fn check(state: &MachineState) -> Result<(), StateError> {
     for IrqchipState { chip_id: _, chip } in &vm.irqchips {
         ensure("vm.irqchips.chip", chip.len(), chip.len() == IRQCHIP_BYTES)?;
     }
-    let DeviceState { serial, vsock, drives } = devices;
+    let DeviceState { serial, vsock, drives, entropy, balloon } = devices;
     ensure("devices.serial.in_buffer", serial.in_buffer.len(), serial.in_buffer.len() <= MAX_ENTRIES)?;
     if let Some(vsock) = vsock {
         ensure("devices.vsock.transport.queues", vsock.transport.queues.len(), vsock.transport.queues.len() <= 64)?;
@@ -262,6 +262,14 @@ fn check(state: &MachineState) -> Result<(), StateError> {
     for DriveState { drive_id, transport, pending: _ } in drives {
         ensure("devices.drives.drive_id", drive_id.len(), drive_id.len() <= 64)?;
         ensure("devices.drives.transport.queues", transport.queues.len(), transport.queues.len() <= 64)?;
+    }
+    if let Some(BalloonState { transport, statistics, .. }) = balloon {
+        ensure("devices.balloon.transport.queues", transport.queues.len(), transport.queues.len() <= 64)?;
+        ensure("devices.balloon.statistics", statistics.len(), statistics.len() <= 64)?;
+    }
+    if let Some(entropy) = entropy {
+        let queues = entropy.transport.queues.len();
+        ensure("devices.entropy.transport.queues", queues, queues <= 64)?;
     }
     Ok(())
 }
@@ -388,7 +396,7 @@ mod tests {
     #[test]
     fn lists_of_impossible_length_are_refused() {
         type Spoil = fn(&mut MachineState);
-        let cases: [(&str, Spoil); 11] = [
+        let cases: [(&str, Spoil); 13] = [
             ("vcpu.xsave", |s| s.vcpus[0].xsave.truncate(4095)),
             ("vcpu.xsave", |s| s.vcpus[0].xsave.resize(65537, 0)),
             ("vcpu.lapic", |s| s.vcpus[1].lapic.push(0)),
@@ -397,6 +405,7 @@ mod tests {
             ("vm.irqchips", |s| s.vm.irqchips.resize(17, s.vm.irqchips[0].clone())),
             ("vm.irqchips.chip", |s| s.vm.irqchips[0].chip.truncate(511)),
             ("devices.serial.in_buffer", |s| s.devices.serial.in_buffer.resize(4097, 0)),
+            ("devices.balloon.statistics", |s| s.devices.balloon.get_or_insert_default().statistics.resize(65, (0, 0))),
             ("devices.drives", |s| s.devices.drives.resize(33, Default::default())),
             ("devices.drives.drive_id", |s| {
                 s.devices.drives.push(DriveState { drive_id: "x".repeat(65), ..Default::default() })
@@ -405,6 +414,9 @@ mod tests {
                 let mut drive = DriveState::default();
                 drive.transport.queues.resize(65, Default::default());
                 s.devices.drives.push(drive);
+            }),
+            ("devices.entropy.transport.queues", |s| {
+                s.devices.entropy.get_or_insert_default().transport.queues.resize(65, Default::default())
             }),
         ];
         for (field, spoil) in cases {
@@ -431,7 +443,9 @@ mod tests {
         state.vm.pit = PitState { flags: 3, ..PitState::default() };
         state.devices.vsock = Some(Default::default());
         state.devices.drives = vec![Default::default()];
-        assert_eq!(digest(&encode(&state).unwrap()), "17df4727a7e345ec");
+        state.devices.balloon = Some(Default::default());
+        state.devices.entropy = Some(Default::default());
+        assert_eq!(digest(&encode(&state).unwrap()), "9e82812a4a58c8b4");
     }
 
     proptest! {

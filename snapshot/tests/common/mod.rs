@@ -6,9 +6,12 @@ use snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters};
 use snapshot::compat::HostFacts;
 use snapshot::create::{BytesSource, CreateError, DiskSource, Facts, Staging};
 use snapshot::manifest::{
-    CacheType, Cpu, Devices, DiskImage, DriveDevice, Manifest, RateLimit, Readiness, TokenBucket, VsockDevice,
+    BalloonDevice, CacheType, Cpu, Devices, DiskImage, DriveDevice, EntropyDevice, Manifest, RateLimit, Readiness,
+    TokenBucket, VsockDevice,
 };
-use snapshot::state::{DriveState, IrqchipState, MachineState, Msr, QueueState, VirtioMmioState, VsockState};
+use snapshot::state::{
+    DriveState, EntropyState, IrqchipState, MachineState, Msr, QueueState, VirtioMmioState, VsockState,
+};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -31,6 +34,8 @@ pub fn facts(staging: &mut Staging) -> Facts {
         devices: Devices {
             vsock: Some(VsockDevice { guest_cid: 3, uds_path: "run/v.sock".into() }),
             drives: vec![root, drive("data", true)],
+            balloon: Some(BalloonDevice { stats_polling_interval_s: 1, ..BalloonDevice::default() }),
+            entropy: Some(EntropyDevice { rate_limit: Some(rate_limit()) }),
         },
         readiness: Some(Readiness::Full),
     }
@@ -88,6 +93,11 @@ impl DiskSource for Disk {
     }
 }
 
+pub fn rate_limit() -> RateLimit {
+    let bucket = |size| Some(TokenBucket { size, one_time_burst: 9, refill_ms: 100 });
+    RateLimit { bandwidth: bucket(65536), ops: bucket(32) }
+}
+
 /// A state in which no two neighbouring values are equal by accident.
 pub fn state(vcpus: usize) -> MachineState {
     let mut state = MachineState::blank(vcpus);
@@ -110,6 +120,8 @@ pub fn state(vcpus: usize) -> MachineState {
         pending,
     };
     state.devices.drives = vec![drive("root", true), drive("data", false)];
+    let one_queue = VirtioMmioState { queues: vec![queue], ..transport.clone() };
+    state.devices.entropy = Some(EntropyState { transport: one_queue, pending: true });
     state.devices.vsock = Some(VsockState { guest_cid: 3, transport, needs_reset: true });
     state
 }

@@ -316,6 +316,44 @@ fn a_file_that_is_no_kernel_is_named() {
     setup[0x1f1] = 1;
     kernels.refuses("no-64-bit-entry", &setup, &["no 64-bit entry point"]);
     kernels.refuses("header-only", &setup[..0x203], no_kernel);
+    // One with a 64-bit entry: its code is where its header says, or not.
+    let bzimage = |code_len: usize, change: &dyn Fn(&mut [u8])| {
+        let mut image = setup.clone();
+        image.truncate(1024);
+        image[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
+        image[0x236..0x238].copy_from_slice(&1u16.to_le_bytes()); // xloadflags: 64-bit entry
+        image[0x1f4..0x1f8].copy_from_slice(&(0x1_0000u32 / 16).to_le_bytes()); // syssize
+        image[0x230..0x234].copy_from_slice(&0x20_0000u32.to_le_bytes()); // kernel_alignment
+        image[0x258..0x260].copy_from_slice(&0x100_0000u64.to_le_bytes()); // pref_address
+        image[0x260..0x264].copy_from_slice(&0x10_0000u32.to_le_bytes()); // init_size
+        change(&mut image);
+        image.resize(1024 + code_len, 0xf4);
+        image
+    };
+    kernels.refuses(
+        "truncated",
+        &bzimage(0x1_0000 - 16, &|_| {}),
+        &["was cut short", "65536 bytes", "65520 are there"],
+    );
+    kernels.refuses("truncated-to-nothing", &bzimage(0, &|_| {}), &["was cut short"]);
+    // 16 MiB is where it wants to be, and all that the guest has.
+    kernels.refuses("unpacked", &bzimage(0x1_0000, &|_| {}), &["takes 17 MiB", "the guest has 16", "mem_size_mib"]);
+    let huge = |image: &mut [u8]| image[0x260..0x264].copy_from_slice(&u32::MAX.to_le_bytes());
+    kernels.refuses("unpacked-huge", &bzimage(0x1_0000, &huge), &["takes 4112 MiB"]);
+    // An ELF file whose memory, not its contents, is larger than the guest's.
+    let program = u64::from_le_bytes(elf[32..40].try_into().expect("8 bytes")) as usize + 56;
+    let large = with(program + 40, &(20u64 << 20).to_le_bytes());
+    kernels.refuses("large-bss", &large, &["MiB of memory to begin with", "the guest has 16"]);
+    if super::guest::ring0_is_emulated() {
+        let fits = |image: &mut [u8]| image[0x258..0x260].copy_from_slice(&0x20_0000u64.to_le_bytes());
+        let (path, config) = (place.join("kernel"), place.join("vm.json"));
+        fs::write(&path, bzimage(0x1_0000, &fits)).expect("a file can be made");
+        fs::write(&config, kernels.config(json!({ "kernel_image_path": path }))).expect("a file can be made");
+        let words = ["kernel cannot run here", "emulates the guest kernel's instructions", "vmm doctor"];
+        refused(place, "emulated", super::HOST_CANNOT, &words, |vmm| {
+            vmm.arg("--config").arg(&config);
+        });
+    }
 }
 
 #[test]

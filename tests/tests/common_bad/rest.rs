@@ -38,7 +38,8 @@ fn request(method: &str, path: &str, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
-const PUTS: [&str; 6] = ["/machine-config", "/boot-source", "/vsock", "/actions", "/snapshot/create", "/snapshot/load"];
+const PUTS: [&str; 7] =
+    ["/machine-config", "/boot-source", "/vsock", "/balloon", "/actions", "/snapshot/create", "/snapshot/load"];
 
 fn fresh(place: &Place) -> Vm {
     let api = place.join("fresh.api");

@@ -10,9 +10,9 @@ pub mod http;
 pub mod router;
 pub mod server;
 
-use api_spec::devices::{Drive, DriveUpdate, Serial};
+use api_spec::devices::{Balloon, BalloonStatisticsUpdate, BalloonUpdate, Drive, DriveUpdate, Entropy, Serial};
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad};
-use api_spec::vm::{Action, BootSource, MachineConfig, VmPatch, Vsock};
+use api_spec::vm::{Action, BootSource, MachineConfig, MachinePatch, VmPatch, Vsock};
 
 /// A request that has been understood, before anyone has asked whether it is legal now.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +27,8 @@ pub enum Request {
     GetMachineConfig,
     /// `PUT /machine-config`
     PutMachineConfig(MachineConfig),
+    /// `PATCH /machine-config`
+    PatchMachineConfig(MachinePatch),
     /// `PUT /boot-source`
     PutBootSource(BootSource),
     /// `PUT /vsock`
@@ -37,6 +39,18 @@ pub enum Request {
     PatchDrive(DriveUpdate),
     /// `PUT /serial`
     PutSerial(Serial),
+    /// `PUT /entropy`
+    PutEntropy(Entropy),
+    /// `PUT /balloon`
+    PutBalloon(Balloon),
+    /// `GET /balloon`
+    GetBalloon,
+    /// `PATCH /balloon`
+    PatchBalloon(BalloonUpdate),
+    /// `GET /balloon/statistics`
+    GetBalloonStatistics,
+    /// `PATCH /balloon/statistics`
+    PatchBalloonStatistics(BalloonStatisticsUpdate),
     /// `PUT /actions`
     Action(Action),
     /// `PATCH /vm`

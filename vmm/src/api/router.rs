@@ -6,15 +6,18 @@ use api_spec::devices::{Drive, DriveUpdate};
 use serde::de::DeserializeOwned;
 
 /// Every path with its methods, in the order in which they are documented.
-const ROUTES: [(&str, &[&str]); 13] = [
+const ROUTES: &[(&str, &[&str])] = &[
     ("/", &["GET"]),
     ("/version", &["GET"]),
     ("/vm/config", &["GET"]),
-    ("/machine-config", &["GET", "PUT"]),
+    ("/machine-config", &["GET", "PUT", "PATCH"]),
     ("/boot-source", &["PUT"]),
     ("/vsock", &["PUT"]),
     ("/serial", &["PUT"]),
     (DRIVES, &["PUT", "PATCH"]),
+    ("/entropy", &["PUT"]),
+    ("/balloon", &["GET", "PUT", "PATCH"]),
+    ("/balloon/statistics", &["GET", "PATCH"]),
     ("/actions", &["PUT"]),
     ("/vm", &["PATCH"]),
     ("/snapshot/create", &["PUT"]),
@@ -35,6 +38,7 @@ pub fn route(message: &Message) -> Result<Request, Response> {
         ("GET", "/machine-config") => Ok(Request::GetMachineConfig),
         ("GET", "/snapshot/status") => Ok(Request::SnapshotStatus),
         ("PUT", "/machine-config") => body(message).map(Request::PutMachineConfig),
+        ("PATCH", "/machine-config") => body(message).map(Request::PatchMachineConfig),
         ("PUT", "/boot-source") => body(message).map(Request::PutBootSource),
         ("PUT", "/vsock") => body(message).map(Request::PutVsock),
         ("PUT", "/serial") => body(message).map(Request::PutSerial),
@@ -44,6 +48,12 @@ pub fn route(message: &Message) -> Result<Request, Response> {
         ("PATCH", _) if drive_id(path).is_some() => {
             named(message, |update: &DriveUpdate| &update.drive_id).map(Request::PatchDrive)
         }
+        ("PUT", "/entropy") => body(message).map(Request::PutEntropy),
+        ("GET", "/balloon") => Ok(Request::GetBalloon),
+        ("PUT", "/balloon") => body(message).map(Request::PutBalloon),
+        ("PATCH", "/balloon") => body(message).map(Request::PatchBalloon),
+        ("GET", "/balloon/statistics") => Ok(Request::GetBalloonStatistics),
+        ("PATCH", "/balloon/statistics") => body(message).map(Request::PatchBalloonStatistics),
         ("PUT", "/actions") => body(message).map(Request::Action),
         ("PATCH", "/vm") => body(message).map(Request::PatchVm),
         ("PUT", "/snapshot/create") => body(message).map(Request::SnapshotCreate),
@@ -95,8 +105,8 @@ mod tests {
 
     #[test]
     fn every_listed_route_is_routed() {
-        for (path, methods) in ROUTES {
-            for method in methods {
+        for &(path, methods) in ROUTES {
+            for &method in methods {
                 let routed = route(&message(method, path, ""));
                 assert!(!matches!(routed, Err(Response { status: 404 | 405, .. })), "{method} {path}");
             }

@@ -29,6 +29,7 @@ Options:
   --vsock PATH           with --restore: the Unix socket of the vsock device, instead of the snapshot's own
   --drive ID=PATH        with --restore: the image of the disk ID is at PATH; once for each disk
   --paused               with --restore: leave the vCPUs standing still
+  --max-private-mib N    with --restore: pause the guest when it has N MiB of private memory
   --same-generation      with --restore: keep the generation id, so that the guest takes itself for the original (tests)
   --console PLACE        where the guest's COM1 leads: `stdio` (default), `pty`, or a file that output is appended to
   --api-sock PATH        Unix socket of the REST API; created, mode 0600, removed at the end
@@ -75,6 +76,8 @@ pub struct LoadOptions {
     pub paused: bool,
     /// Keep the generation id.
     pub same_generation: bool,
+    /// Most private memory, in MiB.
+    pub max_private_mib: Option<u64>,
 }
 
 impl LoadOptions {
@@ -88,6 +91,7 @@ impl LoadOptions {
             drive_overrides: self.drives.clone(),
             vsock_override: self.vsock.as_ref().map(|path| VsockOverride { uds_path: path.clone() }),
             new_generation: !self.same_generation,
+            max_private_mib: self.max_private_mib,
         }
     }
 }
@@ -183,7 +187,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
     };
     let (mut snapshot, mut uffd, mut vsock) = (None, None, None);
     let mut drives = Vec::new();
-    let (mut paused, mut same_generation) = (false, false);
+    let (mut paused, mut same_generation, mut max_private_mib) = (false, false, None);
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
         match arg {
@@ -201,6 +205,9 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             Long("drive") => drives.push(drive(parser.value()?)?),
             Long("paused") => paused = true,
             Long("same-generation") => same_generation = true,
+            Long("max-private-mib") => {
+                max_private_mib = Some(value(&mut parser, "--max-private-mib", "a number of MiB")?);
+            }
             Long("api-sock") => options.api_sock = Some(parser.value()?.into()),
             Long("console") => options.console = Some(console(parser.value()?)),
             Long("id") => options.id = parser.value()?.string()?,
@@ -219,11 +226,13 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         ("--drive", !drives.is_empty()),
         ("--paused", paused),
         ("--same-generation", same_generation),
+        ("--max-private-mib", max_private_mib.is_some()),
     ];
     match (snapshot, &options.config) {
         (Some(_), Some(_)) => return Err(UsageError::Conflict("--config", "--restore")),
         (Some(snapshot), None) => {
-            options.restore = Some(LoadOptions { snapshot, uffd, drives, vsock, paused, same_generation });
+            options.restore =
+                Some(LoadOptions { snapshot, uffd, drives, vsock, paused, same_generation, max_private_mib });
         }
         (None, _) => {
             if let Some((option, _)) = only_with_restore.into_iter().find(|(_, given)| *given) {
@@ -382,6 +391,8 @@ mod tests {
             "--restore a --drive b",
             "--restore a --drive =b",
             "--restore a --drive b=",
+            "--config a --max-private-mib 5",
+            "--restore a --max-private-mib much",
             "--restore a --uffd b --uffd-mode copy",
             "--nonsense",
             "guest",

@@ -8,7 +8,8 @@
 //! | `i8042.rs` | the keyboard controller, of which only the reset line exists |
 //! | `power.rs` | the registers that power the machine off |
 //! | `pvpanic.rs` | the port by which a kernel says that it has panicked |
-//! | `rate.rs`, `timer.rs` | bounds of a device's traffic, and waiting until it may go on |
+//! | `rate.rs` | bounds of a device's traffic |
+//! | `alarm.rs` | has a device take its turn after some time |
 //! | `virtio/mod.rs` | what a virtio device is to its transport |
 //! | `virtio/mmio.rs` | the virtio-mmio transport |
 //! | `virtio/status.rs` | the rules of its status register |
@@ -16,6 +17,8 @@
 //! | `virtio/chain.rs` | descriptor chains as runs of guest memory |
 //! | `virtio/interrupt.rs` | how a device interrupts the guest, and how it fails |
 //! | `virtio/block/` | disks |
+//! | `virtio/rng/` | the source of entropy |
+//! | `virtio/balloon/` | the memory balloon |
 //! | `virtio/vsock/` | the socket device between guest and host |
 //!
 //! vCPU threads reach devices through a bus; everything else that a device does happens on the event thread.
@@ -24,6 +27,7 @@
 //! All writes to guest memory go through `vm-memory`, so a bitmap in [`GuestMemory`] sees every page that a device
 //! has written.
 
+pub mod alarm;
 pub mod bus;
 pub mod i8042;
 pub mod output;
@@ -31,7 +35,6 @@ pub mod power;
 pub mod pvpanic;
 pub mod rate;
 pub mod serial;
-pub mod timer;
 pub mod virtio;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

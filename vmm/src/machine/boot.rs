@@ -4,7 +4,7 @@ use super::config::BootPlan;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, disks, start_vcpus};
 use crate::arch::regs::{self, RegsError};
-use crate::arch::{ACPI_TABLES, RESET_CODE, RESET_VECTOR, acpi, cpuid};
+use crate::arch::{ACPI_TABLES, RESET_CODE, RESET_VECTOR, acpi, cpuid, msrs};
 use crate::devices::virtio::block::DiskError;
 use crate::kvm::{self, KvmError};
 use crate::loader::{self, Kernel, LoadError};
@@ -33,6 +33,14 @@ pub enum BootError {
     /// CPUID.
     #[error("KVM refused the CPUID of vCPU {vcpu}: {source}")]
     Cpuid {
+        /// Number of the vCPU.
+        vcpu: u8,
+        /// What the kernel said.
+        source: kvm_ioctls::Error,
+    },
+    /// What firmware would set up.
+    #[error("KVM refused the boot state of vCPU {vcpu}: {source}")]
+    BootState {
         /// Number of the vCPU.
         vcpu: u8,
         /// What the kernel said.
@@ -72,8 +80,8 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
     let ram = GuestRam::fresh(plan.memory_bytes)?;
     let vm = kvm::create(&kvm, &ram, plan.vcpus)?;
     let notifier = outside.notifier.clone();
-    let devices = wiring::wire(&vm.fd, ram.memory(), &plan.devices, disks, None, outside)?;
-    set_cpuid(&kvm, &vm.vcpus)?;
+    let devices = wiring::wire(&vm.fd, &ram, &plan.devices, disks, None, outside)?;
+    set_up_vcpus(&kvm, &vm.vcpus)?;
     write_generation(ram.memory(), &fresh_generation().map_err(BootError::Random)?).map_err(BootError::Generation)?;
 
     let tables = acpi::tables(ACPI_TABLES, plan.vcpus, &wiring::virtio_devices(&plan.devices));
@@ -100,8 +108,8 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
     })
 }
 
-/// Gives each vCPU its CPUID.
-fn set_cpuid(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
+/// Gives each vCPU its CPUID, and what firmware would set up.
+fn set_up_vcpus(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
     let supported = kvm::supported_cpuid(kvm)?;
     let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     for (number, vcpu) in vcpus.iter().enumerate() {
@@ -109,19 +117,21 @@ fn set_cpuid(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
         let cpuid =
             cpuid::for_vcpu(&supported, number, vcpus.len() as u8, tsc_deadline).map_err(BootError::CpuidSize)?;
         vcpu.set_cpuid2(&cpuid).map_err(|source| BootError::Cpuid { vcpu: number, source })?;
+        msrs::set_up(vcpu, number == 0).map_err(|source| BootError::BootState { vcpu: number, source })?;
     }
     Ok(())
 }
 
-/// The command line as configured, with what a guest that reads no ACPI cannot find out by itself: where its devices are.
+/// The command line as configured, with what a guest that reads no ACPI cannot find out by itself: where its devices are,
+/// and its generation id, which the agent of a Linux guest reads as well.
 fn command_line(plan: &BootPlan, vcpu: Option<&VcpuFd>) -> String {
     let mut words = vec![plan.command_line.clone()];
     words.extend(wiring::virtio_devices(&plan.devices).iter().map(wiring::device_word));
+    words.push(format!("coppice.generation={GENERATION_PAGE:#x}"));
     if plan.kernel != Kernel::Embedded {
         words.extend(root_words(plan));
     } else {
         words.push(format!("coppice.vcpus={}", plan.vcpus));
-        words.push(format!("coppice.generation={GENERATION_PAGE:#x}"));
         if let Some(khz) = vcpu.and_then(|vcpu| vcpu.get_tsc_khz().ok()) {
             words.push(format!("coppice.tsc_khz={khz}"));
         }

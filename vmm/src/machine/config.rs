@@ -3,7 +3,7 @@
 use crate::console::Place;
 use crate::loader::Kernel;
 use crate::memory::layout::{MAX_MIB, MAX_VIRTIO, MIN_MIB};
-use api_spec::devices::{Drive, DriveUpdate, IoEngine, RateLimiter, Serial, TokenBucket};
+use api_spec::devices::{Balloon, Drive, DriveUpdate, Entropy, IoEngine, RateLimiter, Serial, TokenBucket};
 use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
 use std::path::PathBuf;
 use uffd_handler::listener;
@@ -22,6 +22,9 @@ pub enum ConfigError {
     /// Memory out of range.
     #[error("machine-config.mem_size_mib is {0}; it may be {MIN_MIB} to {MAX_MIB}")]
     Memory(u64),
+    /// A limit that nothing can keep.
+    #[error("max_private_mib is 0, and the vmm itself needs more; give it more, or leave it out for no limit")]
+    MaxPrivate,
     /// A reserved context id.
     #[error("vsock.guest_cid is {0}; it may be {MIN_CID} to 4294967294")]
     GuestCid(u32),
@@ -48,6 +51,20 @@ pub enum ConfigError {
     /// A rate limit that nothing would ever pass.
     #[error("{0}: `size` and `refill_time` must be at least 1")]
     Rate(String),
+    /// A balloon that does not fit into the guest.
+    #[error("balloon.amount_mib is {amount_mib}; it may be at most {memory_mib}, the guest's memory")]
+    Balloon {
+        /// How large the balloon shall be, in MiB.
+        amount_mib: u64,
+        /// The guest's memory, in MiB.
+        memory_mib: u64,
+    },
+    /// Statistics that were off when the guest started.
+    #[error("balloon.stats_polling_interval_s was 0 when the guest started, which was not offered statistics then")]
+    NoStatistics,
+    /// Statistics cannot be turned off.
+    #[error("balloon.stats_polling_interval_s is 0; once the guest has started it may be 1 to 65535")]
+    Interval,
     /// Nothing to boot.
     #[error("boot-source is missing: name a kernel (`kernel_image_path`) or say `embedded_guest`")]
     NoKernel,
@@ -115,26 +132,36 @@ pub struct DevicePlan {
     pub vsock: Option<Vsock>,
     /// The disks, the root disk first.
     pub drives: Vec<Drive>,
+    /// The source of entropy.
+    pub entropy: Option<Entropy>,
+    /// The balloon.
+    pub balloon: Option<Balloon>,
 }
 
 impl DevicePlan {
     /// Number of virtio devices.
     pub fn virtio_count(&self) -> u32 {
-        let DevicePlan { vsock, drives } = self;
-        u32::from(vsock.is_some()) + drives.len() as u32
+        let DevicePlan { vsock, drives, entropy, balloon } = self;
+        let single: u32 = [vsock.is_some(), entropy.is_some(), balloon.is_some()].map(u32::from).iter().sum();
+        single + drives.len() as u32
     }
 }
 
 /// Checks CPUs and memory.
 pub fn check_machine(config: &MachineConfig) -> Result<(), ConfigError> {
-    let MachineConfig { vcpu_count, mem_size_mib } = *config;
+    let MachineConfig { vcpu_count, mem_size_mib, max_private_mib } = *config;
     if !(1..=MAX_VCPUS).contains(&vcpu_count) {
         return Err(ConfigError::Vcpus(vcpu_count));
     }
     if !(MIN_MIB..=MAX_MIB).contains(&mem_size_mib) {
         return Err(ConfigError::Memory(mem_size_mib));
     }
-    Ok(())
+    check_max_private(max_private_mib)
+}
+
+/// Checks the limit of private memory.
+pub fn check_max_private(mib: Option<u64>) -> Result<(), ConfigError> {
+    if mib == Some(0) { Err(ConfigError::MaxPrivate) } else { Ok(()) }
 }
 
 /// Checks what to boot.
@@ -154,6 +181,11 @@ pub fn check_vsock(vsock: &Vsock) -> Result<(), ConfigError> {
         return Err(ConfigError::GuestCid(vsock.guest_cid));
     }
     listener::check_path(&vsock.uds_path).map_err(|e| ConfigError::UdsPath(e.to_string()))
+}
+
+/// Checks the source of entropy.
+pub fn check_entropy(entropy: &Entropy) -> Result<(), ConfigError> {
+    check_rate("entropy.rate_limiter", entropy.rate_limiter.as_ref())
 }
 
 /// Checks where the console leads.
@@ -226,19 +258,35 @@ pub fn check_places(plan: &DevicePlan) -> Result<(), ConfigError> {
     }
 }
 
+/// Checks how large the balloon of a guest of so much memory shall be.
+pub fn check_balloon(amount_mib: u64, memory_mib: u64) -> Result<(), ConfigError> {
+    if amount_mib > memory_mib { Err(ConfigError::Balloon { amount_mib, memory_mib }) } else { Ok(()) }
+}
+
+/// Checks how often a guest that was started with one interval shall report statistics, in seconds.
+pub fn check_interval(started_with: u16, wanted: u16) -> Result<(), ConfigError> {
+    match (started_with, wanted) {
+        (0, _) => Err(ConfigError::NoStatistics),
+        (_, 0) => Err(ConfigError::Interval),
+        _ => Ok(()),
+    }
+}
+
 /// Checks a whole configuration.
 pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
-    let VmConfig { boot_source, machine_config, vsock, drives, serial } = config;
+    let VmConfig { boot_source, machine_config, vsock, drives, entropy, balloon, serial } = config;
     let source = boot_source.as_ref().ok_or(ConfigError::NoKernel)?;
     let kernel = check_boot_source(source)?;
     check_machine(machine_config)?;
     vsock.as_ref().map(check_vsock).transpose()?;
+    entropy.as_ref().map(check_entropy).transpose()?;
     check_serial(serial.as_ref())?;
+    balloon.map_or(Ok(()), |balloon| check_balloon(balloon.amount_mib, machine_config.mem_size_mib))?;
     check_drives(drives)?;
     let mut drives = drives.clone();
     // Stable: the others keep their order.
     drives.sort_by_key(|drive| !drive.is_root_device);
-    let devices = DevicePlan { vsock: vsock.clone(), drives };
+    let devices = DevicePlan { vsock: vsock.clone(), drives, entropy: *entropy, balloon: *balloon };
     check_places(&devices)?;
     Ok(BootPlan {
         kernel,
@@ -274,13 +322,19 @@ pub fn check_rate(field: &str, rate: Option<&RateLimiter>) -> Result<(), ConfigE
 mod tests {
     use super::*;
 
+    fn balloon(amount_mib: u64) -> Balloon {
+        Balloon { amount_mib, deflate_on_oom: true, stats_polling_interval_s: 1, free_page_reporting: true }
+    }
+
     fn good() -> VmConfig {
         VmConfig {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
-            machine_config: MachineConfig { vcpu_count: 8, mem_size_mib: 8 },
+            machine_config: MachineConfig { vcpu_count: 8, mem_size_mib: 8, max_private_mib: Some(4) },
             vsock: Some(Vsock { guest_cid: 3, uds_path: "/run/v".into() }),
             drives: vec![drive("data"), Drive { is_root_device: true, ..drive("root") }, drive("more")],
+            entropy: Some(Entropy::default()),
             serial: None,
+            balloon: Some(balloon(8)),
         }
     }
 
@@ -350,6 +404,7 @@ mod tests {
         assert_eq!(with(|c| c.machine_config.vcpu_count = 9), ConfigError::Vcpus(9));
         assert_eq!(with(|c| c.machine_config.mem_size_mib = 7), ConfigError::Memory(7));
         assert_eq!(with(|c| c.machine_config.mem_size_mib = u64::MAX), ConfigError::Memory(u64::MAX));
+        assert_eq!(with(|c| c.machine_config.max_private_mib = Some(0)), ConfigError::MaxPrivate);
         assert_eq!(with(|c| c.boot_source = None), ConfigError::NoKernel);
         assert_eq!(with(|c| c.boot_source = Some(BootSource::default())), ConfigError::NoKernel);
         let both = with(|c| c.boot_source.as_mut().unwrap().kernel_image_path = Some("k".into()));
@@ -359,13 +414,17 @@ mod tests {
         assert_eq!(with(|c| c.vsock.as_mut().unwrap().guest_cid = 2), ConfigError::GuestCid(2));
         let consoles = with(|c| c.serial = Some(Serial { serial_out_path: Some("f".into()), pty: true }));
         assert_eq!(consoles, ConfigError::TwoConsoles);
+        let large = with(|c| c.balloon = Some(balloon(9)));
+        assert_eq!(large, ConfigError::Balloon { amount_mib: 9, memory_mib: 8 });
+        assert_eq!(check_interval(0, 1), Err(ConfigError::NoStatistics));
+        assert_eq!(check_interval(1, 0), Err(ConfigError::Interval));
         for id in ["", "a/b", "a b", &"x".repeat(65)] {
             assert!(check_id("drives.drive_id", id).is_err(), "{id}");
         }
         assert_eq!(check_id("drives.drive_id", "root-1_A"), Ok(()));
         let ops = Some(TokenBucket { size: 1, one_time_burst: None, refill_time: 0 });
-        let refused = check_rate("entropy.rate_limiter", Some(&RateLimiter { bandwidth: None, ops }));
-        assert_eq!(refused, Err(ConfigError::Rate("entropy.rate_limiter.ops".into())));
+        let rate_limiter = Some(RateLimiter { bandwidth: None, ops });
+        assert_eq!(check_entropy(&Entropy { rate_limiter }), Err(ConfigError::Rate("entropy.rate_limiter.ops".into())));
         let long = with(|c| c.vsock.as_mut().unwrap().uds_path = "x".repeat(108).into());
         assert!(matches!(long, ConfigError::UdsPath(_)));
     }

@@ -9,17 +9,18 @@
 //! So no clone writes anything that another can see.
 
 use super::config::{self, ConfigError};
-use super::snapshot::SnapshotError;
+use super::restore::rate_limiter;
+use super::snapshot::{SnapshotError, rate_limit};
 use super::wiring::Devices;
 use crate::devices::lock;
 use crate::devices::virtio::block::disk::{Frozen, Image, ImageFacts};
 use crate::devices::virtio::block::overlay::{Folded, Stack};
 use crate::devices::virtio::block::{Disk, DiskError};
-use api_spec::devices::{CacheType, Drive, RateLimiter, TokenBucket};
+use api_spec::devices::{CacheType, Drive};
 use api_spec::snapshot::{DriveOverride, SnapshotLoad};
 use snapshot::create::{CopiedDisk, CreateError, Staging};
 use snapshot::load::Snapshot;
-use snapshot::manifest::{self, DiskImage, DriveDevice, HeldDisk, RateLimit};
+use snapshot::manifest::{self, DiskImage, DriveDevice, HeldDisk};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -106,7 +107,7 @@ fn configured(saved: &DriveDevice, other_path: Option<&Path>, dir: &Path) -> Dri
             manifest::CacheType::Writeback => CacheType::Writeback,
         },
         io_engine: Default::default(),
-        rate_limiter: saved.rate_limit.as_ref().map(rate_limiter),
+        rate_limiter: saved.rate_limit.map(rate_limiter),
         overlay: !saved.is_read_only,
         max_overlay_mib: saved.max_overlay_mib,
     }
@@ -198,7 +199,7 @@ fn describe(drive: &Drive, size_bytes: u64, image: Option<ImageFacts>) -> DriveD
             CacheType::Unsafe => manifest::CacheType::Unsafe,
             CacheType::Writeback => manifest::CacheType::Writeback,
         },
-        rate_limit: rate_limiter.as_ref().map(rate_limit),
+        rate_limit: rate_limiter.map(rate_limit),
         max_overlay_mib: *max_overlay_mib,
         size_bytes,
         image: image.map(|ImageFacts { path, size: _, modified_ns }| DiskImage {
@@ -244,39 +245,4 @@ pub fn fold(captured: &[Captured], cancel: &AtomicBool) -> Vec<(usize, Folded)> 
         }
     }
     folded
-}
-
-fn rate_limit(limiter: &RateLimiter) -> RateLimit {
-    let bucket = |TokenBucket { size, one_time_burst, refill_time }| manifest::TokenBucket {
-        size,
-        one_time_burst: one_time_burst.unwrap_or(0),
-        refill_ms: refill_time,
-    };
-    let RateLimiter { bandwidth, ops } = *limiter;
-    RateLimit { bandwidth: bandwidth.map(bucket), ops: ops.map(bucket) }
-}
-
-fn rate_limiter(limit: &RateLimit) -> RateLimiter {
-    let bucket = |manifest::TokenBucket { size, one_time_burst, refill_ms }| TokenBucket {
-        size,
-        one_time_burst: (one_time_burst > 0).then_some(one_time_burst),
-        refill_time: refill_ms,
-    };
-    let RateLimit { bandwidth, ops } = *limit;
-    RateLimiter { bandwidth: bandwidth.map(bucket), ops: ops.map(bucket) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rate_limits_come_back() {
-        let bucket = |one_time_burst| Some(TokenBucket { size: 5, one_time_burst, refill_time: 7 });
-        for limiter in
-            [RateLimiter { bandwidth: bucket(Some(3)), ops: None }, RateLimiter { bandwidth: None, ops: bucket(None) }]
-        {
-            assert_eq!(rate_limiter(&rate_limit(&limiter)), limiter);
-        }
-    }
 }

@@ -13,6 +13,7 @@
 //! - [`boot`], [`restore`], [`snapshot`]: the three long constructions, each readable from top to bottom
 //! - [`wiring`]: devices and their places; [`disks`]: what lies behind the drives
 //! - [`driver`]: the one owner of all this, on the event loop
+//! - `private`: watches over what the guest has of its own
 //! - `guard`: ends the process when the event loop cannot
 
 pub mod boot;
@@ -20,6 +21,7 @@ pub mod config;
 pub mod disks;
 pub mod driver;
 mod guard;
+mod private;
 pub mod requests;
 pub mod restore;
 pub mod snapshot;
@@ -32,6 +34,7 @@ use crate::memory::uffd::PageServer;
 use crate::notice::Notifier;
 use crate::vcpu::state::StateShape;
 use crate::vcpu::{self, Buses, Vcpu, VcpuError};
+use api_spec::devices::BalloonStatistics;
 use config::DevicePlan;
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::sync::Arc;
@@ -95,6 +98,28 @@ impl Machine {
                 lock(&slot.device).adopt(folded);
             }
         }
+    }
+
+    /// Has the guest give back so much memory in all, in MiB. `false` if it has no balloon.
+    pub fn set_balloon(&mut self, amount_mib: u64) -> bool {
+        let (Some(slot), Some(config)) = (&self.devices.balloon, &mut self.plan.balloon) else { return false };
+        config.amount_mib = amount_mib;
+        lock(&slot.device).set_target(amount_mib);
+        slot.config_changed();
+        true
+    }
+
+    /// Has the guest report statistics every so many seconds. `false` if it has no balloon.
+    pub fn set_balloon_interval(&mut self, seconds: u16) -> bool {
+        let (Some(slot), Some(config)) = (&self.devices.balloon, &mut self.plan.balloon) else { return false };
+        config.stats_polling_interval_s = seconds;
+        lock(&slot.device).set_interval(seconds);
+        true
+    }
+
+    /// Where the balloon stands, if there is one.
+    pub fn balloon_statistics(&self) -> Option<BalloonStatistics> {
+        self.devices.balloon.as_ref().map(|slot| lock(&slot.device).statistics())
     }
 
     /// Lets all vCPUs run.

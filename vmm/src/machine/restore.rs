@@ -14,12 +14,13 @@ use crate::memory::uffd::{self, PageServer, UffdError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
+use api_spec::devices::{Balloon, Drive, Entropy, RateLimiter, TokenBucket};
 use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad};
 use api_spec::vm::Vsock;
 use snapshot::compat::Mismatch;
 use snapshot::image::{ImageError, ensure_trusted};
 use snapshot::load::{LoadError, Snapshot};
-use snapshot::manifest::Manifest;
+use snapshot::manifest::{self, BalloonDevice, Manifest, RateLimit};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -124,7 +125,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     let snapshot = snapshot::load::open(&request.snapshot_path)?;
     check(&snapshot)?;
     let (drives, disks) = disks::restore(&snapshot, request)?;
-    let plan = DevicePlan { vsock: vsock(snapshot.manifest(), request)?, drives };
+    let plan = device_plan(snapshot.manifest(), drives, request)?;
     config::check_places(&plan).map_err(RestoreError::Places)?;
     let kvm = kvm::open()?;
 
@@ -150,7 +151,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
         write_generation(ram.memory(), &id).map_err(RestoreError::Generation)?;
     }
     let notifier = outside.notifier.clone();
-    let devices = wiring::wire(&vm.fd, ram.memory(), &plan, disks, Some(&state.devices), outside)?;
+    let devices = wiring::wire(&vm.fd, &ram, &plan, disks, Some(&state.devices), outside)?;
     // After the interrupt controllers' state, which would undo it.
     if request.new_generation {
         devices.announce_generation().map_err(RestoreError::Announce)?;
@@ -173,6 +174,32 @@ fn check(snapshot: &Snapshot) -> Result<(), RestoreError> {
         return Err(RestoreError::Vcpus(manifest.machine.vcpus));
     }
     Ok(())
+}
+
+/// The balloon, as it was.
+fn balloon(saved: BalloonDevice) -> Balloon {
+    let BalloonDevice { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting } = saved;
+    Balloon { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting }
+}
+
+/// The devices: as they were, but for what the request overrides.
+fn device_plan(manifest: &Manifest, drives: Vec<Drive>, request: &SnapshotLoad) -> Result<DevicePlan, RestoreError> {
+    let entropy = manifest.devices.entropy.as_ref();
+    Ok(DevicePlan {
+        vsock: vsock(manifest, request)?,
+        drives,
+        entropy: entropy.map(|saved| Entropy { rate_limiter: saved.rate_limit.map(rate_limiter) }),
+        balloon: manifest.devices.balloon.map(balloon),
+    })
+}
+
+/// A bound of a device's traffic, as it was configured.
+pub(super) fn rate_limiter(saved: RateLimit) -> RateLimiter {
+    let bucket = |manifest::TokenBucket { size, one_time_burst, refill_ms }| {
+        let one_time_burst = (one_time_burst > 0).then_some(one_time_burst);
+        TokenBucket { size, one_time_burst, refill_time: refill_ms }
+    };
+    RateLimiter { bandwidth: saved.bandwidth.map(bucket), ops: saved.ops.map(bucket) }
 }
 
 /// The vsock device: as it was, but for what the request overrides.

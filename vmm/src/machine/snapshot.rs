@@ -13,15 +13,17 @@ use super::{Machine, disks};
 use crate::devices::virtio::block::overlay::Folded;
 use crate::host;
 use crate::kvm::state::VmStateError;
+use crate::memory::discard::Contents;
 use crate::memory::freeze::{FreezeError, Frozen};
 use crate::memory::{GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::VcpuStateError;
+use api_spec::devices::{Balloon, RateLimiter, TokenBucket};
 use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus, SnapshotType};
 use api_spec::vm::Readiness;
 use snapshot::create::{CreateError, Facts, FileSource, MemoryDigest, MemorySource, Staging};
-use snapshot::manifest::{self, MemoryRegion, VsockDevice};
+use snapshot::manifest::{self, BalloonDevice, EntropyDevice, MemoryRegion, RateLimit, VsockDevice};
 use snapshot::state::MachineState;
 use std::io;
 use std::ops::Range;
@@ -235,8 +237,13 @@ fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
     Facts {
         vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
         host: host::facts(),
-        // The disks are added when they are written.
-        devices: manifest::Devices { vsock, drives: Vec::new() },
+        devices: manifest::Devices {
+            vsock,
+            // Added when they are written.
+            drives: Vec::new(),
+            entropy: machine.plan.entropy.map(|e| EntropyDevice { rate_limit: e.rate_limiter.map(rate_limit) }),
+            balloon: machine.plan.balloon.map(balloon),
+        },
         readiness: readiness.map(|readiness| match readiness {
             Readiness::Agent => manifest::Readiness::Agent,
             Readiness::Full => manifest::Readiness::Full,
@@ -245,16 +252,37 @@ fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
     }
 }
 
-/// The memory of a guest that is a private view, read through that view.
+/// A bound of a device's traffic, as a manifest says it.
+pub(super) fn rate_limit(configured: RateLimiter) -> RateLimit {
+    let bucket = |TokenBucket { size, one_time_burst, refill_time }| {
+        let one_time_burst = one_time_burst.unwrap_or(0);
+        manifest::TokenBucket { size, one_time_burst, refill_ms: refill_time }
+    };
+    RateLimit { bandwidth: configured.bandwidth.map(bucket), ops: configured.ops.map(bucket) }
+}
+
+fn balloon(config: Balloon) -> BalloonDevice {
+    let Balloon { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting } = config;
+    BalloonDevice { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting }
+}
+
+/// The memory of a guest that is a private view, read through that view. What it has discarded and not written since is
+/// not even looked at.
 struct ViewSource {
     memory: GuestMemory,
     regions: Vec<MemoryRegion>,
+    contents: Contents,
     size: u64,
 }
 
 impl ViewSource {
     fn new(ram: &GuestRam) -> Self {
-        ViewSource { memory: ram.memory().clone(), regions: ram.regions().to_vec(), size: ram.size() }
+        ViewSource {
+            memory: ram.memory().clone(),
+            regions: ram.regions().to_vec(),
+            contents: ram.contents(),
+            size: ram.size(),
+        }
     }
 }
 
@@ -268,7 +296,7 @@ impl MemorySource for ViewSource {
     }
 
     fn next_data(&mut self, from: u64) -> io::Result<Option<Range<u64>>> {
-        Ok((from < self.size).then_some(from..self.size))
+        self.contents.next(from)
     }
 
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()> {

@@ -6,8 +6,7 @@
 //! | i8042 | ports 0x60 to 0x64 | none |
 //! | pvpanic | port 0x505 | none |
 //! | sleep registers | ports 0x600 and 0x601 | none |
-//! | vsock on virtio-mmio | 0xd000_0000, 4 KiB | GSI 5 |
-//! | disks, the root disk first | the next places | the next GSIs, up to 22 |
+//! | virtio-mmio devices, as far as there are: vsock, disks (root first), entropy, balloon | from 0xd000_0000, 4 KiB each | from GSI 5 |
 //! | generation id | its page of memory | GSI 23, through the ACPI event device |
 //!
 //! A guest finds them in the ACPI tables ([`crate::arch::acpi`]). Virtio-mmio devices are also named on the kernel command
@@ -28,19 +27,21 @@ use crate::devices::power::{self, Power};
 use crate::devices::pvpanic::{self, Pvpanic};
 use crate::devices::serial::{self, Serial, SerialError};
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::balloon::{self, Balloon, BalloonError};
 use crate::devices::virtio::block::{self, Block, BlockConfig, Disk};
 use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::mmio::{MmioTransport, TransportError};
+use crate::devices::virtio::rng::{self, Rng, RngError};
 use crate::devices::virtio::vsock::{self, Vsock, VsockError};
-use crate::memory::GuestMemory;
 use crate::memory::layout::{EVENT_GSI, MMIO_BASE, MMIO_GSI, MMIO_STRIDE};
+use crate::memory::{GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier};
 use crate::vcpu::Buses;
-use api_spec::devices::{CacheType, Drive};
+use api_spec::devices::{self, CacheType, Drive};
 use api_spec::vm;
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::{IoEventAddress, VmFd};
-use snapshot::state::{DeviceState, DriveState, VsockState};
+use snapshot::state::{BalloonState, DeviceState, DriveState, EntropyState, VsockState};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use uffd_handler::process::Signals;
@@ -72,6 +73,12 @@ pub enum WireError {
     /// The vsock device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// The source of entropy.
+    #[error(transparent)]
+    Rng(#[from] RngError),
+    /// The balloon.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// A device's saved state.
     #[error("{device}: {source}")]
     State {
@@ -109,6 +116,10 @@ pub struct Devices {
     pub vsock: Option<Slot<Vsock>>,
     /// The disks, in the order of the plan.
     pub drives: Vec<Slot<Block>>,
+    /// The source of entropy.
+    pub entropy: Option<Slot<Rng>>,
+    /// The balloon.
+    pub balloon: Option<Slot<Balloon>>,
     /// All virtio devices, in order of their places.
     virtio: Vec<Arc<Mutex<dyn VirtioDevice>>>,
     /// The same devices, for the event loop.
@@ -122,6 +133,13 @@ pub struct Slot<D> {
     /// The device.
     pub device: Arc<Mutex<D>>,
     transport: Arc<Mutex<MmioTransport>>,
+}
+
+impl<D> Slot<D> {
+    /// Tells the driver that the device's configuration has changed.
+    pub fn config_changed(&self) {
+        lock(&self.transport).config_changed();
+    }
 }
 
 impl std::fmt::Debug for Devices {
@@ -138,6 +156,8 @@ impl Devices {
             serial: lock(&self.serial).save(),
             vsock: self.vsock.as_ref().map(|slot| vsock::save(&slot.device, &lock(&slot.transport))),
             drives: self.drives.iter().map(|slot| block::save(&slot.device, &lock(&slot.transport))).collect(),
+            entropy: self.entropy.as_ref().map(|slot| rng::save(&slot.device, &lock(&slot.transport))),
+            balloon: self.balloon.as_ref().map(|slot| balloon::save(&slot.device, &lock(&slot.transport))),
         }
     }
 
@@ -177,14 +197,14 @@ fn address(index: u32) -> u64 {
 /// of the plan.
 pub fn wire(
     vm: &VmFd,
-    memory: &GuestMemory,
+    ram: &GuestRam,
     plan: &DevicePlan,
     disks: Vec<Disk>,
     saved: Option<&DeviceState>,
     outside: Outside,
 ) -> Result<Devices, WireError> {
     let Outside { notifier, console, reset, signals: _ } = outside;
-    let DevicePlan { vsock, drives } = plan;
+    let DevicePlan { vsock, drives, entropy, balloon } = plan;
     let mut pio = Bus::ports();
     let serial = wire_serial(vm, &mut pio, saved, console)?;
     pio.insert(i8042::BASE, i8042::LEN, shared(I8042::new(reset)))?;
@@ -192,23 +212,35 @@ pub fn wire(
     pio.insert(pvpanic::BASE, pvpanic::LEN, shared(Pvpanic::new(notifier.clone())))?;
     let event = interrupt_line(vm, EVENT_GSI)?;
 
+    let memory = ram.memory();
     let mut virtio = Virtio { vm, memory, mmio: Bus::memory(), devices: Vec::new(), subscribers: Vec::new() };
     let saved_vsock = saved.and_then(|saved| saved.vsock.as_ref());
+    let saved_entropy = saved.and_then(|saved| saved.entropy.as_ref());
     if saved.is_some() && saved_vsock.is_some() != vsock.is_some() {
         return Err(WireError::DeviceMismatch("vsock"));
     }
-    let vsock = vsock.as_ref().map(|config| virtio.add_vsock(config, saved_vsock, notifier.clone())).transpose()?;
+    if saved.is_some() && saved_entropy.is_some() != entropy.is_some() {
+        return Err(WireError::DeviceMismatch("entropy"));
+    }
     if saved.is_some_and(|saved| saved.drives.len() != drives.len()) {
         return Err(WireError::DeviceMismatch("drives"));
     }
+    let vsock = vsock.as_ref().map(|config| virtio.add_vsock(config, saved_vsock, notifier.clone())).transpose()?;
     let drives = drives.iter().zip(disks).enumerate().map(|(number, (config, disk))| {
         virtio.add_drive(config, disk, saved.and_then(|saved| saved.drives.get(number)), notifier.clone())
     });
     let drives = drives.collect::<Result<_, _>>()?;
+    let entropy = entropy.as_ref().map(|config| virtio.add_entropy(config, saved_entropy)).transpose()?;
+
+    let saved_balloon = saved.and_then(|saved| saved.balloon.as_ref());
+    if saved.is_some() && saved_balloon.is_some() != balloon.is_some() {
+        return Err(WireError::DeviceMismatch("balloon"));
+    }
+    let balloon = balloon.map(|config| virtio.add_balloon(config, saved_balloon, ram)).transpose()?;
 
     let Virtio { mmio, devices, subscribers, .. } = virtio;
     let buses = Buses { pio: Arc::new(pio), mmio: Arc::new(mmio) };
-    Ok(Devices { buses, serial, vsock, drives, virtio: devices, subscribers, event })
+    Ok(Devices { buses, serial, vsock, drives, entropy, balloon, virtio: devices, subscribers, event })
 }
 
 fn shared<T: BusDevice + 'static>(device: T) -> Arc<Mutex<T>> {
@@ -311,5 +343,19 @@ impl Virtio<'_> {
         });
         let device = Vsock::new(config.guest_cid.into(), &config.uds_path, ready)?;
         self.add(device, |device, transport| saved.map_or(Ok(()), |saved| vsock::restore(device, transport, saved)))
+    }
+    fn add_entropy(&mut self, config: &devices::Entropy, saved: Option<&EntropyState>) -> Result<Slot<Rng>, WireError> {
+        let device = Rng::new(config.rate_limiter.as_ref())?;
+        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| rng::restore(device, transport, saved)))
+    }
+
+    fn add_balloon(
+        &mut self,
+        config: devices::Balloon,
+        saved: Option<&BalloonState>,
+        ram: &GuestRam,
+    ) -> Result<Slot<Balloon>, WireError> {
+        let device = Balloon::new(config, ram.discarder())?;
+        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| balloon::restore(device, transport, saved)))
     }
 }

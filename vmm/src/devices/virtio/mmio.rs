@@ -53,6 +53,9 @@ pub enum TransportError {
     /// The driver was ready although a queue was not.
     #[error("saved virtio device is in use although its queue {0} is not ready; the snapshot is damaged")]
     QueueNotReady(usize),
+    /// The device had kept a buffer that its queue cannot have.
+    #[error("saved virtio device keeps buffer {0}, which its queue does not have; the snapshot is damaged")]
+    Held(u16),
     /// A queue is not in order.
     #[error("saved virtio queue {index} cannot be used: {error}; the snapshot is damaged or of another machine")]
     Queue {
@@ -185,7 +188,8 @@ impl MmioTransport {
             live.push(queue.ok_or(TransportError::QueueNotReady(index)));
         }
         let active = status.running() && !failed;
-        let live = if active { Some(live.into_iter().collect::<Result<Vec<_>, _>>()?) } else { None };
+        let used = if active { lock(&*self.device).negotiated(driver_features) } else { 0 };
+        let live = live.into_iter().take(used).collect::<Result<Vec<_>, _>>()?;
 
         // Everything is in order; from here on nothing fails.
         self.driver_features = driver_features;
@@ -196,7 +200,7 @@ impl MmioTransport {
         self.config_generation = config_generation;
         self.queues = configs;
         self.interrupt.set(interrupt_status, failed);
-        if let Some(live) = live {
+        if active {
             lock(&*self.device).activate(self.mem.clone(), live, self.interrupt.clone());
         }
         Ok(())
@@ -296,11 +300,13 @@ impl MmioTransport {
         if self.interrupt.has_failed() {
             return;
         }
-        if let Some(index) = self.queues.iter().position(|queue| !queue.ready) {
+        let used = lock(&*self.device).negotiated(self.driver_features);
+        if let Some(index) = self.queues.iter().take(used).position(|queue| !queue.ready) {
             return self.fail(&format_args!("the driver started although queue {index} is not ready"));
         }
         let event_idx = self.event_idx();
-        let queues: Result<Vec<_>, _> = self.queues.iter().map(|queue| queue.build(&self.mem, event_idx)).collect();
+        let queues = self.queues.iter().take(used);
+        let queues: Result<Vec<_>, _> = queues.map(|queue| queue.build(&self.mem, event_idx)).collect();
         match queues {
             Ok(queues) => lock(&*self.device).activate(self.mem.clone(), queues, self.interrupt.clone()),
             Err(error) => self.fail(&error),

@@ -1,11 +1,15 @@
 //! virtio devices (virtio 1.2) on the MMIO transport.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
+#[cfg(test)]
+mod fake_driver;
 pub mod interrupt;
 pub mod mmio;
 pub mod queue;
 pub mod rings;
+pub mod rng;
 pub mod status;
 pub mod vsock;
 
@@ -46,6 +50,12 @@ pub trait VirtioDevice: Send {
 
     /// Writes the configuration space. What cannot be written there is ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
+
+    /// The driver has accepted these features, and is about to be ready, or was when it was saved. The result is how many
+    /// queues it uses then, from the first: all, unless features decide.
+    fn negotiated(&mut self, _features: u64) -> usize {
+        self.queue_max_sizes().len()
+    }
 
     /// The driver is ready: from here on the device may use its queues. They have been checked. Touches no guest
     /// memory.

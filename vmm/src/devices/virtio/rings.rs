@@ -31,8 +31,8 @@ pub struct Rings {
     mem: GuestMemory,
     queues: Vec<Queue>,
     interrupt: Arc<Interrupt>,
-    /// Queues in which buffers were used since the driver was last interrupted.
-    used: Vec<bool>,
+    /// The index of the next used buffer of each queue, as it was when interrupting the driver was last considered.
+    told: Vec<u16>,
     /// At which index of each queue the driver has been asked to tell of news, with event indices.
     asked: Vec<Option<u16>>,
 }
@@ -40,8 +40,8 @@ pub struct Rings {
 impl Rings {
     /// Queues that a transport has checked: the arguments of [`activate`](super::VirtioDevice::activate).
     pub fn new(mem: GuestMemory, queues: Vec<Queue>, interrupt: Arc<Interrupt>) -> Self {
-        let (used, asked) = (vec![false; queues.len()], vec![None; queues.len()]);
-        Rings { mem, queues, interrupt, used, asked }
+        let (told, asked) = (queues.iter().map(QueueT::next_used).collect(), vec![None; queues.len()]);
+        Rings { mem, queues, interrupt, told, asked }
     }
 
     /// The vCPUs are about to run for the first time after a restore: raises again what may have been lost. All chains
@@ -107,8 +107,24 @@ impl Rings {
 
     /// Gives a chain back to the driver, with the number of bytes that were written into it.
     pub fn used(&mut self, index: usize, head: u16, len: u32) -> Result<(), QueueBroken> {
-        self.used[index] = true;
         self.queues[index].add_used(&self.mem, head, len).map_err(|error| QueueBroken::Ring(index, error))
+    }
+
+    /// As [`Rings::used`] for chains that belong together: the driver sees all of them or none.
+    pub fn used_together(&mut self, index: usize, chains: &[(u16, u32)]) -> Result<(), QueueBroken> {
+        let Some((&(last, len), others)) = chains.split_last() else { return Ok(()) };
+        let queue = &mut self.queues[index];
+        for &(head, len) in others {
+            let next = queue.next_used();
+            // Elements of eight bytes, a head and a length, follow the flags and the index (virtio 1.2, section 2.7.8).
+            let at = queue.used_ring() + 4 + 8 * u64::from(next % queue.size());
+            let element = u64::from(len) << 32 | u64::from(head);
+            let memory = |error| QueueBroken::Ring(index, virtio_queue::Error::GuestMemory(error));
+            self.mem.write_obj(element.to_le(), GuestAddress(at)).map_err(memory)?;
+            queue.set_next_used(next.wrapping_add(1));
+        }
+        // Which moves the index that the driver reads, beyond all of them.
+        self.used(index, last, len)
     }
 
     /// The driver's index of the next chain that it will make available.
@@ -130,16 +146,22 @@ impl Rings {
     }
 
     fn wants_interrupt(&mut self, index: usize) -> Result<bool, QueueBroken> {
-        if !std::mem::take(&mut self.used[index]) {
+        let queue = &self.queues[index];
+        let next = queue.next_used();
+        let told = std::mem::replace(&mut self.told[index], next);
+        if next == told {
             return Ok(false);
         }
-        let queue = &mut self.queues[index];
+        fence(Ordering::SeqCst); // The used index is written before the driver's wish is read.
+        let read = |offset: u64| {
+            let value = self.mem.load::<u16>(GuestAddress(queue.avail_ring() + offset), Ordering::Relaxed);
+            value.map(u16::from_le).map_err(|e| QueueBroken::Ring(index, virtio_queue::Error::GuestMemory(e)))
+        };
         if queue.event_idx_enabled() {
-            return queue.needs_notification(&self.mem).map_err(|error| QueueBroken::Ring(index, error));
+            // It wants to hear when the buffer at this index is used (virtio 1.2, section 2.7.7): behind the ring.
+            let event = read(4 + 2 * u64::from(queue.size()))?;
+            return Ok(next.wrapping_sub(event).wrapping_sub(1) < next.wrapping_sub(told));
         }
-        fence(Ordering::SeqCst); // The used index is written before the flags are read.
-        let flags = self.mem.load::<u16>(GuestAddress(queue.avail_ring()), Ordering::Relaxed);
-        let memory = |error| QueueBroken::Ring(index, virtio_queue::Error::GuestMemory(error));
-        Ok(u32::from(u16::from_le(flags.map_err(memory)?)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        Ok(u32::from(read(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 }
