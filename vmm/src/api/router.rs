@@ -14,10 +14,10 @@ const ROUTES: &[(&str, &[&str])] = &[
     ("/boot-source", &["PUT"]),
     ("/vsock", &["PUT"]),
     ("/serial", &["PUT"]),
+    (DRIVES, &["PUT", "PATCH"]),
     ("/entropy", &["PUT"]),
     ("/balloon", &["GET", "PUT", "PATCH"]),
     ("/balloon/statistics", &["GET", "PATCH"]),
-    (DRIVES, &["PUT", "PATCH"]),
     ("/actions", &["PUT"]),
     ("/vm", &["PATCH"]),
     ("/snapshot/create", &["PUT"]),
@@ -42,18 +42,18 @@ pub fn route(message: &Message) -> Result<Request, Response> {
         ("PUT", "/boot-source") => body(message).map(Request::PutBootSource),
         ("PUT", "/vsock") => body(message).map(Request::PutVsock),
         ("PUT", "/serial") => body(message).map(Request::PutSerial),
-        ("PUT", "/entropy") => body(message).map(Request::PutEntropy),
-        ("GET", "/balloon") => Ok(Request::GetBalloon),
-        ("PUT", "/balloon") => body(message).map(Request::PutBalloon),
-        ("PATCH", "/balloon") => body(message).map(Request::PatchBalloon),
-        ("GET", "/balloon/statistics") => Ok(Request::GetBalloonStatistics),
-        ("PATCH", "/balloon/statistics") => body(message).map(Request::PatchBalloonStatistics),
         ("PUT", _) if drive_id(path).is_some() => {
             named(message, |drive: &Drive| &drive.drive_id).map(Request::PutDrive)
         }
         ("PATCH", _) if drive_id(path).is_some() => {
             named(message, |update: &DriveUpdate| &update.drive_id).map(Request::PatchDrive)
         }
+        ("PUT", "/entropy") => body(message).map(Request::PutEntropy),
+        ("GET", "/balloon") => Ok(Request::GetBalloon),
+        ("PUT", "/balloon") => body(message).map(Request::PutBalloon),
+        ("PATCH", "/balloon") => body(message).map(Request::PatchBalloon),
+        ("GET", "/balloon/statistics") => Ok(Request::GetBalloonStatistics),
+        ("PATCH", "/balloon/statistics") => body(message).map(Request::PatchBalloonStatistics),
         ("PUT", "/actions") => body(message).map(Request::Action),
         ("PATCH", "/vm") => body(message).map(Request::PatchVm),
         ("PUT", "/snapshot/create") => body(message).map(Request::SnapshotCreate),

@@ -8,8 +8,8 @@
 //! | `i8042.rs` | the keyboard controller, of which only the reset line exists |
 //! | `power.rs` | the registers that power the machine off |
 //! | `pvpanic.rs` | the port by which a kernel says that it has panicked |
-//! | `rate.rs`, `alarm.rs` | bounds of a device's traffic, and waiting until it may go on |
-//! | `timer.rs` | |
+//! | `rate.rs` | bounds of a device's traffic |
+//! | `alarm.rs` | has a device take its turn after some time |
 //! | `virtio/mod.rs` | what a virtio device is to its transport |
 //! | `virtio/mmio.rs` | the virtio-mmio transport |
 //! | `virtio/status.rs` | the rules of its status register |
@@ -35,7 +35,6 @@ pub mod power;
 pub mod pvpanic;
 pub mod rate;
 pub mod serial;
-pub mod timer;
 pub mod virtio;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

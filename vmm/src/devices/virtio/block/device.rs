@@ -31,8 +31,8 @@ use super::request::{
     Segment, Status,
 };
 use crate::devices::GuestMemory;
+use crate::devices::alarm::Alarm;
 use crate::devices::rate::Rate;
-use crate::devices::timer::Timer;
 use crate::notice::Halt;
 
 /// The device's number in the virtio specification.
@@ -100,7 +100,7 @@ pub struct Block {
     config: BlockConfig,
     limits: Limits,
     pub(super) event: Arc<EventFd>,
-    pub(super) timer: Timer,
+    pub(super) timer: Alarm,
     pub(super) gate: Gate,
     active: Option<Active>,
     disk: Disk,
@@ -141,7 +141,7 @@ impl Block {
         Ok(Arc::new(Mutex::new(Block {
             limits: Limits { size: disk.size(), read_only: disk.is_read_only(), flush: config.flush },
             event: Arc::new(EventFd::new(EFD_NONBLOCK)?),
-            timer: Timer::new()?,
+            timer: Alarm::new()?,
             gate: Gate::Open,
             active: None,
             rate: Rate::new(config.rate_limiter.as_ref(), Instant::now()),
@@ -220,13 +220,8 @@ impl Block {
 
     /// Waits for the rate limit.
     fn limit(&mut self, wait: Duration) {
-        match self.timer.set(wait) {
-            Ok(()) => self.gate = Gate::Limited,
-            Err(error) => {
-                self.complaints.say(Instant::now(), &self.config.id, &error);
-                self.wake();
-            }
-        }
+        self.gate = Gate::Limited;
+        self.timer.set(Some(wait));
     }
 
     /// Waits for room.

@@ -20,9 +20,8 @@ impl MutEventSubscriber for Block {
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         if events.fd() == self.timer.as_raw_fd() {
-            if self.timer.take() {
-                self.rate_allows();
-            }
+            self.timer.set(None);
+            self.rate_allows();
         } else {
             let _ = self.event.read(); // Only to make it quiet; the queue is looked at below.
         }
