@@ -373,7 +373,7 @@ mod tests {
         assert_eq!(check_drive(&sealed), Err(DriveError::ReadOnly(id(), "max_overlay_mib").into()));
         assert!(matches!(with(|c| c.drives[0].drive_id = "a/b".into()), ConfigError::Id { .. }));
         let many = with(|c| c.drives = (0..18).map(|n| drive(&n.to_string())).collect());
-        assert_eq!(many, ConfigError::TooMany(19));
+        assert_eq!(many, ConfigError::TooMany(21));
     }
 
     #[test]
