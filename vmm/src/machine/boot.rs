@@ -181,8 +181,9 @@ mod tests {
             });
             command_line(&config::plan(&serde_json::from_value(config).unwrap()).unwrap(), None)
         };
-        let devices =
-            "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 coppice.generation=0x9f000";
+        let generation = format!("coppice.generation={GENERATION_PAGE:#x}");
+        let devices = "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6";
+        let devices = format!("{devices} {generation}");
         let root = serde_json::json!({ "drive_id": "r", "path_on_host": "r", "is_root_device": true });
         let with = |field: &str, value: serde_json::Value| {
             let mut root = root.clone();
