@@ -11,6 +11,8 @@ pub const MAX_VCPUS: u32 = 64;
 pub const MAX_MEMORY_BYTES: u64 = 1 << 40;
 /// Longest `state.bin`, in bytes.
 pub const MAX_STATE_BYTES: u64 = 8 * 1024 * 1024;
+/// Most network interfaces.
+const MAX_INTERFACES: usize = 32;
 /// Most memory regions.
 const MAX_REGIONS: usize = 64;
 /// Longest of the short texts, in bytes.
@@ -122,8 +124,26 @@ pub struct StateFile {
 pub struct Devices {
     /// The vsock device, if the machine has one.
     pub vsock: Option<VsockDevice>,
+    /// The network interfaces, in order.
+    pub network: Vec<NetworkDevice>,
     /// The source of entropy, if the machine has one.
     pub entropy: Option<EntropyDevice>,
+}
+
+/// The host side of a network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkDevice {
+    /// Name of the interface, unique among the interfaces.
+    pub iface_id: String,
+    /// Name of its tap device. A restore uses it unless told otherwise.
+    pub host_dev_name: String,
+    /// Its MAC address, such as `06:00:ac:10:00:02`, if it has one of its own.
+    pub guest_mac: Option<String>,
+    /// Bounds of what the guest receives.
+    pub rx_rate_limit: Option<RateLimit>,
+    /// Bounds of what the guest sends.
+    pub tx_rate_limit: Option<RateLimit>,
 }
 
 /// The source of entropy.
@@ -259,15 +279,46 @@ impl Manifest {
         if names.windows(2).any(|pair| pair[0] == pair[1]) {
             return Err(BadField::new("memory.file", "and `memory.digests` and `state.file` must be three files"));
         }
-        let Devices { vsock, entropy } = devices;
+        let Devices { vsock, network, entropy } = devices;
         if let Some(vsock) = vsock {
             vsock.check()?;
         }
+        check_network(network)?;
         if let Some(EntropyDevice { rate_limit }) = entropy {
             check_rate("devices.entropy.rate_limit", rate_limit.as_ref())?;
         }
         Ok(())
     }
+}
+
+fn check_network(network: &[NetworkDevice]) -> Result<(), BadField> {
+    if network.len() > MAX_INTERFACES {
+        return Err(BadField::new("devices.network", format!("must have at most {MAX_INTERFACES} entries")));
+    }
+    for (i, interface) in network.iter().enumerate() {
+        let NetworkDevice { iface_id, host_dev_name, guest_mac, rx_rate_limit, tx_rate_limit } = interface;
+        let field = |name: &str| format!("devices.network[{i}].{name}");
+        check_id(field("iface_id"), iface_id)?;
+        if network[..i].iter().any(|other| other.iface_id == *iface_id) {
+            return Err(BadField::new(field("iface_id"), "is that of another interface too"));
+        }
+        check_text(&field("host_dev_name"), host_dev_name)?;
+        if let Some(mac) = guest_mac {
+            check_text(&field("guest_mac"), mac)?;
+        }
+        check_rate(&field("rx_rate_limit"), rx_rate_limit.as_ref())?;
+        check_rate(&field("tx_rate_limit"), tx_rate_limit.as_ref())?;
+    }
+    Ok(())
+}
+
+/// Whether `id` can be the name of a disk or a network interface.
+fn check_id(field: String, id: &str) -> Result<(), BadField> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if id.is_empty() || id.len() > 64 || !id.chars().all(plain) {
+        return Err(BadField::new(field, "must be 1 to 64 letters, digits, `-` and `_`"));
+    }
+    Ok(())
 }
 
 /// Whether something passes.

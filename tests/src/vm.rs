@@ -9,8 +9,11 @@ use crate::{PATIENCE, binaries, until};
 use api_spec::agent::{Request, Response};
 use api_spec::client::rest::RestError;
 use api_spec::client::{AgentClient, RestClient};
+use api_spec::devices::{Entropy, NetworkInterface};
+use api_spec::mac::MacAddr;
 use api_spec::snapshot::{
-    MemBackend, MemBackendType, SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus, VsockOverride,
+    MemBackend, MemBackendType, NetworkOverride, SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus,
+    VsockOverride,
 };
 use api_spec::vm::{BootSource, InstanceInfo, InstanceState, MachineConfig, VmConfig, VmPatch, VmState, Vsock};
 use std::path::{Path, PathBuf};
@@ -78,6 +81,24 @@ impl<'a> Boot<'a> {
         self
     }
 
+    /// With a network interface on this tap device.
+    pub fn network(mut self, iface_id: &str, device: &str, mac: Option<MacAddr>) -> Self {
+        self.config.network_interfaces.push(NetworkInterface {
+            iface_id: iface_id.to_owned(),
+            host_dev_name: device.to_owned(),
+            guest_mac: mac,
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+        });
+        self
+    }
+
+    /// With a source of entropy.
+    pub fn entropy(mut self) -> Self {
+        self.config.entropy = Some(Entropy::default());
+        self
+    }
+
     /// Starts the vmm, with a configuration file.
     pub fn start(mut self, name: &str) -> Vm {
         let (vsock, api) = sockets(self.place, name);
@@ -109,6 +130,7 @@ pub struct Restore<'a> {
     paused: bool,
     same_generation: bool,
     recorded_vsock: Option<PathBuf>,
+    taps: Vec<NetworkOverride>,
     by_api: bool,
     console: Option<String>,
 }
@@ -123,6 +145,7 @@ impl<'a> Restore<'a> {
             paused: false,
             same_generation: false,
             recorded_vsock: None,
+            taps: Vec::new(),
             by_api: false,
             console: None,
         }
@@ -163,6 +186,16 @@ impl<'a> Restore<'a> {
         self
     }
 
+    /// A network interface has another tap device, and another MAC address if one is given.
+    pub fn tap(mut self, iface_id: &str, device: &str, mac: Option<MacAddr>) -> Self {
+        self.taps.push(NetworkOverride {
+            iface_id: iface_id.to_owned(),
+            host_dev_name: device.to_owned(),
+            guest_mac: mac,
+        });
+        self
+    }
+
     /// By `PUT /snapshot/load` instead of `--restore`.
     pub fn by_api(mut self) -> Self {
         self.by_api = true;
@@ -181,6 +214,10 @@ impl<'a> Restore<'a> {
             vmm.arg("--restore").arg(self.snapshot.join("snap.json")).arg("--api-sock").arg(&api);
             if let Some(socket) = &self.page_server {
                 vmm.arg("--uffd").arg(socket);
+            }
+            for NetworkOverride { iface_id, host_dev_name, guest_mac } in &self.taps {
+                let mac = guest_mac.map(|mac| format!(",{mac}")).unwrap_or_default();
+                vmm.arg("--tap").arg(format!("{iface_id}={host_dev_name}{mac}"));
             }
             if self.recorded_vsock.is_none() {
                 vmm.arg("--vsock").arg(&vsock);
@@ -203,6 +240,7 @@ impl<'a> Restore<'a> {
             mem_backend: self.page_server.as_ref().map(backend),
             resume_vm: !self.paused,
             vsock_override: self.recorded_vsock.is_none().then(|| VsockOverride { uds_path: vm.vsock.clone() }),
+            network_overrides: self.taps,
             new_generation: !self.same_generation,
         };
         vm.api().put("/snapshot/load", &document).unwrap_or_else(|e| panic!("{name}: cannot load the snapshot: {e}"));

@@ -9,6 +9,8 @@ pub struct DeviceState {
     pub serial: SerialState,
     /// The vsock device, if the machine has one, with its transport.
     pub vsock: Option<VsockState>,
+    /// The network interfaces, in order of their places.
+    pub network: Vec<NetState>,
     /// The source of entropy, if the machine has one, with its transport.
     pub entropy: Option<EntropyState>,
 }
@@ -93,4 +95,15 @@ pub struct EntropyState {
     pub transport: VirtioMmioState,
     /// Whether requests were left in its queue.
     pub pending: bool,
+}
+
+/// A network interface. Frames on their way are not saved.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetState {
+    /// Its name.
+    pub iface_id: String,
+    /// Its MAC address, if it has one of its own.
+    pub mac: Option<[u8; 6]>,
+    /// Its transport.
+    pub transport: VirtioMmioState,
 }

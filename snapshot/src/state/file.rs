@@ -15,7 +15,7 @@
 //! numbers, one `vm  ` and one `devs`. Each kind has a version of its own; a section of another kind or version is
 //! refused by name, as are bytes left over in a section or after the last one.
 
-use super::{DeviceState, IrqchipState, MachineState, VcpuState, VmState};
+use super::{DeviceState, IrqchipState, MachineState, NetState, VcpuState, VmState};
 use serde::{Serialize, de::DeserializeOwned};
 
 const MAGIC: [u8; 8] = *b"coppice\n";
@@ -253,10 +253,15 @@ fn check(state: &MachineState) -> Result<(), StateError> {
     for IrqchipState { chip_id: _, chip } in &vm.irqchips {
         ensure("vm.irqchips.chip", chip.len(), chip.len() == IRQCHIP_BYTES)?;
     }
-    let DeviceState { serial, vsock, entropy } = devices;
+    let DeviceState { serial, vsock, network, entropy } = devices;
     ensure("devices.serial.in_buffer", serial.in_buffer.len(), serial.in_buffer.len() <= MAX_ENTRIES)?;
     if let Some(vsock) = vsock {
         ensure("devices.vsock.transport.queues", vsock.transport.queues.len(), vsock.transport.queues.len() <= 64)?;
+    }
+    ensure("devices.network", network.len(), network.len() <= 32)?;
+    for NetState { iface_id, mac: _, transport } in network {
+        ensure("devices.network.iface_id", iface_id.len(), iface_id.len() <= 64)?;
+        ensure("devices.network.transport.queues", transport.queues.len(), transport.queues.len() <= 64)?;
     }
     if let Some(entropy) = entropy {
         let queues = entropy.transport.queues.len();
@@ -387,7 +392,7 @@ mod tests {
     #[test]
     fn lists_of_impossible_length_are_refused() {
         type Spoil = fn(&mut MachineState);
-        let cases: [(&str, Spoil); 9] = [
+        let cases: [(&str, Spoil); 12] = [
             ("vcpu.xsave", |s| s.vcpus[0].xsave.truncate(4095)),
             ("vcpu.xsave", |s| s.vcpus[0].xsave.resize(65537, 0)),
             ("vcpu.lapic", |s| s.vcpus[1].lapic.push(0)),
@@ -396,6 +401,14 @@ mod tests {
             ("vm.irqchips", |s| s.vm.irqchips.resize(17, s.vm.irqchips[0].clone())),
             ("vm.irqchips.chip", |s| s.vm.irqchips[0].chip.truncate(511)),
             ("devices.serial.in_buffer", |s| s.devices.serial.in_buffer.resize(4097, 0)),
+            ("devices.network", |s| s.devices.network.resize(33, Default::default())),
+            ("devices.network.iface_id", |s| {
+                s.devices.network.push(NetState { iface_id: "x".repeat(65), ..Default::default() })
+            }),
+            ("devices.network.transport.queues", |s| {
+                s.devices.network.push(Default::default());
+                s.devices.network[0].transport.queues.resize(65, Default::default())
+            }),
             ("devices.entropy.transport.queues", |s| {
                 s.devices.entropy.get_or_insert_default().transport.queues.resize(65, Default::default())
             }),
@@ -423,8 +436,9 @@ mod tests {
         let mut state = state();
         state.vm.pit = PitState { flags: 3, ..PitState::default() };
         state.devices.vsock = Some(Default::default());
+        state.devices.network = vec![Default::default()];
         state.devices.entropy = Some(Default::default());
-        assert_eq!(digest(&encode(&state).unwrap()), "b205f9842b064a58");
+        assert_eq!(digest(&encode(&state).unwrap()), "21f71b275e31d42e");
     }
 
     proptest! {

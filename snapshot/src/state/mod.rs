@@ -9,7 +9,7 @@ mod file;
 mod machine;
 mod vcpu;
 
-pub use devices::{DeviceState, EntropyState, QueueState, SerialState, VirtioMmioState, VsockState};
+pub use devices::{DeviceState, EntropyState, NetState, QueueState, SerialState, VirtioMmioState, VsockState};
 pub use file::{StateError, decode, encode};
 pub use machine::{ClockState, IrqchipState, PitChannel, PitState, VmState};
 pub use vcpu::{

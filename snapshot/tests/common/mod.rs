@@ -4,8 +4,12 @@
 use proptest::prelude::*;
 use snapshot::compat::HostFacts;
 use snapshot::create::{BytesSource, CreateError, Facts, Staging};
-use snapshot::manifest::{Cpu, Devices, EntropyDevice, Manifest, RateLimit, Readiness, TokenBucket, VsockDevice};
-use snapshot::state::{EntropyState, IrqchipState, MachineState, Msr, QueueState, VirtioMmioState, VsockState};
+use snapshot::manifest::{
+    Cpu, Devices, EntropyDevice, Manifest, NetworkDevice, RateLimit, Readiness, TokenBucket, VsockDevice,
+};
+use snapshot::state::{
+    EntropyState, IrqchipState, MachineState, Msr, NetState, QueueState, VirtioMmioState, VsockState,
+};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -24,6 +28,13 @@ pub fn facts() -> Facts {
         host: host(),
         devices: Devices {
             vsock: Some(VsockDevice { guest_cid: 3, uds_path: "run/v.sock".into() }),
+            network: vec![NetworkDevice {
+                iface_id: "eth0".into(),
+                host_dev_name: "tap0".into(),
+                guest_mac: Some("06:00:ac:10:00:02".into()),
+                rx_rate_limit: Some(rate_limit()),
+                tx_rate_limit: Some(rate_limit()),
+            }],
             entropy: Some(EntropyDevice { rate_limit: Some(rate_limit()) }),
         },
         readiness: Some(Readiness::Full),
@@ -52,6 +63,9 @@ pub fn state(vcpus: usize) -> MachineState {
     let queue = QueueState { max_size: 256, size: 128, ready: true, desc_table: 0x10_0000, ..QueueState::default() };
     let transport = VirtioMmioState { status: 0xf, queues: vec![queue; 3], ..VirtioMmioState::default() };
     let one_queue = VirtioMmioState { queues: vec![queue], ..transport.clone() };
+    let two_queues = VirtioMmioState { queues: vec![queue; 2], ..transport.clone() };
+    let mac = Some([6, 0, 172, 16, 0, 2]);
+    state.devices.network = vec![NetState { iface_id: "eth0".into(), mac, transport: two_queues }];
     state.devices.entropy = Some(EntropyState { transport: one_queue, pending: true });
     state.devices.vsock = Some(VsockState { guest_cid: 3, transport, needs_reset: true });
     state

@@ -10,7 +10,7 @@ pub mod http;
 pub mod router;
 pub mod server;
 
-use api_spec::devices::{Entropy, Serial};
+use api_spec::devices::{Entropy, NetworkInterface, Serial};
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad};
 use api_spec::vm::{Action, BootSource, MachineConfig, VmPatch, Vsock};
 
@@ -33,6 +33,8 @@ pub enum Request {
     PutVsock(Vsock),
     /// `PUT /serial`
     PutSerial(Serial),
+    /// `PUT /network-interfaces/{iface_id}`: what the path and what the body says.
+    PutNetworkInterface(String, NetworkInterface),
     /// `PUT /entropy`
     PutEntropy(Entropy),
     /// `PUT /actions`

@@ -4,8 +4,8 @@ use super::http::Message;
 use super::{Request, Response};
 use serde::de::DeserializeOwned;
 
-/// Every path with its methods, in the order in which they are documented.
-const ROUTES: [(&str, &[&str]); 13] = [
+/// Every path with its methods, in the order in which they are documented. A last part in braces stands for any name.
+const ROUTES: [(&str, &[&str]); 14] = [
     ("/", &["GET"]),
     ("/version", &["GET"]),
     ("/vm/config", &["GET"]),
@@ -13,6 +13,7 @@ const ROUTES: [(&str, &[&str]); 13] = [
     ("/boot-source", &["PUT"]),
     ("/vsock", &["PUT"]),
     ("/serial", &["PUT"]),
+    ("/network-interfaces/{iface_id}", &["PUT"]),
     ("/entropy", &["PUT"]),
     ("/actions", &["PUT"]),
     ("/vm", &["PATCH"]),
@@ -24,6 +25,9 @@ const ROUTES: [(&str, &[&str]); 13] = [
 /// The request that `message` is, or the answer that it gets at once.
 pub fn route(message: &Message) -> Result<Request, Response> {
     let (method, path) = (message.method.as_str(), message.path.as_str());
+    if let ("PUT", Some(id)) = (method, name_in("/network-interfaces/", path)) {
+        return body(message).map(|interface| Request::PutNetworkInterface(id.to_owned(), interface));
+    }
     match (method, path) {
         ("GET", "/") => Ok(Request::Info),
         ("GET", "/version") => Ok(Request::Version),
@@ -43,6 +47,19 @@ pub fn route(message: &Message) -> Result<Request, Response> {
     }
 }
 
+/// The name at the end of a path that begins so, if there is one.
+fn name_in<'a>(start: &str, path: &'a str) -> Option<&'a str> {
+    path.strip_prefix(start).filter(|name| !name.is_empty() && !name.contains('/'))
+}
+
+/// Whether a path is one of those that `known` stands for.
+fn is(known: &str, path: &str) -> bool {
+    match known.split_once('{') {
+        Some((start, _)) => name_in(start, path).is_some(),
+        None => known == path,
+    }
+}
+
 fn body<T: DeserializeOwned>(message: &Message) -> Result<T, Response> {
     serde_json::from_slice(&message.body).map_err(|e| {
         Response::fault(400, &format!("{} {}: the body is not what it should be: {e}", message.method, message.path))
@@ -50,7 +67,7 @@ fn body<T: DeserializeOwned>(message: &Message) -> Result<T, Response> {
 }
 
 fn unknown(method: &str, path: &str) -> Response {
-    match ROUTES.iter().find(|(known, _)| *known == path) {
+    match ROUTES.iter().find(|(known, _)| is(known, path)) {
         Some((_, methods)) => {
             Response::fault(405, &format!("{path} does not take {method}; it takes {}", methods.join(", ")))
         }
@@ -76,6 +93,17 @@ mod tests {
             assert!(matches!(route(&message("DELETE", path, "")), Err(Response { status: 405, .. })), "{path}");
         }
         assert!(matches!(route(&message("GET", "/nothing", "")), Err(Response { status: 404, .. })));
+    }
+
+    #[test]
+    fn a_name_in_the_path_goes_with_the_body() {
+        let put = |path| route(&message("PUT", path, r#"{"iface_id":"a","host_dev_name":"tap0"}"#));
+        assert!(
+            matches!(put("/network-interfaces/b"), Ok(Request::PutNetworkInterface(id, body)) if id == "b" && body.iface_id == "a")
+        );
+        for nameless in ["/network-interfaces", "/network-interfaces/", "/network-interfaces/a/b"] {
+            assert!(matches!(put(nameless), Err(Response { status: 404, .. })), "{nameless}");
+        }
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use crate::demo::DemoOptions;
 use api_spec::devices::Serial;
-use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad, VsockOverride};
+use api_spec::mac::MacError;
+use api_spec::snapshot::{MemBackend, MemBackendType, NetworkOverride, SnapshotLoad, VsockOverride};
 use log::LevelFilter;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -26,6 +27,8 @@ Options:
   --uffd PATH            with --restore: take memory from the page server that listens there
   --uffd-mode MODE       with --uffd: `shared` (default); `copy` is not offered yet
   --vsock PATH           with --restore: the Unix socket of the vsock device, instead of the snapshot's own
+  --tap IFACE=DEV[,MAC]  with --restore: the tap device, and the MAC address, of a network interface, instead of the
+                         snapshot's own; once for each interface
   --paused               with --restore: leave the vCPUs standing still
   --same-generation      with --restore: keep the generation id, so that the guest takes itself for the original (tests)
   --console PLACE        where the guest's COM1 leads: `stdio` (default), `pty`, or a file that output is appended to
@@ -67,6 +70,8 @@ pub struct LoadOptions {
     pub uffd: Option<PathBuf>,
     /// The vsock device's socket.
     pub vsock: Option<PathBuf>,
+    /// Tap devices of network interfaces.
+    pub taps: Vec<NetworkOverride>,
     /// Leave vCPUs standing still.
     pub paused: bool,
     /// Keep the generation id.
@@ -82,6 +87,7 @@ impl LoadOptions {
             mem_backend: self.uffd.as_ref().map(uffd),
             resume_vm: !self.paused,
             vsock_override: self.vsock.as_ref().map(|path| VsockOverride { uds_path: path.clone() }),
+            network_overrides: self.taps.clone(),
             new_generation: !self.same_generation,
         }
     }
@@ -177,6 +183,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         end_with_parent: false,
     };
     let (mut snapshot, mut uffd, mut vsock) = (None, None, None);
+    let mut taps = Vec::new();
     let (mut paused, mut same_generation) = (false, false);
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
@@ -192,6 +199,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
                 }
             },
             Long("vsock") => vsock = Some(PathBuf::from(parser.value()?)),
+            Long("tap") => taps.push(tap(&parser.value()?.string()?)?),
             Long("paused") => paused = true,
             Long("same-generation") => same_generation = true,
             Long("api-sock") => options.api_sock = Some(parser.value()?.into()),
@@ -209,13 +217,14 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
     let only_with_restore = [
         ("--uffd", uffd.is_some()),
         ("--vsock", vsock.is_some()),
+        ("--tap", !taps.is_empty()),
         ("--paused", paused),
         ("--same-generation", same_generation),
     ];
     match (snapshot, &options.config) {
         (Some(_), Some(_)) => return Err(UsageError::Conflict("--config", "--restore")),
         (Some(snapshot), None) => {
-            options.restore = Some(LoadOptions { snapshot, uffd, vsock, paused, same_generation });
+            options.restore = Some(LoadOptions { snapshot, uffd, vsock, taps, paused, same_generation });
         }
         (None, _) => {
             if let Some((option, _)) = only_with_restore.into_iter().find(|(_, given)| *given) {
@@ -236,6 +245,15 @@ fn console(place: OsString) -> Serial {
         Some("pty") => Serial { serial_out_path: None, pty: true },
         _ => Serial { serial_out_path: Some(place.into()), pty: false },
     }
+}
+
+/// The value of `--tap`.
+fn tap(text: &str) -> Result<NetworkOverride, lexopt::Error> {
+    let wrong = |why: String| lexopt::Error::from(format!("--tap {text}: {why}"));
+    let (iface_id, rest) = text.split_once('=').ok_or_else(|| wrong("must be IFACE=DEV or IFACE=DEV,MAC".into()))?;
+    let (device, mac) = rest.split_once(',').map_or((rest, None), |(device, mac)| (device, Some(mac)));
+    let guest_mac = mac.map(str::parse).transpose().map_err(|e: MacError| wrong(e.to_string()))?;
+    Ok(NetworkOverride { iface_id: iface_id.to_owned(), host_dev_name: device.to_owned(), guest_mac })
 }
 
 /// The value of an option, or an error that names both.
@@ -348,6 +366,19 @@ mod tests {
     }
 
     #[test]
+    fn taps_are_named_interface_by_interface() {
+        let line = "--restore s --tap eth0=tap1 --tap eth1=tap2,06:00:00:00:00:01";
+        let Ok(Command::Run(options)) = parse(line) else { panic!() };
+        let tap = |id: &str, tap: &str, guest_mac: Option<&str>| NetworkOverride {
+            iface_id: id.into(),
+            host_dev_name: tap.into(),
+            guest_mac: guest_mac.map(|mac| mac.parse().unwrap()),
+        };
+        let expected = [tap("eth0", "tap1", None), tap("eth1", "tap2", Some("06:00:00:00:00:01"))];
+        assert_eq!(options.restore.unwrap().request().network_overrides, expected);
+    }
+
+    #[test]
     fn options_that_do_not_belong_together_are_refused() {
         for line in [
             "",
@@ -356,6 +387,10 @@ mod tests {
             "--api-sock a --paused",
             "--restore a --uffd b --uffd-mode copy",
             "--nonsense",
+            "--config a --tap eth0=tap1",
+            "--restore a --tap eth0",
+            "--restore a --tap eth0=tap1,",
+            "--restore a --tap eth0=tap1,01:00:00:00:00:00",
             "guest",
             "guest export",
             "guest export --json f",

@@ -16,6 +16,7 @@
 //! | `virtio/queue.rs` | the set-up of a virtqueue, and when it may be used |
 //! | `virtio/chain.rs` | descriptor chains as runs of guest memory |
 //! | `virtio/interrupt.rs` | how a device interrupts the guest, and how it fails |
+//! | `virtio/net/` | network interfaces |
 //! | `virtio/rng/` | the source of entropy |
 //! | `virtio/vsock/` | the socket device between guest and host |
 //!

@@ -1,15 +1,18 @@
 //! Is a configuration one that can be built? Pure; the same check for the command line, the file and the API.
 
 use crate::console::Place;
+use crate::devices::virtio::net::tap::MAX_NAME;
 use crate::loader::Kernel;
 use crate::memory::layout::{MAX_MIB, MIN_MIB};
-use api_spec::devices::{Entropy, RateLimiter, Serial, TokenBucket};
+use api_spec::devices::{Entropy, NetworkInterface, RateLimiter, Serial, TokenBucket};
 use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
 use std::path::PathBuf;
 use uffd_handler::listener;
 
 /// Most vCPUs that a VM may have.
 pub const MAX_VCPUS: u8 = 8;
+/// Most network interfaces that a VM may have.
+pub const MAX_INTERFACES: usize = 8;
 /// Context ids below this one have a meaning of their own.
 const MIN_CID: u32 = 3;
 
@@ -38,6 +41,35 @@ pub enum ConfigError {
         field: &'static str,
         /// What it says.
         id: String,
+    },
+    /// A name that no tap device can have.
+    #[error(
+        "network interface {iface_id}: host_dev_name is {tap:?}; it may be 1 to {MAX_NAME} printable characters but `/`, `:` and `%`"
+    )]
+    TapName {
+        /// Which interface.
+        iface_id: String,
+        /// What it says.
+        tap: String,
+    },
+    /// Two interfaces with something in common that they must not have in common.
+    #[error("two network interfaces have the {field} {value}; each needs one of its own")]
+    TwoInterfaces {
+        /// What they have in common.
+        field: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// More than there may be.
+    #[error("there are {0} network interfaces; there may be {MAX_INTERFACES}")]
+    TooManyInterfaces(usize),
+    /// A request that contradicts itself.
+    #[error("the path names the network interface {path} and the body {body}; they must agree")]
+    WhichInterface {
+        /// What the path says.
+        path: String,
+        /// What the body says.
+        body: String,
     },
     /// A rate limit that nothing would ever pass.
     #[error("{0}: `size` and `refill_time` must be at least 1")]
@@ -77,13 +109,15 @@ pub struct DevicePlan {
     pub vsock: Option<Vsock>,
     /// The source of entropy.
     pub entropy: Option<Entropy>,
+    /// The network interfaces.
+    pub network: Vec<NetworkInterface>,
 }
 
 impl DevicePlan {
     /// Number of virtio devices.
     pub fn virtio_count(&self) -> u32 {
-        let DevicePlan { vsock, entropy } = self;
-        u32::from(vsock.is_some()) + u32::from(entropy.is_some())
+        let DevicePlan { vsock, network, entropy } = self;
+        u32::from(vsock.is_some()) + network.len() as u32 + u32::from(entropy.is_some())
     }
 }
 
@@ -118,6 +152,54 @@ pub fn check_vsock(vsock: &Vsock) -> Result<(), ConfigError> {
     listener::check_path(&vsock.uds_path).map_err(|e| ConfigError::UdsPath(e.to_string()))
 }
 
+/// Checks the network interfaces, one by one and against each other.
+pub fn check_network(interfaces: &[NetworkInterface]) -> Result<(), ConfigError> {
+    if interfaces.len() > MAX_INTERFACES {
+        return Err(ConfigError::TooManyInterfaces(interfaces.len()));
+    }
+    for (i, interface) in interfaces.iter().enumerate() {
+        let NetworkInterface { iface_id, host_dev_name: tap, guest_mac, rx_rate_limiter, tx_rate_limiter } = interface;
+        check_id("network-interfaces.iface_id", iface_id)?;
+        // What the kernel would refuse, or take for a pattern.
+        let plain = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%');
+        if tap.is_empty() || tap.len() > MAX_NAME || !tap.chars().all(plain) || tap == "." || tap == ".." {
+            return Err(ConfigError::TapName { iface_id: iface_id.clone(), tap: tap.clone() });
+        }
+        check_rate(&format!("network interface {iface_id}: rx_rate_limiter"), rx_rate_limiter.as_ref())?;
+        check_rate(&format!("network interface {iface_id}: tx_rate_limiter"), tx_rate_limiter.as_ref())?;
+        for other in &interfaces[..i] {
+            let same = [
+                ("iface_id", (other.iface_id == *iface_id).then(|| iface_id.clone())),
+                ("host_dev_name", (other.host_dev_name == *tap).then(|| tap.clone())),
+                ("guest_mac", guest_mac.filter(|mac| other.guest_mac == Some(*mac)).map(|mac| mac.to_string())),
+            ];
+            if let Some((field, value)) = same.into_iter().find_map(|(field, value)| Some((field, value?))) {
+                return Err(ConfigError::TwoInterfaces { field, value });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The network interfaces with another one, in the place of the one of the same name if there is one. `id` is what the
+/// request's path calls it.
+pub fn with_interface(
+    interfaces: &[NetworkInterface],
+    id: &str,
+    interface: NetworkInterface,
+) -> Result<Vec<NetworkInterface>, ConfigError> {
+    if interface.iface_id != id {
+        return Err(ConfigError::WhichInterface { path: id.to_owned(), body: interface.iface_id });
+    }
+    let mut interfaces = interfaces.to_vec();
+    match interfaces.iter_mut().find(|known| known.iface_id == id) {
+        Some(known) => *known = interface,
+        None => interfaces.push(interface),
+    }
+    check_network(&interfaces)?;
+    Ok(interfaces)
+}
+
 /// Checks the source of entropy.
 pub fn check_entropy(entropy: &Entropy) -> Result<(), ConfigError> {
     check_rate("entropy.rate_limiter", entropy.rate_limiter.as_ref())
@@ -135,11 +217,12 @@ pub fn check_serial(serial: Option<&Serial>) -> Result<Place, ConfigError> {
 
 /// Checks a whole configuration.
 pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
-    let VmConfig { boot_source, machine_config, vsock, entropy, serial } = config;
+    let VmConfig { boot_source, machine_config, vsock, network_interfaces: network, entropy, serial } = config;
     let source = boot_source.as_ref().ok_or(ConfigError::NoKernel)?;
     let kernel = check_boot_source(source)?;
     check_machine(machine_config)?;
     vsock.as_ref().map(check_vsock).transpose()?;
+    check_network(network)?;
     entropy.as_ref().map(check_entropy).transpose()?;
     check_serial(serial.as_ref())?;
     Ok(BootPlan {
@@ -148,7 +231,7 @@ pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
         command_line: source.boot_args.clone().unwrap_or_default(),
         vcpus: machine_config.vcpu_count,
         memory_bytes: machine_config.mem_size_mib << 20,
-        devices: DevicePlan { vsock: vsock.clone(), entropy: *entropy },
+        devices: DevicePlan { vsock: vsock.clone(), network: network.clone(), entropy: *entropy },
     })
 }
 
@@ -176,11 +259,25 @@ pub fn check_rate(field: &str, rate: Option<&RateLimiter>) -> Result<(), ConfigE
 mod tests {
     use super::*;
 
+    fn interface(iface_id: &str, tap: &str, mac: Option<&str>) -> NetworkInterface {
+        NetworkInterface {
+            iface_id: iface_id.into(),
+            host_dev_name: tap.into(),
+            guest_mac: mac.map(|mac| mac.parse().unwrap()),
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+        }
+    }
+
     fn good() -> VmConfig {
         VmConfig {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
             machine_config: MachineConfig { vcpu_count: 8, mem_size_mib: 8 },
             vsock: Some(Vsock { guest_cid: 3, uds_path: "/run/v".into() }),
+            network_interfaces: vec![
+                interface("eth0", "tap0", Some("06:00:ac:10:00:02")),
+                interface("eth1", "tap1", None),
+            ],
             entropy: Some(Entropy::default()),
             serial: None,
         }
@@ -219,6 +316,24 @@ mod tests {
         let ops = Some(TokenBucket { size: 1, one_time_burst: None, refill_time: 0 });
         let rate_limiter = Some(RateLimiter { bandwidth: None, ops });
         assert_eq!(check_entropy(&Entropy { rate_limiter }), Err(ConfigError::Rate("entropy.rate_limiter.ops".into())));
+        for name in ["", "a b", "a/b", "a:b", "tap%d", ".", "..", "sixteen-bytes-xx", "tap\u{e4}"] {
+            let refused = check_network(&[interface("e", name, None)]);
+            assert_eq!(refused, Err(ConfigError::TapName { iface_id: "e".into(), tap: name.into() }));
+        }
+        let mac = Some("06:00:ac:10:00:02");
+        for (other, field) in [
+            (interface("eth0", "t", None), "iface_id"),
+            (interface("e", "tap1", None), "host_dev_name"),
+            (interface("e", "t", mac), "guest_mac"),
+        ] {
+            let mut interfaces = good().network_interfaces;
+            interfaces.push(other);
+            assert!(
+                matches!(check_network(&interfaces), Err(ConfigError::TwoInterfaces { field: f, .. }) if f == field)
+            );
+        }
+        let many: Vec<_> = (0..9).map(|n| interface(&format!("e{n}"), &format!("t{n}"), None)).collect();
+        assert_eq!(check_network(&many), Err(ConfigError::TooManyInterfaces(9)));
         let long = with(|c| c.vsock.as_mut().unwrap().uds_path = "x".repeat(108).into());
         assert!(matches!(long, ConfigError::UdsPath(_)));
     }

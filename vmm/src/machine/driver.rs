@@ -241,6 +241,7 @@ impl Driver {
         self.config.machine_config.vcpu_count = machine.vcpu_count();
         self.config.machine_config.mem_size_mib = machine.memory_bytes() >> 20;
         self.config.vsock = machine.plan().vsock.clone();
+        self.config.network_interfaces = machine.plan().network.clone();
         self.config.entropy = machine.plan().entropy;
         self.machine = Some(machine);
     }
@@ -331,6 +332,11 @@ impl Driver {
             Request::PutVsock(vsock) => {
                 config::check_vsock(&vsock)?;
                 self.configure(|config| config.vsock = Some(vsock));
+                done
+            }
+            Request::PutNetworkInterface(id, interface) => {
+                let interfaces = config::with_interface(&self.config.network_interfaces, &id, interface)?;
+                self.configure(|config| config.network_interfaces = interfaces);
                 done
             }
             Request::PutEntropy(entropy) => {

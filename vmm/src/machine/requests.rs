@@ -46,6 +46,7 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
         | Request::PutBootSource(_)
         | Request::PutVsock(_)
         | Request::PutSerial(_)
+        | Request::PutNetworkInterface(..)
         | Request::PutEntropy(_)
         | Request::Action(_) => refuse_if(started, NotNow::Started),
         Request::SnapshotLoad(_) => {
@@ -95,6 +96,10 @@ mod tests {
             Request::PutBootSource(BootSource::default()),
             Request::PutVsock(Vsock { guest_cid: 3, uds_path: "v".into() }),
             Request::PutSerial(Default::default()),
+            Request::PutNetworkInterface(
+                "e".into(),
+                serde_json::from_str(r#"{"iface_id":"e","host_dev_name":"t"}"#).unwrap(),
+            ),
             Request::PutEntropy(Default::default()),
             Request::Action(Action { action_type: ActionType::InstanceStart }),
             Request::PatchVm(VmPatch { state: VmState::Paused }),
@@ -119,6 +124,7 @@ mod tests {
             Request::PutMachineConfig(_)
             | Request::PutBootSource(_)
             | Request::PutVsock(_)
+            | Request::PutNetworkInterface(..)
             | Request::PutEntropy(_) => Phase::NotStarted { configured: true },
             Request::Action(_) | Request::PatchVm(VmPatch { state: VmState::Resumed }) => Phase::Running,
             Request::SnapshotLoad(_) | Request::PatchVm(VmPatch { state: VmState::Paused }) => Phase::Paused,

@@ -13,13 +13,14 @@ use crate::memory::uffd::{self, PageServer, UffdError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
-use api_spec::devices::{Entropy, RateLimiter, TokenBucket};
-use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad};
+use api_spec::devices::{Entropy, NetworkInterface, RateLimiter, TokenBucket};
+use api_spec::mac::MacError;
+use api_spec::snapshot::{MemBackend, MemBackendType, NetworkOverride, SnapshotLoad};
 use api_spec::vm::Vsock;
 use snapshot::compat::Mismatch;
 use snapshot::image::{ImageError, ensure_trusted};
 use snapshot::load::{LoadError, Snapshot};
-use snapshot::manifest::{self, Manifest, RateLimit};
+use snapshot::manifest::{self, Manifest, NetworkDevice, RateLimit};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -67,6 +68,28 @@ pub enum RestoreError {
     /// A device that cannot be built.
     #[error("vsock_override: {0}")]
     Vsock(ConfigError),
+    /// Another host side for an interface that is not there.
+    #[error("network_overrides: the snapshot has no network interface {iface_id}; it has: {known}")]
+    NoInterface {
+        /// Which one.
+        iface_id: String,
+        /// Those that there are.
+        known: String,
+    },
+    /// Two host sides for one interface.
+    #[error("network_overrides: the network interface {0} is named twice")]
+    TwoOverrides(String),
+    /// Network interfaces that cannot be built.
+    #[error("network_overrides: {0}")]
+    Network(ConfigError),
+    /// A MAC address in the snapshot that none can be.
+    #[error("the snapshot's network interface {iface_id}: {source}; the snapshot was not written by this program")]
+    Mac {
+        /// Of which interface.
+        iface_id: String,
+        /// What is wrong with it.
+        source: MacError,
+    },
     /// The memory file.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -172,7 +195,39 @@ fn device_plan(manifest: &Manifest, request: &SnapshotLoad) -> Result<DevicePlan
     let entropy = manifest.devices.entropy.as_ref();
     Ok(DevicePlan {
         vsock: vsock(manifest, request)?,
+        network: network(manifest, &request.network_overrides)?,
         entropy: entropy.map(|saved| Entropy { rate_limiter: saved.rate_limit.map(rate_limiter) }),
+    })
+}
+
+/// The network interfaces.
+fn network(manifest: &Manifest, overrides: &[NetworkOverride]) -> Result<Vec<NetworkInterface>, RestoreError> {
+    let mut interfaces = manifest.devices.network.iter().map(interface).collect::<Result<Vec<_>, _>>()?;
+    for (i, NetworkOverride { iface_id, host_dev_name, guest_mac }) in overrides.iter().enumerate() {
+        if overrides[..i].iter().any(|other| other.iface_id == *iface_id) {
+            return Err(RestoreError::TwoOverrides(iface_id.clone()));
+        }
+        let Some(interface) = interfaces.iter_mut().find(|interface| interface.iface_id == *iface_id) else {
+            let ids: Vec<String> = interfaces.into_iter().map(|interface| interface.iface_id).collect();
+            let known = if ids.is_empty() { "none".to_owned() } else { ids.join(", ") };
+            return Err(RestoreError::NoInterface { iface_id: iface_id.clone(), known });
+        };
+        interface.host_dev_name = host_dev_name.clone();
+        interface.guest_mac = guest_mac.or(interface.guest_mac);
+    }
+    config::check_network(&interfaces).map_err(RestoreError::Network)?;
+    Ok(interfaces)
+}
+
+fn interface(saved: &NetworkDevice) -> Result<NetworkInterface, RestoreError> {
+    let NetworkDevice { iface_id, host_dev_name, guest_mac, rx_rate_limit, tx_rate_limit } = saved;
+    let bad_mac = |source| RestoreError::Mac { iface_id: iface_id.clone(), source };
+    Ok(NetworkInterface {
+        iface_id: iface_id.clone(),
+        host_dev_name: host_dev_name.clone(),
+        guest_mac: guest_mac.as_deref().map(str::parse).transpose().map_err(bad_mac)?,
+        rx_rate_limiter: rx_rate_limit.map(rate_limiter),
+        tx_rate_limiter: tx_rate_limit.map(rate_limiter),
     })
 }
 

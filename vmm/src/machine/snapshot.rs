@@ -16,11 +16,11 @@ use crate::memory::{GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::VcpuStateError;
-use api_spec::devices::{RateLimiter, TokenBucket};
+use api_spec::devices::{NetworkInterface, RateLimiter, TokenBucket};
 use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus, SnapshotType};
 use api_spec::vm::Readiness;
 use snapshot::create::{CreateError, Facts, FileSource, MemoryDigest, MemorySource, Staging};
-use snapshot::manifest::{self, EntropyDevice, MemoryRegion, RateLimit, VsockDevice};
+use snapshot::manifest::{self, EntropyDevice, MemoryRegion, NetworkDevice, RateLimit, VsockDevice};
 use snapshot::state::MachineState;
 use std::io;
 use std::ops::Range;
@@ -210,6 +210,7 @@ fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
         host: host::facts(),
         devices: manifest::Devices {
             vsock,
+            network: machine.plan.network.iter().map(interface).collect(),
             entropy: machine.plan.entropy.map(|e| EntropyDevice { rate_limit: e.rate_limiter.map(rate_limit) }),
         },
         readiness: readiness.map(|readiness| match readiness {
@@ -217,6 +218,17 @@ fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
             Readiness::Full => manifest::Readiness::Full,
             Readiness::Degraded => manifest::Readiness::Degraded,
         }),
+    }
+}
+
+fn interface(configured: &NetworkInterface) -> NetworkDevice {
+    let NetworkInterface { iface_id, host_dev_name, guest_mac, rx_rate_limiter, tx_rate_limiter } = configured;
+    NetworkDevice {
+        iface_id: iface_id.clone(),
+        host_dev_name: host_dev_name.clone(),
+        guest_mac: guest_mac.map(|mac| mac.to_string()),
+        rx_rate_limit: rx_rate_limiter.map(rate_limit),
+        tx_rate_limit: tx_rate_limiter.map(rate_limit),
     }
 }
 

@@ -6,7 +6,7 @@
 //! | i8042 | ports 0x60 to 0x64 | none |
 //! | pvpanic | port 0x505 | none |
 //! | sleep registers | ports 0x600 and 0x601 | none |
-//! | virtio-mmio devices: vsock, entropy | from 0xd000_0000, 4 KiB each | from GSI 5 |
+//! | virtio-mmio devices: vsock, network interfaces, entropy | from 0xd000_0000, 4 KiB each | from GSI 5 |
 //! | generation id | its page of memory | GSI 23, through the ACPI event device |
 //!
 //! A guest finds them in the ACPI tables ([`crate::arch::acpi`]). Virtio-mmio devices are also named on the kernel command
@@ -29,6 +29,7 @@ use crate::devices::serial::{self, Serial, SerialError};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::mmio::{MmioTransport, TransportError};
+use crate::devices::virtio::net::{self, Net, Tap, TapError};
 use crate::devices::virtio::rng::{self, Rng, RngError};
 use crate::devices::virtio::vsock::{self, Vsock, VsockError};
 use crate::memory::GuestMemory;
@@ -38,7 +39,7 @@ use crate::vcpu::Buses;
 use api_spec::{devices, vm};
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::{IoEventAddress, VmFd};
-use snapshot::state::{DeviceState, EntropyState, VsockState};
+use snapshot::state::{DeviceState, EntropyState, NetState, VsockState};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use uffd_handler::process::Signals;
@@ -70,6 +71,14 @@ pub enum WireError {
     /// The vsock device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// A network interface's tap device.
+    #[error("network interface {iface_id}: {source}")]
+    Tap {
+        /// Which interface.
+        iface_id: String,
+        /// What is wrong with its tap device.
+        source: TapError,
+    },
     /// The source of entropy.
     #[error(transparent)]
     Rng(#[from] RngError),
@@ -108,6 +117,8 @@ pub struct Devices {
     pub serial: Arc<Mutex<Serial>>,
     /// The vsock device.
     pub vsock: Option<Slot<Vsock>>,
+    /// The network interfaces.
+    pub network: Vec<Slot<Net>>,
     /// The source of entropy.
     pub entropy: Option<Slot<Rng>>,
     /// All virtio devices, in order of their places.
@@ -138,6 +149,7 @@ impl Devices {
         DeviceState {
             serial: lock(&self.serial).save(),
             vsock: self.vsock.as_ref().map(|slot| vsock::save(&slot.device, &lock(&slot.transport))),
+            network: self.network.iter().map(|slot| net::save(&slot.device, &lock(&slot.transport))).collect(),
             entropy: self.entropy.as_ref().map(|slot| rng::save(&slot.device, &lock(&slot.transport))),
         }
     }
@@ -183,7 +195,7 @@ pub fn wire(
     outside: Outside,
 ) -> Result<Devices, WireError> {
     let Outside { notifier, console, reset, signals: _ } = outside;
-    let DevicePlan { vsock, entropy } = plan;
+    let DevicePlan { vsock, network, entropy } = plan;
     let mut pio = Bus::ports();
     let serial = wire_serial(vm, &mut pio, saved, console)?;
     pio.insert(i8042::BASE, i8042::LEN, shared(I8042::new(reset)))?;
@@ -200,12 +212,21 @@ pub fn wire(
     if saved.is_some() && saved_entropy.is_some() != entropy.is_some() {
         return Err(WireError::DeviceMismatch("entropy"));
     }
+    let saved_network = saved.map(|saved| saved.network.as_slice());
+    if saved_network.is_some_and(|saved| !saved.iter().map(|s| &s.iface_id).eq(network.iter().map(|n| &n.iface_id))) {
+        return Err(WireError::DeviceMismatch("network interfaces"));
+    }
     let vsock = vsock.as_ref().map(|config| virtio.add_vsock(config, saved_vsock, notifier)).transpose()?;
+    let network = network
+        .iter()
+        .enumerate()
+        .map(|(i, config)| virtio.add_net(config, saved_network.and_then(|saved| saved.get(i))))
+        .collect::<Result<_, _>>()?;
     let entropy = entropy.as_ref().map(|config| virtio.add_entropy(config, saved_entropy)).transpose()?;
 
     let Virtio { mmio, devices: all, subscribers, .. } = virtio;
     let buses = Buses { pio: Arc::new(pio), mmio: Arc::new(mmio) };
-    Ok(Devices { buses, serial, vsock, entropy, virtio: all, subscribers, event })
+    Ok(Devices { buses, serial, vsock, network, entropy, virtio: all, subscribers, event })
 }
 
 fn shared<T: BusDevice + 'static>(device: T) -> Arc<Mutex<T>> {
@@ -291,6 +312,17 @@ impl Virtio<'_> {
         let device = Vsock::new(config.guest_cid.into(), &config.uds_path, ready)?;
         self.add(device, |device, transport| saved.map_or(Ok(()), |saved| vsock::restore(device, transport, saved)))
     }
+    fn add_net(
+        &mut self,
+        config: &devices::NetworkInterface,
+        saved: Option<&NetState>,
+    ) -> Result<Slot<Net>, WireError> {
+        let tap = Tap::open(&config.host_dev_name)
+            .map_err(|source| WireError::Tap { iface_id: config.iface_id.clone(), source })?;
+        let device = Net::new(config, Box::new(tap)).map_err(WireError::Event)?;
+        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| net::restore(device, transport, saved)))
+    }
+
     fn add_entropy(&mut self, config: &devices::Entropy, saved: Option<&EntropyState>) -> Result<Slot<Rng>, WireError> {
         let device = Rng::new(config.rate_limiter.as_ref())?;
         self.add(device, |device, transport| saved.map_or(Ok(()), |saved| rng::restore(device, transport, saved)))
