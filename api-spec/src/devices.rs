@@ -1,5 +1,6 @@
 //! REST documents of the devices that a VM can have besides vsock.
 
+use crate::mac::MacAddr;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -79,11 +80,11 @@ pub enum IoEngine {
 pub struct NetworkInterface {
     /// Name of the interface: 1 to 64 letters, digits, `-` and `_`; unique among the VM's interfaces.
     pub iface_id: String,
-    /// Name of the tap device. It must exist.
+    /// Name of the tap device, of 1 to 15 bytes. It must exist, and be nobody else's.
     pub host_dev_name: String,
     /// The guest's MAC address, such as `06:00:ac:10:00:02`; a random one of local administration when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub guest_mac: Option<String>,
+    pub guest_mac: Option<MacAddr>,
     /// Bounds what the guest receives.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rx_rate_limiter: Option<RateLimiter>,

@@ -2,7 +2,7 @@
 //!
 //! - [`agent`]: host and guest agent, over vsock or COM1 (also without the standard library, for the embedded guest)
 //! - [`handshake`]: vmm and page server, over a Unix stream socket; and the page server's counters
-//! - [`vm`], [`devices`], [`snapshot`], [`error`]: the REST documents of the vmm
+//! - [`vm`], [`devices`], [`snapshot`], [`error`], [`mac`]: the REST documents of the vmm
 //! - [`client`]: blocking clients of the agent, the REST API and the page server's metrics
 
 #![cfg_attr(not(feature = "std"), no_std)]
@@ -17,6 +17,8 @@ pub mod devices;
 pub mod error;
 #[cfg(feature = "std")]
 pub mod handshake;
+#[cfg(feature = "std")]
+pub mod mac;
 #[cfg(feature = "std")]
 pub mod snapshot;
 #[cfg(feature = "std")]

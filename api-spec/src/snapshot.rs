@@ -1,5 +1,6 @@
 //! REST documents of the snapshot calls.
 
+use crate::mac::MacAddr;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -48,6 +49,9 @@ pub struct SnapshotLoad {
     /// Other places of disk images. The images must be those that the snapshot was taken over.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drive_overrides: Vec<DriveOverride>,
+    /// Other host sides for network interfaces; those not named are as they were.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub network_overrides: Vec<NetworkOverride>,
     /// Write a fresh generation id into the guest before any vCPU runs. On unless told otherwise; turning it off makes
     /// clones indistinguishable to themselves and is meant for tests.
     #[serde(default = "yes")]
@@ -98,6 +102,20 @@ pub struct DriveOverride {
     pub drive_id: String,
     /// The image.
     pub path_on_host: PathBuf,
+}
+
+/// Another host side for a restored network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkOverride {
+    /// Name of the interface in the snapshot.
+    pub iface_id: String,
+    /// Name of the tap device for it.
+    pub host_dev_name: String,
+    /// Another MAC address. A guest that runs already goes on with the one that it has until its agent is told to change
+    /// it ([`Interface`](crate::agent::linux::Interface)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_mac: Option<MacAddr>,
 }
 
 /// Body of the answer to `GET /snapshot/status`: how the last `PUT /snapshot/create` went.

@@ -1,6 +1,6 @@
 //! REST documents that describe a VM, and the configuration file, which holds the same objects.
 
-use crate::devices::{Balloon, Drive, Entropy, Serial};
+use crate::devices::{Balloon, Drive, Entropy, NetworkInterface, Serial};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -20,6 +20,9 @@ pub struct VmConfig {
     /// The disks. The root disk becomes the first, the others follow in this order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<Drive>,
+    /// The network interfaces, in the order in which the guest finds them.
+    #[serde(rename = "network-interfaces", default, skip_serializing_if = "Vec::is_empty")]
+    pub network_interfaces: Vec<NetworkInterface>,
     /// The source of entropy, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,

@@ -18,6 +18,8 @@ pub const MAX_DISK_BYTES: u64 = 1 << 46;
 pub const SECTOR_BYTES: u64 = 512;
 /// Most disks.
 const MAX_DRIVES: usize = 32;
+/// Most network interfaces.
+const MAX_INTERFACES: usize = 32;
 /// Most memory regions.
 const MAX_REGIONS: usize = 64;
 /// Longest of the short texts, in bytes.
@@ -131,6 +133,8 @@ pub struct Devices {
     pub vsock: Option<VsockDevice>,
     /// The disks, in order.
     pub drives: Vec<DriveDevice>,
+    /// The network interfaces, in order.
+    pub network: Vec<NetworkDevice>,
     /// The source of entropy, if the machine has one.
     pub entropy: Option<EntropyDevice>,
     /// The balloon, if the machine has one.
@@ -202,6 +206,22 @@ pub enum CacheType {
     Unsafe,
     /// That everything is on disk.
     Writeback,
+}
+
+/// The host side of a network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkDevice {
+    /// Name of the interface, unique among the interfaces.
+    pub iface_id: String,
+    /// Name of its tap device. A restore uses it unless told otherwise.
+    pub host_dev_name: String,
+    /// Its MAC address, such as `06:00:ac:10:00:02`, if it has one of its own.
+    pub guest_mac: Option<String>,
+    /// Bounds of what the guest receives.
+    pub rx_rate_limit: Option<RateLimit>,
+    /// Bounds of what the guest sends.
+    pub tx_rate_limit: Option<RateLimit>,
 }
 
 /// The source of entropy.
@@ -351,9 +371,10 @@ impl Manifest {
         if names.windows(2).any(|pair| pair[0] == pair[1]) {
             return Err(BadField::new("memory.file", "and `memory.digests` and `state.file` must be three files"));
         }
-        let Devices { vsock, drives, entropy, balloon } = devices;
+        let Devices { vsock, drives, network, entropy, balloon } = devices;
         vsock.as_ref().map_or(Ok(()), VsockDevice::check)?;
         check_drives(drives)?;
+        check_network(network)?;
         if let Some(EntropyDevice { rate_limit }) = entropy {
             check_rate("devices.entropy.rate_limit".to_owned(), rate_limit.as_ref())?;
         }
@@ -442,6 +463,27 @@ impl HeldDisk {
         }
         Ok(())
     }
+}
+
+fn check_network(network: &[NetworkDevice]) -> Result<(), BadField> {
+    if network.len() > MAX_INTERFACES {
+        return Err(BadField::new("devices.network", format!("must have at most {MAX_INTERFACES} entries")));
+    }
+    for (i, interface) in network.iter().enumerate() {
+        let NetworkDevice { iface_id, host_dev_name, guest_mac, rx_rate_limit, tx_rate_limit } = interface;
+        let field = |name: &str| format!("devices.network[{i}].{name}");
+        check_id(field("iface_id"), iface_id)?;
+        if network[..i].iter().any(|other| other.iface_id == *iface_id) {
+            return Err(BadField::new(field("iface_id"), "is that of another interface too"));
+        }
+        check_text(&field("host_dev_name"), host_dev_name)?;
+        if let Some(mac) = guest_mac {
+            check_text(&field("guest_mac"), mac)?;
+        }
+        check_rate(field("rx_rate_limit"), rx_rate_limit.as_ref())?;
+        check_rate(field("tx_rate_limit"), tx_rate_limit.as_ref())?;
+    }
+    Ok(())
 }
 
 /// Whether something passes.

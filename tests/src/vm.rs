@@ -9,10 +9,11 @@ use crate::{PATIENCE, binaries, until};
 use api_spec::agent::{Request, Response};
 use api_spec::client::rest::RestError;
 use api_spec::client::{AgentClient, RestClient};
-use api_spec::devices::{Balloon, Drive};
+use api_spec::devices::{Balloon, Drive, Entropy, NetworkInterface};
+use api_spec::mac::MacAddr;
 use api_spec::snapshot::{
-    DriveOverride, MemBackend, MemBackendType, SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus,
-    VsockOverride,
+    DriveOverride, MemBackend, MemBackendType, NetworkOverride, SnapshotCreate, SnapshotLoad, SnapshotState,
+    SnapshotStatus, VsockOverride,
 };
 use api_spec::vm::{BootSource, InstanceInfo, InstanceState, MachineConfig, VmConfig, VmPatch, VmState, Vsock};
 use std::path::{Path, PathBuf};
@@ -98,6 +99,24 @@ impl<'a> Boot<'a> {
         self
     }
 
+    /// With a network interface on this tap device.
+    pub fn network(mut self, iface_id: &str, device: &str, mac: Option<MacAddr>) -> Self {
+        self.config.network_interfaces.push(NetworkInterface {
+            iface_id: iface_id.to_owned(),
+            host_dev_name: device.to_owned(),
+            guest_mac: mac,
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+        });
+        self
+    }
+
+    /// With a source of entropy.
+    pub fn entropy(mut self) -> Self {
+        self.config.entropy = Some(Entropy::default());
+        self
+    }
+
     /// Starts the vmm, with a configuration file.
     pub fn start(mut self, name: &str) -> Vm {
         let (vsock, api) = sockets(self.place, name);
@@ -156,6 +175,7 @@ pub struct Restore<'a> {
     max_private_mib: Option<u64>,
     recorded_vsock: Option<PathBuf>,
     drives: Vec<DriveOverride>,
+    taps: Vec<NetworkOverride>,
     by_api: bool,
     console: Option<String>,
 }
@@ -172,6 +192,7 @@ impl<'a> Restore<'a> {
             max_private_mib: None,
             recorded_vsock: None,
             drives: Vec::new(),
+            taps: Vec::new(),
             by_api: false,
             console: None,
         }
@@ -224,6 +245,16 @@ impl<'a> Restore<'a> {
         self
     }
 
+    /// A network interface has another tap device, and another MAC address if one is given.
+    pub fn tap(mut self, iface_id: &str, device: &str, mac: Option<MacAddr>) -> Self {
+        self.taps.push(NetworkOverride {
+            iface_id: iface_id.to_owned(),
+            host_dev_name: device.to_owned(),
+            guest_mac: mac,
+        });
+        self
+    }
+
     /// By `PUT /snapshot/load` instead of `--restore`.
     pub fn by_api(mut self) -> Self {
         self.by_api = true;
@@ -245,6 +276,10 @@ impl<'a> Restore<'a> {
             }
             for DriveOverride { drive_id, path_on_host } in &self.drives {
                 vmm.arg("--drive").arg(format!("{drive_id}={}", path_on_host.display()));
+            }
+            for NetworkOverride { iface_id, host_dev_name, guest_mac } in &self.taps {
+                let mac = guest_mac.map(|mac| format!(",{mac}")).unwrap_or_default();
+                vmm.arg("--tap").arg(format!("{iface_id}={host_dev_name}{mac}"));
             }
             if self.recorded_vsock.is_none() {
                 vmm.arg("--vsock").arg(&vsock);
@@ -271,6 +306,7 @@ impl<'a> Restore<'a> {
             resume_vm: !self.paused,
             drive_overrides: self.drives,
             vsock_override: self.recorded_vsock.is_none().then(|| VsockOverride { uds_path: vm.vsock.clone() }),
+            network_overrides: self.taps,
             new_generation: !self.same_generation,
             max_private_mib: self.max_private_mib,
         };

@@ -11,6 +11,8 @@ pub struct DeviceState {
     pub vsock: Option<VsockState>,
     /// The disks, in order of their places.
     pub drives: Vec<DriveState>,
+    /// The network interfaces, in order of their places.
+    pub network: Vec<NetState>,
     /// The source of entropy, if the machine has one, with its transport.
     pub entropy: Option<EntropyState>,
     /// The balloon, if the machine has one, with its transport.
@@ -123,4 +125,15 @@ pub struct BalloonState {
     pub statistics: Vec<(u16, u64)>,
     /// Whether something was left in its queues.
     pub pending: bool,
+}
+
+/// A network interface. Frames on their way are not saved.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetState {
+    /// Its name.
+    pub iface_id: String,
+    /// Its MAC address, if it has one of its own.
+    pub mac: Option<[u8; 6]>,
+    /// Its transport.
+    pub transport: VirtioMmioState,
 }

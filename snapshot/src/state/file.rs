@@ -15,7 +15,7 @@
 //! numbers, one `vm  ` and one `devs`. Each kind has a version of its own; a section of another kind or version is
 //! refused by name, as are bytes left over in a section or after the last one.
 
-use super::{BalloonState, DeviceState, DriveState, IrqchipState, MachineState, VcpuState, VmState};
+use super::{BalloonState, DeviceState, DriveState, IrqchipState, MachineState, NetState, VcpuState, VmState};
 use serde::{Serialize, de::DeserializeOwned};
 
 const MAGIC: [u8; 8] = *b"coppice\n";
@@ -253,7 +253,7 @@ fn check(state: &MachineState) -> Result<(), StateError> {
     for IrqchipState { chip_id: _, chip } in &vm.irqchips {
         ensure("vm.irqchips.chip", chip.len(), chip.len() == IRQCHIP_BYTES)?;
     }
-    let DeviceState { serial, vsock, drives, entropy, balloon } = devices;
+    let DeviceState { serial, vsock, drives, network, entropy, balloon } = devices;
     ensure("devices.serial.in_buffer", serial.in_buffer.len(), serial.in_buffer.len() <= MAX_ENTRIES)?;
     if let Some(vsock) = vsock {
         ensure("devices.vsock.transport.queues", vsock.transport.queues.len(), vsock.transport.queues.len() <= 64)?;
@@ -266,6 +266,11 @@ fn check(state: &MachineState) -> Result<(), StateError> {
     if let Some(BalloonState { transport, statistics, .. }) = balloon {
         ensure("devices.balloon.transport.queues", transport.queues.len(), transport.queues.len() <= 64)?;
         ensure("devices.balloon.statistics", statistics.len(), statistics.len() <= 64)?;
+    }
+    ensure("devices.network", network.len(), network.len() <= 32)?;
+    for NetState { iface_id, mac: _, transport } in network {
+        ensure("devices.network.iface_id", iface_id.len(), iface_id.len() <= 64)?;
+        ensure("devices.network.transport.queues", transport.queues.len(), transport.queues.len() <= 64)?;
     }
     if let Some(entropy) = entropy {
         let queues = entropy.transport.queues.len();
@@ -396,7 +401,7 @@ mod tests {
     #[test]
     fn lists_of_impossible_length_are_refused() {
         type Spoil = fn(&mut MachineState);
-        let cases: [(&str, Spoil); 13] = [
+        let cases: [(&str, Spoil); 16] = [
             ("vcpu.xsave", |s| s.vcpus[0].xsave.truncate(4095)),
             ("vcpu.xsave", |s| s.vcpus[0].xsave.resize(65537, 0)),
             ("vcpu.lapic", |s| s.vcpus[1].lapic.push(0)),
@@ -414,6 +419,14 @@ mod tests {
                 let mut drive = DriveState::default();
                 drive.transport.queues.resize(65, Default::default());
                 s.devices.drives.push(drive);
+            }),
+            ("devices.network", |s| s.devices.network.resize(33, Default::default())),
+            ("devices.network.iface_id", |s| {
+                s.devices.network.push(NetState { iface_id: "x".repeat(65), ..Default::default() })
+            }),
+            ("devices.network.transport.queues", |s| {
+                s.devices.network.push(Default::default());
+                s.devices.network[0].transport.queues.resize(65, Default::default())
             }),
             ("devices.entropy.transport.queues", |s| {
                 s.devices.entropy.get_or_insert_default().transport.queues.resize(65, Default::default())
@@ -443,9 +456,10 @@ mod tests {
         state.vm.pit = PitState { flags: 3, ..PitState::default() };
         state.devices.vsock = Some(Default::default());
         state.devices.drives = vec![Default::default()];
+        state.devices.network = vec![Default::default()];
         state.devices.balloon = Some(Default::default());
         state.devices.entropy = Some(Default::default());
-        assert_eq!(digest(&encode(&state).unwrap()), "9e82812a4a58c8b4");
+        assert_eq!(digest(&encode(&state).unwrap()), "2c318b6332a9c405");
     }
 
     proptest! {

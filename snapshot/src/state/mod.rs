@@ -10,7 +10,7 @@ mod machine;
 mod vcpu;
 
 pub use devices::{
-    BalloonState, DeviceState, DriveState, EntropyState, QueueState, SerialState, VirtioMmioState, VsockState,
+    BalloonState, DeviceState, DriveState, EntropyState, NetState, QueueState, SerialState, VirtioMmioState, VsockState,
 };
 pub use file::{StateError, decode, encode};
 pub use machine::{ClockState, IrqchipState, PitChannel, PitState, VmState};

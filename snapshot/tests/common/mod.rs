@@ -6,11 +6,11 @@ use snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters};
 use snapshot::compat::HostFacts;
 use snapshot::create::{BytesSource, CreateError, DiskSource, Facts, Staging};
 use snapshot::manifest::{
-    BalloonDevice, CacheType, Cpu, Devices, DiskImage, DriveDevice, EntropyDevice, Manifest, RateLimit, Readiness,
-    TokenBucket, VsockDevice,
+    BalloonDevice, CacheType, Cpu, Devices, DiskImage, DriveDevice, EntropyDevice, Manifest, NetworkDevice, RateLimit,
+    Readiness, TokenBucket, VsockDevice,
 };
 use snapshot::state::{
-    DriveState, EntropyState, IrqchipState, MachineState, Msr, QueueState, VirtioMmioState, VsockState,
+    DriveState, EntropyState, IrqchipState, MachineState, Msr, NetState, QueueState, VirtioMmioState, VsockState,
 };
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -35,6 +35,13 @@ pub fn facts(staging: &mut Staging) -> Facts {
             vsock: Some(VsockDevice { guest_cid: 3, uds_path: "run/v.sock".into() }),
             drives: vec![root, drive("data", true)],
             balloon: Some(BalloonDevice { stats_polling_interval_s: 1, ..BalloonDevice::default() }),
+            network: vec![NetworkDevice {
+                iface_id: "eth0".into(),
+                host_dev_name: "tap0".into(),
+                guest_mac: Some("06:00:ac:10:00:02".into()),
+                rx_rate_limit: Some(rate_limit()),
+                tx_rate_limit: Some(rate_limit()),
+            }],
             entropy: Some(EntropyDevice { rate_limit: Some(rate_limit()) }),
         },
         readiness: Some(Readiness::Full),
@@ -121,6 +128,9 @@ pub fn state(vcpus: usize) -> MachineState {
     };
     state.devices.drives = vec![drive("root", true), drive("data", false)];
     let one_queue = VirtioMmioState { queues: vec![queue], ..transport.clone() };
+    let two_queues = VirtioMmioState { queues: vec![queue; 2], ..transport.clone() };
+    let mac = Some([6, 0, 172, 16, 0, 2]);
+    state.devices.network = vec![NetState { iface_id: "eth0".into(), mac, transport: two_queues }];
     state.devices.entropy = Some(EntropyState { transport: one_queue, pending: true });
     state.devices.vsock = Some(VsockState { guest_cid: 3, transport, needs_reset: true });
     state

@@ -10,7 +10,9 @@ pub mod http;
 pub mod router;
 pub mod server;
 
-use api_spec::devices::{Balloon, BalloonStatisticsUpdate, BalloonUpdate, Drive, DriveUpdate, Entropy, Serial};
+use api_spec::devices::{
+    Balloon, BalloonStatisticsUpdate, BalloonUpdate, Drive, DriveUpdate, Entropy, NetworkInterface, Serial,
+};
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad};
 use api_spec::vm::{Action, BootSource, MachineConfig, MachinePatch, VmPatch, Vsock};
 
@@ -39,6 +41,8 @@ pub enum Request {
     PatchDrive(DriveUpdate),
     /// `PUT /serial`
     PutSerial(Serial),
+    /// `PUT /network-interfaces/{iface_id}`
+    PutNetworkInterface(NetworkInterface),
     /// `PUT /entropy`
     PutEntropy(Entropy),
     /// `PUT /balloon`

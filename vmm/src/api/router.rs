@@ -2,10 +2,10 @@
 
 use super::http::Message;
 use super::{Request, Response};
-use api_spec::devices::{Drive, DriveUpdate};
+use api_spec::devices::{Drive, DriveUpdate, NetworkInterface};
 use serde::de::DeserializeOwned;
 
-/// Every path with its methods, in the order in which they are documented.
+/// Every path with its methods, in the order in which they are documented. A last part in braces stands for any name.
 const ROUTES: &[(&str, &[&str])] = &[
     ("/", &["GET"]),
     ("/version", &["GET"]),
@@ -14,7 +14,8 @@ const ROUTES: &[(&str, &[&str])] = &[
     ("/boot-source", &["PUT"]),
     ("/vsock", &["PUT"]),
     ("/serial", &["PUT"]),
-    (DRIVES, &["PUT", "PATCH"]),
+    ("/drives/{drive_id}", &["PUT", "PATCH"]),
+    ("/network-interfaces/{iface_id}", &["PUT"]),
     ("/entropy", &["PUT"]),
     ("/balloon", &["GET", "PUT", "PATCH"]),
     ("/balloon/statistics", &["GET", "PATCH"]),
@@ -25,8 +26,9 @@ const ROUTES: &[(&str, &[&str])] = &[
     ("/snapshot/status", &["GET"]),
 ];
 
-/// The path of a disk; its last part stands for any name.
-const DRIVES: &str = "/drives/{drive_id}";
+/// What paths that name a disk or a network interface begin with.
+const DRIVES: &str = "/drives/";
+const INTERFACES: &str = "/network-interfaces/";
 
 /// The request that `message` is, or the answer that it gets at once.
 pub fn route(message: &Message) -> Result<Request, Response> {
@@ -42,11 +44,15 @@ pub fn route(message: &Message) -> Result<Request, Response> {
         ("PUT", "/boot-source") => body(message).map(Request::PutBootSource),
         ("PUT", "/vsock") => body(message).map(Request::PutVsock),
         ("PUT", "/serial") => body(message).map(Request::PutSerial),
-        ("PUT", _) if drive_id(path).is_some() => {
-            named(message, |drive: &Drive| &drive.drive_id).map(Request::PutDrive)
+        ("PUT", _) if name_in(DRIVES, path).is_some() => {
+            named(message, DRIVES, |drive: &Drive| &drive.drive_id).map(Request::PutDrive)
         }
-        ("PATCH", _) if drive_id(path).is_some() => {
-            named(message, |update: &DriveUpdate| &update.drive_id).map(Request::PatchDrive)
+        ("PATCH", _) if name_in(DRIVES, path).is_some() => {
+            named(message, DRIVES, |update: &DriveUpdate| &update.drive_id).map(Request::PatchDrive)
+        }
+        ("PUT", _) if name_in(INTERFACES, path).is_some() => {
+            named(message, INTERFACES, |interface: &NetworkInterface| &interface.iface_id)
+                .map(Request::PutNetworkInterface)
         }
         ("PUT", "/entropy") => body(message).map(Request::PutEntropy),
         ("GET", "/balloon") => Ok(Request::GetBalloon),
@@ -62,32 +68,39 @@ pub fn route(message: &Message) -> Result<Request, Response> {
     }
 }
 
+/// The name at the end of a path that begins so, if there is one.
+fn name_in<'a>(start: &str, path: &'a str) -> Option<&'a str> {
+    path.strip_prefix(start).filter(|name| !name.is_empty() && !name.contains('/'))
+}
+
+/// Whether a path is one of those that `known` stands for.
+fn is(known: &str, path: &str) -> bool {
+    match known.split_once('{') {
+        Some((start, _)) => name_in(start, path).is_some(),
+        None => known == path,
+    }
+}
+
 fn body<T: DeserializeOwned>(message: &Message) -> Result<T, Response> {
     serde_json::from_slice(&message.body).map_err(|e| {
         Response::fault(400, &format!("{} {}: the body is not what it should be: {e}", message.method, message.path))
     })
 }
 
-/// The disk that a path names.
-fn drive_id(path: &str) -> Option<&str> {
-    path.strip_prefix("/drives/").filter(|id| !id.is_empty() && !id.contains('/'))
-}
-
-/// A body that names the disk that the path names.
-fn named<T: DeserializeOwned>(message: &Message, name: impl Fn(&T) -> &String) -> Result<T, Response> {
+/// A body that names itself as the end of its path does, which begins with `start`.
+fn named<T: DeserializeOwned>(message: &Message, start: &str, name: impl Fn(&T) -> &String) -> Result<T, Response> {
     let document = body(message)?;
-    match drive_id(&message.path) {
+    match name_in(start, &message.path) {
         Some(id) if id == name(&document) => Ok(document),
         _ => {
-            let text = format!("{} {}: the body's drive_id is {}", message.method, message.path, name(&document));
+            let text = format!("{} {}: the body is of {}", message.method, message.path, name(&document));
             Err(Response::fault(400, &text))
         }
     }
 }
 
 fn unknown(method: &str, path: &str) -> Response {
-    let drives = |known: &str| known == DRIVES && drive_id(path).is_some();
-    match ROUTES.iter().find(|(known, _)| *known == path || drives(known)) {
+    match ROUTES.iter().find(|(known, _)| is(known, path)) {
         Some((_, methods)) => {
             Response::fault(405, &format!("{path} does not take {method}; it takes {}", methods.join(", ")))
         }
@@ -116,17 +129,22 @@ mod tests {
     }
 
     #[test]
-    fn the_path_and_the_body_name_the_same_disk() {
-        let body = r#"{"drive_id":"root","path_on_host":"d"}"#;
-        assert!(matches!(route(&message("PUT", "/drives/root", body)), Ok(Request::PutDrive(_))));
-        let refused = route(&message("PUT", "/drives/other", body)).unwrap_err();
-        assert_eq!(refused.status, 400);
-        assert!(String::from_utf8_lossy(&refused.body).contains("drive_id is root"));
-        for path in ["/drives", "/drives/", "/drives/root/x"] {
-            assert!(matches!(route(&message("PUT", path, body)), Err(Response { status: 404, .. })), "{path}");
+    fn the_path_and_the_body_name_the_same_device() {
+        let put = |path: &str, body: &str| route(&message("PUT", path, body));
+        let (drive, interface) = (r#"{"drive_id":"a","path_on_host":"d"}"#, r#"{"iface_id":"a","host_dev_name":"t"}"#);
+        assert!(matches!(put("/drives/a", drive), Ok(Request::PutDrive(_))));
+        assert!(matches!(put("/network-interfaces/a", interface), Ok(Request::PutNetworkInterface(_))));
+        let update = r#"{"drive_id":"a","max_overlay_mib":9}"#;
+        assert!(matches!(route(&message("PATCH", "/drives/a", update)), Ok(Request::PatchDrive(_))));
+        for (start, body) in [("/drives", drive), ("/network-interfaces", interface)] {
+            let refused = put(&format!("{start}/b"), body).unwrap_err();
+            assert_eq!(refused.status, 400);
+            assert!(String::from_utf8_lossy(&refused.body).contains("the body is of a"));
+            for nameless in ["", "/", "/a/x"] {
+                let path = format!("{start}{nameless}");
+                assert!(matches!(put(&path, body), Err(Response { status: 404, .. })), "{path}");
+            }
         }
-        let body = r#"{"drive_id":"root","max_overlay_mib":9}"#;
-        assert!(matches!(route(&message("PATCH", "/drives/root", body)), Ok(Request::PatchDrive(_))));
     }
 
     #[test]

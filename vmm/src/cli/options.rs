@@ -2,7 +2,8 @@
 
 use crate::demo::DemoOptions;
 use api_spec::devices::Serial;
-use api_spec::snapshot::{DriveOverride, MemBackend, MemBackendType, SnapshotLoad, VsockOverride};
+use api_spec::mac::MacError;
+use api_spec::snapshot::{DriveOverride, MemBackend, MemBackendType, NetworkOverride, SnapshotLoad, VsockOverride};
 use log::LevelFilter;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -28,6 +29,8 @@ Options:
   --uffd-mode MODE       with --uffd: `shared` (default); `copy` is not offered yet
   --vsock PATH           with --restore: the Unix socket of the vsock device, instead of the snapshot's own
   --drive ID=PATH        with --restore: the image of the disk ID is at PATH; once for each disk
+  --tap IFACE=DEV[,MAC]  with --restore: the tap device, and the MAC address, of a network interface, instead of the
+                         snapshot's own; once for each interface
   --paused               with --restore: leave the vCPUs standing still
   --max-private-mib N    with --restore: pause the guest when it has N MiB of private memory
   --same-generation      with --restore: keep the generation id, so that the guest takes itself for the original (tests)
@@ -73,6 +76,8 @@ pub struct LoadOptions {
     pub drives: Vec<DriveOverride>,
     /// The vsock device's socket.
     pub vsock: Option<PathBuf>,
+    /// Tap devices of network interfaces.
+    pub taps: Vec<NetworkOverride>,
     /// Leave vCPUs standing still.
     pub paused: bool,
     /// Keep the generation id.
@@ -91,6 +96,7 @@ impl LoadOptions {
             resume_vm: !self.paused,
             drive_overrides: self.drives.clone(),
             vsock_override: self.vsock.as_ref().map(|path| VsockOverride { uds_path: path.clone() }),
+            network_overrides: self.taps.clone(),
             new_generation: !self.same_generation,
             max_private_mib: self.max_private_mib,
         }
@@ -187,7 +193,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         end_with_parent: false,
     };
     let (mut snapshot, mut uffd, mut vsock) = (None, None, None);
-    let mut drives = Vec::new();
+    let (mut drives, mut taps) = (Vec::new(), Vec::new());
     let (mut paused, mut same_generation, mut max_private_mib) = (false, false, None);
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
@@ -204,6 +210,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             },
             Long("vsock") => vsock = Some(PathBuf::from(parser.value()?)),
             Long("drive") => drives.push(drive(parser.value()?)?),
+            Long("tap") => taps.push(tap(&parser.value()?.string()?)?),
             Long("paused") => paused = true,
             Long("same-generation") => same_generation = true,
             Long("max-private-mib") => {
@@ -225,6 +232,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         ("--uffd", uffd.is_some()),
         ("--vsock", vsock.is_some()),
         ("--drive", !drives.is_empty()),
+        ("--tap", !taps.is_empty()),
         ("--paused", paused),
         ("--same-generation", same_generation),
         ("--max-private-mib", max_private_mib.is_some()),
@@ -233,7 +241,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         (Some(_), Some(_)) => return Err(UsageError::Conflict("--config", "--restore")),
         (Some(snapshot), None) => {
             options.restore =
-                Some(LoadOptions { snapshot, uffd, drives, vsock, paused, same_generation, max_private_mib });
+                Some(LoadOptions { snapshot, uffd, drives, vsock, taps, paused, same_generation, max_private_mib });
         }
         (None, _) => {
             if let Some((option, _)) = only_with_restore.into_iter().find(|(_, given)| *given) {
@@ -266,6 +274,15 @@ fn drive(value: OsString) -> Result<DriveOverride, UsageError> {
         }
         _ => Err(lexopt::Error::from(format!("--drive {}: must be ID=PATH", value.to_string_lossy())).into()),
     }
+}
+
+/// The value of `--tap`.
+fn tap(text: &str) -> Result<NetworkOverride, lexopt::Error> {
+    let wrong = |why: String| lexopt::Error::from(format!("--tap {text}: {why}"));
+    let (iface_id, rest) = text.split_once('=').ok_or_else(|| wrong("must be IFACE=DEV or IFACE=DEV,MAC".into()))?;
+    let (device, mac) = rest.split_once(',').map_or((rest, None), |(device, mac)| (device, Some(mac)));
+    let guest_mac = mac.map(str::parse).transpose().map_err(|e: MacError| wrong(e.to_string()))?;
+    Ok(NetworkOverride { iface_id: iface_id.to_owned(), host_dev_name: device.to_owned(), guest_mac })
 }
 
 /// The value of an option, or an error that names both.
@@ -382,6 +399,19 @@ mod tests {
     }
 
     #[test]
+    fn taps_are_named_interface_by_interface() {
+        let line = "--restore s --tap eth0=tap1 --tap eth1=tap2,06:00:00:00:00:01";
+        let Ok(Command::Run(options)) = parse(line) else { panic!() };
+        let tap = |id: &str, tap: &str, guest_mac: Option<&str>| NetworkOverride {
+            iface_id: id.into(),
+            host_dev_name: tap.into(),
+            guest_mac: guest_mac.map(|mac| mac.parse().unwrap()),
+        };
+        let expected = [tap("eth0", "tap1", None), tap("eth1", "tap2", Some("06:00:00:00:00:01"))];
+        assert_eq!(options.restore.unwrap().request().network_overrides, expected);
+    }
+
+    #[test]
     fn options_that_do_not_belong_together_are_refused() {
         for line in [
             "",
@@ -396,6 +426,10 @@ mod tests {
             "--restore a --drive b=",
             "--restore a --uffd b --uffd-mode copy",
             "--nonsense",
+            "--config a --tap eth0=tap1",
+            "--restore a --tap eth0",
+            "--restore a --tap eth0=tap1,",
+            "--restore a --tap eth0=tap1,01:00:00:00:00:00",
             "guest",
             "guest export",
             "guest export --json f",

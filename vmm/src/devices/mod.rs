@@ -17,6 +17,7 @@
 //! | `virtio/chain.rs` | descriptor chains as runs of guest memory |
 //! | `virtio/interrupt.rs` | how a device interrupts the guest, and how it fails |
 //! | `virtio/block/` | disks |
+//! | `virtio/net/` | network interfaces |
 //! | `virtio/rng/` | the source of entropy |
 //! | `virtio/balloon/` | the memory balloon |
 //! | `virtio/vsock/` | the socket device between guest and host |

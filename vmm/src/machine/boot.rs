@@ -12,6 +12,7 @@ use crate::memory::layout::GENERATION_PAGE;
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
+use api_spec::mac::MacAddr;
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
@@ -74,13 +75,19 @@ pub enum BootError {
 
 /// Builds a machine with its kernel loaded. Its vCPUs stand still.
 pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
+    let mut devices_plan = plan.devices.clone();
+    for interface in &mut devices_plan.network {
+        if interface.guest_mac.is_none() {
+            interface.guest_mac = Some(fresh_mac().map_err(BootError::Random)?);
+        }
+    }
     // First, since they are the user's files.
     let disks = disks::open(&plan.devices.drives)?;
     let kvm = kvm::open()?;
     let ram = GuestRam::fresh(plan.memory_bytes)?;
     let vm = kvm::create(&kvm, &ram, plan.vcpus)?;
     let notifier = outside.notifier.clone();
-    let devices = wiring::wire(&vm.fd, &ram, &plan.devices, disks, None, outside)?;
+    let devices = wiring::wire(&vm.fd, &ram, &devices_plan, disks, None, outside)?;
     set_up_vcpus(&kvm, &vm.vcpus)?;
     write_generation(ram.memory(), &fresh_generation().map_err(BootError::Random)?).map_err(BootError::Generation)?;
 
@@ -103,7 +110,7 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
         ram,
         page_server: None,
         ending: Default::default(),
-        plan: plan.devices.clone(),
+        plan: devices_plan,
         running: false,
     })
 }
@@ -155,11 +162,20 @@ fn root_words(plan: &BootPlan) -> Option<String> {
 
 /// A generation id that no other guest has.
 pub(super) fn fresh_generation() -> Result<[u8; 16], rustix::io::Errno> {
-    let mut id = [0; 16];
-    let filled = rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())?;
+    random()
+}
+
+/// A MAC address that no other guest has.
+fn fresh_mac() -> Result<MacAddr, rustix::io::Errno> {
+    random().map(MacAddr::local)
+}
+
+fn random<const N: usize>() -> Result<[u8; N], rustix::io::Errno> {
+    let mut bytes = [0; N];
+    let filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
     // Requests of up to 256 bytes are never cut short once the kernel's generator is seeded (getrandom(2)).
-    debug_assert_eq!(filled, id.len());
-    Ok(id)
+    debug_assert_eq!(filled, N);
+    Ok(bytes)
 }
 
 /// Writes a generation id where the guest finds it. No vCPU may run.

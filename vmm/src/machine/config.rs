@@ -1,15 +1,20 @@
 //! Is a configuration one that can be built? Pure; the same check for the command line, the file and the API.
 
 use crate::console::Place;
+use crate::devices::virtio::net::tap::MAX_NAME;
 use crate::loader::Kernel;
 use crate::memory::layout::{MAX_MIB, MAX_VIRTIO, MIN_MIB};
-use api_spec::devices::{Balloon, Drive, DriveUpdate, Entropy, IoEngine, RateLimiter, Serial, TokenBucket};
+use api_spec::devices::{
+    Balloon, Drive, DriveUpdate, Entropy, IoEngine, NetworkInterface, RateLimiter, Serial, TokenBucket,
+};
 use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
 use std::path::PathBuf;
 use uffd_handler::listener;
 
 /// Most vCPUs that a VM may have.
 pub const MAX_VCPUS: u8 = 8;
+/// Most network interfaces that a VM may have.
+pub const MAX_INTERFACES: usize = 8;
 /// Context ids below this one have a meaning of their own.
 const MIN_CID: u32 = 3;
 
@@ -48,6 +53,27 @@ pub enum ConfigError {
         /// What it says.
         id: String,
     },
+    /// A name that no tap device can have.
+    #[error(
+        "network interface {iface_id}: host_dev_name is {tap:?}; it may be 1 to {MAX_NAME} printable characters but `/`, `:` and `%`"
+    )]
+    TapName {
+        /// Which interface.
+        iface_id: String,
+        /// What it says.
+        tap: String,
+    },
+    /// Two interfaces with something in common that they must not have in common.
+    #[error("two network interfaces have the {field} {value}; each needs one of its own")]
+    TwoInterfaces {
+        /// What they have in common.
+        field: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// More than there may be.
+    #[error("there are {0} network interfaces; there may be {MAX_INTERFACES}")]
+    TooManyInterfaces(usize),
     /// A rate limit that nothing would ever pass.
     #[error("{0}: `size` and `refill_time` must be at least 1")]
     Rate(String),
@@ -136,14 +162,16 @@ pub struct DevicePlan {
     pub entropy: Option<Entropy>,
     /// The balloon.
     pub balloon: Option<Balloon>,
+    /// The network interfaces.
+    pub network: Vec<NetworkInterface>,
 }
 
 impl DevicePlan {
     /// Number of virtio devices.
     pub fn virtio_count(&self) -> u32 {
-        let DevicePlan { vsock, drives, entropy, balloon } = self;
-        let single = [vsock.is_some(), entropy.is_some(), balloon.is_some()];
-        single.map(u32::from).iter().sum::<u32>() + drives.len() as u32
+        let DevicePlan { vsock, drives, network, entropy, balloon } = self;
+        let single: u32 = [vsock.is_some(), entropy.is_some(), balloon.is_some()].map(u32::from).iter().sum();
+        single + (drives.len() + network.len()) as u32
     }
 }
 
@@ -181,6 +209,50 @@ pub fn check_vsock(vsock: &Vsock) -> Result<(), ConfigError> {
         return Err(ConfigError::GuestCid(vsock.guest_cid));
     }
     listener::check_path(&vsock.uds_path).map_err(|e| ConfigError::UdsPath(e.to_string()))
+}
+
+/// Checks the network interfaces, one by one and against each other.
+pub fn check_network(interfaces: &[NetworkInterface]) -> Result<(), ConfigError> {
+    if interfaces.len() > MAX_INTERFACES {
+        return Err(ConfigError::TooManyInterfaces(interfaces.len()));
+    }
+    for (i, interface) in interfaces.iter().enumerate() {
+        let NetworkInterface { iface_id, host_dev_name: tap, guest_mac, rx_rate_limiter, tx_rate_limiter } = interface;
+        check_id("network-interfaces.iface_id", iface_id)?;
+        // What the kernel would refuse, or take for a pattern.
+        let plain = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%');
+        if tap.is_empty() || tap.len() > MAX_NAME || !tap.chars().all(plain) || tap == "." || tap == ".." {
+            return Err(ConfigError::TapName { iface_id: iface_id.clone(), tap: tap.clone() });
+        }
+        check_rate(&format!("network interface {iface_id}: rx_rate_limiter"), rx_rate_limiter.as_ref())?;
+        check_rate(&format!("network interface {iface_id}: tx_rate_limiter"), tx_rate_limiter.as_ref())?;
+        for other in &interfaces[..i] {
+            let same = [
+                ("iface_id", (other.iface_id == *iface_id).then(|| iface_id.clone())),
+                ("host_dev_name", (other.host_dev_name == *tap).then(|| tap.clone())),
+                ("guest_mac", guest_mac.filter(|mac| other.guest_mac == Some(*mac)).map(|mac| mac.to_string())),
+            ];
+            if let Some((field, value)) = same.into_iter().find_map(|(field, value)| Some((field, value?))) {
+                return Err(ConfigError::TwoInterfaces { field, value });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The network interfaces with another one, in the place of the one of the same name if there is one. `id` is what the
+/// request's path calls it.
+pub fn with_interface(
+    interfaces: &[NetworkInterface],
+    interface: NetworkInterface,
+) -> Result<Vec<NetworkInterface>, ConfigError> {
+    let mut interfaces = interfaces.to_vec();
+    match interfaces.iter_mut().find(|known| known.iface_id == interface.iface_id) {
+        Some(known) => *known = interface,
+        None => interfaces.push(interface),
+    }
+    check_network(&interfaces)?;
+    Ok(interfaces)
 }
 
 /// Checks the source of entropy.
@@ -274,11 +346,13 @@ pub fn check_places(plan: &DevicePlan) -> Result<(), ConfigError> {
 
 /// Checks a whole configuration.
 pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
-    let VmConfig { boot_source, machine_config, vsock, drives, entropy, balloon, serial } = config;
+    let VmConfig { boot_source, machine_config, vsock, drives, network_interfaces: network, entropy, balloon, serial } =
+        config;
     let source = boot_source.as_ref().ok_or(ConfigError::NoKernel)?;
     let kernel = check_boot_source(source)?;
     check_machine(machine_config)?;
     vsock.as_ref().map(check_vsock).transpose()?;
+    check_network(network)?;
     entropy.as_ref().map(check_entropy).transpose()?;
     check_serial(serial.as_ref())?;
     balloon.map_or(Ok(()), |balloon| check_balloon(balloon.amount_mib, machine_config.mem_size_mib))?;
@@ -286,7 +360,8 @@ pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
     let mut drives = drives.clone();
     // Stable: the others keep their order.
     drives.sort_by_key(|drive| !drive.is_root_device);
-    let devices = DevicePlan { vsock: vsock.clone(), drives, entropy: *entropy, balloon: *balloon };
+    let (vsock, network) = (vsock.clone(), network.clone());
+    let devices = DevicePlan { vsock, drives, network, entropy: *entropy, balloon: *balloon };
     check_places(&devices)?;
     Ok(BootPlan {
         kernel,
@@ -326,12 +401,26 @@ mod tests {
         Balloon { amount_mib, deflate_on_oom: true, stats_polling_interval_s: 1, free_page_reporting: true }
     }
 
+    fn interface(iface_id: &str, tap: &str, mac: Option<&str>) -> NetworkInterface {
+        NetworkInterface {
+            iface_id: iface_id.into(),
+            host_dev_name: tap.into(),
+            guest_mac: mac.map(|mac| mac.parse().unwrap()),
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+        }
+    }
+
     fn good() -> VmConfig {
         VmConfig {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
             machine_config: MachineConfig { vcpu_count: 8, mem_size_mib: 8, max_private_mib: Some(4) },
             vsock: Some(Vsock { guest_cid: 3, uds_path: "/run/v".into() }),
             drives: vec![drive("data"), Drive { is_root_device: true, ..drive("root") }, drive("more")],
+            network_interfaces: vec![
+                interface("eth0", "tap0", Some("06:00:ac:10:00:02")),
+                interface("eth1", "tap1", None),
+            ],
             entropy: Some(Entropy::default()),
             serial: None,
             balloon: Some(balloon(8)),
@@ -373,7 +462,7 @@ mod tests {
         assert_eq!(check_drive(&sealed), Err(DriveError::ReadOnly(id(), "max_overlay_mib").into()));
         assert!(matches!(with(|c| c.drives[0].drive_id = "a/b".into()), ConfigError::Id { .. }));
         let many = with(|c| c.drives = (0..18).map(|n| drive(&n.to_string())).collect());
-        assert_eq!(many, ConfigError::TooMany(21));
+        assert_eq!(many, ConfigError::TooMany(23));
     }
 
     #[test]
@@ -425,6 +514,24 @@ mod tests {
         let ops = Some(TokenBucket { size: 1, one_time_burst: None, refill_time: 0 });
         let rate_limiter = Some(RateLimiter { bandwidth: None, ops });
         assert_eq!(check_entropy(&Entropy { rate_limiter }), Err(ConfigError::Rate("entropy.rate_limiter.ops".into())));
+        for name in ["", "a b", "a/b", "a:b", "tap%d", ".", "..", "sixteen-bytes-xx", "tap\u{e4}"] {
+            let refused = check_network(&[interface("e", name, None)]);
+            assert_eq!(refused, Err(ConfigError::TapName { iface_id: "e".into(), tap: name.into() }));
+        }
+        let mac = Some("06:00:ac:10:00:02");
+        for (other, field) in [
+            (interface("eth0", "t", None), "iface_id"),
+            (interface("e", "tap1", None), "host_dev_name"),
+            (interface("e", "t", mac), "guest_mac"),
+        ] {
+            let mut interfaces = good().network_interfaces;
+            interfaces.push(other);
+            assert!(
+                matches!(check_network(&interfaces), Err(ConfigError::TwoInterfaces { field: f, .. }) if f == field)
+            );
+        }
+        let many: Vec<_> = (0..9).map(|n| interface(&format!("e{n}"), &format!("t{n}"), None)).collect();
+        assert_eq!(check_network(&many), Err(ConfigError::TooManyInterfaces(9)));
         let long = with(|c| c.vsock.as_mut().unwrap().uds_path = "x".repeat(108).into());
         assert!(matches!(long, ConfigError::UdsPath(_)));
     }

@@ -254,6 +254,7 @@ impl Driver {
         self.config.machine_config.mem_size_mib = machine.memory_bytes() >> 20;
         self.config.vsock = machine.plan().vsock.clone();
         self.config.drives = machine.plan().drives.clone();
+        self.config.network_interfaces = machine.plan().network.clone();
         self.config.entropy = machine.plan().entropy;
         self.config.balloon = machine.plan().balloon;
         self.private.set_vcpus(machine.vcpu_count());
@@ -398,6 +399,11 @@ impl Driver {
             Request::PutVsock(vsock) => {
                 config::check_vsock(&vsock)?;
                 self.configure(|config| config.vsock = Some(vsock));
+                done
+            }
+            Request::PutNetworkInterface(interface) => {
+                let interfaces = config::with_interface(&self.config.network_interfaces, interface)?;
+                self.configure(|config| config.network_interfaces = interfaces);
                 done
             }
             Request::PutEntropy(entropy) => {

@@ -1,19 +1,21 @@
 //! How devices are configured, as a snapshot's manifest records it, and back. Pure.
 
 use super::config::DevicePlan;
-use api_spec::devices::{Balloon, Entropy, RateLimiter, TokenBucket};
+use api_spec::devices::{Balloon, Entropy, NetworkInterface, RateLimiter, TokenBucket};
+use api_spec::mac::MacError;
 use api_spec::vm::Vsock;
-use snapshot::manifest::{self, BalloonDevice, Devices, EntropyDevice, RateLimit, VsockDevice};
+use snapshot::manifest::{self, BalloonDevice, Devices, EntropyDevice, NetworkDevice, RateLimit, VsockDevice};
 
 /// What a manifest says of these devices. The disks are left out: what is said of them is known when they are written.
 pub fn devices(plan: &DevicePlan) -> Devices {
-    let DevicePlan { vsock, drives: _, entropy, balloon } = plan;
+    let DevicePlan { vsock, drives: _, network, entropy, balloon } = plan;
     Devices {
         vsock: vsock.as_ref().map(|Vsock { guest_cid, uds_path }| VsockDevice {
             guest_cid: (*guest_cid).into(),
             uds_path: uds_path.to_string_lossy().into_owned(),
         }),
         drives: Vec::new(),
+        network: network.iter().map(network_device).collect(),
         entropy: entropy.map(|Entropy { rate_limiter }| EntropyDevice { rate_limit: rate_limiter.map(rate_limit) }),
         balloon: balloon.map(
             |Balloon { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting }| BalloonDevice {
@@ -27,15 +29,16 @@ pub fn devices(plan: &DevicePlan) -> Devices {
 }
 
 /// The devices that a manifest speaks of, but for the disks.
-pub fn plan(devices: &Devices) -> DevicePlan {
-    let Devices { vsock, drives: _, entropy, balloon } = devices;
-    DevicePlan {
+pub fn plan(devices: &Devices) -> Result<DevicePlan, MacError> {
+    let Devices { vsock, drives: _, network, entropy, balloon } = devices;
+    Ok(DevicePlan {
         vsock: vsock.as_ref().map(|VsockDevice { guest_cid, uds_path }| Vsock {
             // One that is too large is none that a guest may have, as a check of the plan says.
             guest_cid: u32::try_from(*guest_cid).unwrap_or(u32::MAX),
             uds_path: uds_path.into(),
         }),
         drives: Vec::new(),
+        network: network.iter().map(network_interface).collect::<Result<_, _>>()?,
         entropy: entropy
             .as_ref()
             .map(|EntropyDevice { rate_limit }| Entropy { rate_limiter: rate_limit.map(rate_limiter) }),
@@ -47,7 +50,29 @@ pub fn plan(devices: &Devices) -> DevicePlan {
                 free_page_reporting,
             },
         ),
+    })
+}
+
+fn network_device(interface: &NetworkInterface) -> NetworkDevice {
+    let NetworkInterface { iface_id, host_dev_name, guest_mac, rx_rate_limiter, tx_rate_limiter } = interface;
+    NetworkDevice {
+        iface_id: iface_id.clone(),
+        host_dev_name: host_dev_name.clone(),
+        guest_mac: guest_mac.map(|mac| mac.to_string()),
+        rx_rate_limit: rx_rate_limiter.map(rate_limit),
+        tx_rate_limit: tx_rate_limiter.map(rate_limit),
     }
+}
+
+fn network_interface(device: &NetworkDevice) -> Result<NetworkInterface, MacError> {
+    let NetworkDevice { iface_id, host_dev_name, guest_mac, rx_rate_limit, tx_rate_limit } = device;
+    Ok(NetworkInterface {
+        iface_id: iface_id.clone(),
+        host_dev_name: host_dev_name.clone(),
+        guest_mac: guest_mac.as_deref().map(str::parse).transpose()?,
+        rx_rate_limiter: rx_rate_limit.map(rate_limiter),
+        tx_rate_limiter: tx_rate_limit.map(rate_limiter),
+    })
 }
 
 /// What a manifest says of a bound.
@@ -88,6 +113,15 @@ mod tests {
             let plan = DevicePlan {
                 vsock: Some(Vsock { guest_cid: 7, uds_path: "run/v".into() }),
                 drives: Vec::new(),
+                network: [None, Some("06:00:ac:10:00:02".parse().unwrap())]
+                    .map(|guest_mac| NetworkInterface {
+                        iface_id: "eth0".into(),
+                        host_dev_name: "tap0".into(),
+                        guest_mac,
+                        rx_rate_limiter: Some(limit),
+                        tx_rate_limiter: None,
+                    })
+                    .to_vec(),
                 entropy: Some(Entropy { rate_limiter: Some(limit) }),
                 balloon: Some(Balloon {
                     amount_mib: 3,
@@ -96,8 +130,8 @@ mod tests {
                     free_page_reporting: true,
                 }),
             };
-            assert_eq!(super::plan(&devices(&plan)), plan);
+            assert_eq!(super::plan(&devices(&plan)), Ok(plan));
         }
-        assert_eq!(super::plan(&Devices::default()), DevicePlan::default());
+        assert_eq!(super::plan(&Devices::default()), Ok(DevicePlan::default()));
     }
 }

@@ -50,6 +50,7 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
         | Request::PutVsock(_)
         | Request::PutDrive(_)
         | Request::PutSerial(_)
+        | Request::PutNetworkInterface(_)
         | Request::PutEntropy(_)
         | Request::PutBalloon(_)
         | Request::Action(_) => refuse_if(started, NotNow::Started),
@@ -108,6 +109,7 @@ mod tests {
             Request::PutSerial(Default::default()),
             Request::PutDrive(serde_json::from_str(r#"{"drive_id":"a","path_on_host":"d"}"#).unwrap()),
             Request::PatchDrive(serde_json::from_str(r#"{"drive_id":"a","max_overlay_mib":5}"#).unwrap()),
+            Request::PutNetworkInterface(serde_json::from_str(r#"{"iface_id":"e","host_dev_name":"t"}"#).unwrap()),
             Request::PutEntropy(Default::default()),
             Request::PutBalloon(serde_json::from_str(r#"{"amount_mib":1}"#).unwrap()),
             Request::GetBalloon,
@@ -139,6 +141,7 @@ mod tests {
             | Request::PutBootSource(_)
             | Request::PutVsock(_)
             | Request::PutDrive(_)
+            | Request::PutNetworkInterface(_)
             | Request::PutEntropy(_)
             | Request::PutBalloon(_) => Phase::NotStarted { configured: true },
             Request::Action(_) | Request::PatchVm(VmPatch { state: VmState::Resumed }) => Phase::Running,

@@ -15,7 +15,9 @@ use crate::memory::uffd::{self, PageServer, UffdError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
-use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad, VsockOverride};
+use api_spec::devices::NetworkInterface;
+use api_spec::mac::MacError;
+use api_spec::snapshot::{MemBackend, MemBackendType, NetworkOverride, SnapshotLoad, VsockOverride};
 use snapshot::compat::Mismatch;
 use snapshot::image::{ImageError, ensure_trusted};
 use snapshot::load::{LoadError, Snapshot};
@@ -72,6 +74,23 @@ pub enum RestoreError {
     /// Disks.
     #[error(transparent)]
     Disks(#[from] RestoreDisksError),
+    /// Another host side for an interface that is not there.
+    #[error("network_overrides: the snapshot has no network interface {iface_id}; it has: {known}")]
+    NoInterface {
+        /// Which one.
+        iface_id: String,
+        /// Those that there are.
+        known: String,
+    },
+    /// Two host sides for one interface.
+    #[error("network_overrides: the network interface {0} is named twice")]
+    TwoOverrides(String),
+    /// Network interfaces that cannot be built.
+    #[error("network_overrides: {0}")]
+    Network(ConfigError),
+    /// A MAC address in the snapshot that none can be.
+    #[error("the snapshot's network interfaces: {0}; the snapshot was not written by this program")]
+    Mac(#[from] MacError),
     /// The memory file.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -175,13 +194,31 @@ fn check(snapshot: &Snapshot) -> Result<(), RestoreError> {
 /// The devices, and the disks behind the drives: as they were, but for what the request overrides.
 fn devices(snapshot: &Snapshot, request: &SnapshotLoad) -> Result<(DevicePlan, Vec<Disk>), RestoreError> {
     let (drives, disks) = disks::restore(snapshot, request)?;
-    let mut plan = DevicePlan { drives, ..record::plan(&snapshot.manifest().devices) };
+    let mut plan = DevicePlan { drives, ..record::plan(&snapshot.manifest().devices)? };
     if let Some(VsockOverride { uds_path }) = &request.vsock_override {
         plan.vsock.as_mut().ok_or(RestoreError::NoVsock)?.uds_path = uds_path.clone();
     }
+    override_network(&mut plan.network, &request.network_overrides)?;
     plan.vsock.as_ref().map(config::check_vsock).transpose().map_err(RestoreError::Vsock)?;
     config::check_places(&plan).map_err(RestoreError::Places)?;
     Ok((plan, disks))
+}
+
+/// Gives network interfaces their other host sides.
+fn override_network(interfaces: &mut [NetworkInterface], overrides: &[NetworkOverride]) -> Result<(), RestoreError> {
+    for (i, NetworkOverride { iface_id, host_dev_name, guest_mac }) in overrides.iter().enumerate() {
+        if overrides[..i].iter().any(|other| other.iface_id == *iface_id) {
+            return Err(RestoreError::TwoOverrides(iface_id.clone()));
+        }
+        let Some(interface) = interfaces.iter_mut().find(|interface| interface.iface_id == *iface_id) else {
+            let ids: Vec<&str> = interfaces.iter().map(|interface| interface.iface_id.as_str()).collect();
+            let known = if ids.is_empty() { "none".to_owned() } else { ids.join(", ") };
+            return Err(RestoreError::NoInterface { iface_id: iface_id.clone(), known });
+        };
+        interface.host_dev_name = host_dev_name.clone();
+        interface.guest_mac = guest_mac.or(interface.guest_mac);
+    }
+    config::check_network(interfaces).map_err(RestoreError::Network)
 }
 
 /// Maps the snapshot's memory, from its own file or from a page server.

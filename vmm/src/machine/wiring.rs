@@ -6,7 +6,7 @@
 //! | i8042 | ports 0x60 to 0x64 | none |
 //! | pvpanic | port 0x505 | none |
 //! | sleep registers | ports 0x600 and 0x601 | none |
-//! | virtio-mmio devices, as far as there are: vsock, disks (the root disk first), entropy, balloon | from 0xd000_0000, 4 KiB each | from GSI 5, up to 22 |
+//! | virtio-mmio devices, as far as there are: vsock, disks (the root disk first), network interfaces, entropy, balloon | from 0xd000_0000, 4 KiB each | from GSI 5, up to 22 |
 //! | generation id | its page of memory | GSI 23, through the ACPI event device |
 //!
 //! A guest finds them in the ACPI tables ([`crate::arch::acpi`]). Virtio-mmio devices are also named on the kernel command
@@ -31,6 +31,7 @@ use crate::devices::virtio::balloon::{self, Balloon, BalloonError};
 use crate::devices::virtio::block::{self, Block, BlockConfig, Disk};
 use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::mmio::{MmioTransport, TransportError};
+use crate::devices::virtio::net::{self, Net, Tap, TapError};
 use crate::devices::virtio::rng::{self, Rng, RngError};
 use crate::devices::virtio::vsock::{self, Vsock, VsockError};
 use crate::memory::layout::{EVENT_GSI, MMIO_BASE, MMIO_GSI, MMIO_STRIDE};
@@ -41,7 +42,7 @@ use api_spec::devices::{self, CacheType, Drive};
 use api_spec::vm;
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::{IoEventAddress, VmFd};
-use snapshot::state::{BalloonState, DeviceState, DriveState, EntropyState, VsockState};
+use snapshot::state::{BalloonState, DeviceState, DriveState, EntropyState, NetState, VsockState};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use uffd_handler::process::Signals;
@@ -73,6 +74,14 @@ pub enum WireError {
     /// The vsock device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// A network interface's tap device.
+    #[error("network interface {iface_id}: {source}")]
+    Tap {
+        /// Which interface.
+        iface_id: String,
+        /// What is wrong with its tap device.
+        source: TapError,
+    },
     /// The source of entropy.
     #[error(transparent)]
     Rng(#[from] RngError),
@@ -114,6 +123,8 @@ pub struct Devices {
     pub serial: Arc<Mutex<Serial>>,
     /// The vsock device.
     pub vsock: Option<Slot<Vsock>>,
+    /// The network interfaces.
+    pub network: Vec<Slot<Net>>,
     /// The source of entropy.
     pub entropy: Option<Slot<Rng>>,
     /// The balloon.
@@ -155,6 +166,7 @@ impl Devices {
         DeviceState {
             serial: lock(&self.serial).save(),
             vsock: self.vsock.as_ref().map(|slot| vsock::save(&slot.device, &lock(&slot.transport))),
+            network: self.network.iter().map(|slot| net::save(&slot.device, &lock(&slot.transport))).collect(),
             entropy: self.entropy.as_ref().map(|slot| rng::save(&slot.device, &lock(&slot.transport))),
             balloon: self.balloon.as_ref().map(|slot| balloon::save(&slot.device, &lock(&slot.transport))),
             drives: self.drives.iter().map(|slot| block::save(&slot.device, &lock(&slot.transport))).collect(),
@@ -204,7 +216,7 @@ pub fn wire(
     outside: Outside,
 ) -> Result<Devices, WireError> {
     let Outside { notifier, console, reset, signals: _ } = outside;
-    let DevicePlan { vsock, drives, entropy, balloon } = plan;
+    let DevicePlan { vsock, drives, network, entropy, balloon } = plan;
     let mut pio = Bus::ports();
     let serial = wire_serial(vm, &mut pio, saved, console)?;
     pio.insert(i8042::BASE, i8042::LEN, shared(I8042::new(reset)))?;
@@ -226,6 +238,11 @@ pub fn wire(
         virtio.add_drive(config, disk, saved.and_then(|saved| saved.drives.get(number)), notifier.clone())
     });
     let drives = drives.collect::<Result<_, _>>()?;
+    let network = network
+        .iter()
+        .enumerate()
+        .map(|(number, config)| virtio.add_net(config, saved.and_then(|saved| saved.network.get(number))));
+    let network = network.collect::<Result<_, _>>()?;
     let entropy = entropy.as_ref().map(|config| {
         let saved = saved.and_then(|saved| saved.entropy.as_ref());
         virtio.add_entropy(config, saved)
@@ -239,15 +256,16 @@ pub fn wire(
 
     let Virtio { mmio, devices, subscribers, .. } = virtio;
     let buses = Buses { pio: Arc::new(pio), mmio: Arc::new(mmio) };
-    Ok(Devices { buses, serial, vsock, drives, entropy, balloon, virtio: devices, subscribers, event })
+    Ok(Devices { buses, serial, vsock, drives, network, entropy, balloon, virtio: devices, subscribers, event })
 }
 
 /// Whether what was saved is of these devices.
 fn check_saved(plan: &DevicePlan, saved: &DeviceState) -> Result<(), WireError> {
-    let DevicePlan { vsock, drives, entropy, balloon } = plan;
+    let DevicePlan { vsock, drives, network, entropy, balloon } = plan;
     let agree = [
         ("vsock", vsock.is_some() == saved.vsock.is_some()),
         ("drives", drives.len() == saved.drives.len()),
+        ("network interfaces", network.iter().map(|n| &n.iface_id).eq(saved.network.iter().map(|s| &s.iface_id))),
         ("entropy", entropy.is_some() == saved.entropy.is_some()),
         ("balloon", balloon.is_some() == saved.balloon.is_some()),
     ];
@@ -358,6 +376,17 @@ impl Virtio<'_> {
         let device = Vsock::new(config.guest_cid.into(), &config.uds_path, ready)?;
         self.add(device, |device, transport| saved.map_or(Ok(()), |saved| vsock::restore(device, transport, saved)))
     }
+    fn add_net(
+        &mut self,
+        config: &devices::NetworkInterface,
+        saved: Option<&NetState>,
+    ) -> Result<Slot<Net>, WireError> {
+        let tap = Tap::open(&config.host_dev_name)
+            .map_err(|source| WireError::Tap { iface_id: config.iface_id.clone(), source })?;
+        let device = Net::new(config, Box::new(tap)).map_err(WireError::Event)?;
+        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| net::restore(device, transport, saved)))
+    }
+
     fn add_entropy(&mut self, config: &devices::Entropy, saved: Option<&EntropyState>) -> Result<Slot<Rng>, WireError> {
         let device = Rng::new(config.rate_limiter.as_ref())?;
         self.add(device, |device, transport| saved.map_or(Ok(()), |saved| rng::restore(device, transport, saved)))

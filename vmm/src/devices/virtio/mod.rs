@@ -7,6 +7,7 @@ pub mod chain;
 mod fake_driver;
 pub mod interrupt;
 pub mod mmio;
+pub mod net;
 pub mod queue;
 pub mod rings;
 pub mod rng;

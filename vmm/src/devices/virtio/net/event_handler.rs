@@ -1,0 +1,54 @@
+//! The device on the event loop: which events lead where.
+
+use std::os::fd::AsRawFd;
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use vmm_sys_util::epoll::EventSet;
+
+use super::device::{Due, Net, RX, TX};
+
+impl MutEventSubscriber for Net {
+    fn init(&mut self, ops: &mut EventOps) {
+        for event in &self.events {
+            note(ops.add(Events::new(event.as_ref(), EventSet::IN)));
+        }
+        note(ops.add(Events::new(&self.alarm, EventSet::IN)));
+        self.update_watch(ops);
+    }
+
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        let fd = events.fd();
+        let kicked = |queue: usize| self.events[queue].as_raw_fd() == fd;
+        let due = Due { tx: kicked(TX), rx: kicked(RX) || self.cable.as_raw_fd() == fd };
+        for event in self.events.iter().filter(|event| event.as_raw_fd() == fd) {
+            let _ = event.read(); // Only to make it quiet.
+        }
+        // What waits for the alarm has its turn whatever event this is.
+        self.exchange(due);
+        self.update_watch(ops);
+    }
+}
+
+impl Net {
+    /// Has the event loop wait for frames of the host, or wait no longer.
+    fn update_watch(&mut self, ops: &mut EventOps) {
+        let wanted = self.wants_frames();
+        if wanted != self.watched {
+            let done = match wanted {
+                true => ops.add(Events::new(&self.cable, EventSet::IN)),
+                false => ops.remove(Events::empty(&self.cable)),
+            };
+            if note(done) {
+                self.watched = wanted;
+            }
+        }
+    }
+}
+
+/// Says whether the event loop did as told, and logs it if not.
+fn note(done: event_manager::Result<()>) -> bool {
+    if let Err(error) = &done {
+        log::error!("network: the event loop cannot watch a file: {error}");
+    }
+    done.is_ok()
+}
