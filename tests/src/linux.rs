@@ -20,7 +20,7 @@ pub const COMMAND_LINE: &str = "console=ttyS0 loglevel=5 panic=-1";
 /// What the minimal guest needs.
 pub const MEMORY_MIB: u64 = 192;
 /// Longest that a Linux guest may take to come up, or to answer, on an emulated machine with a busy host.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A Linux guest's files.
 #[derive(Clone, Debug)]

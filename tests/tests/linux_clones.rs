@@ -187,7 +187,7 @@ fn clones_with_6_12_are_themselves() {
 /// A clone of a clone of a clone, with bad company in each.
 #[test]
 fn the_agent_survives_many_resets() {
-    const ROUNDS: u32 = 20;
+    const ROUNDS: u32 = 12;
     let Some(linux) = Linux::guest("6.1") else { return };
     let place = Place::new();
     let mut vm = Boot::new(&place).linux(&linux.elf(), "").memory_mib(96).start("round-0");

@@ -1,6 +1,6 @@
 //! Guests that mean harm, as few instructions of machine code in an ELF file of their own.
 
-use super::{FAILED, Random, no_panic, refusal};
+use super::{FAILED, RESET, Random, no_panic, refusal};
 use api_spec::vm::InstanceState;
 use serde_json::json;
 use std::fs;
@@ -207,7 +207,7 @@ pub fn ring0_is_emulated() -> bool {
 fn a_reset_ends_the_vmm_in_good_order() {
     require!(Kvm);
     let done = Code::new().reset().run();
-    assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+    assert_eq!((done.code(), done.stderr.as_str()), (RESET, ""));
 }
 
 #[test]
@@ -319,7 +319,7 @@ fn ports_and_addresses_without_device_are_harmless() {
             code.load(DEVICE + random.below(0x3000) as u32, 1 << random.below(4));
         }
         let done = code.reset().run();
-        assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+        assert_eq!((done.code(), done.stderr.as_str()), (RESET, ""));
     }
 }
 
@@ -346,7 +346,7 @@ fn absurd_values_in_the_registers_of_a_device_are_harmless() {
             code.set(register, value);
         }
         let done = code.reset().run();
-        assert_eq!(done.code(), 0, "{done:?}");
+        assert_eq!(done.code(), RESET, "{done:?}");
         assert!(done.stderr.len() < 100_000, "it logs too much");
     }
 }

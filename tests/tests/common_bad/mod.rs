@@ -18,6 +18,8 @@ use tests::{Place, Process, binaries};
 
 /// Failed.
 pub const FAILED: i32 = 1;
+/// Exit code: the guest reset its machine.
+pub const RESET: i32 = 4;
 /// Bad usage.
 pub const BAD_USAGE: i32 = 2;
 /// Not possible on this host.

@@ -9,7 +9,7 @@ use crate::doctor;
 use crate::loader::{EMBEDDED_GUEST, LoadError};
 use crate::logging;
 use crate::machine::boot::BootError;
-use crate::machine::driver::{self, RunError, Start};
+use crate::machine::driver::{self, Ending, RunError, Start};
 use crate::machine::restore::RestoreError;
 use crate::memory::uffd::UffdError;
 use crate::vcpu::GuestEnd;
@@ -26,6 +26,8 @@ pub const FAILED: i32 = 1;
 pub const BAD_USAGE: i32 = 2;
 /// Exit code: the guest's kernel panicked.
 pub const GUEST_PANICKED: i32 = 3;
+/// Exit code: the guest reset its machine, as for a reboot. Whoever wants it to boot again starts the vmm again.
+pub const GUEST_RESET: i32 = 4;
 /// Exit code: not possible on this host.
 pub const HOST_CANNOT: i32 = 77;
 
@@ -158,8 +160,10 @@ fn run_vm(options: RunOptions) -> Result<i32, CliError> {
         (None, Some(load)) => Start::Restore(load.request()),
         (None, None) => Start::Api,
     };
-    driver::run(id, api_sock.as_deref(), console, start)?;
-    Ok(DONE)
+    Ok(match driver::run(id, api_sock.as_deref(), console, start)? {
+        Ending::PowerOff | Ending::Signal => DONE,
+        Ending::Reset => GUEST_RESET,
+    })
 }
 
 fn read_config(path: &Path) -> Result<VmConfig, CliError> {

@@ -38,8 +38,9 @@ Options:
   --log-level LEVEL      error, warn, info, debug or trace (default `warn`); the log goes to standard error
   --help (-h), --version (-V)
 
-Ends with 0 when the guest has reset its machine or powered it off, or on SIGTERM or SIGINT, 1 on failure, 2 on bad
-usage, 3 when the guest's kernel has panicked and said so (pvpanic), and 77 if this host cannot run microVMs.
+Ends with 0 when the guest has powered its machine off, or on SIGTERM or SIGINT, 1 on failure, 2 on bad usage, 3 when the
+guest's kernel has panicked and said so (pvpanic), 4 when the guest has reset its machine (a reboot), and 77 if this host
+cannot run microVMs.
 ";
 
 /// How to run a VM.
@@ -387,12 +388,12 @@ mod tests {
             "--config a --restore b",
             "--config a --uffd b",
             "--api-sock a --paused",
+            "--config a --max-private-mib 5",
+            "--restore a --max-private-mib much",
             "--config a --drive b=c",
             "--restore a --drive b",
             "--restore a --drive =b",
             "--restore a --drive b=",
-            "--config a --max-private-mib 5",
-            "--restore a --max-private-mib much",
             "--restore a --uffd b --uffd-mode copy",
             "--nonsense",
             "guest",

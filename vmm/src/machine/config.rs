@@ -142,8 +142,8 @@ impl DevicePlan {
     /// Number of virtio devices.
     pub fn virtio_count(&self) -> u32 {
         let DevicePlan { vsock, drives, entropy, balloon } = self;
-        let single: u32 = [vsock.is_some(), entropy.is_some(), balloon.is_some()].map(u32::from).iter().sum();
-        single + drives.len() as u32
+        let single = [vsock.is_some(), entropy.is_some(), balloon.is_some()];
+        single.map(u32::from).iter().sum::<u32>() + drives.len() as u32
     }
 }
 
@@ -195,6 +195,20 @@ pub fn check_serial(serial: Option<&Serial>) -> Result<Place, ConfigError> {
         Some((None, true)) => Ok(Place::Pty),
         Some((Some(path), false)) => Ok(Place::File(path.clone())),
         Some((Some(_), true)) => Err(ConfigError::TwoConsoles),
+    }
+}
+
+/// Checks how large the balloon of a guest of so much memory shall be.
+pub fn check_balloon(amount_mib: u64, memory_mib: u64) -> Result<(), ConfigError> {
+    if amount_mib > memory_mib { Err(ConfigError::Balloon { amount_mib, memory_mib }) } else { Ok(()) }
+}
+
+/// Checks how often a guest that was started with one interval shall report statistics, in seconds.
+pub fn check_interval(started_with: u16, wanted: u16) -> Result<(), ConfigError> {
+    match (started_with, wanted) {
+        (0, _) => Err(ConfigError::NoStatistics),
+        (_, 0) => Err(ConfigError::Interval),
+        _ => Ok(()),
     }
 }
 
@@ -254,20 +268,6 @@ pub fn check_drive_update(update: &DriveUpdate) -> Result<u64, ConfigError> {
 pub fn check_places(plan: &DevicePlan) -> Result<(), ConfigError> {
     match plan.virtio_count() {
         count if count > MAX_VIRTIO => Err(ConfigError::TooMany(count)),
-        _ => Ok(()),
-    }
-}
-
-/// Checks how large the balloon of a guest of so much memory shall be.
-pub fn check_balloon(amount_mib: u64, memory_mib: u64) -> Result<(), ConfigError> {
-    if amount_mib > memory_mib { Err(ConfigError::Balloon { amount_mib, memory_mib }) } else { Ok(()) }
-}
-
-/// Checks how often a guest that was started with one interval shall report statistics, in seconds.
-pub fn check_interval(started_with: u16, wanted: u16) -> Result<(), ConfigError> {
-    match (started_with, wanted) {
-        (0, _) => Err(ConfigError::NoStatistics),
-        (_, 0) => Err(ConfigError::Interval),
         _ => Ok(()),
     }
 }

@@ -9,8 +9,8 @@
 //! So no clone writes anything that another can see.
 
 use super::config::{self, ConfigError};
-use super::restore::rate_limiter;
-use super::snapshot::{SnapshotError, rate_limit};
+use super::record;
+use super::snapshot::SnapshotError;
 use super::wiring::Devices;
 use crate::devices::lock;
 use crate::devices::virtio::block::disk::{Frozen, Image, ImageFacts};
@@ -107,7 +107,7 @@ fn configured(saved: &DriveDevice, other_path: Option<&Path>, dir: &Path) -> Dri
             manifest::CacheType::Writeback => CacheType::Writeback,
         },
         io_engine: Default::default(),
-        rate_limiter: saved.rate_limit.map(rate_limiter),
+        rate_limiter: saved.rate_limit.map(record::rate_limiter),
         overlay: !saved.is_read_only,
         max_overlay_mib: saved.max_overlay_mib,
     }
@@ -199,7 +199,7 @@ fn describe(drive: &Drive, size_bytes: u64, image: Option<ImageFacts>) -> DriveD
             CacheType::Unsafe => manifest::CacheType::Unsafe,
             CacheType::Writeback => manifest::CacheType::Writeback,
         },
-        rate_limit: rate_limiter.map(rate_limit),
+        rate_limit: rate_limiter.map(record::rate_limit),
         max_overlay_mib: *max_overlay_mib,
         size_bytes,
         image: image.map(|ImageFacts { path, size: _, modified_ns }| DiskImage {

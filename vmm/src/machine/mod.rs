@@ -13,6 +13,7 @@
 //! - [`boot`], [`restore`], [`snapshot`]: the three long constructions, each readable from top to bottom
 //! - [`wiring`]: devices and their places; [`disks`]: what lies behind the drives
 //! - [`driver`]: the one owner of all this, on the event loop
+//! - `record`: how a snapshot records the configuration of devices (pure)
 //! - `private`: watches over what the guest has of its own
 //! - `guard`: ends the process when the event loop cannot
 
@@ -22,6 +23,7 @@ pub mod disks;
 pub mod driver;
 mod guard;
 mod private;
+mod record;
 pub mod requests;
 pub mod restore;
 pub mod snapshot;
@@ -82,24 +84,6 @@ impl Machine {
         &self.devices
     }
 
-    /// Sets the bound of a disk's overlay, in MiB. `None` if there is no such disk.
-    pub fn set_max_overlay(&mut self, drive_id: &str, mib: u64) -> Option<()> {
-        let mut drives = self.plan.drives.iter_mut().zip(&self.devices.drives);
-        let (drive, slot) = drives.find(|(drive, _)| drive.drive_id == drive_id)?;
-        drive.max_overlay_mib = Some(mib);
-        lock(&slot.device).set_max_overlay(mib);
-        Some(())
-    }
-
-    /// Takes over what the background part of a snapshot has made of the disks' layers.
-    pub fn adopt_folded(&mut self, folded: Vec<(usize, Folded)>) {
-        for (number, folded) in folded {
-            if let Some(slot) = self.devices.drives.get(number) {
-                lock(&slot.device).adopt(folded);
-            }
-        }
-    }
-
     /// Has the guest give back so much memory in all, in MiB. `false` if it has no balloon.
     pub fn set_balloon(&mut self, amount_mib: u64) -> bool {
         let (Some(slot), Some(config)) = (&self.devices.balloon, &mut self.plan.balloon) else { return false };
@@ -120,6 +104,24 @@ impl Machine {
     /// Where the balloon stands, if there is one.
     pub fn balloon_statistics(&self) -> Option<BalloonStatistics> {
         self.devices.balloon.as_ref().map(|slot| lock(&slot.device).statistics())
+    }
+
+    /// Sets the bound of a disk's overlay, in MiB. `None` if there is no such disk.
+    pub fn set_max_overlay(&mut self, drive_id: &str, mib: u64) -> Option<()> {
+        let mut drives = self.plan.drives.iter_mut().zip(&self.devices.drives);
+        let (drive, slot) = drives.find(|(drive, _)| drive.drive_id == drive_id)?;
+        drive.max_overlay_mib = Some(mib);
+        lock(&slot.device).set_max_overlay(mib);
+        Some(())
+    }
+
+    /// Takes over what the background part of a snapshot has made of the disks' layers.
+    pub fn adopt_folded(&mut self, folded: Vec<(usize, Folded)>) {
+        for (number, folded) in folded {
+            if let Some(slot) = self.devices.drives.get(number) {
+                lock(&slot.device).adopt(folded);
+            }
+        }
     }
 
     /// Lets all vCPUs run.

@@ -58,8 +58,8 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
             refuse_if(phase == Phase::NotStarted { configured: true }, NotNow::Configured)
         }
         Request::PatchVm(_)
-        | Request::PatchDrive(_)
         | Request::PatchMachineConfig(_)
+        | Request::PatchDrive(_)
         | Request::PatchBalloon(_)
         | Request::GetBalloonStatistics
         | Request::PatchBalloonStatistics(_) => refuse_if(!started, NotNow::NotStarted),

@@ -5,7 +5,8 @@ use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
 use super::disks::{self, RestoreDisksError};
 use super::wiring::{self, Outside, WireError};
-use super::{Machine, guard, start_vcpus};
+use super::{Machine, guard, record, start_vcpus};
+use crate::devices::virtio::block::Disk;
 use crate::host;
 use crate::kvm::state::VmStateError;
 use crate::kvm::{self, KvmError};
@@ -14,13 +15,10 @@ use crate::memory::uffd::{self, PageServer, UffdError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
-use api_spec::devices::{Balloon, Drive, Entropy, RateLimiter, TokenBucket};
-use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad};
-use api_spec::vm::Vsock;
+use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad, VsockOverride};
 use snapshot::compat::Mismatch;
 use snapshot::image::{ImageError, ensure_trusted};
 use snapshot::load::{LoadError, Snapshot};
-use snapshot::manifest::{self, BalloonDevice, Manifest, RateLimit};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -124,9 +122,7 @@ pub enum RestoreError {
 pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, RestoreError> {
     let snapshot = snapshot::load::open(&request.snapshot_path)?;
     check(&snapshot)?;
-    let (drives, disks) = disks::restore(&snapshot, request)?;
-    let plan = device_plan(snapshot.manifest(), drives, request)?;
-    config::check_places(&plan).map_err(RestoreError::Places)?;
+    let (plan, disks) = devices(&snapshot, request)?;
     let kvm = kvm::open()?;
 
     let Outside { notifier, signals, .. } = &outside;
@@ -176,43 +172,16 @@ fn check(snapshot: &Snapshot) -> Result<(), RestoreError> {
     Ok(())
 }
 
-/// The balloon, as it was.
-fn balloon(saved: BalloonDevice) -> Balloon {
-    let BalloonDevice { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting } = saved;
-    Balloon { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting }
-}
-
-/// The devices: as they were, but for what the request overrides.
-fn device_plan(manifest: &Manifest, drives: Vec<Drive>, request: &SnapshotLoad) -> Result<DevicePlan, RestoreError> {
-    let entropy = manifest.devices.entropy.as_ref();
-    Ok(DevicePlan {
-        vsock: vsock(manifest, request)?,
-        drives,
-        entropy: entropy.map(|saved| Entropy { rate_limiter: saved.rate_limit.map(rate_limiter) }),
-        balloon: manifest.devices.balloon.map(balloon),
-    })
-}
-
-/// A bound of a device's traffic, as it was configured.
-pub(super) fn rate_limiter(saved: RateLimit) -> RateLimiter {
-    let bucket = |manifest::TokenBucket { size, one_time_burst, refill_ms }| {
-        let one_time_burst = (one_time_burst > 0).then_some(one_time_burst);
-        TokenBucket { size, one_time_burst, refill_time: refill_ms }
-    };
-    RateLimiter { bandwidth: saved.bandwidth.map(bucket), ops: saved.ops.map(bucket) }
-}
-
-/// The vsock device: as it was, but for what the request overrides.
-fn vsock(manifest: &Manifest, request: &SnapshotLoad) -> Result<Option<Vsock>, RestoreError> {
-    let saved = manifest.devices.vsock.as_ref();
-    let overridden = request.vsock_override.as_ref().map(|o| o.uds_path.clone());
-    let Some(saved) = saved else {
-        return if overridden.is_some() { Err(RestoreError::NoVsock) } else { Ok(None) };
-    };
-    let guest_cid = u32::try_from(saved.guest_cid).unwrap_or(u32::MAX);
-    let vsock = Vsock { guest_cid, uds_path: overridden.unwrap_or_else(|| saved.uds_path.clone().into()) };
-    config::check_vsock(&vsock).map_err(RestoreError::Vsock)?;
-    Ok(Some(vsock))
+/// The devices, and the disks behind the drives: as they were, but for what the request overrides.
+fn devices(snapshot: &Snapshot, request: &SnapshotLoad) -> Result<(DevicePlan, Vec<Disk>), RestoreError> {
+    let (drives, disks) = disks::restore(snapshot, request)?;
+    let mut plan = DevicePlan { drives, ..record::plan(&snapshot.manifest().devices) };
+    if let Some(VsockOverride { uds_path }) = &request.vsock_override {
+        plan.vsock.as_mut().ok_or(RestoreError::NoVsock)?.uds_path = uds_path.clone();
+    }
+    plan.vsock.as_ref().map(config::check_vsock).transpose().map_err(RestoreError::Vsock)?;
+    config::check_places(&plan).map_err(RestoreError::Places)?;
+    Ok((plan, disks))
 }
 
 /// Maps the snapshot's memory, from its own file or from a page server.

@@ -9,7 +9,7 @@
 //! nothing to freeze: its memory is copied while it stands still. So is an image that the guest writes itself; overlays are
 //! frozen ([`super::disks`]).
 
-use super::{Machine, disks};
+use super::{Machine, disks, record};
 use crate::devices::virtio::block::overlay::Folded;
 use crate::host;
 use crate::kvm::state::VmStateError;
@@ -19,11 +19,10 @@ use crate::memory::{GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::VcpuStateError;
-use api_spec::devices::{Balloon, RateLimiter, TokenBucket};
 use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus, SnapshotType};
 use api_spec::vm::Readiness;
 use snapshot::create::{CreateError, Facts, FileSource, MemoryDigest, MemorySource, Staging};
-use snapshot::manifest::{self, BalloonDevice, EntropyDevice, MemoryRegion, RateLimit, VsockDevice};
+use snapshot::manifest::{self, MemoryRegion};
 use snapshot::state::MachineState;
 use std::io;
 use std::ops::Range;
@@ -230,40 +229,17 @@ fn write(
 }
 
 fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
-    let vsock = machine.plan.vsock.as_ref().map(|vsock| VsockDevice {
-        guest_cid: vsock.guest_cid.into(),
-        uds_path: vsock.uds_path.to_string_lossy().into_owned(),
-    });
     Facts {
         vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
         host: host::facts(),
-        devices: manifest::Devices {
-            vsock,
-            // Added when they are written.
-            drives: Vec::new(),
-            entropy: machine.plan.entropy.map(|e| EntropyDevice { rate_limit: e.rate_limiter.map(rate_limit) }),
-            balloon: machine.plan.balloon.map(balloon),
-        },
+        // The disks are added when they are written.
+        devices: record::devices(&machine.plan),
         readiness: readiness.map(|readiness| match readiness {
             Readiness::Agent => manifest::Readiness::Agent,
             Readiness::Full => manifest::Readiness::Full,
             Readiness::Degraded => manifest::Readiness::Degraded,
         }),
     }
-}
-
-/// A bound of a device's traffic, as a manifest says it.
-pub(super) fn rate_limit(configured: RateLimiter) -> RateLimit {
-    let bucket = |TokenBucket { size, one_time_burst, refill_time }| {
-        let one_time_burst = one_time_burst.unwrap_or(0);
-        manifest::TokenBucket { size, one_time_burst, refill_ms: refill_time }
-    };
-    RateLimit { bandwidth: configured.bandwidth.map(bucket), ops: configured.ops.map(bucket) }
-}
-
-fn balloon(config: Balloon) -> BalloonDevice {
-    let Balloon { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting } = config;
-    BalloonDevice { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting }
 }
 
 /// The memory of a guest that is a private view, read through that view. What it has discarded and not written since is

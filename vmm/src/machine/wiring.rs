@@ -6,7 +6,7 @@
 //! | i8042 | ports 0x60 to 0x64 | none |
 //! | pvpanic | port 0x505 | none |
 //! | sleep registers | ports 0x600 and 0x601 | none |
-//! | virtio-mmio devices, as far as there are: vsock, disks (root first), entropy, balloon | from 0xd000_0000, 4 KiB each | from GSI 5 |
+//! | virtio-mmio devices, as far as there are: vsock, disks (the root disk first), entropy, balloon | from 0xd000_0000, 4 KiB each | from GSI 5, up to 22 |
 //! | generation id | its page of memory | GSI 23, through the ACPI event device |
 //!
 //! A guest finds them in the ACPI tables ([`crate::arch::acpi`]). Virtio-mmio devices are also named on the kernel command
@@ -114,12 +114,12 @@ pub struct Devices {
     pub serial: Arc<Mutex<Serial>>,
     /// The vsock device.
     pub vsock: Option<Slot<Vsock>>,
-    /// The disks, in the order of the plan.
-    pub drives: Vec<Slot<Block>>,
     /// The source of entropy.
     pub entropy: Option<Slot<Rng>>,
     /// The balloon.
     pub balloon: Option<Slot<Balloon>>,
+    /// The disks, in the order of the plan.
+    pub drives: Vec<Slot<Block>>,
     /// All virtio devices, in order of their places.
     virtio: Vec<Arc<Mutex<dyn VirtioDevice>>>,
     /// The same devices, for the event loop.
@@ -155,9 +155,9 @@ impl Devices {
         DeviceState {
             serial: lock(&self.serial).save(),
             vsock: self.vsock.as_ref().map(|slot| vsock::save(&slot.device, &lock(&slot.transport))),
-            drives: self.drives.iter().map(|slot| block::save(&slot.device, &lock(&slot.transport))).collect(),
             entropy: self.entropy.as_ref().map(|slot| rng::save(&slot.device, &lock(&slot.transport))),
             balloon: self.balloon.as_ref().map(|slot| balloon::save(&slot.device, &lock(&slot.transport))),
+            drives: self.drives.iter().map(|slot| block::save(&slot.device, &lock(&slot.transport))).collect(),
         }
     }
 
@@ -212,35 +212,49 @@ pub fn wire(
     pio.insert(pvpanic::BASE, pvpanic::LEN, shared(Pvpanic::new(notifier.clone())))?;
     let event = interrupt_line(vm, EVENT_GSI)?;
 
+    if let Some(saved) = saved {
+        check_saved(plan, saved)?;
+    }
     let memory = ram.memory();
     let mut virtio = Virtio { vm, memory, mmio: Bus::memory(), devices: Vec::new(), subscribers: Vec::new() };
-    let saved_vsock = saved.and_then(|saved| saved.vsock.as_ref());
-    let saved_entropy = saved.and_then(|saved| saved.entropy.as_ref());
-    if saved.is_some() && saved_vsock.is_some() != vsock.is_some() {
-        return Err(WireError::DeviceMismatch("vsock"));
-    }
-    if saved.is_some() && saved_entropy.is_some() != entropy.is_some() {
-        return Err(WireError::DeviceMismatch("entropy"));
-    }
-    if saved.is_some_and(|saved| saved.drives.len() != drives.len()) {
-        return Err(WireError::DeviceMismatch("drives"));
-    }
-    let vsock = vsock.as_ref().map(|config| virtio.add_vsock(config, saved_vsock, notifier.clone())).transpose()?;
+    let vsock = vsock.as_ref().map(|config| {
+        let saved = saved.and_then(|saved| saved.vsock.as_ref());
+        virtio.add_vsock(config, saved, notifier.clone())
+    });
+    let vsock = vsock.transpose()?;
     let drives = drives.iter().zip(disks).enumerate().map(|(number, (config, disk))| {
         virtio.add_drive(config, disk, saved.and_then(|saved| saved.drives.get(number)), notifier.clone())
     });
     let drives = drives.collect::<Result<_, _>>()?;
-    let entropy = entropy.as_ref().map(|config| virtio.add_entropy(config, saved_entropy)).transpose()?;
-
-    let saved_balloon = saved.and_then(|saved| saved.balloon.as_ref());
-    if saved.is_some() && saved_balloon.is_some() != balloon.is_some() {
-        return Err(WireError::DeviceMismatch("balloon"));
-    }
-    let balloon = balloon.map(|config| virtio.add_balloon(config, saved_balloon, ram)).transpose()?;
+    let entropy = entropy.as_ref().map(|config| {
+        let saved = saved.and_then(|saved| saved.entropy.as_ref());
+        virtio.add_entropy(config, saved)
+    });
+    let entropy = entropy.transpose()?;
+    let balloon = balloon.map(|config| {
+        let saved = saved.and_then(|saved| saved.balloon.as_ref());
+        virtio.add_balloon(config, saved, ram)
+    });
+    let balloon = balloon.transpose()?;
 
     let Virtio { mmio, devices, subscribers, .. } = virtio;
     let buses = Buses { pio: Arc::new(pio), mmio: Arc::new(mmio) };
     Ok(Devices { buses, serial, vsock, drives, entropy, balloon, virtio: devices, subscribers, event })
+}
+
+/// Whether what was saved is of these devices.
+fn check_saved(plan: &DevicePlan, saved: &DeviceState) -> Result<(), WireError> {
+    let DevicePlan { vsock, drives, entropy, balloon } = plan;
+    let agree = [
+        ("vsock", vsock.is_some() == saved.vsock.is_some()),
+        ("drives", drives.len() == saved.drives.len()),
+        ("entropy", entropy.is_some() == saved.entropy.is_some()),
+        ("balloon", balloon.is_some() == saved.balloon.is_some()),
+    ];
+    match agree.into_iter().find(|(_, agree)| !agree) {
+        Some((device, _)) => Err(WireError::DeviceMismatch(device)),
+        None => Ok(()),
+    }
 }
 
 fn shared<T: BusDevice + 'static>(device: T) -> Arc<Mutex<T>> {

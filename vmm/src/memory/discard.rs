@@ -414,7 +414,7 @@ mod tests {
             found
         };
         let end = SIZE / PAGE_SIZE;
-        assert_eq!(all_of(ram.contents()), [0..end]);
+        assert_eq!(all_of(ram.contents()), [Range { start: 0, end }]);
         discarder.discard(0..10);
         discarder.discard(20..1000);
         discarder.discard(end - 1..end);

@@ -415,7 +415,8 @@ fn pages_that_are_not_ram_are_ignored() {
 #[test]
 fn a_driver_that_breaks_the_rules_stops_the_device_alone() {
     let good = [1u32, 2, 3].map(u32::to_le_bytes).concat();
-    let cases: [(&str, fn(&mut Rig, &[u8])); 8] = [
+    type BreakRules = fn(&mut Rig, &[u8]);
+    let cases: [(&str, BreakRules); 8] = [
         ("half a number", |rig, good| rig.put(INFLATE, 0, &good[..6])),
         ("no numbers", |rig, _| rig.put(INFLATE, 0, &[])),
         ("too many", |rig, _| {
