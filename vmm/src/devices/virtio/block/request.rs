@@ -67,7 +67,7 @@ pub enum Request {
     Flush,
     /// Tell the disk's name.
     GetId,
-    /// Ranges that are no longer needed: so many bytes of them are to be read and given to [`segments`].
+    /// Ranges that are no longer needed: so many bytes of them are to be read and given to [`Limits::segments`].
     Discard {
         /// Length of the list of ranges.
         list: usize,
