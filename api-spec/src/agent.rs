@@ -184,6 +184,12 @@ pub enum Request {
     Reset,
     /// A `linux::Request` follows in the same body.
     Linux,
+    /// Give the chosen pages back to the host, through the balloon. What they hold is lost; they may be used again at once.
+    /// Answered with [`Response::Done`].
+    GiveBack {
+        /// Which pages.
+        pages: Pages,
+    },
 }
 
 /// Facts about a guest that do not change while it runs.
@@ -195,7 +201,8 @@ pub struct Info {
     pub vcpus: u8,
     /// Number of work pages (4 KiB each).
     pub pages: u32,
-    /// Guest-physical address of work page 0, in bytes.
+    /// Guest-physical address of work page 0, in bytes. The others follow it in order, those that would lie between 3 and
+    /// 4 GiB and all after them 1 GiB further on.
     pub pages_base: u64,
 }
 
@@ -479,6 +486,8 @@ mod tests {
         assert_eq!(bytes(Request::Ping { token: 300 }), [4, 0, 0, 0, 1, 0, 0, 0, 5, 0, 0xac, 2]);
         assert_eq!(bytes(Request::Reset), [2, 0, 0, 0, 1, 0, 0, 0, 5, 16]);
         assert_eq!(bytes(Request::Linux), [2, 0, 0, 0, 1, 0, 0, 0, 5, 17]);
+        let pages = Pages { first: 1, count: 2, stride: 3 };
+        assert_eq!(bytes(Request::GiveBack { pages }), [5, 0, 0, 0, 1, 0, 0, 0, 5, 18, 1, 2, 3]);
         let mut buf = [0; 64];
         let refused = Envelope { id: 1, body: Response::Refused(Refusal::WrongState) };
         assert_eq!(encode(&refused, &mut buf).unwrap()[HEADER_LEN..], [1, 13, 3]);

@@ -39,6 +39,20 @@ pub struct Drive {
     pub max_overlay_mib: Option<u64>,
 }
 
+/// Body of `PATCH /drives/{drive_id}`: what can be changed of the disk of a VM that was started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveUpdate {
+    /// Name of the disk.
+    pub drive_id: String,
+    /// Another image. The image of a running guest's disk is not exchanged: a value is refused by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path_on_host: Option<PathBuf>,
+    /// Most that the overlay may hold from now on, in MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_overlay_mib: Option<u64>,
+}
+
 /// What a flush of the guest means on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CacheType {
@@ -80,7 +94,7 @@ pub struct NetworkInterface {
 }
 
 /// The memory balloon (virtio balloon device).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Balloon {
     /// How much memory the guest shall give back, in MiB.
@@ -102,6 +116,57 @@ pub struct Balloon {
 pub struct BalloonUpdate {
     /// How much memory the guest shall give back, in MiB.
     pub amount_mib: u64,
+}
+
+/// Body of `PATCH /balloon/statistics`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonStatisticsUpdate {
+    /// How often the guest shall report statistics, in seconds, at least 1.
+    pub stats_polling_interval_s: u16,
+}
+
+/// Body of the answer to `GET /balloon/statistics`. What the guest reports is absent until it has; sizes are in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonStatistics {
+    /// How many pages of 4 KiB shall be in the balloon.
+    pub target_pages: u64,
+    /// How many the guest says are.
+    pub actual_pages: u64,
+    /// What shall be in the balloon, in MiB.
+    pub target_mib: u64,
+    /// What the guest says is, in MiB.
+    pub actual_mib: u64,
+    /// Memory that was swapped in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub swap_in: Option<u64>,
+    /// Memory that was swapped out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub swap_out: Option<u64>,
+    /// Number of major page faults.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub major_faults: Option<u64>,
+    /// Number of minor page faults.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub minor_faults: Option<u64>,
+    /// Memory that nothing uses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub free_memory: Option<u64>,
+    /// Memory that the guest knows of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total_memory: Option<u64>,
+    /// Memory that programs could have without swapping.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub available_memory: Option<u64>,
+    /// Memory that holds contents of files and could be had at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_caches: Option<u64>,
+    /// Number of huge pages that were allocated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hugetlb_allocations: Option<u64>,
+    /// Number of huge pages that could not be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hugetlb_failures: Option<u64>,
 }
 
 /// The source of entropy (virtio entropy device).

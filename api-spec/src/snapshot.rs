@@ -46,6 +46,9 @@ pub struct SnapshotLoad {
     /// Another host side for the vsock device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_override: Option<VsockOverride>,
+    /// Other places of disk images. The images must be those that the snapshot was taken over.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drive_overrides: Vec<DriveOverride>,
     /// Other host sides for network interfaces; those not named are as they were.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub network_overrides: Vec<NetworkOverride>,
@@ -53,6 +56,9 @@ pub struct SnapshotLoad {
     /// clones indistinguishable to themselves and is meant for tests.
     #[serde(default = "yes")]
     pub new_generation: bool,
+    /// Most private memory, in MiB, that the guest may have before it is paused; no limit when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_private_mib: Option<u64>,
 }
 
 fn yes() -> bool {
@@ -86,6 +92,16 @@ pub enum MemBackendType {
 pub struct VsockOverride {
     /// The Unix socket that stands for the device on the host.
     pub uds_path: PathBuf,
+}
+
+/// Another place of a disk's image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveOverride {
+    /// Name of the disk.
+    pub drive_id: String,
+    /// The image.
+    pub path_on_host: PathBuf,
 }
 
 /// Another host side for a restored network interface.

@@ -1,6 +1,6 @@
 //! REST documents that describe a VM, and the configuration file, which holds the same objects.
 
-use crate::devices::{Entropy, NetworkInterface, Serial};
+use crate::devices::{Balloon, Drive, Entropy, NetworkInterface, Serial};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -17,6 +17,9 @@ pub struct VmConfig {
     /// The vsock device, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
+    /// The disks. The root disk becomes the first, the others follow in this order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drives: Vec<Drive>,
     /// The network interfaces, in the order in which the guest finds them.
     #[serde(rename = "network-interfaces", default, skip_serializing_if = "Vec::is_empty")]
     pub network_interfaces: Vec<NetworkInterface>,
@@ -26,6 +29,9 @@ pub struct VmConfig {
     /// Where the guest's console leads.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<Serial>,
+    /// The balloon, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
 }
 
 /// What to boot: a kernel file, or the embedded guest.
@@ -60,6 +66,18 @@ pub struct MachineConfig {
     /// Guest memory, in MiB.
     #[serde(default = "default_memory")]
     pub mem_size_mib: u64,
+    /// Most private memory, in MiB, that the guest may have before it is paused; no limit when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_private_mib: Option<u64>,
+}
+
+/// Body of `PATCH /machine-config`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachinePatch {
+    /// The new limit of private memory, in MiB; `null` takes it away.
+    #[serde(deserialize_with = "Option::deserialize")]
+    pub max_private_mib: Option<u64>,
 }
 
 fn one() -> u8 {
@@ -72,7 +90,7 @@ fn default_memory() -> u64 {
 
 impl Default for MachineConfig {
     fn default() -> Self {
-        MachineConfig { vcpu_count: one(), mem_size_mib: default_memory() }
+        MachineConfig { vcpu_count: one(), mem_size_mib: default_memory(), max_private_mib: None }
     }
 }
 

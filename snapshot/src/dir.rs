@@ -144,7 +144,16 @@ impl Dir {
 
     /// Creates a file that only its owner may read and write. It must not exist.
     pub(crate) fn create_file(&self, name: &str) -> io::Result<File> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        self.create(name, OFlags::WRONLY)
+    }
+
+    /// The same, open for reading as well.
+    pub(crate) fn create_file_to_read(&self, name: &str) -> io::Result<File> {
+        self.create(name, OFlags::RDWR)
+    }
+
+    fn create(&self, name: &str, access: OFlags) -> io::Result<File> {
+        let flags = access | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         Ok(File::from(rustix::fs::openat(&self.fd, name, flags, Mode::RUSR | Mode::WUSR)?))
     }
 

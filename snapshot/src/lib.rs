@@ -5,6 +5,7 @@
 //! - [`create`]: write beside, sync, rename
 //! - [`load`]: read and check everything but the memory; refuse what is not understood
 //! - [`image`]: the memory image, checked chunk by chunk where it is served, or once before it is mapped
+//! - [`disk`], [`clusters`]: what a snapshot holds of a disk, and the map that says which clusters that is
 //! - [`verify`]: check everything, the whole memory included
 //! - [`compat`]: may a snapshot run on this host
 //!
@@ -13,9 +14,11 @@
 #![forbid(unsafe_code)]
 
 mod chunk;
+pub mod clusters;
 pub mod compat;
 pub mod create;
 mod dir;
+pub mod disk;
 pub mod image;
 pub mod load;
 pub mod manifest;
@@ -44,6 +47,16 @@ pub mod file {
     pub const DIGESTS: &str = "mem.b3";
     /// A note that the memory image has not changed since it was checked. Advisory, local to the host.
     pub const STAMP: &str = "mem.stamp";
+
+    /// What is held of the disk `drive_id`: its clusters, at their places.
+    pub fn disk(drive_id: &str) -> String {
+        format!("disk-{drive_id}.img")
+    }
+
+    /// Which clusters those are.
+    pub fn disk_map(drive_id: &str) -> String {
+        format!("disk-{drive_id}.map")
+    }
 }
 
 // The format is pinned. A change of any of these strands every stored snapshot: read "Versions" in

@@ -92,6 +92,12 @@ pub enum LoadError {
         /// vCPUs in the manifest.
         expected: u32,
     },
+    /// The state file is of a machine with other disks.
+    #[error("{path} is of other disks than the manifest lists; the files belong to two snapshots")]
+    Drives {
+        /// The state file.
+        path: PathBuf,
+    },
 }
 
 /// A snapshot whose manifest and state were read and found right. Its memory has the right size; for its contents see
@@ -148,6 +154,10 @@ pub fn open(path: &Path) -> Result<Snapshot, LoadError> {
     let state = read_state(&dir, &manifest)?;
     let memory = dir.open_sized(&manifest.memory.file, manifest.memory.size_bytes)?;
     dir.open_sized(&manifest.memory.digests, chunk::count(manifest.memory.size_bytes) * DIGEST_BYTES as u64)?;
+    for (drive, held) in manifest.devices.drives.iter().filter_map(|drive| Some((drive, drive.held.as_ref()?))) {
+        dir.open_sized(&held.file, drive.size_bytes)?;
+        dir.open_sized(&held.map, held.map_bytes)?;
+    }
     Ok(Snapshot { dir, manifest, state, memory })
 }
 
@@ -198,6 +208,10 @@ fn read_state(dir: &Dir, manifest: &Manifest) -> Result<MachineState, LoadError>
     if state.vcpus.len() as u64 != u64::from(manifest.machine.vcpus) {
         let (found, expected) = (state.vcpus.len(), manifest.machine.vcpus);
         return Err(LoadError::VcpuCount { path: path(), found, expected });
+    }
+    let saved = state.devices.drives.iter().map(|drive| &drive.drive_id);
+    if !saved.eq(manifest.devices.drives.iter().map(|drive| &drive.drive_id)) {
+        return Err(LoadError::Drives { path: path() });
     }
     Ok(state)
 }

@@ -1,6 +1,7 @@
 //! `snap.json`: the readable description of a snapshot, which binds all its other files by size and digest.
 
-use crate::{CHUNK_BYTES, FORMAT_VERSION, PAGE_BYTES};
+use crate::clusters::Clusters;
+use crate::{CHUNK_BYTES, FORMAT_VERSION, PAGE_BYTES, file};
 use serde::{Deserialize, Serialize};
 
 /// Longest manifest that is read, in bytes.
@@ -11,6 +12,12 @@ pub const MAX_VCPUS: u32 = 64;
 pub const MAX_MEMORY_BYTES: u64 = 1 << 40;
 /// Longest `state.bin`, in bytes.
 pub const MAX_STATE_BYTES: u64 = 8 * 1024 * 1024;
+/// Largest disk that a snapshot can have, in bytes.
+pub const MAX_DISK_BYTES: u64 = 1 << 46;
+/// Disks are made of sectors of so many bytes.
+pub const SECTOR_BYTES: u64 = 512;
+/// Most disks.
+const MAX_DRIVES: usize = 32;
 /// Most network interfaces.
 const MAX_INTERFACES: usize = 32;
 /// Most memory regions.
@@ -124,10 +131,81 @@ pub struct StateFile {
 pub struct Devices {
     /// The vsock device, if the machine has one.
     pub vsock: Option<VsockDevice>,
+    /// The disks, in order.
+    pub drives: Vec<DriveDevice>,
     /// The network interfaces, in order.
     pub network: Vec<NetworkDevice>,
     /// The source of entropy, if the machine has one.
     pub entropy: Option<EntropyDevice>,
+    /// The balloon, if the machine has one.
+    pub balloon: Option<BalloonDevice>,
+}
+
+/// The host side of a disk, and what the snapshot holds of it.
+///
+/// What the guest sees is `held` over `image`: a disk that is only read has no `held`, one that is wholly in the snapshot
+/// has no `image`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveDevice {
+    /// Name of the disk, unique among the disks.
+    pub drive_id: String,
+    /// It was configured as the guest's root.
+    pub is_root_device: bool,
+    /// The guest can only read it.
+    pub is_read_only: bool,
+    /// The partition that is root.
+    pub partuuid: Option<String>,
+    /// What a flush of the guest means.
+    pub cache_type: CacheType,
+    /// Bounds of its traffic.
+    pub rate_limit: Option<RateLimit>,
+    /// Most that the overlay of a clone may hold, in MiB.
+    pub max_overlay_mib: Option<u64>,
+    /// Size of the disk, in bytes.
+    pub size_bytes: u64,
+    /// The image on the host that it lies on. It is no part of the snapshot.
+    pub image: Option<DiskImage>,
+    /// What the snapshot holds of it.
+    pub held: Option<HeldDisk>,
+}
+
+/// A disk image of the host, as it was when the snapshot was taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskImage {
+    /// Its path. A restore uses it unless told otherwise.
+    pub path: String,
+    /// When it was last changed, in nanoseconds since the Unix epoch; `null` for a block device, which keeps no such time.
+    pub modified_ns: Option<i64>,
+}
+
+/// What a snapshot holds of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HeldDisk {
+    /// The file with its clusters, each at its place: as long as the disk.
+    pub file: String,
+    /// Bytes of it that are data.
+    pub data_bytes: u64,
+    /// BLAKE3, in hex, of the clusters that are data, in order.
+    pub digest: String,
+    /// The file that says which clusters are data and which are zero.
+    pub map: String,
+    /// Its length, in bytes.
+    pub map_bytes: u64,
+    /// Its BLAKE3, in hex.
+    pub map_digest: String,
+}
+
+/// What a flush of the guest means on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CacheType {
+    /// Nothing.
+    Unsafe,
+    /// That everything is on disk.
+    Writeback,
 }
 
 /// The host side of a network interface.
@@ -174,6 +252,20 @@ pub struct TokenBucket {
     pub one_time_burst: u64,
     /// How long it takes to refill, in milliseconds.
     pub refill_ms: u64,
+}
+
+/// The configuration of the balloon when the snapshot was taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonDevice {
+    /// How much memory the guest should give back, in MiB.
+    pub amount_mib: u64,
+    /// Whether the guest may take memory back before it would run out.
+    pub deflate_on_oom: bool,
+    /// How often the guest reports statistics, in seconds; 0: never.
+    pub stats_polling_interval_s: u16,
+    /// Whether the guest gives back free memory by itself.
+    pub free_page_reporting: bool,
 }
 
 /// The host side of the vsock device.
@@ -279,13 +371,95 @@ impl Manifest {
         if names.windows(2).any(|pair| pair[0] == pair[1]) {
             return Err(BadField::new("memory.file", "and `memory.digests` and `state.file` must be three files"));
         }
-        let Devices { vsock, network, entropy } = devices;
-        if let Some(vsock) = vsock {
-            vsock.check()?;
-        }
+        let Devices { vsock, drives, network, entropy, balloon } = devices;
+        vsock.as_ref().map_or(Ok(()), VsockDevice::check)?;
+        check_drives(drives)?;
         check_network(network)?;
         if let Some(EntropyDevice { rate_limit }) = entropy {
-            check_rate("devices.entropy.rate_limit", rate_limit.as_ref())?;
+            check_rate("devices.entropy.rate_limit".to_owned(), rate_limit.as_ref())?;
+        }
+        balloon.map_or(Ok(()), |balloon| balloon.check(machine.memory_bytes))
+    }
+}
+
+fn check_drives(drives: &[DriveDevice]) -> Result<(), BadField> {
+    if drives.len() > MAX_DRIVES {
+        return Err(BadField::new("devices.drives", format!("must have at most {MAX_DRIVES} entries")));
+    }
+    for (i, drive) in drives.iter().enumerate() {
+        let field = |name: &str| format!("devices.drives[{i}].{name}");
+        drive.check(&field)?;
+        if drives[..i].iter().any(|other| other.drive_id == drive.drive_id) {
+            return Err(BadField::new(field("drive_id"), "is that of another disk too"));
+        }
+    }
+    Ok(())
+}
+
+/// Whether `id` can be the name of a disk or a network interface.
+fn check_id(field: String, id: &str) -> Result<(), BadField> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if id.is_empty() || id.len() > 64 || !id.chars().all(plain) {
+        return Err(BadField::new(field, "must be 1 to 64 letters, digits, `-` and `_`"));
+    }
+    Ok(())
+}
+
+impl DriveDevice {
+    fn check(&self, field: &impl Fn(&str) -> String) -> Result<(), BadField> {
+        let DriveDevice {
+            drive_id,
+            is_root_device: _,
+            is_read_only,
+            partuuid,
+            cache_type: _,
+            rate_limit,
+            max_overlay_mib: _,
+            size_bytes,
+            image,
+            held,
+        } = self;
+        check_id(field("drive_id"), drive_id)?;
+        if let Some(partuuid) = partuuid {
+            check_text(&field("partuuid"), partuuid)?;
+        }
+        check_rate(field("rate_limit"), rate_limit.as_ref())?;
+        if *size_bytes == 0 || !size_bytes.is_multiple_of(SECTOR_BYTES) || *size_bytes > MAX_DISK_BYTES {
+            let problem = format!("must be a multiple of {SECTOR_BYTES}, and at most {MAX_DISK_BYTES}");
+            return Err(BadField::new(field("size_bytes"), problem));
+        }
+        if held.is_some() == *is_read_only {
+            return Err(BadField::new(field("held"), "must be there if the guest can write the disk, and only then"));
+        }
+        if image.is_none() && held.is_none() {
+            return Err(BadField::new(field("image"), "or `held` must be there"));
+        }
+        if let Some(DiskImage { path, modified_ns: _ }) = image {
+            check_path(field("image.path"), path)?;
+        }
+        match held {
+            Some(held) => held.check(drive_id, *size_bytes, &|name| field(&format!("held.{name}"))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl HeldDisk {
+    fn check(&self, drive_id: &str, size_bytes: u64, field: &impl Fn(&str) -> String) -> Result<(), BadField> {
+        let HeldDisk { file, data_bytes, digest, map, map_bytes, map_digest } = self;
+        // So that no two of them are the same file.
+        for (name, found, expected) in [("file", file, file::disk(drive_id)), ("map", map, file::disk_map(drive_id))] {
+            if *found != expected {
+                return Err(BadField::new(field(name), format!("must be {expected}")));
+            }
+        }
+        check_hex(&field("digest"), digest)?;
+        check_hex(&field("map_digest"), map_digest)?;
+        if *data_bytes > size_bytes {
+            return Err(BadField::new(field("data_bytes"), "must be no more than the size of the disk"));
+        }
+        if *map_bytes > Clusters::max_encoded(size_bytes) {
+            return Err(BadField::new(field("map_bytes"), "is more than the map of such a disk takes"));
         }
         Ok(())
     }
@@ -306,23 +480,14 @@ fn check_network(network: &[NetworkDevice]) -> Result<(), BadField> {
         if let Some(mac) = guest_mac {
             check_text(&field("guest_mac"), mac)?;
         }
-        check_rate(&field("rx_rate_limit"), rx_rate_limit.as_ref())?;
-        check_rate(&field("tx_rate_limit"), tx_rate_limit.as_ref())?;
-    }
-    Ok(())
-}
-
-/// Whether `id` can be the name of a disk or a network interface.
-fn check_id(field: String, id: &str) -> Result<(), BadField> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    if id.is_empty() || id.len() > 64 || !id.chars().all(plain) {
-        return Err(BadField::new(field, "must be 1 to 64 letters, digits, `-` and `_`"));
+        check_rate(field("rx_rate_limit"), rx_rate_limit.as_ref())?;
+        check_rate(field("tx_rate_limit"), tx_rate_limit.as_ref())?;
     }
     Ok(())
 }
 
 /// Whether something passes.
-fn check_rate(field: &str, rate: Option<&RateLimit>) -> Result<(), BadField> {
+fn check_rate(field: String, rate: Option<&RateLimit>) -> Result<(), BadField> {
     let buckets = rate.map_or([None; 2], |RateLimit { bandwidth, ops }| [*bandwidth, *ops]);
     if buckets.into_iter().flatten().any(|bucket| bucket.size == 0 || bucket.refill_ms == 0) {
         return Err(BadField::new(field, "must let something pass"));
@@ -391,6 +556,17 @@ fn check_regions(regions: &[MemoryRegion], size_bytes: u64) -> Result<(), BadFie
     Ok(())
 }
 
+impl BalloonDevice {
+    fn check(&self, memory_bytes: u64) -> Result<(), BadField> {
+        let most = memory_bytes >> 20;
+        if self.amount_mib > most {
+            let problem = format!("must be at most {most}, the guest's memory, not {}", self.amount_mib);
+            return Err(BadField::new("devices.balloon.amount_mib", problem));
+        }
+        Ok(())
+    }
+}
+
 impl VsockDevice {
     fn check(&self) -> Result<(), BadField> {
         let VsockDevice { guest_cid, uds_path } = self;
@@ -398,11 +574,15 @@ impl VsockDevice {
             let problem = format!("must be 3 to {}, not {guest_cid}", u32::MAX - 1);
             return Err(BadField::new("devices.vsock.guest_cid", problem));
         }
-        if uds_path.is_empty() || uds_path.len() > MAX_PATH || uds_path.contains('\0') {
-            return Err(BadField::new("devices.vsock.uds_path", format!("must be a path of at most {MAX_PATH} bytes")));
-        }
-        Ok(())
+        check_path("devices.vsock.uds_path".to_owned(), uds_path)
     }
+}
+
+fn check_path(field: String, path: &str) -> Result<(), BadField> {
+    if path.is_empty() || path.len() > MAX_PATH || path.contains('\0') {
+        return Err(BadField::new(field, format!("must be a path of at most {MAX_PATH} bytes")));
+    }
+    Ok(())
 }
 
 fn check_text(field: &str, text: &str) -> Result<(), BadField> {

@@ -1,5 +1,6 @@
 //! Checking a snapshot in full, memory included.
 
+use crate::disk::{self, DiskError};
 use crate::image::{self, ImageError, MemoryImage};
 use crate::load::{self, LoadError};
 use crate::stamp::Stamp;
@@ -26,16 +27,23 @@ pub struct Report {
     pub chunks: u64,
     /// Root digest of the memory, in hex.
     pub root: String,
+    /// Bytes of disks that the snapshot holds and that were therefore read.
+    pub disk_bytes: u64,
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Report { path, format_version, vcpus, memory_bytes, checked_bytes, zero_chunks, chunks, root } = self;
+        let Report { path, format_version, vcpus, memory_bytes, checked_bytes, zero_chunks, chunks, root, disk_bytes } =
+            self;
         writeln!(f, "{} is whole: every byte is what was written", path.display())?;
         writeln!(f, "  format   {format_version}")?;
         writeln!(f, "  machine  {vcpus} vCPU{}, {} MiB", if *vcpus == 1 { "" } else { "s" }, memory_bytes >> 20)?;
         writeln!(f, "  memory   {} KiB read; {zero_chunks} of {chunks} chunks are zero", checked_bytes >> 10)?;
-        writeln!(f, "  root     {root}")
+        writeln!(f, "  root     {root}")?;
+        if *disk_bytes > 0 {
+            writeln!(f, "  disks    {} KiB read", disk_bytes >> 10)?;
+        }
+        Ok(())
     }
 }
 
@@ -48,6 +56,9 @@ pub enum VerifyError {
     /// Its memory image cannot be read or does not belong to it.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// What it holds of a disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Chunks of its memory image are damaged.
     #[error("{first} (damaged chunks in all: {damaged} of {chunks})")]
     Damaged {
@@ -81,6 +92,10 @@ pub fn verify(path: &Path) -> Result<Report, VerifyError> {
         return Err(VerifyError::Damaged { first, damaged, chunks: image.chunks() });
     }
     image::stamp(&snapshot, &before)?;
+    let mut disk_bytes = 0;
+    for drive in &manifest.devices.drives {
+        disk_bytes += disk::check(&snapshot, drive)?;
+    }
 
     Ok(Report {
         path: snapshot.dir().to_owned(),
@@ -91,5 +106,6 @@ pub fn verify(path: &Path) -> Result<Report, VerifyError> {
         zero_chunks: (0..image.chunks()).filter(|i| image.chunk_is_zero(*i)).count() as u64,
         chunks: image.chunks(),
         root: manifest.memory.root.clone(),
+        disk_bytes,
     })
 }

@@ -26,11 +26,18 @@ fn names(dir: &Path) -> Vec<String> {
 #[test]
 fn only_the_owner_has_access_and_nobody_writes_the_memory() {
     let sample = Sample::new();
-    assert_eq!(names(&sample.dir), ["mem.b3", "mem.bin", "mem.stamp", "snap.json", "state.bin"]);
+    assert_eq!(
+        names(&sample.dir),
+        ["disk-root.img", "disk-root.map", "mem.b3", "mem.bin", "mem.stamp", "snap.json", "state.bin"]
+    );
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
     assert_eq!(mode(&sample.dir), 0o700);
     for name in names(&sample.dir) {
-        assert_eq!(mode(&sample.path(&name)), if name == "mem.bin" { 0o400 } else { 0o600 }, "{name}");
+        assert_eq!(
+            mode(&sample.path(&name)),
+            if name == "mem.bin" || name.ends_with(".img") { 0o400 } else { 0o600 },
+            "{name}"
+        );
     }
     assert_eq!(names(sample.root.path()), ["snap"]);
 }
@@ -57,7 +64,8 @@ fn holes_stay_holes() {
     let mut staging = Staging::begin(&root.path().join("s")).unwrap();
     let written = staging.write_memory(&mut FileSource::new(&file, regions.clone()).unwrap(), &NEVER).unwrap();
     assert_eq!(written.data_bytes(), 2 * 4096, "zero pages are left out, those with data in the source too");
-    let manifest = staging.commit(written, facts(), &state(1)).unwrap();
+    let facts = facts(&mut staging);
+    let manifest = staging.commit(written, facts, &state(1)).unwrap();
     assert_eq!(manifest.memory.regions, regions);
     let image = fs::metadata(root.path().join("s/mem.bin")).unwrap();
     assert_eq!(image.len(), size);
@@ -94,7 +102,8 @@ fn a_target_that_appears_meanwhile_is_not_overwritten() {
         let mut staging = Staging::begin(&target).unwrap();
         let written = staging.write_memory(&mut BytesSource::new(&memory()), &NEVER).unwrap();
         make(&target).unwrap();
-        assert!(matches!(staging.commit(written, facts(), &state(1)), Err(CreateError::Exists { .. })));
+        let facts = facts(&mut staging);
+        assert!(matches!(staging.commit(written, facts, &state(1)), Err(CreateError::Exists { .. })));
         assert_eq!(names(root.path()), ["s"]);
     }
 }
@@ -229,8 +238,9 @@ fn the_first_of_two_wins() {
     let mut second = Staging::begin(&target).unwrap();
     let one = first.write_memory(&mut BytesSource::new(&memory()), &NEVER).unwrap();
     let two = second.write_memory(&mut BytesSource::new(&memory()), &NEVER).unwrap();
-    second.commit(two, facts(), &state(2)).unwrap();
-    assert!(matches!(first.commit(one, facts(), &state(1)), Err(CreateError::Exists { .. })));
+    let (one_facts, two_facts) = (facts(&mut first), facts(&mut second));
+    second.commit(two, two_facts, &state(2)).unwrap();
+    assert!(matches!(first.commit(one, one_facts, &state(1)), Err(CreateError::Exists { .. })));
     assert_eq!(names(root.path()), ["s"]);
     let snapshot = load::open(&target).unwrap();
     assert_eq!(snapshot.manifest().machine.vcpus, 2);

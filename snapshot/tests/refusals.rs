@@ -169,14 +169,17 @@ fn an_absent_unknown_or_mistyped_field_is_refused() {
             sample.forge(|doc| doc.pointer_mut(place).unwrap()["suprise"] = json!(1));
             assert!(refusal(&sample).contains("unknown field `suprise`"), "{place}");
         }
-        if let Some((parent, name)) = place.rsplit_once('/').filter(|(_, name)| name.parse::<u8>().is_err()) {
+        // What is absent means the same as `null`.
+        let may_be_absent = good.pointer(place).is_none_or(Value::is_null);
+        let named = place.rsplit_once('/').filter(|(_, name)| !may_be_absent && name.parse::<u8>().is_err());
+        if let Some((parent, name)) = named {
             let mut doc = good.clone();
             doc.pointer_mut(parent).unwrap().as_object_mut().unwrap().remove(name);
             sample.put("snap.json", &serde_json::to_vec(&doc).unwrap());
             refusal(&sample);
         }
         let mut doc = good.clone();
-        *doc.pointer_mut(place).unwrap() = json!(true);
+        *doc.pointer_mut(place).unwrap() = json!([[]]);
         sample.put("snap.json", &serde_json::to_vec(&doc).unwrap());
         refusal(&sample);
     }
@@ -235,6 +238,29 @@ fn a_value_that_no_snapshot_has_is_refused() {
         ("/devices/vsock/guest_cid", json!(2), "guest_cid"),
         ("/devices/vsock/guest_cid", json!(u32::MAX), "guest_cid"),
         ("/devices/vsock/uds_path", json!(""), "uds_path"),
+        ("/devices/balloon/amount_mib", json!(1 << 20), "devices.balloon.amount_mib"),
+        ("/devices/balloon/stats_polling_interval_s", json!(65536), "65536"),
+        ("/devices/drives/0/drive_id", json!("a/b"), "drives[0].drive_id"),
+        ("/devices/drives/0/drive_id", json!("data"), "held.file"),
+        ("/devices/drives/1/drive_id", json!("root"), "drives[1].drive_id"),
+        ("/devices/drives/1/drive_id", json!("other"), "other disks"),
+        ("/devices/drives/0/partuuid", json!("a\nb"), "drives[0].partuuid"),
+        ("/devices/drives/0/cache_type", json!("none"), "unknown variant"),
+        ("/devices/drives/1/rate_limit/bandwidth/size", json!(0), "drives[1].rate_limit"),
+        ("/devices/drives/0/size_bytes", json!(0), "drives[0].size_bytes"),
+        ("/devices/drives/0/size_bytes", json!(1000), "drives[0].size_bytes"),
+        ("/devices/drives/0/size_bytes", json!(u64::MAX - 511), "drives[0].size_bytes"),
+        ("/devices/drives/0/size_bytes", json!(512 * 1000), "disk-root.img has"),
+        ("/devices/drives/0/held", json!(null), "drives[0].held"),
+        ("/devices/drives/0/is_read_only", json!(true), "drives[0].held"),
+        ("/devices/drives/1/image", json!(null), "drives[1].image"),
+        ("/devices/drives/0/image/path", json!(""), "drives[0].image.path"),
+        ("/devices/drives/0/held/file", json!("mem.bin"), "held.file"),
+        ("/devices/drives/0/held/map", json!("../disk-root.map"), "held.map"),
+        ("/devices/drives/0/held/map_bytes", json!(1u64 << 40), "held.map_bytes"),
+        ("/devices/drives/0/held/data_bytes", json!(1u64 << 40), "held.data_bytes"),
+        ("/devices/drives/0/held/digest", json!("AB"), "held.digest"),
+        ("/devices/drives/0/held/map_digest", json!(""), "held.map_digest"),
         ("/readiness", json!("nearly"), "unknown variant"),
     ];
     for (place, value, expected) in cases {

@@ -102,6 +102,10 @@ impl Agent {
         write(pages: Pages, value: u64) = Request::Write { pages, value }, Response::Done => (), ()
     );
     question!(
+        /// Gives pages back to the host.
+        give_back(pages: Pages) = Request::GiveBack { pages }, Response::Done => (), ()
+    );
+    question!(
         /// Checksum over pages.
         checksum(pages: Pages) = Request::Checksum { pages }, Response::Sum(sum) => sum, u64
     );

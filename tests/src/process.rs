@@ -1,7 +1,7 @@
 //! Processes that always end: when the value goes, so does the process. What it said is shown if a test fails.
 
 use crate::place::Place;
-use crate::{PATIENCE, holds_within};
+use crate::{PATIENCE, holds_within, procfs};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -109,8 +109,9 @@ impl Process {
         self.finish_within(PATIENCE)
     }
 
-    /// Asks it to end and waits until it has.
+    /// Asks it to end, as soon as it listens, and waits until it has.
     pub fn stop(mut self) -> Finished {
+        holds_within(PATIENCE, || !self.is_alive() || procfs::heeds(self.pid(), Signal::TERM));
         self.signal(Signal::TERM);
         self.finish()
     }

@@ -1,5 +1,6 @@
 //! What the kernel says about a process.
 
+use rustix::process::Signal;
 use std::fs;
 
 /// The memory of one mapping or several, in KiB.
@@ -49,9 +50,28 @@ pub fn memory(pid: u32, is_wanted: impl Fn(&str) -> bool) -> Memory {
     memory
 }
 
+/// Memory of process `pid` that is its own and comes from no file (`RssAnon`), or from shared memory such as a memfd
+/// (`RssShmem`), in KiB.
+pub fn resident(pid: u32, kind: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process is there to be looked at");
+    let line = status.lines().find_map(|line| line.strip_prefix(kind)?.strip_prefix(':'));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+    kib.unwrap_or_else(|| panic!("the kernel does not tell {kind} of process {pid}"))
+}
+
 /// The guest RAM of the vmm `pid`, restored from a page server.
 pub fn guest_ram(pid: u32) -> Memory {
     memory(pid, |name| name.starts_with(STORE))
+}
+
+/// Whether process `pid` blocks or catches a signal, instead of dying of it.
+pub fn heeds(pid: u32, signal: Signal) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let mask = |key| {
+        let mask = status.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default();
+        u64::from_str_radix(mask.trim(), 16).unwrap_or(0)
+    };
+    (mask("SigBlk:") | mask("SigCgt:")) & (1 << (signal.as_raw() - 1)) != 0
 }
 
 /// What process `pid` has mapped.

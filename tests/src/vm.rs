@@ -9,11 +9,11 @@ use crate::{PATIENCE, binaries, until};
 use api_spec::agent::{Request, Response};
 use api_spec::client::rest::RestError;
 use api_spec::client::{AgentClient, RestClient};
-use api_spec::devices::{Entropy, NetworkInterface};
+use api_spec::devices::{Balloon, Drive, Entropy, NetworkInterface};
 use api_spec::mac::MacAddr;
 use api_spec::snapshot::{
-    MemBackend, MemBackendType, NetworkOverride, SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus,
-    VsockOverride,
+    DriveOverride, MemBackend, MemBackendType, NetworkOverride, SnapshotCreate, SnapshotLoad, SnapshotState,
+    SnapshotStatus, VsockOverride,
 };
 use api_spec::vm::{BootSource, InstanceInfo, InstanceState, MachineConfig, VmConfig, VmPatch, VmState, Vsock};
 use std::path::{Path, PathBuf};
@@ -44,7 +44,7 @@ impl<'a> Boot<'a> {
     /// The embedded guest with 1 vCPU and 32 MiB.
     pub fn new(place: &'a Place) -> Self {
         let boot_source = Some(BootSource { embedded_guest: true, ..Default::default() });
-        let machine_config = MachineConfig { vcpu_count: 1, mem_size_mib: 32 };
+        let machine_config = MachineConfig { vcpu_count: 1, mem_size_mib: 32, max_private_mib: None };
         Boot { place, config: VmConfig { boot_source, machine_config, ..Default::default() }, console: None }
     }
 
@@ -57,6 +57,18 @@ impl<'a> Boot<'a> {
     /// With so much memory.
     pub fn memory_mib(mut self, size: u64) -> Self {
         self.config.machine_config.mem_size_mib = size;
+        self
+    }
+
+    /// With at most so much private memory.
+    pub fn max_private_mib(mut self, limit: u64) -> Self {
+        self.config.machine_config.max_private_mib = Some(limit);
+        self
+    }
+
+    /// With a balloon.
+    pub fn balloon(mut self, balloon: Balloon) -> Self {
+        self.config.balloon = Some(balloon);
         self
     }
 
@@ -78,6 +90,12 @@ impl<'a> Boot<'a> {
     /// With its console elsewhere than at standard output: the value of `--console`.
     pub fn console(mut self, place: &str) -> Self {
         self.console = Some(place.to_owned());
+        self
+    }
+
+    /// With a disk more.
+    pub fn drive(mut self, drive: Drive) -> Self {
+        self.config.drives.push(drive);
         self
     }
 
@@ -121,6 +139,31 @@ impl<'a> Boot<'a> {
     }
 }
 
+/// A disk of this name over an image.
+pub fn drive(drive_id: &str, path: &Path) -> Drive {
+    Drive {
+        drive_id: drive_id.to_owned(),
+        path_on_host: path.to_owned(),
+        is_root_device: false,
+        is_read_only: false,
+        partuuid: None,
+        cache_type: Default::default(),
+        io_engine: Default::default(),
+        rate_limiter: None,
+        overlay: false,
+        max_overlay_mib: None,
+    }
+}
+
+/// A vmm that waits for instructions.
+pub fn waiting(place: &Place, name: &str) -> Vm {
+    let (vsock, api) = sockets(place, name);
+    let process = Process::start(place, name, binaries::vmm(), |vmm| {
+        vmm.arg("--api-sock").arg(&api);
+    });
+    Vm { process, name: name.to_owned(), vsock, api }
+}
+
 /// How to restore a guest: from its memory file, running, by the command line, unless told otherwise.
 #[derive(Clone, Debug)]
 pub struct Restore<'a> {
@@ -129,7 +172,9 @@ pub struct Restore<'a> {
     page_server: Option<PathBuf>,
     paused: bool,
     same_generation: bool,
+    max_private_mib: Option<u64>,
     recorded_vsock: Option<PathBuf>,
+    drives: Vec<DriveOverride>,
     taps: Vec<NetworkOverride>,
     by_api: bool,
     console: Option<String>,
@@ -144,7 +189,9 @@ impl<'a> Restore<'a> {
             page_server: None,
             paused: false,
             same_generation: false,
+            max_private_mib: None,
             recorded_vsock: None,
+            drives: Vec::new(),
             taps: Vec::new(),
             by_api: false,
             console: None,
@@ -174,6 +221,12 @@ impl<'a> Restore<'a> {
         self
     }
 
+    /// It may have so much private memory.
+    pub fn max_private_mib(mut self, limit: u64) -> Self {
+        self.max_private_mib = Some(limit);
+        self
+    }
+
     /// Its vsock device is where the snapshot says, at `path`, instead of at a socket of its own.
     pub fn recorded_vsock(mut self, path: &Path) -> Self {
         self.recorded_vsock = Some(path.to_owned());
@@ -183,6 +236,12 @@ impl<'a> Restore<'a> {
     /// With its console elsewhere than at standard output: the value of `--console`.
     pub fn console(mut self, place: &str) -> Self {
         self.console = Some(place.to_owned());
+        self
+    }
+
+    /// The image of this disk is at `path`.
+    pub fn drive(mut self, drive_id: &str, path: &Path) -> Self {
+        self.drives.push(DriveOverride { drive_id: drive_id.to_owned(), path_on_host: path.to_owned() });
         self
     }
 
@@ -215,6 +274,9 @@ impl<'a> Restore<'a> {
             if let Some(socket) = &self.page_server {
                 vmm.arg("--uffd").arg(socket);
             }
+            for DriveOverride { drive_id, path_on_host } in &self.drives {
+                vmm.arg("--drive").arg(format!("{drive_id}={}", path_on_host.display()));
+            }
             for NetworkOverride { iface_id, host_dev_name, guest_mac } in &self.taps {
                 let mac = guest_mac.map(|mac| format!(",{mac}")).unwrap_or_default();
                 vmm.arg("--tap").arg(format!("{iface_id}={host_dev_name}{mac}"));
@@ -223,6 +285,9 @@ impl<'a> Restore<'a> {
                 vmm.arg("--vsock").arg(&vsock);
             }
             vmm.args(self.console.iter().flat_map(|place| ["--console", place]));
+            if let Some(limit) = self.max_private_mib {
+                vmm.arg("--max-private-mib").arg(limit.to_string());
+            }
             vmm.args(self.paused.then_some("--paused")).args(self.same_generation.then_some("--same-generation"));
         });
         Vm { process, name: name.to_owned(), vsock, api }
@@ -239,9 +304,11 @@ impl<'a> Restore<'a> {
             snapshot_path: self.snapshot,
             mem_backend: self.page_server.as_ref().map(backend),
             resume_vm: !self.paused,
+            drive_overrides: self.drives,
             vsock_override: self.recorded_vsock.is_none().then(|| VsockOverride { uds_path: vm.vsock.clone() }),
             network_overrides: self.taps,
             new_generation: !self.same_generation,
+            max_private_mib: self.max_private_mib,
         };
         vm.api().put("/snapshot/load", &document).unwrap_or_else(|e| panic!("{name}: cannot load the snapshot: {e}"));
         vm

@@ -25,7 +25,7 @@ const COMPLAINTS: [&str; 9] = [
 /// topology, not about interrupts.
 #[test]
 fn eight_vcpus_boot_without_a_complaint() {
-    let Some(linux) = Linux::guest() else { return };
+    let Some(linux) = Linux::guest("6.1") else { return };
     let place = Place::new();
     let mut vm = Boot::new(&place).linux(&linux, "loglevel=7 coppice.then=poweroff").vcpus(8).start("guest");
     let up = vm.said(UP);
@@ -42,7 +42,7 @@ fn eight_vcpus_boot_without_a_complaint() {
 /// A kernel that resets the machine after a panic has still said why.
 #[test]
 fn a_panic_ends_the_vmm_with_a_result_of_its_own() {
-    let Some(linux) = Linux::guest() else { return };
+    let Some(linux) = Linux::guest("6.1") else { return };
     let place = Place::new();
     let mut vm = Boot::new(&place).linux(&linux, "coppice.then=panic").start("guest");
     vm.said(UP);

@@ -72,7 +72,7 @@ const RETRY: Duration = Duration::from_millis(1);
 
 impl Console {
     /// Opens the console. Nothing is started: a thread writes the output from its first byte on, and one reads the input
-    /// from [`Console::feed`] on.
+    /// from [`Input::feed`] on.
     pub fn open(place: &Place) -> Result<Self, ConsoleError> {
         let (output, input, pty): (Box<dyn Write + Send>, Option<Box<dyn Read + Send>>, _) = match place {
             Place::Stdio if is_null(&io::stdin()) => (Box::new(io::stdout()), None, None),

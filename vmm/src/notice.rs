@@ -22,6 +22,16 @@ pub enum Halt {
         /// The limit, in MiB.
         limit_mib: u64,
     },
+    /// The overlay of a disk is full.
+    #[error(
+        "max_overlay_mib: the overlay of drive {drive_id} holds all of its {limit_mib} MiB; raise the limit (PATCH /drives/{drive_id}), then resume"
+    )]
+    Overlay {
+        /// The disk.
+        drive_id: String,
+        /// The limit, in MiB.
+        limit_mib: u64,
+    },
 }
 
 /// Something that the owner of the machine wants to know.

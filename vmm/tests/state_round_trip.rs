@@ -150,6 +150,32 @@ fn model_specific_registers() {
     assert_eq!(rest(&got), rest(&put));
 }
 
+/// Memory types: KVM lists none of their registers.
+#[test]
+fn memory_types() {
+    const MTRRS: [(u32, u64); 4] =
+        [(0x2ff, 0xc06), (0x200, 0xe000_0000), (0x201, 0xf_e000_0800), (0x26f, 0x0606_0606_0606_0606)];
+    let change = |state: &mut VcpuState| MTRRS.into_iter().for_each(|(index, data)| set_msr(state, index, data));
+    let Some((_, got)) = vcpu_round_trip(change) else { return };
+    for (index, data) in MTRRS {
+        assert_eq!(msr(&got, index), data, "{index:#x}");
+    }
+}
+
+/// What firmware leaves is there for a kernel to find, on every vCPU; the pins are the boot processor's.
+#[test]
+fn what_firmware_sets_up_is_saved() {
+    let Some((_kvm, _ram, vm, shape)) = machine() else { return };
+    let pins = |state: &VcpuState| (state.lapic[0x351] & 7, state.lapic[0x361] & 7);
+    vmm::arch::msrs::set_up(&vm.vcpus[0], false).unwrap();
+    let other = state::save(&vm.vcpus[0], &shape).unwrap();
+    assert_eq!((msr(&other, 0x2ff), msr(&other, 0x1a0) & 1), (0x806, 1));
+    vmm::arch::msrs::set_up(&vm.vcpus[0], true).unwrap();
+    let first = state::save(&vm.vcpus[0], &shape).unwrap();
+    assert_eq!(pins(&first), (7, 4));
+    assert_ne!(pins(&other).1, 4);
+}
+
 /// The guest's time-stamp counter goes on from where it stood, where this host can offset it: KVM without hardware
 /// virtualization cannot, and its guests see the host's counter.
 #[test]

@@ -21,6 +21,8 @@ pub trait Machine {
     fn burn_start(&mut self, vcpu: u8) -> Result<(), Refusal>;
     /// Stops that.
     fn burn_stop(&mut self, vcpu: u8) -> Result<Burn, Refusal>;
+    /// Gives work pages back to the host, through a balloon.
+    fn give_back(&mut self, pages: Pages) -> Result<(), Refusal>;
     /// Resets the machine.
     fn reset(&mut self);
 }
@@ -125,6 +127,12 @@ impl<M: Machine> Agent<M> {
                 self.machine.burn_start(vcpu).map_or_else(Response::Refused, |()| Response::Done)
             }
             Request::BurnStop { vcpu } => self.machine.burn_stop(vcpu).map_or_else(Response::Refused, Response::Burned),
+            Request::GiveBack { pages } if !pages.fits(self.machine.info().pages) => {
+                Response::Refused(Refusal::NoSuchPages)
+            }
+            Request::GiveBack { pages } => {
+                self.machine.give_back(pages).map_or_else(Response::Refused, |()| Response::Done)
+            }
             Request::Reset => {
                 self.machine.reset();
                 return Outcome::Nothing;
@@ -209,6 +217,10 @@ pub(crate) mod tests {
         fn burn_stop(&mut self, _: u8) -> Result<Burn, Refusal> {
             Err(Refusal::NoSuchVcpu)
         }
+        fn give_back(&mut self, pages: Pages) -> Result<(), Refusal> {
+            pages.numbers().for_each(|number| self.page(number).fill(0));
+            Ok(())
+        }
         fn reset(&mut self) {}
     }
 
@@ -236,6 +248,10 @@ pub(crate) mod tests {
         assert_eq!(answer(&mut agent, Request::Touch { pages }), Response::Sum(words));
         assert_eq!(answer(&mut agent, Request::Write { pages: Pages::run(3, 1), value: 0 }), Response::Done);
         assert_eq!(answer(&mut agent, Request::Verify { pages, seed: 5 }), Response::Mismatches(1));
+        assert_eq!(answer(&mut agent, Request::GiveBack { pages }), Response::Done);
+        assert_eq!(answer(&mut agent, Request::Touch { pages }), Response::Sum(0));
+        let outside = Request::GiveBack { pages: Pages::run(3, 2) };
+        assert_eq!(answer(&mut agent, outside), Response::Refused(Refusal::NoSuchPages));
         let outside = Request::Touch { pages: Pages::run(0, 5) };
         assert_eq!(answer(&mut agent, outside), Response::Refused(Refusal::NoSuchPages));
     }

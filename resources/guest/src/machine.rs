@@ -1,18 +1,22 @@
 //! The machine as the agent sees it.
 
 use crate::loader::Boot;
-use crate::{hw, smp};
+use crate::virtio::Balloon;
+use crate::{hw, smp, stub};
 use api_spec::agent::burn::Burn;
 use api_spec::agent::pattern::WORDS;
-use api_spec::agent::{GuestKind, Info, Refusal};
+use api_spec::agent::{GuestKind, Info, Pages, Refusal};
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use embedded_guest::agent::Machine;
+use embedded_guest::ram::{DIRECTORY_SPAN, HIGH, WorkPages};
 
 /// This machine.
 pub struct Hardware {
     info: Info,
+    pages: WorkPages,
     generation: Option<u64>,
     cpus: smp::Cpus,
+    balloon: Option<Balloon>,
 }
 
 impl Hardware {
@@ -20,15 +24,37 @@ impl Hardware {
     #[cold]
     pub fn new(boot: &Boot) -> Self {
         const MAPPED: u64 = 1 << 32;
+        map_high(&boot.pages);
         let cpus = smp::Cpus::bring_up(boot.cmdline.vcpus.unwrap_or(1));
         let info = Info {
             kind: GuestKind::Embedded,
             vcpus: cpus.count(),
-            pages: boot.pages.count,
+            pages: boot.pages.count(),
             pages_base: boot.pages.base,
         };
         let generation = boot.cmdline.generation.filter(|&address| address <= MAPPED - 16);
-        Hardware { info, generation, cpus }
+        Hardware { info, pages: boot.pages, generation, cpus, balloon: Balloon::find(boot) }
+    }
+}
+
+/// Maps the work pages above the hole for ring 3, as the stub maps everything below: in 2 MiB pages, accessed and dirty
+/// already. Nothing has to be flushed, as nothing was mapped there.
+#[cold]
+fn map_high(pages: &WorkPages) {
+    const LARGE: u64 = 2 << 20;
+    const TABLE: u64 = 0x67;
+    const LARGE_PAGE: u64 = 0xe7;
+    let write = |table: u64, index: u64, entry: u64| {
+        let place = with_exposed_provenance_mut::<u64>((table + 8 * index) as usize);
+        // SAFETY: an entry of a table of 512; either of the stub's, which is not in use, or of a page that is nobody's.
+        unsafe { place.write_volatile(entry) };
+    };
+    for number in 0..pages.directory_count() {
+        let (directory, start) = (pages.directories + 4096 * number, HIGH + DIRECTORY_SPAN * number);
+        for index in 0..DIRECTORY_SPAN / LARGE {
+            write(directory, index, (start + LARGE * index) | LARGE_PAGE);
+        }
+        write(stub::page_directory_pointers_table(), start / DIRECTORY_SPAN, directory | TABLE);
     }
 }
 
@@ -39,7 +65,7 @@ impl Machine for Hardware {
 
     fn page(&mut self, number: u32) -> &mut [u64; WORDS] {
         assert!(number < self.info.pages);
-        let address = self.info.pages_base + 4096 * u64::from(number);
+        let address = self.pages.address(number);
         // SAFETY: work pages are RAM that nothing else in this program refers to; the borrow of `self` makes this the
         // only reference to one.
         unsafe { &mut *with_exposed_provenance_mut(address as usize) }
@@ -65,6 +91,16 @@ impl Machine for Hardware {
 
     fn burn_stop(&mut self, vcpu: u8) -> Result<Burn, Refusal> {
         self.cpus.burn_stop(vcpu)
+    }
+
+    fn give_back(&mut self, pages: Pages) -> Result<(), Refusal> {
+        let balloon = self.balloon.as_mut().ok_or(Refusal::NotHere)?;
+        if balloon.give(pages.numbers().map(|number| self.pages.address(number))) {
+            Ok(())
+        } else {
+            self.balloon = None;
+            Err(Refusal::NotHere)
+        }
     }
 
     fn reset(&mut self) {

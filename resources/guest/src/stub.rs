@@ -74,6 +74,7 @@ unsafe extern "C" {
     safe static boot_ring0: Ring0;
     safe static ap_ring0: [Ring0; MAX_CPUS];
     safe static ap_start: ApStart;
+    static page_directory_pointers: u8;
     static trampoline: u8;
     static trampoline_end: u8;
     static image_end: u8;
@@ -99,6 +100,11 @@ pub fn wait() {
 /// First address after everything that belongs to the guest.
 pub fn end_of_image() -> u64 {
     &raw const image_end as u64
+}
+
+/// Address of the table with an entry for each GiB of memory, of which the first four are in use.
+pub fn page_directory_pointers_table() -> u64 {
+    &raw const page_directory_pointers as u64
 }
 
 /// The code by which an application processor comes up, to be copied below 1 MiB.

@@ -273,12 +273,14 @@ ap_tss:
 
 # ---- Page tables ---------------------------------------------------------------------------------------------------
 
-# The first 4 GiB, identity-mapped for ring 3 in 2 MiB pages; accessed and dirty already, so that nobody writes here.
+# The first 4 GiB, identity-mapped for ring 3 in 2 MiB pages; accessed and dirty already, so that nobody writes here but
+# `machine.rs`, once, where there is RAM above.
 .section .tables, "a", @progbits
 .balign 4096
 page_tables:
     .quad page_directory_pointers + 0x67
     .fill 511, 8, 0
+.globl page_directory_pointers
 page_directory_pointers:
     .quad page_directories + 0x67
     .quad page_directories + 0x1067

@@ -4,6 +4,7 @@
 //!   Staging::begin        .NAME.partial-PID-N/ is made beside the target and locked
 //!        |
 //!   write_memory          mem.bin, chunk by chunk; may take long, may be cancelled
+//!   write_disk, ...       disk-ID.img and disk-ID.map, as often as there are disks to hold; the same
 //!        |
 //!   commit                mem.b3, state.bin, snap.json, mem.stamp; sync; rename to NAME; sync the parent
 //! ```
@@ -11,9 +12,11 @@
 //! A [`Staging`] that is dropped before `commit` has succeeded removes what it has written. What a killed process left
 //! behind is found by its lock being free, and removed by the next `begin` for the same target.
 
+mod disk;
 mod source;
 mod staging;
 
+pub use disk::{CopiedDisk, DiskSource};
 pub(crate) use source::next_data;
 pub use source::{BytesSource, FileSource, MemorySource};
 pub use staging::{Facts, MemoryDigest, Staging};
@@ -58,6 +61,24 @@ pub enum CreateError {
         /// Which file.
         path: PathBuf,
         /// What the system said.
+        source: io::Error,
+    },
+    /// The file system is full, or a limit or quota is reached, by a disk.
+    #[error("no space for {path}: the disk takes up to {needed_bytes} bytes; free space or choose another directory")]
+    NoDiskSpace {
+        /// Which file.
+        path: PathBuf,
+        /// What the disk takes, in bytes.
+        needed_bytes: u64,
+    },
+    /// A disk cannot be read.
+    #[error("cannot read the disk {drive_id} at offset {offset:#x}: {source}")]
+    Disk {
+        /// Which disk.
+        drive_id: String,
+        /// Where, in bytes.
+        offset: u64,
+        /// What the source said.
         source: io::Error,
     },
     /// The guest's memory cannot be read.

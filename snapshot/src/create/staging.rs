@@ -30,6 +30,8 @@ pub struct Staging {
     name: Vec<u8>,
     /// Name of the snapshot in `parent`.
     target: Vec<u8>,
+    /// Files of `dir` that must be on disk before it has its name.
+    unsynced: Vec<(String, File)>,
     /// Whether `dir` is a finished snapshot and no longer ours to remove.
     done: bool,
 }
@@ -94,7 +96,16 @@ impl Staging {
         }
         remove_leftovers(&parent, name);
         let (staging_name, dir) = make_locked(&parent, name)?;
-        Ok(Staging { parent, dir, name: staging_name, target: name.to_owned(), done: false })
+        Ok(Staging { parent, dir, name: staging_name, target: name.to_owned(), unsynced: Vec::new(), done: false })
+    }
+
+    pub(super) fn dir(&self) -> &Dir {
+        &self.dir
+    }
+
+    /// Has a file synced before the snapshot gets its name.
+    pub(super) fn sync_later(&mut self, name: String, file: File) {
+        self.unsynced.push((name, file));
     }
 
     /// Writes the memory. Zero pages become holes. `cancel` is looked at before each chunk. Nothing is synced to disk
@@ -129,6 +140,9 @@ impl Staging {
         manifest.check()?;
 
         memory.file.sync_all().map_err(|e| self.write_error(file::MEMORY, memory.data_bytes, e))?;
+        for (name, file) in &self.unsynced {
+            file.sync_all().map_err(|e| self.write_error(name, memory.data_bytes, e))?;
+        }
         let stamp = Stamp::of(&memory.file, &manifest.memory.root)
             .map_err(|e| self.write_error(file::MEMORY, memory.data_bytes, e))?;
         for (name, contents) in [

@@ -9,10 +9,14 @@ pub struct DeviceState {
     pub serial: SerialState,
     /// The vsock device, if the machine has one, with its transport.
     pub vsock: Option<VsockState>,
+    /// The disks, in order of their places.
+    pub drives: Vec<DriveState>,
     /// The network interfaces, in order of their places.
     pub network: Vec<NetState>,
     /// The source of entropy, if the machine has one, with its transport.
     pub entropy: Option<EntropyState>,
+    /// The balloon, if the machine has one, with its transport.
+    pub balloon: Option<BalloonState>,
 }
 
 /// A 16550 serial port: its registers, and what was received and not yet read.
@@ -94,6 +98,32 @@ pub struct EntropyState {
     /// Its transport.
     pub transport: VirtioMmioState,
     /// Whether requests were left in its queue.
+    pub pending: bool,
+}
+
+/// A disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DriveState {
+    /// Its name.
+    pub drive_id: String,
+    /// Its transport.
+    pub transport: VirtioMmioState,
+    /// Whether requests were left in its queue.
+    pub pending: bool,
+}
+
+/// The memory balloon. What is configured about it is in the manifest.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonState {
+    /// Its transport.
+    pub transport: VirtioMmioState,
+    /// How many pages the driver said are in the balloon.
+    pub actual: u32,
+    /// Head of the statistics buffer that the device keeps.
+    pub held: Option<u16>,
+    /// The statistics that the guest has sent last: tags and values (virtio 1.2, section 5.5.6.4).
+    pub statistics: Vec<(u16, u64)>,
+    /// Whether something was left in its queues.
     pub pending: bool,
 }
 

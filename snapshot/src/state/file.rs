@@ -15,7 +15,7 @@
 //! numbers, one `vm  ` and one `devs`. Each kind has a version of its own; a section of another kind or version is
 //! refused by name, as are bytes left over in a section or after the last one.
 
-use super::{DeviceState, IrqchipState, MachineState, NetState, VcpuState, VmState};
+use super::{BalloonState, DeviceState, DriveState, IrqchipState, MachineState, NetState, VcpuState, VmState};
 use serde::{Serialize, de::DeserializeOwned};
 
 const MAGIC: [u8; 8] = *b"coppice\n";
@@ -253,10 +253,19 @@ fn check(state: &MachineState) -> Result<(), StateError> {
     for IrqchipState { chip_id: _, chip } in &vm.irqchips {
         ensure("vm.irqchips.chip", chip.len(), chip.len() == IRQCHIP_BYTES)?;
     }
-    let DeviceState { serial, vsock, network, entropy } = devices;
+    let DeviceState { serial, vsock, drives, network, entropy, balloon } = devices;
     ensure("devices.serial.in_buffer", serial.in_buffer.len(), serial.in_buffer.len() <= MAX_ENTRIES)?;
     if let Some(vsock) = vsock {
         ensure("devices.vsock.transport.queues", vsock.transport.queues.len(), vsock.transport.queues.len() <= 64)?;
+    }
+    ensure("devices.drives", drives.len(), drives.len() <= 32)?;
+    for DriveState { drive_id, transport, pending: _ } in drives {
+        ensure("devices.drives.drive_id", drive_id.len(), drive_id.len() <= 64)?;
+        ensure("devices.drives.transport.queues", transport.queues.len(), transport.queues.len() <= 64)?;
+    }
+    if let Some(BalloonState { transport, statistics, .. }) = balloon {
+        ensure("devices.balloon.transport.queues", transport.queues.len(), transport.queues.len() <= 64)?;
+        ensure("devices.balloon.statistics", statistics.len(), statistics.len() <= 64)?;
     }
     ensure("devices.network", network.len(), network.len() <= 32)?;
     for NetState { iface_id, mac: _, transport } in network {
@@ -392,7 +401,7 @@ mod tests {
     #[test]
     fn lists_of_impossible_length_are_refused() {
         type Spoil = fn(&mut MachineState);
-        let cases: [(&str, Spoil); 12] = [
+        let cases: [(&str, Spoil); 16] = [
             ("vcpu.xsave", |s| s.vcpus[0].xsave.truncate(4095)),
             ("vcpu.xsave", |s| s.vcpus[0].xsave.resize(65537, 0)),
             ("vcpu.lapic", |s| s.vcpus[1].lapic.push(0)),
@@ -401,6 +410,16 @@ mod tests {
             ("vm.irqchips", |s| s.vm.irqchips.resize(17, s.vm.irqchips[0].clone())),
             ("vm.irqchips.chip", |s| s.vm.irqchips[0].chip.truncate(511)),
             ("devices.serial.in_buffer", |s| s.devices.serial.in_buffer.resize(4097, 0)),
+            ("devices.balloon.statistics", |s| s.devices.balloon.get_or_insert_default().statistics.resize(65, (0, 0))),
+            ("devices.drives", |s| s.devices.drives.resize(33, Default::default())),
+            ("devices.drives.drive_id", |s| {
+                s.devices.drives.push(DriveState { drive_id: "x".repeat(65), ..Default::default() })
+            }),
+            ("devices.drives.transport.queues", |s| {
+                let mut drive = DriveState::default();
+                drive.transport.queues.resize(65, Default::default());
+                s.devices.drives.push(drive);
+            }),
             ("devices.network", |s| s.devices.network.resize(33, Default::default())),
             ("devices.network.iface_id", |s| {
                 s.devices.network.push(NetState { iface_id: "x".repeat(65), ..Default::default() })
@@ -436,9 +455,11 @@ mod tests {
         let mut state = state();
         state.vm.pit = PitState { flags: 3, ..PitState::default() };
         state.devices.vsock = Some(Default::default());
+        state.devices.drives = vec![Default::default()];
         state.devices.network = vec![Default::default()];
+        state.devices.balloon = Some(Default::default());
         state.devices.entropy = Some(Default::default());
-        assert_eq!(digest(&encode(&state).unwrap()), "21f71b275e31d42e");
+        assert_eq!(digest(&encode(&state).unwrap()), "2c318b6332a9c405");
     }
 
     proptest! {

@@ -9,7 +9,9 @@ mod file;
 mod machine;
 mod vcpu;
 
-pub use devices::{DeviceState, EntropyState, NetState, QueueState, SerialState, VirtioMmioState, VsockState};
+pub use devices::{
+    BalloonState, DeviceState, DriveState, EntropyState, NetState, QueueState, SerialState, VirtioMmioState, VsockState,
+};
 pub use file::{StateError, decode, encode};
 pub use machine::{ClockState, IrqchipState, PitChannel, PitState, VmState};
 pub use vcpu::{

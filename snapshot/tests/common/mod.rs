@@ -2,13 +2,15 @@
 #![allow(dead_code, missing_docs, reason = "each test program uses its part of this")]
 
 use proptest::prelude::*;
+use snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters};
 use snapshot::compat::HostFacts;
-use snapshot::create::{BytesSource, CreateError, Facts, Staging};
+use snapshot::create::{BytesSource, CreateError, DiskSource, Facts, Staging};
 use snapshot::manifest::{
-    Cpu, Devices, EntropyDevice, Manifest, NetworkDevice, RateLimit, Readiness, TokenBucket, VsockDevice,
+    BalloonDevice, CacheType, Cpu, Devices, DiskImage, DriveDevice, EntropyDevice, Manifest, NetworkDevice, RateLimit,
+    Readiness, TokenBucket, VsockDevice,
 };
 use snapshot::state::{
-    EntropyState, IrqchipState, MachineState, Msr, NetState, QueueState, VirtioMmioState, VsockState,
+    DriveState, EntropyState, IrqchipState, MachineState, Msr, NetState, QueueState, VirtioMmioState, VsockState,
 };
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -22,12 +24,17 @@ pub fn host() -> HostFacts {
     HostFacts { arch: "x86_64".into(), cpu, kernel: "6.18.0".into() }
 }
 
-pub fn facts() -> Facts {
+/// What the manifest is to say, once the disks are written.
+pub fn facts(staging: &mut Staging) -> Facts {
+    let mut root = drive("root", false);
+    root.held = Some(staging.write_disk("root", &Disk::new(), &NEVER).unwrap());
     Facts {
         vmm_version: "0.1.0".into(),
         host: host(),
         devices: Devices {
             vsock: Some(VsockDevice { guest_cid: 3, uds_path: "run/v.sock".into() }),
+            drives: vec![root, drive("data", true)],
+            balloon: Some(BalloonDevice { stats_polling_interval_s: 1, ..BalloonDevice::default() }),
             network: vec![NetworkDevice {
                 iface_id: "eth0".into(),
                 host_dev_name: "tap0".into(),
@@ -38,6 +45,58 @@ pub fn facts() -> Facts {
             entropy: Some(EntropyDevice { rate_limit: Some(rate_limit()) }),
         },
         readiness: Some(Readiness::Full),
+    }
+}
+
+/// A disk over an image; what is held of one that can be written is set by [`facts`].
+fn drive(drive_id: &str, is_read_only: bool) -> DriveDevice {
+    let bucket = TokenBucket { size: 1 << 20, one_time_burst: 5, refill_ms: 100 };
+    DriveDevice {
+        drive_id: drive_id.into(),
+        is_root_device: !is_read_only,
+        is_read_only,
+        partuuid: None,
+        cache_type: CacheType::Writeback,
+        rate_limit: is_read_only.then_some(RateLimit { bandwidth: Some(bucket), ops: None }),
+        max_overlay_mib: Some(64),
+        size_bytes: Disk::SIZE,
+        image: Some(DiskImage { path: "images/root.img".into(), modified_ns: Some(1_700_000_000_000_000_000) }),
+        held: None,
+    }
+}
+
+/// A layer of a disk, whose last cluster is short.
+pub struct Disk {
+    pub clusters: Clusters,
+    pub bytes: Vec<u8>,
+}
+
+impl Disk {
+    pub const SIZE: u64 = 40 * CLUSTER_BYTES - 512;
+
+    pub fn new() -> Disk {
+        let mut clusters = Clusters::new(Disk::SIZE);
+        for (run, state) in [(2..20, Cluster::Data), (22..24, Cluster::Zero), (39..40, Cluster::Data)] {
+            clusters.set(run, state);
+        }
+        let mut bytes: Vec<u8> = (0..Disk::SIZE).map(|i| (i / 509 + i % 7) as u8 | 1).collect();
+        bytes[10 * PAGE..12 * PAGE].fill(0);
+        Disk { clusters, bytes }
+    }
+}
+
+impl DiskSource for Disk {
+    fn size(&self) -> u64 {
+        Disk::SIZE
+    }
+
+    fn clusters(&self) -> &Clusters {
+        &self.clusters
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        buf.copy_from_slice(&self.bytes[offset as usize..][..buf.len()]);
+        Ok(())
     }
 }
 
@@ -62,6 +121,12 @@ pub fn state(vcpus: usize) -> MachineState {
     state.vm.irqchips = (0..3).map(|chip_id| IrqchipState { chip_id, chip: vec![chip_id as u8; 512] }).collect();
     let queue = QueueState { max_size: 256, size: 128, ready: true, desc_table: 0x10_0000, ..QueueState::default() };
     let transport = VirtioMmioState { status: 0xf, queues: vec![queue; 3], ..VirtioMmioState::default() };
+    let drive = |drive_id: &str, pending| DriveState {
+        drive_id: drive_id.into(),
+        transport: VirtioMmioState { queues: vec![queue], ..transport.clone() },
+        pending,
+    };
+    state.devices.drives = vec![drive("root", true), drive("data", false)];
     let one_queue = VirtioMmioState { queues: vec![queue], ..transport.clone() };
     let two_queues = VirtioMmioState { queues: vec![queue; 2], ..transport.clone() };
     let mac = Some([6, 0, 172, 16, 0, 2]);
@@ -85,7 +150,8 @@ pub fn memory() -> Vec<u8> {
 pub fn create_at(target: &Path, memory: &[u8], state: &MachineState) -> Result<Manifest, CreateError> {
     let mut staging = Staging::begin(target)?;
     let digest = staging.write_memory(&mut BytesSource::new(memory), &NEVER)?;
-    staging.commit(digest, facts(), state)
+    let facts = facts(&mut staging);
+    staging.commit(digest, facts, state)
 }
 
 /// A directory that goes away with the value, and a snapshot in it.

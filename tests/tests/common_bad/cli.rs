@@ -31,7 +31,7 @@ fn options_that_make_no_sense_are_named() {
     bad_usage("--config a --restore b", &["--config", "--restore"]);
     bad_usage("--config a --paused=yes", &["yes"]);
     bad_usage("--config a --log-level loud", &["loud"]);
-    for option in ["--uffd u", "--vsock v", "--paused", "--same-generation"] {
+    for option in ["--uffd u", "--vsock v", "--paused", "--same-generation", "--max-private-mib 5"] {
         bad_usage(&format!("--config a {option}"), &["makes sense with --restore only"]);
         bad_usage(&format!("--api-sock a {option}"), &["makes sense with --restore only"]);
     }
@@ -56,7 +56,7 @@ fn options_that_make_no_sense_are_named() {
         "--working-set 128",
         "--working-set 18446744073709551615",
         "--vcpus 0",
-        "--vcpus 5",
+        "--vcpus 9",
         "--vcpus 256",
         "--dir",
         "--nonsense",

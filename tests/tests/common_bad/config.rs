@@ -116,6 +116,94 @@ fn each_field_that_is_wrong_is_named() {
 }
 
 #[test]
+fn each_disk_that_cannot_be_is_named() {
+    require!(Kvm);
+    let place = Place::new();
+    let file = |name: &str, size: u64| {
+        let path = place.join(name);
+        fs::File::create(&path).and_then(|file| file.set_len(size)).expect("a file can be made");
+        path
+    };
+    let (good, empty, odd) = (file("good.img", 4096), file("empty.img", 0), file("odd.img", 1000));
+    let disk = |id: &str, path: &Path, more: Value| {
+        let mut disk = json!({ "drive_id": id, "path_on_host": path });
+        for (field, value) in more.as_object().expect("fields") {
+            disk[field] = value.clone();
+        }
+        disk
+    };
+    let sealed = || json!({ "is_read_only": true });
+    let cases: Vec<(&str, Vec<Value>, &[&str])> = vec![
+        ("missing", vec![disk("a", &place.join("none.img"), json!({}))], &["drive a", "none.img", "No such file"]),
+        ("empty", vec![disk("a", &empty, json!({}))], &["empty.img has 0 bytes", "multiple of 512"]),
+        ("odd", vec![disk("a", &odd, sealed())], &["odd.img has 1000 bytes", "multiple of 512"]),
+        ("directory", vec![disk("a", place.path(), json!({}))], &["neither a regular file nor a block device"]),
+        ("zeros", vec![disk("a", Path::new("/dev/zero"), sealed())], &["/dev/zero is neither"]),
+        ("no-path", vec![disk("a", Path::new(""), json!({}))], &["drive a: cannot open"]),
+        ("nul-path", vec![disk("a", Path::new("a\0b"), json!({}))], &["drive a: cannot open"]),
+        ("same-id", vec![disk("a", &good, sealed()), disk("a", &odd, sealed())], &["two have the drive_id a"]),
+        ("two-writers", vec![disk("a", &good, json!({})), disk("b", &good, json!({}))], &["drive b", "is in use"]),
+        ("reader-writer", vec![disk("a", &good, sealed()), disk("b", &good, json!({}))], &["drive b", "is in use"]),
+        (
+            "two-roots",
+            ["a", "b"].map(|id| disk(id, &good, json!({ "is_root_device": true }))).to_vec(),
+            &["a and b both say is_root_device"],
+        ),
+        ("async", vec![disk("a", &good, json!({ "io_engine": "Async" }))], &["io_engine `Async`", "not offered"]),
+        ("engine", vec![disk("a", &good, json!({ "io_engine": "Fast" }))], &["unknown variant"]),
+        ("cache", vec![disk("a", &good, json!({ "cache_type": "None" }))], &["unknown variant"]),
+        ("field", vec![disk("a", &good, json!({ "speed": 1 }))], &["unknown field `speed`"]),
+        ("id", vec![disk("a/b", &good, json!({}))], &["drives.drive_id is \"a/b\""]),
+        (
+            "sealed-overlay",
+            vec![disk("a", &good, json!({ "is_read_only": true, "overlay": true }))],
+            &["`overlay` makes no sense with is_read_only"],
+        ),
+        (
+            "no-overlay",
+            vec![disk("a", &good, json!({ "max_overlay_mib": 0 }))],
+            &["max_overlay_mib must be at least 1"],
+        ),
+        ("partuuid", vec![disk("a", &good, json!({ "partuuid": "1" }))], &["partuuid", "is_root_device"]),
+        (
+            "rate",
+            vec![disk("a", &good, json!({ "rate_limiter": { "ops": { "size": 0, "refill_time": 5 } } }))],
+            &["drives.a.rate_limiter.ops"],
+        ),
+        (
+            "too-many",
+            (0..18).map(|n| disk(&format!("d{n}"), &good, sealed())).collect(),
+            &["19 virtio devices are configured; there may be 18"],
+        ),
+    ];
+    for (name, drives, words) in cases {
+        let mut config = good_with(&place, drives);
+        refuses(&place, name, config.to_string(), words);
+        config["drives"] = json!({});
+        refuses(&place, "no-list", config.to_string(), &["invalid type"]);
+    }
+    if !super::is_root() {
+        fs::set_permissions(&good, std::os::unix::fs::PermissionsExt::from_mode(0o400)).expect("it is ours");
+        refuses(&place, "sealed", good_with(&place, vec![disk("a", &good, json!({}))]).to_string(), &["for writing"]);
+    }
+    // Overlays need a directory for what is written.
+    let overlay = good_with(&place, vec![disk("a", &good, json!({ "overlay": true }))]);
+    let path = place.join("vm.json");
+    fs::write(&path, overlay.to_string()).expect("a file can be made");
+    for (name, dir) in [("no-tmp", "/nowhere/at/all"), ("sealed-tmp", "/proc"), ("file-tmp", "/dev/null")] {
+        refused(&place, name, FAILED, &["drive a: cannot make the overlay's file", dir, "TMPDIR"], |vmm| {
+            vmm.arg("--config").arg(&path).env("TMPDIR", dir);
+        });
+    }
+}
+
+fn good_with(place: &Place, drives: Vec<Value>) -> Value {
+    let mut config = good(place);
+    config["drives"] = json!(drives);
+    config
+}
+
+#[test]
 fn memory_beyond_what_the_host_has_is_refused_or_runs() {
     require!(Kvm);
     let place = Place::new();
@@ -228,6 +316,44 @@ fn a_file_that_is_no_kernel_is_named() {
     setup[0x1f1] = 1;
     kernels.refuses("no-64-bit-entry", &setup, &["no 64-bit entry point"]);
     kernels.refuses("header-only", &setup[..0x203], no_kernel);
+    // One with a 64-bit entry: its code is where its header says, or not.
+    let bzimage = |code_len: usize, change: &dyn Fn(&mut [u8])| {
+        let mut image = setup.clone();
+        image.truncate(1024);
+        image[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
+        image[0x236..0x238].copy_from_slice(&1u16.to_le_bytes()); // xloadflags: 64-bit entry
+        image[0x1f4..0x1f8].copy_from_slice(&(0x1_0000u32 / 16).to_le_bytes()); // syssize
+        image[0x230..0x234].copy_from_slice(&0x20_0000u32.to_le_bytes()); // kernel_alignment
+        image[0x258..0x260].copy_from_slice(&0x100_0000u64.to_le_bytes()); // pref_address
+        image[0x260..0x264].copy_from_slice(&0x10_0000u32.to_le_bytes()); // init_size
+        change(&mut image);
+        image.resize(1024 + code_len, 0xf4);
+        image
+    };
+    kernels.refuses(
+        "truncated",
+        &bzimage(0x1_0000 - 16, &|_| {}),
+        &["was cut short", "65536 bytes", "65520 are there"],
+    );
+    kernels.refuses("truncated-to-nothing", &bzimage(0, &|_| {}), &["was cut short"]);
+    // 16 MiB is where it wants to be, and all that the guest has.
+    kernels.refuses("unpacked", &bzimage(0x1_0000, &|_| {}), &["takes 17 MiB", "the guest has 16", "mem_size_mib"]);
+    let huge = |image: &mut [u8]| image[0x260..0x264].copy_from_slice(&u32::MAX.to_le_bytes());
+    kernels.refuses("unpacked-huge", &bzimage(0x1_0000, &huge), &["takes 4112 MiB"]);
+    // An ELF file whose memory, not its contents, is larger than the guest's.
+    let program = u64::from_le_bytes(elf[32..40].try_into().expect("8 bytes")) as usize + 56;
+    let large = with(program + 40, &(20u64 << 20).to_le_bytes());
+    kernels.refuses("large-bss", &large, &["MiB of memory to begin with", "the guest has 16"]);
+    if super::guest::ring0_is_emulated() {
+        let fits = |image: &mut [u8]| image[0x258..0x260].copy_from_slice(&0x20_0000u64.to_le_bytes());
+        let (path, config) = (place.join("kernel"), place.join("vm.json"));
+        fs::write(&path, bzimage(0x1_0000, &fits)).expect("a file can be made");
+        fs::write(&config, kernels.config(json!({ "kernel_image_path": path }))).expect("a file can be made");
+        let words = ["kernel cannot run here", "emulates the guest kernel's instructions", "vmm doctor"];
+        refused(place, "emulated", super::HOST_CANNOT, &words, |vmm| {
+            vmm.arg("--config").arg(&config);
+        });
+    }
 }
 
 #[test]

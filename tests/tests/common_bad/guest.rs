@@ -199,7 +199,7 @@ impl Code {
 }
 
 /// Whether this host's KVM emulates all of a guest's ring 0.
-fn ring0_is_emulated() -> bool {
+pub fn ring0_is_emulated() -> bool {
     std::path::Path::new("/sys/module/kvm_pvm").exists()
 }
 

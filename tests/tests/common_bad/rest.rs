@@ -38,7 +38,8 @@ fn request(method: &str, path: &str, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
-const PUTS: [&str; 6] = ["/machine-config", "/boot-source", "/vsock", "/actions", "/snapshot/create", "/snapshot/load"];
+const PUTS: [&str; 7] =
+    ["/machine-config", "/boot-source", "/vsock", "/balloon", "/actions", "/snapshot/create", "/snapshot/load"];
 
 fn fresh(place: &Place) -> Vm {
     let api = place.join("fresh.api");
@@ -181,11 +182,22 @@ fn requests_out_of_order_are_refused_by_name() {
         serde_json::json!({"snapshot_path": given, "mem_backend": {"backend_type": "UffdShared", "backend_path": "u"}}),
         "cannot connect",
     );
+    bad_load(serde_json::json!({"snapshot_path": given, "vcpu_count": 2}), "unknown field `vcpu_count`");
+    bad_load(serde_json::json!({"snapshot_path": given, "mem_size_mib": 32}), "unknown field `mem_size_mib`");
     assert!(!vm.vsock.exists());
     accepts("PUT", "/snapshot/load", &load);
     refuses("PUT", "/snapshot/load", &load, "started already");
     refuses("PUT", "/actions", start, "started already");
-    refuses("PUT", "/machine-config", "{}", "started already");
+    // A clone has the vCPUs, the memory and the devices of its snapshot; none grows, none is added later.
+    for (path, body) in [
+        ("/machine-config", r#"{"vcpu_count":2,"mem_size_mib":32}"#),
+        ("/vsock", r#"{"guest_cid":4,"uds_path":"late"}"#),
+        ("/drives/late", r#"{"drive_id":"late","path_on_host":"late"}"#),
+        ("/entropy", "{}"),
+        ("/balloon", r#"{"amount_mib":1}"#),
+    ] {
+        refuses("PUT", path, body, "started already");
+    }
     accepts("PATCH", "/vm", r#"{"state":"Resumed"}"#);
     refuses("PUT", "/snapshot/create", r#"{"snapshot_path":"s","snapshot_type":"Diff"}"#, "Diff");
     refuses("PUT", "/snapshot/create", r#"{"snapshot_path":"s","mem_file_path":"m"}"#, "mem_file_path");

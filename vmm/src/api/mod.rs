@@ -10,9 +10,11 @@ pub mod http;
 pub mod router;
 pub mod server;
 
-use api_spec::devices::{Entropy, NetworkInterface, Serial};
+use api_spec::devices::{
+    Balloon, BalloonStatisticsUpdate, BalloonUpdate, Drive, DriveUpdate, Entropy, NetworkInterface, Serial,
+};
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad};
-use api_spec::vm::{Action, BootSource, MachineConfig, VmPatch, Vsock};
+use api_spec::vm::{Action, BootSource, MachineConfig, MachinePatch, VmPatch, Vsock};
 
 /// A request that has been understood, before anyone has asked whether it is legal now.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,16 +29,32 @@ pub enum Request {
     GetMachineConfig,
     /// `PUT /machine-config`
     PutMachineConfig(MachineConfig),
+    /// `PATCH /machine-config`
+    PatchMachineConfig(MachinePatch),
     /// `PUT /boot-source`
     PutBootSource(BootSource),
     /// `PUT /vsock`
     PutVsock(Vsock),
+    /// `PUT /drives/{drive_id}`
+    PutDrive(Drive),
+    /// `PATCH /drives/{drive_id}`
+    PatchDrive(DriveUpdate),
     /// `PUT /serial`
     PutSerial(Serial),
-    /// `PUT /network-interfaces/{iface_id}`: what the path and what the body says.
-    PutNetworkInterface(String, NetworkInterface),
+    /// `PUT /network-interfaces/{iface_id}`
+    PutNetworkInterface(NetworkInterface),
     /// `PUT /entropy`
     PutEntropy(Entropy),
+    /// `PUT /balloon`
+    PutBalloon(Balloon),
+    /// `GET /balloon`
+    GetBalloon,
+    /// `PATCH /balloon`
+    PatchBalloon(BalloonUpdate),
+    /// `GET /balloon/statistics`
+    GetBalloonStatistics,
+    /// `PATCH /balloon/statistics`
+    PatchBalloonStatistics(BalloonStatisticsUpdate),
     /// `PUT /actions`
     Action(Action),
     /// `PATCH /vm`

@@ -2,19 +2,23 @@
 
 use super::http::Message;
 use super::{Request, Response};
+use api_spec::devices::{Drive, DriveUpdate, NetworkInterface};
 use serde::de::DeserializeOwned;
 
-/// Every path with its methods, in the order in which they are documented. A last part in braces stands for any name.
-const ROUTES: [(&str, &[&str]); 14] = [
+/// Every path with its methods, in the order in which they are documented.
+const ROUTES: &[(&str, &[&str])] = &[
     ("/", &["GET"]),
     ("/version", &["GET"]),
     ("/vm/config", &["GET"]),
-    ("/machine-config", &["GET", "PUT"]),
+    ("/machine-config", &["GET", "PUT", "PATCH"]),
     ("/boot-source", &["PUT"]),
     ("/vsock", &["PUT"]),
     ("/serial", &["PUT"]),
-    ("/network-interfaces/{iface_id}", &["PUT"]),
+    (DRIVES, &["PUT", "PATCH"]),
+    (INTERFACES, &["PUT"]),
     ("/entropy", &["PUT"]),
+    ("/balloon", &["GET", "PUT", "PATCH"]),
+    ("/balloon/statistics", &["GET", "PATCH"]),
     ("/actions", &["PUT"]),
     ("/vm", &["PATCH"]),
     ("/snapshot/create", &["PUT"]),
@@ -22,12 +26,14 @@ const ROUTES: [(&str, &[&str]); 14] = [
     ("/snapshot/status", &["GET"]),
 ];
 
+/// The path of a disk; its last part stands for any name.
+const DRIVES: &str = "/drives/{drive_id}";
+/// The path of a network interface, likewise.
+const INTERFACES: &str = "/network-interfaces/{iface_id}";
+
 /// The request that `message` is, or the answer that it gets at once.
 pub fn route(message: &Message) -> Result<Request, Response> {
     let (method, path) = (message.method.as_str(), message.path.as_str());
-    if let ("PUT", Some(id)) = (method, name_in("/network-interfaces/", path)) {
-        return body(message).map(|interface| Request::PutNetworkInterface(id.to_owned(), interface));
-    }
     match (method, path) {
         ("GET", "/") => Ok(Request::Info),
         ("GET", "/version") => Ok(Request::Version),
@@ -35,10 +41,26 @@ pub fn route(message: &Message) -> Result<Request, Response> {
         ("GET", "/machine-config") => Ok(Request::GetMachineConfig),
         ("GET", "/snapshot/status") => Ok(Request::SnapshotStatus),
         ("PUT", "/machine-config") => body(message).map(Request::PutMachineConfig),
+        ("PATCH", "/machine-config") => body(message).map(Request::PatchMachineConfig),
         ("PUT", "/boot-source") => body(message).map(Request::PutBootSource),
         ("PUT", "/vsock") => body(message).map(Request::PutVsock),
         ("PUT", "/serial") => body(message).map(Request::PutSerial),
+        ("PUT", _) if name_in(DRIVES, path).is_some() => {
+            named(message, DRIVES, |drive: &Drive| &drive.drive_id).map(Request::PutDrive)
+        }
+        ("PATCH", _) if name_in(DRIVES, path).is_some() => {
+            named(message, DRIVES, |update: &DriveUpdate| &update.drive_id).map(Request::PatchDrive)
+        }
+        ("PUT", _) if name_in(INTERFACES, path).is_some() => {
+            named(message, INTERFACES, |interface: &NetworkInterface| &interface.iface_id)
+                .map(Request::PutNetworkInterface)
+        }
         ("PUT", "/entropy") => body(message).map(Request::PutEntropy),
+        ("GET", "/balloon") => Ok(Request::GetBalloon),
+        ("PUT", "/balloon") => body(message).map(Request::PutBalloon),
+        ("PATCH", "/balloon") => body(message).map(Request::PatchBalloon),
+        ("GET", "/balloon/statistics") => Ok(Request::GetBalloonStatistics),
+        ("PATCH", "/balloon/statistics") => body(message).map(Request::PatchBalloonStatistics),
         ("PUT", "/actions") => body(message).map(Request::Action),
         ("PATCH", "/vm") => body(message).map(Request::PatchVm),
         ("PUT", "/snapshot/create") => body(message).map(Request::SnapshotCreate),
@@ -47,17 +69,10 @@ pub fn route(message: &Message) -> Result<Request, Response> {
     }
 }
 
-/// The name at the end of a path that begins so, if there is one.
-fn name_in<'a>(start: &str, path: &'a str) -> Option<&'a str> {
+/// The name in a path of this form, if it is one: `known` ends with what the name is called, in braces.
+fn name_in<'a>(known: &str, path: &'a str) -> Option<&'a str> {
+    let (start, _) = known.split_once('{')?;
     path.strip_prefix(start).filter(|name| !name.is_empty() && !name.contains('/'))
-}
-
-/// Whether a path is one of those that `known` stands for.
-fn is(known: &str, path: &str) -> bool {
-    match known.split_once('{') {
-        Some((start, _)) => name_in(start, path).is_some(),
-        None => known == path,
-    }
 }
 
 fn body<T: DeserializeOwned>(message: &Message) -> Result<T, Response> {
@@ -66,8 +81,21 @@ fn body<T: DeserializeOwned>(message: &Message) -> Result<T, Response> {
     })
 }
 
+/// A body that names what the path of this form names.
+fn named<T: DeserializeOwned>(message: &Message, known: &str, name: impl Fn(&T) -> &String) -> Result<T, Response> {
+    let document = body(message)?;
+    match name_in(known, &message.path) {
+        Some(id) if id == name(&document) => Ok(document),
+        _ => {
+            let field = known.trim_end_matches('}').rsplit('{').next().unwrap_or_default();
+            let text = format!("{} {}: the body's {field} is {}", message.method, message.path, name(&document));
+            Err(Response::fault(400, &text))
+        }
+    }
+}
+
 fn unknown(method: &str, path: &str) -> Response {
-    match ROUTES.iter().find(|(known, _)| is(known, path)) {
+    match ROUTES.iter().find(|(known, _)| *known == path || name_in(known, path).is_some()) {
         Some((_, methods)) => {
             Response::fault(405, &format!("{path} does not take {method}; it takes {}", methods.join(", ")))
         }
@@ -85,8 +113,8 @@ mod tests {
 
     #[test]
     fn every_listed_route_is_routed() {
-        for (path, methods) in ROUTES {
-            for method in methods {
+        for &(path, methods) in ROUTES {
+            for &method in methods {
                 let routed = route(&message(method, path, ""));
                 assert!(!matches!(routed, Err(Response { status: 404 | 405, .. })), "{method} {path}");
             }
@@ -96,14 +124,23 @@ mod tests {
     }
 
     #[test]
-    fn a_name_in_the_path_goes_with_the_body() {
-        let put = |path| route(&message("PUT", path, r#"{"iface_id":"a","host_dev_name":"tap0"}"#));
-        assert!(
-            matches!(put("/network-interfaces/b"), Ok(Request::PutNetworkInterface(id, body)) if id == "b" && body.iface_id == "a")
-        );
-        for nameless in ["/network-interfaces", "/network-interfaces/", "/network-interfaces/a/b"] {
-            assert!(matches!(put(nameless), Err(Response { status: 404, .. })), "{nameless}");
+    fn the_path_and_the_body_name_the_same_disk() {
+        let body = r#"{"drive_id":"root","path_on_host":"d"}"#;
+        assert!(matches!(route(&message("PUT", "/drives/root", body)), Ok(Request::PutDrive(_))));
+        let refused = route(&message("PUT", "/drives/other", body)).unwrap_err();
+        assert_eq!(refused.status, 400);
+        assert!(String::from_utf8_lossy(&refused.body).contains("drive_id is root"));
+        for path in ["/drives", "/drives/", "/drives/root/x"] {
+            assert!(matches!(route(&message("PUT", path, body)), Err(Response { status: 404, .. })), "{path}");
         }
+        let body = r#"{"drive_id":"root","max_overlay_mib":9}"#;
+        assert!(matches!(route(&message("PATCH", "/drives/root", body)), Ok(Request::PatchDrive(_))));
+        let body = r#"{"iface_id":"eth0","host_dev_name":"tap0"}"#;
+        let put = |path| route(&message("PUT", path, body));
+        assert!(matches!(put("/network-interfaces/eth0"), Ok(Request::PutNetworkInterface(_))));
+        let refused = put("/network-interfaces/eth1").unwrap_err();
+        assert!(String::from_utf8_lossy(&refused.body).contains("iface_id is eth0"));
+        assert!(matches!(put("/network-interfaces/"), Err(Response { status: 404, .. })));
     }
 
     #[test]

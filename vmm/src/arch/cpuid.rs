@@ -43,6 +43,14 @@ pub fn for_vcpu(supported: &CpuId, vcpu: u8, count: u8, tsc_deadline: bool) -> R
     CpuId::from_entries(&entries)
 }
 
+/// Whether a processor says that AMD made it, or Hygon, whose are the same.
+pub fn is_amd(cpuid: &CpuId) -> bool {
+    let vendor = cpuid.as_slice().iter().find(|entry| entry.function == 0).map(|e| [e.ebx, e.edx, e.ecx]);
+    let name =
+        |text: &[u8; 12]| [0, 4, 8].map(|at| u32::from_le_bytes([text[at], text[at + 1], text[at + 2], text[at + 3]]));
+    [b"AuthenticAMD", b"HygonGenuine"].into_iter().any(|text| vendor == Some(name(text)))
+}
+
 /// Whether a leaf is the host's topology through and through.
 fn describes_host(entry: &kvm_cpuid_entry2) -> bool {
     TOPOLOGY.contains(&entry.function) || entry.function == AMD_TOPOLOGY
@@ -167,6 +175,15 @@ mod tests {
                 assert_eq!((counts(get(0x8000_001d, 2)).0, counts(get(0x8000_001d, 3)).0), (0, ids));
             }
         }
+    }
+
+    #[test]
+    fn vendors_are_told_apart() {
+        let [ebx, edx, ecx] = [*b"Auth", *b"enti", *b"cAMD"].map(u32::from_le_bytes);
+        let amd = kvm_cpuid_entry2 { ebx, edx, ecx, ..Default::default() };
+        assert!(is_amd(&CpuId::from_entries(&[amd]).unwrap()));
+        assert!(!is_amd(&CpuId::from_entries(&[leaf(0, 0), leaf(1, 0)]).unwrap()));
+        assert!(!is_amd(&CpuId::from_entries(&[]).unwrap()));
     }
 
     #[test]

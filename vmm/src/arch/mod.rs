@@ -14,6 +14,7 @@
 pub mod acpi;
 pub mod boot;
 pub mod cpuid;
+pub mod msrs;
 pub mod regs;
 
 /// Where the GDT of the boot vCPU lies.

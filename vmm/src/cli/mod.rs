@@ -6,7 +6,7 @@ pub use options::{Command, LoadOptions, RunOptions, USAGE, UsageError};
 
 use crate::demo::{self, DemoError};
 use crate::doctor;
-use crate::loader::EMBEDDED_GUEST;
+use crate::loader::{EMBEDDED_GUEST, LoadError};
 use crate::logging;
 use crate::machine::boot::BootError;
 use crate::machine::driver::{self, RunError, Start};
@@ -85,6 +85,7 @@ impl CliError {
             {
                 HOST_CANNOT
             }
+            CliError::Run(RunError::Boot(BootError::Load(LoadError::Ring0Emulated(_)))) => HOST_CANNOT,
             CliError::Run(RunError::Restore(RestoreError::Uffd(UffdError::Create(e)))) if e.host_cannot() => {
                 HOST_CANNOT
             }

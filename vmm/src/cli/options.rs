@@ -3,9 +3,10 @@
 use crate::demo::DemoOptions;
 use api_spec::devices::Serial;
 use api_spec::mac::MacError;
-use api_spec::snapshot::{MemBackend, MemBackendType, NetworkOverride, SnapshotLoad, VsockOverride};
+use api_spec::snapshot::{DriveOverride, MemBackend, MemBackendType, NetworkOverride, SnapshotLoad, VsockOverride};
 use log::LevelFilter;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 /// What `--help` prints.
@@ -27,9 +28,11 @@ Options:
   --uffd PATH            with --restore: take memory from the page server that listens there
   --uffd-mode MODE       with --uffd: `shared` (default); `copy` is not offered yet
   --vsock PATH           with --restore: the Unix socket of the vsock device, instead of the snapshot's own
+  --drive ID=PATH        with --restore: the image of the disk ID is at PATH; once for each disk
   --tap IFACE=DEV[,MAC]  with --restore: the tap device, and the MAC address, of a network interface, instead of the
                          snapshot's own; once for each interface
   --paused               with --restore: leave the vCPUs standing still
+  --max-private-mib N    with --restore: pause the guest when it has N MiB of private memory
   --same-generation      with --restore: keep the generation id, so that the guest takes itself for the original (tests)
   --console PLACE        where the guest's COM1 leads: `stdio` (default), `pty`, or a file that output is appended to
   --api-sock PATH        Unix socket of the REST API; created, mode 0600, removed at the end
@@ -68,6 +71,8 @@ pub struct LoadOptions {
     pub snapshot: PathBuf,
     /// The page server's socket.
     pub uffd: Option<PathBuf>,
+    /// Other places of disk images.
+    pub drives: Vec<DriveOverride>,
     /// The vsock device's socket.
     pub vsock: Option<PathBuf>,
     /// Tap devices of network interfaces.
@@ -76,6 +81,8 @@ pub struct LoadOptions {
     pub paused: bool,
     /// Keep the generation id.
     pub same_generation: bool,
+    /// Most private memory, in MiB.
+    pub max_private_mib: Option<u64>,
 }
 
 impl LoadOptions {
@@ -86,9 +93,11 @@ impl LoadOptions {
             snapshot_path: self.snapshot.clone(),
             mem_backend: self.uffd.as_ref().map(uffd),
             resume_vm: !self.paused,
+            drive_overrides: self.drives.clone(),
             vsock_override: self.vsock.as_ref().map(|path| VsockOverride { uds_path: path.clone() }),
             network_overrides: self.taps.clone(),
             new_generation: !self.same_generation,
+            max_private_mib: self.max_private_mib,
         }
     }
 }
@@ -183,8 +192,8 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         end_with_parent: false,
     };
     let (mut snapshot, mut uffd, mut vsock) = (None, None, None);
-    let mut taps = Vec::new();
-    let (mut paused, mut same_generation) = (false, false);
+    let (mut drives, mut taps) = (Vec::new(), Vec::new());
+    let (mut paused, mut same_generation, mut max_private_mib) = (false, false, None);
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
         match arg {
@@ -199,9 +208,13 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
                 }
             },
             Long("vsock") => vsock = Some(PathBuf::from(parser.value()?)),
+            Long("drive") => drives.push(drive(parser.value()?)?),
             Long("tap") => taps.push(tap(&parser.value()?.string()?)?),
             Long("paused") => paused = true,
             Long("same-generation") => same_generation = true,
+            Long("max-private-mib") => {
+                max_private_mib = Some(value(&mut parser, "--max-private-mib", "a number of MiB")?);
+            }
             Long("api-sock") => options.api_sock = Some(parser.value()?.into()),
             Long("console") => options.console = Some(console(parser.value()?)),
             Long("id") => options.id = parser.value()?.string()?,
@@ -217,14 +230,17 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
     let only_with_restore = [
         ("--uffd", uffd.is_some()),
         ("--vsock", vsock.is_some()),
+        ("--drive", !drives.is_empty()),
         ("--tap", !taps.is_empty()),
         ("--paused", paused),
         ("--same-generation", same_generation),
+        ("--max-private-mib", max_private_mib.is_some()),
     ];
     match (snapshot, &options.config) {
         (Some(_), Some(_)) => return Err(UsageError::Conflict("--config", "--restore")),
         (Some(snapshot), None) => {
-            options.restore = Some(LoadOptions { snapshot, uffd, vsock, taps, paused, same_generation });
+            let load = LoadOptions { snapshot, uffd, drives, taps, vsock, paused, same_generation, max_private_mib };
+            options.restore = Some(load);
         }
         (None, _) => {
             if let Some((option, _)) = only_with_restore.into_iter().find(|(_, given)| *given) {
@@ -244,6 +260,18 @@ fn console(place: OsString) -> Serial {
         Some("stdio") => Serial::default(),
         Some("pty") => Serial { serial_out_path: None, pty: true },
         _ => Serial { serial_out_path: Some(place.into()), pty: false },
+    }
+}
+
+/// What `--drive ID=PATH` says.
+fn drive(value: OsString) -> Result<DriveOverride, UsageError> {
+    let bytes = value.as_bytes();
+    let parts = bytes.iter().position(|b| *b == b'=').map(|at| (&bytes[..at], &bytes[at + 1..]));
+    match parts.map(|(id, path)| (std::str::from_utf8(id), path)) {
+        Some((Ok(id), path)) if !id.is_empty() && !path.is_empty() => {
+            Ok(DriveOverride { drive_id: id.to_owned(), path_on_host: OsStr::from_bytes(path).into() })
+        }
+        _ => Err(lexopt::Error::from(format!("--drive {}: must be ID=PATH", value.to_string_lossy())).into()),
     }
 }
 
@@ -362,7 +390,11 @@ mod tests {
         assert_eq!(request.snapshot_path, PathBuf::from("snap.json"));
         let backend = request.mem_backend.unwrap();
         assert_eq!((backend.backend_type, backend.backend_path), (MemBackendType::UffdShared, "/run/uffd.sock".into()));
-        assert!(request.resume_vm && request.new_generation);
+        assert!(request.resume_vm && request.new_generation && request.drive_overrides.is_empty());
+        let Ok(Command::Run(options)) = parse("--restore s --drive a=/b=c --drive d=e") else { panic!() };
+        let drives = options.restore.unwrap().request().drive_overrides;
+        let drive = |id: &str, path: &str| DriveOverride { drive_id: id.into(), path_on_host: path.into() };
+        assert_eq!(drives, [drive("a", "/b=c"), drive("d", "e")]);
     }
 
     #[test]
@@ -385,6 +417,12 @@ mod tests {
             "--config a --restore b",
             "--config a --uffd b",
             "--api-sock a --paused",
+            "--config a --max-private-mib 5",
+            "--restore a --max-private-mib much",
+            "--config a --drive b=c",
+            "--restore a --drive b",
+            "--restore a --drive =b",
+            "--restore a --drive b=",
             "--restore a --uffd b --uffd-mode copy",
             "--nonsense",
             "--config a --tap eth0=tap1",

@@ -102,7 +102,7 @@ impl DemoOptions {
     }
 
     fn machine(&self) -> MachineConfig {
-        MachineConfig { vcpu_count: self.vcpus, mem_size_mib: self.memory_mib }
+        MachineConfig { vcpu_count: self.vcpus, mem_size_mib: self.memory_mib, ..Default::default() }
     }
 
     /// The work pages that the guest fills and every clone reads.

@@ -16,8 +16,10 @@
 //! | `virtio/queue.rs` | the set-up of a virtqueue, and when it may be used |
 //! | `virtio/chain.rs` | descriptor chains as runs of guest memory |
 //! | `virtio/interrupt.rs` | how a device interrupts the guest, and how it fails |
+//! | `virtio/block/` | disks |
 //! | `virtio/net/` | network interfaces |
 //! | `virtio/rng/` | the source of entropy |
+//! | `virtio/balloon/` | the memory balloon |
 //! | `virtio/vsock/` | the socket device between guest and host |
 //!
 //! vCPU threads reach devices through a bus; everything else that a device does happens on the event thread.

@@ -1,6 +1,7 @@
 //! How control groups are set up, which decides what it costs KVM to start a thread for a VM.
 
 use super::{Check, read_or_empty};
+use std::path::{Path, PathBuf};
 
 /// The control groups of a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +19,37 @@ enum Groups {
 
 pub(super) fn check() -> Check {
     judge(groups(&read_or_empty("/proc/self/mountinfo")))
+}
+
+/// `pids.max` of the control group that this process is in and of those above it, as far as they can be seen.
+pub(super) fn pids_max() -> Vec<String> {
+    pids_groups(&read_or_empty("/proc/self/cgroup"))
+        .into_iter()
+        .flat_map(|(root, group)| {
+            let above = group.ancestors().map(move |group| root.join(group).join("pids.max")).collect::<Vec<_>>();
+            above.into_iter().filter_map(|path| std::fs::read_to_string(path).ok())
+        })
+        .collect()
+}
+
+/// Where the controller of process ids is mounted, in either version, and this process's group in it.
+fn pids_groups(cgroups: &str) -> Vec<(&'static Path, PathBuf)> {
+    // Number, controllers, path.
+    let fields = |line: &str| {
+        let mut fields = line.splitn(3, ':').skip(1).map(str::to_owned);
+        Some((fields.next()?, fields.next()?))
+    };
+    let root = |controllers: &str| match controllers {
+        "" => Some("/sys/fs/cgroup"),
+        controllers if controllers.split(',').any(|one| one == "pids") => Some("/sys/fs/cgroup/pids"),
+        _ => None,
+    };
+    let groups = cgroups.lines().filter_map(fields);
+    groups
+        .filter_map(|(controllers, group)| {
+            Some((Path::new(root(&controllers)?), PathBuf::from(group.trim_start_matches('/'))))
+        })
+        .collect()
 }
 
 fn groups(mountinfo: &str) -> Groups {
@@ -55,6 +87,15 @@ mod tests {
     use super::*;
 
     const V2: &str = "25 1 0:22 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate";
+
+    #[test]
+    fn the_group_of_process_ids_is_found_in_either_version() {
+        let v1 = "9:name=systemd:/\n8:pids:/a/b\n4:memory:/x\n0::/\n";
+        let pids = (Path::new("/sys/fs/cgroup/pids"), PathBuf::from("a/b"));
+        assert_eq!(pids_groups(v1), [pids, (Path::new("/sys/fs/cgroup"), PathBuf::new())]);
+        assert_eq!(pids_groups("0::/user.slice/x:y\n"), [(Path::new("/sys/fs/cgroup"), "user.slice/x:y".into())]);
+        assert_eq!(pids_groups("nonsense"), []);
+    }
 
     #[test]
     fn versions_are_told_apart() {

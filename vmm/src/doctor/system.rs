@@ -16,6 +16,7 @@ pub(super) fn checks() -> Vec<Check> {
         look("memory.free", "/proc/meminfo", "the kernel does not tell", free_memory),
         limit("limits.files", "Max open files", 4096, "ulimit -n 65536"),
         limit("limits.processes", "Max processes", 4096, "ulimit -u 65536"),
+        look("limits.pids", "/proc/sys/kernel/pid_max", "no such setting", |most| pids(most, &cgroup::pids_max())),
         Check::info("sockets", "paths of Unix sockets may have at most 107 bytes: keep them short, as in /run"),
     ]
 }
@@ -171,6 +172,25 @@ fn judge_limit(name: &str, limit: Option<Option<u64>>, enough: u64, remedy: &str
     }
 }
 
+/// Process and thread ids: of the host as a whole, and of the control group that this process is in.
+fn pids(pid_max: &str, cgroup: &[String]) -> Check {
+    // A guest takes one for each vCPU and two or three more.
+    let (name, enough, each) = ("limits.pids", 32_768, 5);
+    let Ok(pid_max) = pid_max.parse::<u64>() else {
+        return Check::info(name, format!("{pid_max:?} is not understood"));
+    };
+    let group = cgroup.iter().filter_map(|max| max.trim().parse::<u64>().ok()).min();
+    let most = pid_max.min(group.unwrap_or(u64::MAX));
+    let whose = if most < pid_max { "pids.max of this control group" } else { "kernel.pid_max" };
+    let found = format!("{most} processes and threads ({whose}): some {} guests", most / each);
+    let remedy = if most < pid_max {
+        format!("raise pids.max of this control group (systemd: TasksMax) to {enough}")
+    } else {
+        format!("sysctl kernel.pid_max={enough}")
+    };
+    if most < enough { Check::warn(name, found, remedy) } else { Check::ok(name, found) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -223,6 +243,20 @@ mod tests {
         assert_eq!(max_map_count("65530").status, Status::Ok);
         assert_eq!(max_map_count("1000").status, Status::Warn);
         assert_eq!(max_map_count("many").status, Status::Info);
+    }
+
+    #[test]
+    fn the_least_limit_of_ids_counts() {
+        assert_eq!(pids("32768", &[]).status, Status::Ok);
+        assert_eq!(
+            pids("4194304", &["max\n".into()]).found,
+            "4194304 processes and threads (kernel.pid_max): some 838860 guests"
+        );
+        let group = pids("4194304", &["max".into(), "1000\n".into(), "40000".into()]);
+        assert_eq!(group.status, Status::Warn);
+        assert!(group.found.contains("pids.max") && group.remedy.unwrap().contains("TasksMax"));
+        assert!(pids("1000", &["40000".into()]).remedy.unwrap().contains("kernel.pid_max"));
+        assert_eq!(pids("many", &[]).status, Status::Info);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use crate::arch::boot::{Initrd, write_start_info, write_zero_page};
 use crate::arch::regs::Entry;
 use crate::arch::{COMMAND_LINE, COMMAND_LINE_MAX, HIGH_MEMORY, regs};
 use crate::memory::{GuestRam, PAGE_SIZE};
+use crate::vcpu::ring0_is_emulated;
 use linux_loader::cmdline::Cmdline;
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::elf::PvhBootCapability;
@@ -53,6 +54,35 @@ pub enum LoadError {
         /// What it is.
         problem: &'static str,
     },
+    /// A bzImage that is not whole.
+    #[error(
+        "{path} was cut short: its header speaks of {expected} bytes of code, and {found} are there; copy it again"
+    )]
+    CutShort {
+        /// The file.
+        path: PathBuf,
+        /// Bytes that its header speaks of.
+        expected: u64,
+        /// Bytes behind its header.
+        found: u64,
+    },
+    /// A kernel that unpacks itself to more than there is.
+    #[error(
+        "{path} takes {needed} MiB of memory to begin with, and the guest has {mib}: give it more (`mem_size_mib`)"
+    )]
+    NeedsMore {
+        /// The file.
+        path: PathBuf,
+        /// Memory that it reaches to, in MiB.
+        needed: u64,
+        /// Guest memory, in MiB.
+        mib: u64,
+    },
+    /// A Linux kernel on a host that cannot run it.
+    #[error(
+        "{0} cannot run here: this host's KVM has no hardware virtualization and emulates the guest kernel's instructions, of which it lacks some that every stock kernel uses: use a host with AMD-V or VT-x, or the embedded guest (`vmm doctor` says more)"
+    )]
+    Ring0Emulated(PathBuf),
     /// An initial RAM disk without contents.
     #[error("{0} is empty, which is no initial RAM disk; name another file, or leave `initrd_path` out")]
     EmptyInitrd(PathBuf),
@@ -106,6 +136,17 @@ pub fn load(ram: &GuestRam, kernel: &Kernel, command_line: &str, initrd: Option<
         }
     };
     let kernel_end = loaded.setup_header.map_or(loaded.kernel_end, |header| unpacked_end(&loaded, &header));
+    if let Kernel::File(path) = kernel {
+        // Below the hole for devices, where all kernels begin.
+        if kernel_end > low_memory(ram) {
+            let (path, needed) = (path.clone(), kernel_end.div_ceil(1 << 20));
+            return Err(LoadError::NeedsMore { path, needed, mib: ram.size() >> 20 });
+        }
+        // It would unpack itself for minutes, without a word, and then end at the first such instruction.
+        if loaded.setup_header.is_some() && ring0_is_emulated() {
+            return Err(LoadError::Ring0Emulated(path.clone()));
+        }
+    }
     let initrd = initrd.map(|path| load_initrd(ram, path, kernel_end)).transpose()?;
     if !command_line.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
         return Err(LoadError::CommandLine(linux_loader::cmdline::Error::InvalidAscii));
@@ -163,12 +204,22 @@ fn load_kernel(
             if { header.xloadflags } & XLF_KERNEL_64 == 0 {
                 return Err(LoadError::NoEntry(path.to_owned()));
             }
+            check_whole(path, &header, loaded.kernel_end - loaded.kernel_load.raw_value())?;
             let entry = loaded.kernel_load.raw_value() + 0x200;
             Ok((loaded, entry))
         }
         Err(e) if is_too_large(&e) => Err(too_large(ram, path)),
         Err(bzimage) => Err(LoadError::NoKernel { path: path.to_owned(), elf, bzimage }),
     }
+}
+
+/// Whether as much code is there as the header of a bzImage speaks of, in units of 16 bytes.
+fn check_whole(path: &Path, header: &setup_header, found: u64) -> Result<(), LoadError> {
+    let expected = u64::from(header.syssize) * 16;
+    if found.next_multiple_of(16) >= expected {
+        return Ok(());
+    }
+    Err(LoadError::CutShort { path: path.to_owned(), expected, found })
 }
 
 /// What keeps an ELF file from being a kernel for this machine, which the loader does not ask.
@@ -214,6 +265,11 @@ fn unpacked_end(loaded: &KernelLoaderResult, header: &setup_header) -> u64 {
     loaded.kernel_end.max(start.saturating_add(size.into()))
 }
 
+/// Size of the RAM that begins at 0, in bytes.
+fn low_memory(ram: &GuestRam) -> u64 {
+    ram.memory().iter().next().map_or(0, |region| region.len())
+}
+
 /// Puts an initial RAM disk at the top of low memory, page-aligned.
 fn load_initrd(ram: &GuestRam, path: &Path, kernel_end: u64) -> Result<Initrd, LoadError> {
     let read = |source| LoadError::Read { what: "initial RAM disk", path: path.to_owned(), source };
@@ -222,8 +278,7 @@ fn load_initrd(ram: &GuestRam, path: &Path, kernel_end: u64) -> Result<Initrd, L
     if size == 0 {
         return Err(LoadError::EmptyInitrd(path.to_owned()));
     }
-    let low = ram.memory().iter().next().map_or(0, |region| region.len());
-    let addr = low.checked_sub(size).map(|addr| addr & !(PAGE_SIZE - 1)).filter(|addr| *addr >= kernel_end);
+    let addr = low_memory(ram).checked_sub(size).map(|addr| addr & !(PAGE_SIZE - 1)).filter(|addr| *addr >= kernel_end);
     let addr = addr.ok_or_else(|| too_large(ram, path))?;
     vm_memory::Bytes::read_exact_volatile_from(ram.memory(), GuestAddress(addr), &mut file, size as usize)?;
     Ok(Initrd { addr, size })

@@ -2,9 +2,10 @@
 
 use super::config::BootPlan;
 use super::wiring::{self, Outside, WireError};
-use super::{Machine, start_vcpus};
+use super::{Machine, disks, start_vcpus};
 use crate::arch::regs::{self, RegsError};
-use crate::arch::{ACPI_TABLES, RESET_CODE, RESET_VECTOR, acpi, cpuid};
+use crate::arch::{ACPI_TABLES, RESET_CODE, RESET_VECTOR, acpi, cpuid, msrs};
+use crate::devices::virtio::block::DiskError;
 use crate::kvm::{self, KvmError};
 use crate::loader::{self, Kernel, LoadError};
 use crate::memory::layout::GENERATION_PAGE;
@@ -38,9 +39,20 @@ pub enum BootError {
         /// What the kernel said.
         source: kvm_ioctls::Error,
     },
+    /// What firmware would set up.
+    #[error("KVM refused the boot state of vCPU {vcpu}: {source}")]
+    BootState {
+        /// Number of the vCPU.
+        vcpu: u8,
+        /// What the kernel said.
+        source: kvm_ioctls::Error,
+    },
     /// More CPUID leaves than KVM takes.
     #[error("this host offers more CPUID leaves than KVM takes: {0:?}")]
     CpuidSize(vmm_sys_util::fam::Error),
+    /// Disks.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Devices.
     #[error(transparent)]
     Wire(#[from] WireError),
@@ -63,6 +75,8 @@ pub enum BootError {
 
 /// Builds a machine with its kernel loaded. Its vCPUs stand still.
 pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
+    // First, since they are the user's files.
+    let disks = disks::open(&plan.devices.drives)?;
     let mut devices_plan = plan.devices.clone();
     for interface in &mut devices_plan.network {
         if interface.guest_mac.is_none() {
@@ -73,8 +87,8 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
     let ram = GuestRam::fresh(plan.memory_bytes)?;
     let vm = kvm::create(&kvm, &ram, plan.vcpus)?;
     let notifier = outside.notifier.clone();
-    let devices = wiring::wire(&vm.fd, ram.memory(), &devices_plan, None, outside)?;
-    set_cpuid(&kvm, &vm.vcpus)?;
+    let devices = wiring::wire(&vm.fd, &ram, &devices_plan, disks, None, outside)?;
+    set_up_vcpus(&kvm, &vm.vcpus)?;
     write_generation(ram.memory(), &fresh_generation().map_err(BootError::Random)?).map_err(BootError::Generation)?;
 
     let tables = acpi::tables(ACPI_TABLES, plan.vcpus, &wiring::virtio_devices(&plan.devices));
@@ -101,8 +115,8 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
     })
 }
 
-/// Gives each vCPU its CPUID.
-fn set_cpuid(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
+/// Gives each vCPU its CPUID, and what firmware would set up.
+fn set_up_vcpus(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
     let supported = kvm::supported_cpuid(kvm)?;
     let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     for (number, vcpu) in vcpus.iter().enumerate() {
@@ -110,23 +124,40 @@ fn set_cpuid(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
         let cpuid =
             cpuid::for_vcpu(&supported, number, vcpus.len() as u8, tsc_deadline).map_err(BootError::CpuidSize)?;
         vcpu.set_cpuid2(&cpuid).map_err(|source| BootError::Cpuid { vcpu: number, source })?;
+        msrs::set_up(vcpu, number == 0).map_err(|source| BootError::BootState { vcpu: number, source })?;
     }
     Ok(())
 }
 
-/// The command line as configured, with what a guest that reads no ACPI cannot find out by itself: where its devices are.
+/// The command line as configured, with what a guest that reads no ACPI cannot find out by itself: where its devices are,
+/// and its generation id, which the agent of a Linux guest reads as well.
 fn command_line(plan: &BootPlan, vcpu: Option<&VcpuFd>) -> String {
     let mut words = vec![plan.command_line.clone()];
     words.extend(wiring::virtio_devices(&plan.devices).iter().map(wiring::device_word));
-    if plan.kernel == Kernel::Embedded {
+    words.push(format!("coppice.generation={GENERATION_PAGE:#x}"));
+    if plan.kernel != Kernel::Embedded {
+        words.extend(root_words(plan));
+    } else {
         words.push(format!("coppice.vcpus={}", plan.vcpus));
-        words.push(format!("coppice.generation={GENERATION_PAGE:#x}"));
         if let Some(khz) = vcpu.and_then(|vcpu| vcpu.get_tsc_khz().ok()) {
             words.push(format!("coppice.tsc_khz={khz}"));
         }
     }
     words.retain(|word| !word.is_empty());
     words.join(" ")
+}
+
+/// Where a Linux guest finds its root file system, if it is on a disk and the configured command line does not say.
+fn root_words(plan: &BootPlan) -> Option<String> {
+    let root = plan.devices.drives.first().filter(|drive| drive.is_root_device)?;
+    if plan.command_line.split_ascii_whitespace().any(|word| word.starts_with("root=")) {
+        return None;
+    }
+    let device = match &root.partuuid {
+        Some(uuid) => format!("PARTUUID={uuid}"),
+        None => "/dev/vda".to_owned(),
+    };
+    Some(format!("root={device} {}", if root.is_read_only { "ro" } else { "rw" }))
 }
 
 /// A generation id that no other guest has.
@@ -150,4 +181,34 @@ fn random<const N: usize>() -> Result<[u8; N], rustix::io::Errno> {
 /// Writes a generation id where the guest finds it. No vCPU may run.
 pub(super) fn write_generation(memory: &crate::memory::GuestMemory, id: &[u8; 16]) -> Result<(), GuestMemoryError> {
     memory.write_slice(id, GuestAddress(GENERATION_PAGE))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config;
+    use super::*;
+
+    #[test]
+    fn a_linux_guest_is_told_where_its_root_is() {
+        let line = |args: &str, drive: serde_json::Value| {
+            let config = serde_json::json!({
+                "boot-source": { "kernel_image_path": "k", "boot_args": args },
+                "drives": [{ "drive_id": "data", "path_on_host": "d" }, drive],
+            });
+            command_line(&config::plan(&serde_json::from_value(config).unwrap()).unwrap(), None)
+        };
+        let devices =
+            "virtio_mmio.device=4K@0xd0000000:5 virtio_mmio.device=4K@0xd0001000:6 coppice.generation=0x9f000";
+        let root = serde_json::json!({ "drive_id": "r", "path_on_host": "r", "is_root_device": true });
+        let with = |field: &str, value: serde_json::Value| {
+            let mut root = root.clone();
+            root[field] = value;
+            root
+        };
+        assert_eq!(line("quiet", root.clone()), format!("quiet {devices} root=/dev/vda rw"));
+        assert_eq!(line("", with("is_read_only", true.into())), format!("{devices} root=/dev/vda ro"));
+        assert_eq!(line("", with("partuuid", "0b-1".into())), format!("{devices} root=PARTUUID=0b-1 rw"));
+        assert_eq!(line("root=/dev/vdb", root.clone()), format!("root=/dev/vdb {devices}"));
+        assert_eq!(line("", with("is_root_device", false.into())), devices);
+    }
 }

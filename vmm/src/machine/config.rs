@@ -3,8 +3,10 @@
 use crate::console::Place;
 use crate::devices::virtio::net::tap::MAX_NAME;
 use crate::loader::Kernel;
-use crate::memory::layout::{MAX_MIB, MIN_MIB};
-use api_spec::devices::{Entropy, NetworkInterface, RateLimiter, Serial, TokenBucket};
+use crate::memory::layout::{MAX_MIB, MAX_VIRTIO, MIN_MIB};
+use api_spec::devices::{
+    Balloon, Drive, DriveUpdate, Entropy, IoEngine, NetworkInterface, RateLimiter, Serial, TokenBucket,
+};
 use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
 use std::path::PathBuf;
 use uffd_handler::listener;
@@ -25,6 +27,9 @@ pub enum ConfigError {
     /// Memory out of range.
     #[error("machine-config.mem_size_mib is {0}; it may be {MIN_MIB} to {MAX_MIB}")]
     Memory(u64),
+    /// A limit that nothing can keep.
+    #[error("max_private_mib is 0, and the vmm itself needs more; give it more, or leave it out for no limit")]
+    MaxPrivate,
     /// A reserved context id.
     #[error("vsock.guest_cid is {0}; it may be {MIN_CID} to 4294967294")]
     GuestCid(u32),
@@ -34,6 +39,12 @@ pub enum ConfigError {
     /// Two places for the console.
     #[error("serial names both a file (`serial_out_path`) and `pty`; choose one")]
     TwoConsoles,
+    /// A disk that cannot be.
+    #[error("drives: {0}")]
+    Drive(#[from] DriveError),
+    /// More devices than there are places for.
+    #[error("{0} virtio devices are configured; there may be {MAX_VIRTIO}")]
+    TooMany(u32),
     /// A name that cannot be one.
     #[error("{field} is {id:?}; it may be 1 to 64 letters, digits, `-` and `_`")]
     Id {
@@ -63,17 +74,23 @@ pub enum ConfigError {
     /// More than there may be.
     #[error("there are {0} network interfaces; there may be {MAX_INTERFACES}")]
     TooManyInterfaces(usize),
-    /// A request that contradicts itself.
-    #[error("the path names the network interface {path} and the body {body}; they must agree")]
-    WhichInterface {
-        /// What the path says.
-        path: String,
-        /// What the body says.
-        body: String,
-    },
     /// A rate limit that nothing would ever pass.
     #[error("{0}: `size` and `refill_time` must be at least 1")]
     Rate(String),
+    /// A balloon that does not fit into the guest.
+    #[error("balloon.amount_mib is {amount_mib}; it may be at most {memory_mib}, the guest's memory")]
+    Balloon {
+        /// How large the balloon shall be, in MiB.
+        amount_mib: u64,
+        /// The guest's memory, in MiB.
+        memory_mib: u64,
+    },
+    /// Statistics that were off when the guest started.
+    #[error("balloon.stats_polling_interval_s was 0 when the guest started, which was not offered statistics then")]
+    NoStatistics,
+    /// Statistics cannot be turned off.
+    #[error("balloon.stats_polling_interval_s is 0; once the guest has started it may be 1 to 65535")]
+    Interval,
     /// Nothing to boot.
     #[error("boot-source is missing: name a kernel (`kernel_image_path`) or say `embedded_guest`")]
     NoKernel,
@@ -83,6 +100,38 @@ pub enum ConfigError {
     /// The embedded guest takes no RAM disk.
     #[error("boot-source.initrd_path: the embedded guest takes no initial RAM disk")]
     EmbeddedInitrd,
+}
+
+/// Why a disk cannot be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DriveError {
+    /// Two of the same name.
+    #[error("two have the drive_id {0}; each needs its own")]
+    Duplicate(String),
+    /// Two roots.
+    #[error("{0} and {1} both say is_root_device; one can be root")]
+    TwoRoots(String, String),
+    /// An engine that is not offered.
+    #[error("{0}: io_engine `Async` (io_uring) is not offered; leave it out, or say `Sync`")]
+    Async(String),
+    /// A disk that only reads has nothing to keep.
+    #[error("{0}: `{1}` makes no sense with is_read_only: the guest writes nothing")]
+    ReadOnly(String, &'static str),
+    /// An overlay that can hold nothing.
+    #[error("{0}: max_overlay_mib must be at least 1")]
+    NoOverlay(String),
+    /// A partition's id that cannot be one, or of a disk that is not root.
+    #[error("{0}: partuuid must be letters, digits and `-`, at most 64, of the drive that says is_root_device")]
+    Partuuid(String),
+    /// Another image for a running guest.
+    #[error("{0}: path_on_host cannot be changed once the VM was started; stop the guest to exchange a disk")]
+    Path(String),
+    /// No change at all.
+    #[error("{0}: nothing to change was given; max_overlay_mib can be changed")]
+    NoChange(String),
+    /// No such disk.
+    #[error("there is no {0}")]
+    Unknown(String),
 }
 
 /// A configuration that can be built.
@@ -107,8 +156,12 @@ pub struct BootPlan {
 pub struct DevicePlan {
     /// The vsock device.
     pub vsock: Option<Vsock>,
+    /// The disks, the root disk first.
+    pub drives: Vec<Drive>,
     /// The source of entropy.
     pub entropy: Option<Entropy>,
+    /// The balloon.
+    pub balloon: Option<Balloon>,
     /// The network interfaces.
     pub network: Vec<NetworkInterface>,
 }
@@ -116,21 +169,27 @@ pub struct DevicePlan {
 impl DevicePlan {
     /// Number of virtio devices.
     pub fn virtio_count(&self) -> u32 {
-        let DevicePlan { vsock, network, entropy } = self;
-        u32::from(vsock.is_some()) + network.len() as u32 + u32::from(entropy.is_some())
+        let DevicePlan { vsock, drives, network, entropy, balloon } = self;
+        let single = [vsock.is_some(), entropy.is_some(), balloon.is_some()];
+        single.map(u32::from).iter().sum::<u32>() + (drives.len() + network.len()) as u32
     }
 }
 
 /// Checks CPUs and memory.
 pub fn check_machine(config: &MachineConfig) -> Result<(), ConfigError> {
-    let MachineConfig { vcpu_count, mem_size_mib } = *config;
+    let MachineConfig { vcpu_count, mem_size_mib, max_private_mib } = *config;
     if !(1..=MAX_VCPUS).contains(&vcpu_count) {
         return Err(ConfigError::Vcpus(vcpu_count));
     }
     if !(MIN_MIB..=MAX_MIB).contains(&mem_size_mib) {
         return Err(ConfigError::Memory(mem_size_mib));
     }
-    Ok(())
+    check_max_private(max_private_mib)
+}
+
+/// Checks the limit of private memory.
+pub fn check_max_private(mib: Option<u64>) -> Result<(), ConfigError> {
+    if mib == Some(0) { Err(ConfigError::MaxPrivate) } else { Ok(()) }
 }
 
 /// Checks what to boot.
@@ -181,18 +240,13 @@ pub fn check_network(interfaces: &[NetworkInterface]) -> Result<(), ConfigError>
     Ok(())
 }
 
-/// The network interfaces with another one, in the place of the one of the same name if there is one. `id` is what the
-/// request's path calls it.
+/// The network interfaces with another one, in the place of the one of the same name if there is one.
 pub fn with_interface(
     interfaces: &[NetworkInterface],
-    id: &str,
     interface: NetworkInterface,
 ) -> Result<Vec<NetworkInterface>, ConfigError> {
-    if interface.iface_id != id {
-        return Err(ConfigError::WhichInterface { path: id.to_owned(), body: interface.iface_id });
-    }
     let mut interfaces = interfaces.to_vec();
-    match interfaces.iter_mut().find(|known| known.iface_id == id) {
+    match interfaces.iter_mut().find(|known| known.iface_id == interface.iface_id) {
         Some(known) => *known = interface,
         None => interfaces.push(interface),
     }
@@ -215,23 +269,110 @@ pub fn check_serial(serial: Option<&Serial>) -> Result<Place, ConfigError> {
     }
 }
 
+/// Checks how large the balloon of a guest of so much memory shall be.
+pub fn check_balloon(amount_mib: u64, memory_mib: u64) -> Result<(), ConfigError> {
+    if amount_mib > memory_mib { Err(ConfigError::Balloon { amount_mib, memory_mib }) } else { Ok(()) }
+}
+
+/// Checks how often a guest that was started with one interval shall report statistics, in seconds.
+pub fn check_interval(started_with: u16, wanted: u16) -> Result<(), ConfigError> {
+    match (started_with, wanted) {
+        (0, _) => Err(ConfigError::NoStatistics),
+        (_, 0) => Err(ConfigError::Interval),
+        _ => Ok(()),
+    }
+}
+
+/// Checks a disk by itself.
+pub fn check_drive(drive: &Drive) -> Result<(), ConfigError> {
+    let Drive { drive_id: id, is_root_device, is_read_only, partuuid, io_engine, rate_limiter, .. } = drive;
+    check_id("drives.drive_id", id)?;
+    check_rate(&format!("drives.{id}.rate_limiter"), rate_limiter.as_ref())?;
+    if *io_engine == IoEngine::Async {
+        return Err(DriveError::Async(id.clone()).into());
+    }
+    for (field, given) in [("overlay", drive.overlay), ("max_overlay_mib", drive.max_overlay_mib.is_some())] {
+        if *is_read_only && given {
+            return Err(DriveError::ReadOnly(id.clone(), field).into());
+        }
+    }
+    if drive.max_overlay_mib == Some(0) {
+        return Err(DriveError::NoOverlay(id.clone()).into());
+    }
+    let plain = |id: &String| {
+        let all = id.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
+        *is_root_device && all && (1..=64).contains(&id.len())
+    };
+    if !partuuid.as_ref().is_none_or(plain) {
+        return Err(DriveError::Partuuid(id.clone()).into());
+    }
+    Ok(())
+}
+
+/// Checks disks, each by itself and all together.
+pub fn check_drives(drives: &[Drive]) -> Result<(), ConfigError> {
+    drives.iter().try_for_each(check_drive)?;
+    for (i, drive) in drives.iter().enumerate() {
+        if drives[..i].iter().any(|other| other.drive_id == drive.drive_id) {
+            return Err(DriveError::Duplicate(drive.drive_id.clone()).into());
+        }
+    }
+    let mut roots = drives.iter().filter(|drive| drive.is_root_device).map(|drive| drive.drive_id.clone());
+    match (roots.next(), roots.next()) {
+        (Some(one), Some(two)) => Err(DriveError::TwoRoots(one, two).into()),
+        _ => Ok(()),
+    }
+}
+
+/// The new bound of the overlay, in MiB, which is all that can be changed of a disk.
+pub fn check_drive_update(update: &DriveUpdate) -> Result<u64, ConfigError> {
+    let DriveUpdate { drive_id, path_on_host, max_overlay_mib } = update;
+    match max_overlay_mib {
+        _ if path_on_host.is_some() => Err(DriveError::Path(drive_id.clone()).into()),
+        None => Err(DriveError::NoChange(drive_id.clone()).into()),
+        Some(0) => Err(DriveError::NoOverlay(drive_id.clone()).into()),
+        Some(mib) => Ok(*mib),
+    }
+}
+
+/// Checks that there is a place for each device.
+pub fn check_places(plan: &DevicePlan) -> Result<(), ConfigError> {
+    match plan.virtio_count() {
+        count if count > MAX_VIRTIO => Err(ConfigError::TooMany(count)),
+        _ => Ok(()),
+    }
+}
+
 /// Checks a whole configuration.
 pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
-    let VmConfig { boot_source, machine_config, vsock, network_interfaces: network, entropy, serial } = config;
+    let VmConfig { boot_source, machine_config, vsock, drives, network_interfaces, entropy, balloon, serial } = config;
     let source = boot_source.as_ref().ok_or(ConfigError::NoKernel)?;
     let kernel = check_boot_source(source)?;
     check_machine(machine_config)?;
     vsock.as_ref().map(check_vsock).transpose()?;
-    check_network(network)?;
     entropy.as_ref().map(check_entropy).transpose()?;
     check_serial(serial.as_ref())?;
+    balloon.map_or(Ok(()), |balloon| check_balloon(balloon.amount_mib, machine_config.mem_size_mib))?;
+    check_network(network_interfaces)?;
+    check_drives(drives)?;
+    let mut drives = drives.clone();
+    // Stable: the others keep their order.
+    drives.sort_by_key(|drive| !drive.is_root_device);
+    let devices = DevicePlan {
+        vsock: vsock.clone(),
+        drives,
+        network: network_interfaces.clone(),
+        entropy: *entropy,
+        balloon: *balloon,
+    };
+    check_places(&devices)?;
     Ok(BootPlan {
         kernel,
         initrd: source.initrd_path.clone(),
         command_line: source.boot_args.clone().unwrap_or_default(),
         vcpus: machine_config.vcpu_count,
         memory_bytes: machine_config.mem_size_mib << 20,
-        devices: DevicePlan { vsock: vsock.clone(), network: network.clone(), entropy: *entropy },
+        devices,
     })
 }
 
@@ -259,6 +400,10 @@ pub fn check_rate(field: &str, rate: Option<&RateLimiter>) -> Result<(), ConfigE
 mod tests {
     use super::*;
 
+    fn balloon(amount_mib: u64) -> Balloon {
+        Balloon { amount_mib, deflate_on_oom: true, stats_polling_interval_s: 1, free_page_reporting: true }
+    }
+
     fn interface(iface_id: &str, tap: &str, mac: Option<&str>) -> NetworkInterface {
         NetworkInterface {
             iface_id: iface_id.into(),
@@ -272,15 +417,66 @@ mod tests {
     fn good() -> VmConfig {
         VmConfig {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
-            machine_config: MachineConfig { vcpu_count: 8, mem_size_mib: 8 },
+            machine_config: MachineConfig { vcpu_count: 8, mem_size_mib: 8, max_private_mib: Some(4) },
             vsock: Some(Vsock { guest_cid: 3, uds_path: "/run/v".into() }),
+            drives: vec![drive("data"), Drive { is_root_device: true, ..drive("root") }, drive("more")],
             network_interfaces: vec![
                 interface("eth0", "tap0", Some("06:00:ac:10:00:02")),
                 interface("eth1", "tap1", None),
             ],
             entropy: Some(Entropy::default()),
             serial: None,
+            balloon: Some(balloon(8)),
         }
+    }
+
+    fn drive(id: &str) -> Drive {
+        serde_json::from_value(serde_json::json!({ "drive_id": id, "path_on_host": "/d" })).unwrap()
+    }
+
+    #[test]
+    fn the_root_disk_comes_first() {
+        let ids: Vec<String> = plan(&good()).unwrap().devices.drives.into_iter().map(|drive| drive.drive_id).collect();
+        assert_eq!(ids, ["root", "data", "more"]);
+    }
+
+    #[test]
+    fn each_bad_disk_is_refused_by_name() {
+        let with = |change: fn(&mut VmConfig)| {
+            let mut config = good();
+            change(&mut config);
+            plan(&config).unwrap_err()
+        };
+        let id = || "data".to_owned();
+        assert_eq!(with(|c| c.drives[2].drive_id = "data".into()), DriveError::Duplicate(id()).into());
+        assert_eq!(with(|c| c.drives[0].is_root_device = true), DriveError::TwoRoots(id(), "root".into()).into());
+        assert_eq!(with(|c| c.drives[0].io_engine = IoEngine::Async), DriveError::Async(id()).into());
+        assert_eq!(with(|c| c.drives[0].max_overlay_mib = Some(0)), DriveError::NoOverlay(id()).into());
+        for uuid in ["0b-1", "", "a b", "a\"b"] {
+            let mut config = good();
+            config.drives[0].partuuid = Some(uuid.into());
+            assert_eq!(plan(&config), Err(DriveError::Partuuid(id()).into()), "{uuid}: it is no root");
+            config.drives[1].partuuid = config.drives[0].partuuid.take();
+            assert_eq!(plan(&config).is_ok(), uuid == "0b-1", "{uuid}");
+        }
+        let mut sealed = Drive { is_read_only: true, overlay: true, ..drive("data") };
+        assert_eq!(check_drive(&sealed), Err(DriveError::ReadOnly(id(), "overlay").into()));
+        (sealed.overlay, sealed.max_overlay_mib) = (false, Some(5));
+        assert_eq!(check_drive(&sealed), Err(DriveError::ReadOnly(id(), "max_overlay_mib").into()));
+        assert!(matches!(with(|c| c.drives[0].drive_id = "a/b".into()), ConfigError::Id { .. }));
+        let many = with(|c| c.drives = (0..18).map(|n| drive(&n.to_string())).collect());
+        assert_eq!(many, ConfigError::TooMany(23));
+    }
+
+    #[test]
+    fn only_the_bound_of_an_overlay_can_be_changed() {
+        let update =
+            |path_on_host, max_overlay_mib| DriveUpdate { drive_id: "a".into(), path_on_host, max_overlay_mib };
+        assert_eq!(check_drive_update(&update(None, Some(7))), Ok(7));
+        assert_eq!(check_drive_update(&update(None, None)), Err(DriveError::NoChange("a".into()).into()));
+        assert_eq!(check_drive_update(&update(None, Some(0))), Err(DriveError::NoOverlay("a".into()).into()));
+        let path = update(Some("/x".into()), Some(7));
+        assert_eq!(check_drive_update(&path), Err(DriveError::Path("a".into()).into()));
     }
 
     #[test]
@@ -300,6 +496,7 @@ mod tests {
         assert_eq!(with(|c| c.machine_config.vcpu_count = 9), ConfigError::Vcpus(9));
         assert_eq!(with(|c| c.machine_config.mem_size_mib = 7), ConfigError::Memory(7));
         assert_eq!(with(|c| c.machine_config.mem_size_mib = u64::MAX), ConfigError::Memory(u64::MAX));
+        assert_eq!(with(|c| c.machine_config.max_private_mib = Some(0)), ConfigError::MaxPrivate);
         assert_eq!(with(|c| c.boot_source = None), ConfigError::NoKernel);
         assert_eq!(with(|c| c.boot_source = Some(BootSource::default())), ConfigError::NoKernel);
         let both = with(|c| c.boot_source.as_mut().unwrap().kernel_image_path = Some("k".into()));
@@ -309,6 +506,10 @@ mod tests {
         assert_eq!(with(|c| c.vsock.as_mut().unwrap().guest_cid = 2), ConfigError::GuestCid(2));
         let consoles = with(|c| c.serial = Some(Serial { serial_out_path: Some("f".into()), pty: true }));
         assert_eq!(consoles, ConfigError::TwoConsoles);
+        let large = with(|c| c.balloon = Some(balloon(9)));
+        assert_eq!(large, ConfigError::Balloon { amount_mib: 9, memory_mib: 8 });
+        assert_eq!(check_interval(0, 1), Err(ConfigError::NoStatistics));
+        assert_eq!(check_interval(1, 0), Err(ConfigError::Interval));
         for id in ["", "a/b", "a b", &"x".repeat(65)] {
             assert!(check_id("drives.drive_id", id).is_err(), "{id}");
         }

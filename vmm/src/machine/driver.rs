@@ -3,7 +3,8 @@
 
 use super::Machine;
 use super::boot::{BootError, boot};
-use super::config::{self, ConfigError};
+use super::config::{self, ConfigError, DriveError};
+use super::private::PrivateWatch;
 use super::requests::{self, NotNow, Phase};
 use super::restore::{RestoreError, restore};
 use super::snapshot::{self, Job, SnapshotError};
@@ -11,12 +12,15 @@ use super::wiring::Outside;
 use crate::api::server::{Pending, Server};
 use crate::api::{Request, Response};
 use crate::console::{Console, ConsoleError, Input, Pty};
+use crate::memory::layout::MAX_MIB;
 use crate::notice::{self, Halt, Notice, Notices, Notifier};
 use crate::vcpu::{GuestEnd, VcpuError};
 use api_spec::agent::Level;
-use api_spec::devices::Serial;
+use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate, Serial};
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus};
-use api_spec::vm::{Action, ActionType, InstanceInfo, InstanceState, Readiness, Version, VmConfig, VmPatch, VmState};
+use api_spec::vm::{
+    Action, ActionType, InstanceInfo, InstanceState, MachinePatch, Readiness, Version, VmConfig, VmPatch, VmState,
+};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -94,6 +98,12 @@ enum RequestError {
     Restore(#[from] RestoreError),
     #[error("cannot set up the VM: {0}")]
     Setup(io::Error),
+    #[error("the VM has no balloon: one can be configured before it is started (`PUT /balloon`)")]
+    NoBalloon,
+    #[error("cannot keep a limit of private memory: {0}")]
+    Limit(io::Error),
+    #[error("the guest cannot go on. {0}")]
+    Halt(Halt),
 }
 
 /// What to do first.
@@ -141,6 +151,7 @@ struct Driver {
     pty: Option<Pty>,
     /// Why the machine stands still, if nobody asked for it.
     halt: Option<Halt>,
+    private: PrivateWatch,
     /// The snapshot that is being written, and who waits for it.
     job: Option<(Job, Pending)>,
     status: SnapshotStatus,
@@ -168,6 +179,7 @@ impl Driver {
             readiness: None,
             pty: None,
             halt: None,
+            private: PrivateWatch::new()?,
             job: None,
             status: SnapshotStatus::default(),
             api,
@@ -241,13 +253,18 @@ impl Driver {
         self.config.machine_config.vcpu_count = machine.vcpu_count();
         self.config.machine_config.mem_size_mib = machine.memory_bytes() >> 20;
         self.config.vsock = machine.plan().vsock.clone();
+        self.config.drives = machine.plan().drives.clone();
         self.config.network_interfaces = machine.plan().network.clone();
         self.config.entropy = machine.plan().entropy;
+        self.config.balloon = machine.plan().balloon;
+        self.private.set_vcpus(machine.vcpu_count());
         self.machine = Some(machine);
+        self.look_at_private_memory();
     }
 
     fn boot(&mut self) -> Result<(), RequestError> {
         let plan = config::plan(&self.config)?;
+        self.private.set_limit(self.config.machine_config.max_private_mib).map_err(RequestError::Limit)?;
         let (outside, input, pty) = self.outside()?;
         let mut machine = boot(&plan, outside)?;
         machine.resume();
@@ -257,11 +274,14 @@ impl Driver {
     }
 
     fn load(&mut self, load: &SnapshotLoad) -> Result<(), RequestError> {
+        config::check_max_private(load.max_private_mib)?;
+        self.private.set_limit(load.max_private_mib).map_err(RequestError::Limit)?;
         let (outside, input, pty) = self.outside()?;
         let mut machine = restore(load, outside)?;
         if load.resume_vm {
             machine.resume();
         }
+        self.config.machine_config.max_private_mib = load.max_private_mib;
         self.adopt(machine, input, pty);
         Ok(())
     }
@@ -287,13 +307,59 @@ impl Driver {
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
         match patch.state {
             _ if !changes => {}
-            VmState::Paused => machine.pause()?,
+            VmState::Paused => {
+                machine.pause()?;
+                self.private.stop();
+            }
             VmState::Resumed => {
+                if let Some(halt) = self.private.look() {
+                    self.private.stop();
+                    return Err(RequestError::Halt(halt));
+                }
                 machine.resume();
                 self.halt = None;
             }
         }
         Ok(())
+    }
+
+    fn patch_balloon(&mut self, update: BalloonUpdate) -> Result<(), RequestError> {
+        let BalloonUpdate { amount_mib } = update;
+        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+        config::check_balloon(amount_mib, machine.memory_bytes() >> 20)?;
+        if !machine.set_balloon(amount_mib) {
+            return Err(RequestError::NoBalloon);
+        }
+        self.config.balloon = machine.plan().balloon;
+        Ok(())
+    }
+
+    fn patch_balloon_statistics(&mut self, update: BalloonStatisticsUpdate) -> Result<(), RequestError> {
+        let BalloonStatisticsUpdate { stats_polling_interval_s } = update;
+        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+        let balloon = machine.plan().balloon.ok_or(RequestError::NoBalloon)?;
+        config::check_interval(balloon.stats_polling_interval_s, stats_polling_interval_s)?;
+        machine.set_balloon_interval(stats_polling_interval_s);
+        self.config.balloon = machine.plan().balloon;
+        Ok(())
+    }
+
+    fn patch_machine(&mut self, patch: MachinePatch) -> Result<(), RequestError> {
+        let MachinePatch { max_private_mib } = patch;
+        config::check_max_private(max_private_mib)?;
+        self.private.set_limit(max_private_mib).map_err(RequestError::Limit)?;
+        self.config.machine_config.max_private_mib = max_private_mib;
+        self.look_at_private_memory();
+        Ok(())
+    }
+
+    /// Looks at the private memory of a running guest, and pauses it if that has reached its limit.
+    fn look_at_private_memory(&mut self) {
+        if self.phase() != Phase::Running {
+            self.private.stop();
+        } else if let Some(halt) = self.private.look() {
+            self.halt(halt);
+        }
     }
 
     /// Answers a request; `None` if the answer comes later.
@@ -324,6 +390,7 @@ impl Driver {
                 self.configure(|config| config.machine_config = machine);
                 done
             }
+            Request::PatchMachineConfig(patch) => self.patch_machine(patch).and(done),
             Request::PutBootSource(source) => {
                 config::check_boot_source(&source)?;
                 self.configure(|config| config.boot_source = Some(source));
@@ -334,8 +401,8 @@ impl Driver {
                 self.configure(|config| config.vsock = Some(vsock));
                 done
             }
-            Request::PutNetworkInterface(id, interface) => {
-                let interfaces = config::with_interface(&self.config.network_interfaces, &id, interface)?;
+            Request::PutNetworkInterface(interface) => {
+                let interfaces = config::with_interface(&self.config.network_interfaces, interface)?;
                 self.configure(|config| config.network_interfaces = interfaces);
                 done
             }
@@ -350,6 +417,39 @@ impl Driver {
                 self.config.serial = Some(serial);
                 done
             }
+            Request::PutDrive(drive) => {
+                config::check_drive(&drive)?;
+                self.configure(|config| {
+                    match config.drives.iter_mut().find(|other| other.drive_id == drive.drive_id) {
+                        Some(other) => *other = drive,
+                        None => config.drives.push(drive),
+                    }
+                });
+                done
+            }
+            Request::PatchDrive(update) => {
+                let mib = config::check_drive_update(&update)?;
+                let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+                let unknown = || ConfigError::from(DriveError::Unknown(update.drive_id.clone()));
+                machine.set_max_overlay(&update.drive_id, mib).ok_or_else(unknown)?;
+                self.config.drives = machine.plan().drives.clone();
+                done
+            }
+            Request::PutBalloon(balloon) => {
+                // How much memory there is may be said later; starting checks again.
+                config::check_balloon(balloon.amount_mib, MAX_MIB)?;
+                self.configure(|config| config.balloon = Some(balloon));
+                done
+            }
+            Request::GetBalloon => {
+                Ok(Some(Response::document(self.config.balloon.as_ref().ok_or(RequestError::NoBalloon)?)))
+            }
+            Request::PatchBalloon(update) => self.patch_balloon(update).and(done),
+            Request::GetBalloonStatistics => {
+                let statistics = self.machine.as_ref().and_then(Machine::balloon_statistics);
+                Ok(Some(Response::document(&statistics.ok_or(RequestError::NoBalloon)?)))
+            }
+            Request::PatchBalloonStatistics(update) => self.patch_balloon_statistics(update).and(done),
             Request::Action(Action { action_type: ActionType::InstanceStart }) => self.boot().and(done),
             Request::PatchVm(patch) => self.patch_vm(patch).and(done),
             Request::SnapshotLoad(load) => self.load(&load).and(done),
@@ -432,6 +532,7 @@ impl Driver {
         let Some(machine) = self.machine.as_mut().filter(|machine| machine.is_running()) else { return };
         match machine.pause() {
             Ok(()) => {
+                self.private.stop();
                 log::warn!("the guest is paused: {halt}");
                 self.halt = Some(halt);
             }
@@ -441,7 +542,11 @@ impl Driver {
 
     fn on_snapshot_written(&mut self, ops: &mut EventOps) {
         let Some((job, from)) = self.job.take() else { return };
-        self.status = job.finish();
+        let (status, folded) = job.finish();
+        self.status = status;
+        if let Some(machine) = &mut self.machine {
+            machine.adopt_folded(folded);
+        }
         let response = match &self.status.error {
             None => Response::done(),
             Some(error) => Response::fault(400, error),
@@ -459,7 +564,12 @@ impl Driver {
 
 impl MutEventSubscriber for Driver {
     fn init(&mut self, ops: &mut EventOps) {
-        let mut sources = vec![self.notices.event().as_raw_fd(), self.reset.as_raw_fd(), self.signals.as_raw_fd()];
+        let mut sources = vec![
+            self.notices.event().as_raw_fd(),
+            self.reset.as_raw_fd(),
+            self.signals.as_raw_fd(),
+            self.private.source(),
+        ];
         sources.extend(self.api.iter().flat_map(Server::sources));
         for fd in sources {
             if let Err(e) = ops.add(Events::new_raw(fd, EventSet::IN)) {
@@ -479,6 +589,8 @@ impl MutEventSubscriber for Driver {
             self.end(Ok(Ending::Reset));
         } else if fd == self.signals.as_raw_fd() {
             self.end(Ok(Ending::Signal));
+        } else if fd == self.private.source() {
+            self.look_at_private_memory();
         } else {
             self.take_notices(ops);
         }

@@ -11,24 +11,32 @@
 //!
 //! - [`config`], [`requests`]: what can be built, and what is legal when (pure)
 //! - [`boot`], [`restore`], [`snapshot`]: the three long constructions, each readable from top to bottom
-//! - [`wiring`]: devices and their places
+//! - [`wiring`]: devices and their places; [`disks`]: what lies behind the drives
 //! - [`driver`]: the one owner of all this, on the event loop
+//! - `record`: how a snapshot records the configuration of devices (pure)
+//! - `private`: watches over what the guest has of its own
 //! - `guard`: ends the process when the event loop cannot
 
 pub mod boot;
 pub mod config;
+pub mod disks;
 pub mod driver;
 mod guard;
+mod private;
+mod record;
 pub mod requests;
 pub mod restore;
 pub mod snapshot;
 pub mod wiring;
 
+use crate::devices::lock;
+use crate::devices::virtio::block::overlay::Folded;
 use crate::memory::GuestRam;
 use crate::memory::uffd::PageServer;
 use crate::notice::Notifier;
 use crate::vcpu::state::StateShape;
 use crate::vcpu::{self, Buses, Vcpu, VcpuError};
+use api_spec::devices::BalloonStatistics;
 use config::DevicePlan;
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::sync::Arc;
@@ -74,6 +82,46 @@ impl Machine {
     /// Devices and their places.
     pub fn devices(&self) -> &Devices {
         &self.devices
+    }
+
+    /// Has the guest give back so much memory in all, in MiB. `false` if it has no balloon.
+    pub fn set_balloon(&mut self, amount_mib: u64) -> bool {
+        let (Some(slot), Some(config)) = (&self.devices.balloon, &mut self.plan.balloon) else { return false };
+        config.amount_mib = amount_mib;
+        lock(&slot.device).set_target(amount_mib);
+        slot.config_changed();
+        true
+    }
+
+    /// Has the guest report statistics every so many seconds. `false` if it has no balloon.
+    pub fn set_balloon_interval(&mut self, seconds: u16) -> bool {
+        let (Some(slot), Some(config)) = (&self.devices.balloon, &mut self.plan.balloon) else { return false };
+        config.stats_polling_interval_s = seconds;
+        lock(&slot.device).set_interval(seconds);
+        true
+    }
+
+    /// Where the balloon stands, if there is one.
+    pub fn balloon_statistics(&self) -> Option<BalloonStatistics> {
+        self.devices.balloon.as_ref().map(|slot| lock(&slot.device).statistics())
+    }
+
+    /// Sets the bound of a disk's overlay, in MiB. `None` if there is no such disk.
+    pub fn set_max_overlay(&mut self, drive_id: &str, mib: u64) -> Option<()> {
+        let mut drives = self.plan.drives.iter_mut().zip(&self.devices.drives);
+        let (drive, slot) = drives.find(|(drive, _)| drive.drive_id == drive_id)?;
+        drive.max_overlay_mib = Some(mib);
+        lock(&slot.device).set_max_overlay(mib);
+        Some(())
+    }
+
+    /// Takes over what the background part of a snapshot has made of the disks' layers.
+    pub fn adopt_folded(&mut self, folded: Vec<(usize, Folded)>) {
+        for (number, folded) in folded {
+            if let Some(slot) = self.devices.drives.get(number) {
+                lock(&slot.device).adopt(folded);
+            }
+        }
     }
 
     /// Lets all vCPUs run.

@@ -39,21 +39,31 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
     let refuse_if = |condition, reason| if condition { Err(reason) } else { Ok(()) };
     let started = !matches!(phase, Phase::NotStarted { .. });
     match request {
-        Request::Info | Request::Version | Request::Config | Request::GetMachineConfig | Request::SnapshotStatus => {
-            Ok(())
-        }
+        Request::Info
+        | Request::Version
+        | Request::Config
+        | Request::GetMachineConfig
+        | Request::GetBalloon
+        | Request::SnapshotStatus => Ok(()),
         Request::PutMachineConfig(_)
         | Request::PutBootSource(_)
         | Request::PutVsock(_)
+        | Request::PutDrive(_)
         | Request::PutSerial(_)
-        | Request::PutNetworkInterface(..)
+        | Request::PutNetworkInterface(_)
         | Request::PutEntropy(_)
+        | Request::PutBalloon(_)
         | Request::Action(_) => refuse_if(started, NotNow::Started),
         Request::SnapshotLoad(_) => {
             refuse_if(started, NotNow::Started)?;
             refuse_if(phase == Phase::NotStarted { configured: true }, NotNow::Configured)
         }
-        Request::PatchVm(_) => refuse_if(!started, NotNow::NotStarted),
+        Request::PatchVm(_)
+        | Request::PatchMachineConfig(_)
+        | Request::PatchDrive(_)
+        | Request::PatchBalloon(_)
+        | Request::GetBalloonStatistics
+        | Request::PatchBalloonStatistics(_) => refuse_if(!started, NotNow::NotStarted),
         Request::SnapshotCreate(_) => {
             refuse_if(!started, NotNow::NotStarted)?;
             refuse_if(writing, NotNow::Writing)
@@ -72,8 +82,9 @@ pub fn changes(phase: Phase, wanted: VmState) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate};
     use api_spec::snapshot::SnapshotCreate;
-    use api_spec::vm::{Action, ActionType, BootSource, MachineConfig, VmPatch, Vsock};
+    use api_spec::vm::{Action, ActionType, BootSource, MachineConfig, MachinePatch, VmPatch, Vsock};
     use proptest::prelude::*;
 
     fn create() -> Request {
@@ -96,14 +107,19 @@ mod tests {
             Request::PutBootSource(BootSource::default()),
             Request::PutVsock(Vsock { guest_cid: 3, uds_path: "v".into() }),
             Request::PutSerial(Default::default()),
-            Request::PutNetworkInterface(
-                "e".into(),
-                serde_json::from_str(r#"{"iface_id":"e","host_dev_name":"t"}"#).unwrap(),
-            ),
+            Request::PutDrive(serde_json::from_str(r#"{"drive_id":"a","path_on_host":"d"}"#).unwrap()),
+            Request::PatchDrive(serde_json::from_str(r#"{"drive_id":"a","max_overlay_mib":5}"#).unwrap()),
+            Request::PutNetworkInterface(serde_json::from_str(r#"{"iface_id":"e","host_dev_name":"t"}"#).unwrap()),
             Request::PutEntropy(Default::default()),
+            Request::PutBalloon(serde_json::from_str(r#"{"amount_mib":1}"#).unwrap()),
+            Request::GetBalloon,
+            Request::PatchBalloon(BalloonUpdate { amount_mib: 1 }),
+            Request::GetBalloonStatistics,
+            Request::PatchBalloonStatistics(BalloonStatisticsUpdate { stats_polling_interval_s: 1 }),
             Request::Action(Action { action_type: ActionType::InstanceStart }),
             Request::PatchVm(VmPatch { state: VmState::Paused }),
             Request::PatchVm(VmPatch { state: VmState::Resumed }),
+            Request::PatchMachineConfig(MachinePatch { max_private_mib: None }),
             create(),
             Request::SnapshotLoad(serde_json::from_str(r#"{"snapshot_path":"s"}"#).unwrap()),
         ])
@@ -124,8 +140,10 @@ mod tests {
             Request::PutMachineConfig(_)
             | Request::PutBootSource(_)
             | Request::PutVsock(_)
-            | Request::PutNetworkInterface(..)
-            | Request::PutEntropy(_) => Phase::NotStarted { configured: true },
+            | Request::PutDrive(_)
+            | Request::PutNetworkInterface(_)
+            | Request::PutEntropy(_)
+            | Request::PutBalloon(_) => Phase::NotStarted { configured: true },
             Request::Action(_) | Request::PatchVm(VmPatch { state: VmState::Resumed }) => Phase::Running,
             Request::SnapshotLoad(_) | Request::PatchVm(VmPatch { state: VmState::Paused }) => Phase::Paused,
             _ => phase,

@@ -3,8 +3,11 @@
 
 use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
+use super::disks::{self, RestoreDisksError};
+use super::record::RecordError;
 use super::wiring::{self, Outside, WireError};
-use super::{Machine, guard, start_vcpus};
+use super::{Machine, guard, record, start_vcpus};
+use crate::devices::virtio::block::Disk;
 use crate::host;
 use crate::kvm::state::VmStateError;
 use crate::kvm::{self, KvmError};
@@ -13,14 +16,11 @@ use crate::memory::uffd::{self, PageServer, UffdError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
-use api_spec::devices::{Entropy, NetworkInterface, RateLimiter, TokenBucket};
-use api_spec::mac::MacError;
-use api_spec::snapshot::{MemBackend, MemBackendType, NetworkOverride, SnapshotLoad};
-use api_spec::vm::Vsock;
+use api_spec::devices::NetworkInterface;
+use api_spec::snapshot::{MemBackend, MemBackendType, NetworkOverride, SnapshotLoad, VsockOverride};
 use snapshot::compat::Mismatch;
 use snapshot::image::{ImageError, ensure_trusted};
 use snapshot::load::{LoadError, Snapshot};
-use snapshot::manifest::{self, Manifest, NetworkDevice, RateLimit};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -82,14 +82,15 @@ pub enum RestoreError {
     /// Network interfaces that cannot be built.
     #[error("network_overrides: {0}")]
     Network(ConfigError),
-    /// A MAC address in the snapshot that none can be.
-    #[error("the snapshot's network interface {iface_id}: {source}; the snapshot was not written by this program")]
-    Mac {
-        /// Of which interface.
-        iface_id: String,
-        /// What is wrong with it.
-        source: MacError,
-    },
+    /// Devices that are not described as this program describes them.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// More devices than there are places for.
+    #[error("the snapshot cannot be restored: {0}")]
+    Places(ConfigError),
+    /// Disks.
+    #[error(transparent)]
+    Disks(#[from] RestoreDisksError),
     /// The memory file.
     #[error(transparent)]
     Image(#[from] ImageError),
@@ -140,7 +141,7 @@ pub enum RestoreError {
 pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, RestoreError> {
     let snapshot = snapshot::load::open(&request.snapshot_path)?;
     check(&snapshot)?;
-    let plan = device_plan(snapshot.manifest(), request)?;
+    let (plan, disks) = devices(&snapshot, request)?;
     let kvm = kvm::open()?;
 
     let Outside { notifier, signals, .. } = &outside;
@@ -165,7 +166,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
         write_generation(ram.memory(), &id).map_err(RestoreError::Generation)?;
     }
     let notifier = outside.notifier.clone();
-    let devices = wiring::wire(&vm.fd, ram.memory(), &plan, Some(&state.devices), outside)?;
+    let devices = wiring::wire(&vm.fd, &ram, &plan, disks, Some(&state.devices), outside)?;
     // After the interrupt controllers' state, which would undo it.
     if request.new_generation {
         devices.announce_generation().map_err(RestoreError::Announce)?;
@@ -190,66 +191,34 @@ fn check(snapshot: &Snapshot) -> Result<(), RestoreError> {
     Ok(())
 }
 
-/// The devices: as they were, but for what the request overrides.
-fn device_plan(manifest: &Manifest, request: &SnapshotLoad) -> Result<DevicePlan, RestoreError> {
-    let entropy = manifest.devices.entropy.as_ref();
-    Ok(DevicePlan {
-        vsock: vsock(manifest, request)?,
-        network: network(manifest, &request.network_overrides)?,
-        entropy: entropy.map(|saved| Entropy { rate_limiter: saved.rate_limit.map(rate_limiter) }),
-    })
+/// The devices, and the disks behind the drives: as they were, but for what the request overrides.
+fn devices(snapshot: &Snapshot, request: &SnapshotLoad) -> Result<(DevicePlan, Vec<Disk>), RestoreError> {
+    let (drives, disks) = disks::restore(snapshot, request)?;
+    let mut plan = DevicePlan { drives, ..record::plan(&snapshot.manifest().devices)? };
+    if let Some(VsockOverride { uds_path }) = &request.vsock_override {
+        plan.vsock.as_mut().ok_or(RestoreError::NoVsock)?.uds_path = uds_path.clone();
+    }
+    plan.vsock.as_ref().map(config::check_vsock).transpose().map_err(RestoreError::Vsock)?;
+    override_network(&mut plan.network, &request.network_overrides)?;
+    config::check_places(&plan).map_err(RestoreError::Places)?;
+    Ok((plan, disks))
 }
 
-/// The network interfaces.
-fn network(manifest: &Manifest, overrides: &[NetworkOverride]) -> Result<Vec<NetworkInterface>, RestoreError> {
-    let mut interfaces = manifest.devices.network.iter().map(interface).collect::<Result<Vec<_>, _>>()?;
+/// Gives network interfaces other host sides.
+fn override_network(interfaces: &mut [NetworkInterface], overrides: &[NetworkOverride]) -> Result<(), RestoreError> {
     for (i, NetworkOverride { iface_id, host_dev_name, guest_mac }) in overrides.iter().enumerate() {
         if overrides[..i].iter().any(|other| other.iface_id == *iface_id) {
             return Err(RestoreError::TwoOverrides(iface_id.clone()));
         }
         let Some(interface) = interfaces.iter_mut().find(|interface| interface.iface_id == *iface_id) else {
-            let ids: Vec<String> = interfaces.into_iter().map(|interface| interface.iface_id).collect();
+            let ids: Vec<&str> = interfaces.iter().map(|interface| interface.iface_id.as_str()).collect();
             let known = if ids.is_empty() { "none".to_owned() } else { ids.join(", ") };
             return Err(RestoreError::NoInterface { iface_id: iface_id.clone(), known });
         };
         interface.host_dev_name = host_dev_name.clone();
         interface.guest_mac = guest_mac.or(interface.guest_mac);
     }
-    config::check_network(&interfaces).map_err(RestoreError::Network)?;
-    Ok(interfaces)
-}
-
-fn interface(saved: &NetworkDevice) -> Result<NetworkInterface, RestoreError> {
-    let NetworkDevice { iface_id, host_dev_name, guest_mac, rx_rate_limit, tx_rate_limit } = saved;
-    let bad_mac = |source| RestoreError::Mac { iface_id: iface_id.clone(), source };
-    Ok(NetworkInterface {
-        iface_id: iface_id.clone(),
-        host_dev_name: host_dev_name.clone(),
-        guest_mac: guest_mac.as_deref().map(str::parse).transpose().map_err(bad_mac)?,
-        rx_rate_limiter: rx_rate_limit.map(rate_limiter),
-        tx_rate_limiter: tx_rate_limit.map(rate_limiter),
-    })
-}
-
-fn rate_limiter(saved: RateLimit) -> RateLimiter {
-    let bucket = |manifest::TokenBucket { size, one_time_burst, refill_ms }| {
-        let one_time_burst = (one_time_burst > 0).then_some(one_time_burst);
-        TokenBucket { size, one_time_burst, refill_time: refill_ms }
-    };
-    RateLimiter { bandwidth: saved.bandwidth.map(bucket), ops: saved.ops.map(bucket) }
-}
-
-/// The vsock device: as it was, but for what the request overrides.
-fn vsock(manifest: &Manifest, request: &SnapshotLoad) -> Result<Option<Vsock>, RestoreError> {
-    let saved = manifest.devices.vsock.as_ref();
-    let overridden = request.vsock_override.as_ref().map(|o| o.uds_path.clone());
-    let Some(saved) = saved else {
-        return if overridden.is_some() { Err(RestoreError::NoVsock) } else { Ok(None) };
-    };
-    let guest_cid = u32::try_from(saved.guest_cid).unwrap_or(u32::MAX);
-    let vsock = Vsock { guest_cid, uds_path: overridden.unwrap_or_else(|| saved.uds_path.clone().into()) };
-    config::check_vsock(&vsock).map_err(RestoreError::Vsock)?;
-    Ok(Some(vsock))
+    config::check_network(interfaces).map_err(RestoreError::Network)
 }
 
 /// Maps the snapshot's memory, from its own file or from a page server.

@@ -1,26 +1,28 @@
 //! Snapshot: the guest stands still for its state and for the freeze; memory is written after it went on.
 //!
 //! ```text
-//!   event loop:  pause -> device state -> vCPU state -> VM state -> freeze -> resume
-//!   background:                                                        \-> seal -> memory -> commit (rename)
+//!   event loop:  pause -> device state -> vCPU state -> VM state -> disks -> freeze -> resume
+//!   background:                        seal -> memory -> disks -> commit (rename) -> fold the disks' layers <-/
 //! ```
 //!
 //! Memory comes last because saving devices may still change it. A guest that is itself a private view (a clone) has
-//! nothing to freeze: its memory is copied while it stands still.
+//! nothing to freeze: its memory is copied while it stands still. So is an image that the guest writes itself; overlays are
+//! frozen ([`super::disks`]).
 
-use super::Machine;
+use super::{Machine, disks, record};
+use crate::devices::virtio::block::overlay::Folded;
 use crate::host;
 use crate::kvm::state::VmStateError;
+use crate::memory::discard::Contents;
 use crate::memory::freeze::{FreezeError, Frozen};
 use crate::memory::{GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::VcpuStateError;
-use api_spec::devices::{NetworkInterface, RateLimiter, TokenBucket};
 use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus, SnapshotType};
 use api_spec::vm::Readiness;
 use snapshot::create::{CreateError, Facts, FileSource, MemoryDigest, MemorySource, Staging};
-use snapshot::manifest::{self, EntropyDevice, MemoryRegion, NetworkDevice, RateLimit, VsockDevice};
+use snapshot::manifest::{self, MemoryRegion};
 use snapshot::state::MachineState;
 use std::io;
 use std::ops::Range;
@@ -53,6 +55,14 @@ pub enum SnapshotError {
     /// The VM's state.
     #[error(transparent)]
     VmState(#[from] VmStateError),
+    /// A disk.
+    #[error("drive {id} cannot be snapshotted: {source}")]
+    Disk {
+        /// Which disk.
+        id: String,
+        /// What is wrong with it.
+        source: io::Error,
+    },
     /// Memory.
     #[error(transparent)]
     Freeze(#[from] FreezeError),
@@ -68,15 +78,16 @@ pub enum SnapshotError {
 #[derive(Debug)]
 pub struct Job {
     /// `None` once it was waited for.
-    thread: Option<JoinHandle<Result<u64, SnapshotError>>>,
+    thread: Option<JoinHandle<Result<Written, SnapshotError>>>,
     cancel: Arc<AtomicBool>,
     started: Instant,
     pause_us: u64,
 }
 
 impl Job {
-    /// How the snapshot went. To be called when [`Notice::SnapshotWritten`] has come; waits otherwise.
-    pub fn finish(mut self) -> SnapshotStatus {
+    /// How the snapshot went, and what became of the disks' layers. To be called when [`Notice::SnapshotWritten`] has come;
+    /// waits otherwise.
+    pub fn finish(mut self) -> (SnapshotStatus, Vec<(usize, Folded)>) {
         let result = self.thread.take().map(JoinHandle::join);
         let status = SnapshotStatus {
             state: SnapshotState::Done,
@@ -85,11 +96,13 @@ impl Job {
             ..Default::default()
         };
         match result {
-            Some(Ok(Ok(memory_bytes))) => SnapshotStatus { memory_bytes, ..status },
-            Some(Ok(Err(e))) => SnapshotStatus { state: SnapshotState::Failed, error: Some(e.to_string()), ..status },
+            Some(Ok(Ok(Written { memory_bytes, folded }))) => (SnapshotStatus { memory_bytes, ..status }, folded),
+            Some(Ok(Err(e))) => {
+                (SnapshotStatus { state: SnapshotState::Failed, error: Some(e.to_string()), ..status }, Vec::new())
+            }
             Some(Err(_)) | None => {
                 let error = Some("the thread that writes the snapshot panicked".to_owned());
-                SnapshotStatus { state: SnapshotState::Failed, error, ..status }
+                (SnapshotStatus { state: SnapshotState::Failed, error, ..status }, Vec::new())
             }
         }
     }
@@ -103,6 +116,15 @@ impl Drop for Job {
             let _ = thread.join();
         }
     }
+}
+
+/// What the background part leaves.
+#[derive(Debug)]
+struct Written {
+    /// How many bytes of memory were written.
+    memory_bytes: u64,
+    /// What the layers of disks were folded into.
+    folded: Vec<(usize, Folded)>,
 }
 
 /// Memory as it is when the guest goes on.
@@ -138,13 +160,13 @@ pub fn create(
     }
     let pause_us = stood_still.elapsed().as_micros() as u64;
 
-    let (state, memory) = captured?;
+    let (state, disks, memory) = captured?;
     let cancel = Arc::<AtomicBool>::default();
     let cancelled = cancel.clone();
     let thread = std::thread::Builder::new()
         .name("snapshot".into())
         .spawn(move || {
-            let result = write(staging, memory, facts, &state, &cancelled);
+            let result = write(staging, memory, disks, facts, &state, &cancelled);
             notifier.send(Notice::SnapshotWritten);
             result
         })
@@ -153,14 +175,18 @@ pub fn create(
 }
 
 /// Saves everything of a guest that stands still.
-fn capture(machine: &mut Machine, staging: &mut Staging) -> Result<(MachineState, Captured), SnapshotError> {
+fn capture(
+    machine: &mut Machine,
+    staging: &mut Staging,
+) -> Result<(MachineState, Vec<disks::Captured>, Captured), SnapshotError> {
     let state = save(machine)?;
+    let disks = disks::capture(&machine.devices, &machine.plan.drives, staging, &machine.ending)?;
     let captured = match machine.ram.freeze()? {
         Some(frozen) => Captured::Frozen(frozen, machine.ram.regions().to_vec()),
         // On the event loop's thread, which hears of nothing meanwhile but through this flag.
         None => Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &machine.ending)?),
     };
-    Ok((state, captured))
+    Ok((state, disks, captured))
 }
 
 /// The state of a machine whose vCPUs stand still.
@@ -179,14 +205,15 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState, SnapshotError> {
     Ok(MachineState { vcpus, vm, devices })
 }
 
-/// The part that may take long. Returns how many bytes of memory were written.
+/// The part that may take long.
 fn write(
     mut staging: Staging,
     memory: Captured,
-    facts: Facts,
+    mut disks: Vec<disks::Captured>,
+    mut facts: Facts,
     state: &MachineState,
     cancel: &AtomicBool,
-) -> Result<u64, SnapshotError> {
+) -> Result<Written, SnapshotError> {
     let digest = match memory {
         Captured::Written(digest) => digest,
         Captured::Frozen(frozen, regions) => {
@@ -195,24 +222,18 @@ fn write(
             staging.write_memory(&mut FileSource::new(&image, regions).map_err(unreadable)?, cancel)?
         }
     };
-    let bytes = digest.data_bytes();
+    facts.devices.drives = disks::write(&mut staging, &mut disks, cancel)?;
+    let memory_bytes = digest.data_bytes();
     staging.commit(digest, facts, state)?;
-    Ok(bytes)
+    Ok(Written { memory_bytes, folded: disks::fold(&disks, cancel) })
 }
 
 fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
-    let vsock = machine.plan.vsock.as_ref().map(|vsock| VsockDevice {
-        guest_cid: vsock.guest_cid.into(),
-        uds_path: vsock.uds_path.to_string_lossy().into_owned(),
-    });
     Facts {
         vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
         host: host::facts(),
-        devices: manifest::Devices {
-            vsock,
-            network: machine.plan.network.iter().map(interface).collect(),
-            entropy: machine.plan.entropy.map(|e| EntropyDevice { rate_limit: e.rate_limiter.map(rate_limit) }),
-        },
+        // The disks are added when they are written.
+        devices: record::devices(&machine.plan),
         readiness: readiness.map(|readiness| match readiness {
             Readiness::Agent => manifest::Readiness::Agent,
             Readiness::Full => manifest::Readiness::Full,
@@ -221,35 +242,23 @@ fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
     }
 }
 
-fn interface(configured: &NetworkInterface) -> NetworkDevice {
-    let NetworkInterface { iface_id, host_dev_name, guest_mac, rx_rate_limiter, tx_rate_limiter } = configured;
-    NetworkDevice {
-        iface_id: iface_id.clone(),
-        host_dev_name: host_dev_name.clone(),
-        guest_mac: guest_mac.map(|mac| mac.to_string()),
-        rx_rate_limit: rx_rate_limiter.map(rate_limit),
-        tx_rate_limit: tx_rate_limiter.map(rate_limit),
-    }
-}
-
-fn rate_limit(configured: RateLimiter) -> RateLimit {
-    let bucket = |TokenBucket { size, one_time_burst, refill_time }| {
-        let one_time_burst = one_time_burst.unwrap_or(0);
-        manifest::TokenBucket { size, one_time_burst, refill_ms: refill_time }
-    };
-    RateLimit { bandwidth: configured.bandwidth.map(bucket), ops: configured.ops.map(bucket) }
-}
-
-/// The memory of a guest that is a private view, read through that view.
+/// The memory of a guest that is a private view, read through that view. What it has discarded and not written since is
+/// not even looked at.
 struct ViewSource {
     memory: GuestMemory,
     regions: Vec<MemoryRegion>,
+    contents: Contents,
     size: u64,
 }
 
 impl ViewSource {
     fn new(ram: &GuestRam) -> Self {
-        ViewSource { memory: ram.memory().clone(), regions: ram.regions().to_vec(), size: ram.size() }
+        ViewSource {
+            memory: ram.memory().clone(),
+            regions: ram.regions().to_vec(),
+            contents: ram.contents(),
+            size: ram.size(),
+        }
     }
 }
 
@@ -263,7 +272,7 @@ impl MemorySource for ViewSource {
     }
 
     fn next_data(&mut self, from: u64) -> io::Result<Option<Range<u64>>> {
-        Ok((from < self.size).then_some(from..self.size))
+        self.contents.next(from)
     }
 
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()> {

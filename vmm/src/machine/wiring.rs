@@ -6,7 +6,7 @@
 //! | i8042 | ports 0x60 to 0x64 | none |
 //! | pvpanic | port 0x505 | none |
 //! | sleep registers | ports 0x600 and 0x601 | none |
-//! | virtio-mmio devices: vsock, network interfaces, entropy | from 0xd000_0000, 4 KiB each | from GSI 5 |
+//! | virtio-mmio devices, as far as there are: vsock, disks (the root disk first), network interfaces, entropy, balloon | from 0xd000_0000, 4 KiB each | from GSI 5, up to 22 |
 //! | generation id | its page of memory | GSI 23, through the ACPI event device |
 //!
 //! A guest finds them in the ACPI tables ([`crate::arch::acpi`]). Virtio-mmio devices are also named on the kernel command
@@ -27,19 +27,22 @@ use crate::devices::power::{self, Power};
 use crate::devices::pvpanic::{self, Pvpanic};
 use crate::devices::serial::{self, Serial, SerialError};
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::balloon::{self, Balloon, BalloonError};
+use crate::devices::virtio::block::{self, Block, BlockConfig, Disk};
 use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::mmio::{MmioTransport, TransportError};
 use crate::devices::virtio::net::{self, Net, Tap, TapError};
 use crate::devices::virtio::rng::{self, Rng, RngError};
 use crate::devices::virtio::vsock::{self, Vsock, VsockError};
-use crate::memory::GuestMemory;
 use crate::memory::layout::{EVENT_GSI, MMIO_BASE, MMIO_GSI, MMIO_STRIDE};
+use crate::memory::{GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier};
 use crate::vcpu::Buses;
-use api_spec::{devices, vm};
+use api_spec::devices::{self, CacheType, Drive};
+use api_spec::vm;
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::{IoEventAddress, VmFd};
-use snapshot::state::{DeviceState, EntropyState, NetState, VsockState};
+use snapshot::state::{BalloonState, DeviceState, DriveState, EntropyState, NetState, VsockState};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use uffd_handler::process::Signals;
@@ -82,6 +85,9 @@ pub enum WireError {
     /// The source of entropy.
     #[error(transparent)]
     Rng(#[from] RngError),
+    /// The balloon.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// A device's saved state.
     #[error("{device}: {source}")]
     State {
@@ -121,6 +127,10 @@ pub struct Devices {
     pub network: Vec<Slot<Net>>,
     /// The source of entropy.
     pub entropy: Option<Slot<Rng>>,
+    /// The balloon.
+    pub balloon: Option<Slot<Balloon>>,
+    /// The disks, in the order of the plan.
+    pub drives: Vec<Slot<Block>>,
     /// All virtio devices, in order of their places.
     virtio: Vec<Arc<Mutex<dyn VirtioDevice>>>,
     /// The same devices, for the event loop.
@@ -134,6 +144,13 @@ pub struct Slot<D> {
     /// The device.
     pub device: Arc<Mutex<D>>,
     transport: Arc<Mutex<MmioTransport>>,
+}
+
+impl<D> Slot<D> {
+    /// Tells the driver that the device's configuration has changed.
+    pub fn config_changed(&self) {
+        lock(&self.transport).config_changed();
+    }
 }
 
 impl std::fmt::Debug for Devices {
@@ -151,6 +168,8 @@ impl Devices {
             vsock: self.vsock.as_ref().map(|slot| vsock::save(&slot.device, &lock(&slot.transport))),
             network: self.network.iter().map(|slot| net::save(&slot.device, &lock(&slot.transport))).collect(),
             entropy: self.entropy.as_ref().map(|slot| rng::save(&slot.device, &lock(&slot.transport))),
+            balloon: self.balloon.as_ref().map(|slot| balloon::save(&slot.device, &lock(&slot.transport))),
+            drives: self.drives.iter().map(|slot| block::save(&slot.device, &lock(&slot.transport))).collect(),
         }
     }
 
@@ -186,16 +205,18 @@ fn address(index: u32) -> u64 {
     MMIO_BASE + u64::from(index) * MMIO_STRIDE
 }
 
-/// Builds the devices of a machine, fresh or from saved state, and connects them.
+/// Builds the devices of a machine, fresh or from saved state, and connects them. `disks` are what lies behind the drives
+/// of the plan.
 pub fn wire(
     vm: &VmFd,
-    memory: &GuestMemory,
+    ram: &GuestRam,
     plan: &DevicePlan,
+    disks: Vec<Disk>,
     saved: Option<&DeviceState>,
     outside: Outside,
 ) -> Result<Devices, WireError> {
     let Outside { notifier, console, reset, signals: _ } = outside;
-    let DevicePlan { vsock, network, entropy } = plan;
+    let DevicePlan { vsock, drives, network, entropy, balloon } = plan;
     let mut pio = Bus::ports();
     let serial = wire_serial(vm, &mut pio, saved, console)?;
     pio.insert(i8042::BASE, i8042::LEN, shared(I8042::new(reset)))?;
@@ -203,30 +224,56 @@ pub fn wire(
     pio.insert(pvpanic::BASE, pvpanic::LEN, shared(Pvpanic::new(notifier.clone())))?;
     let event = interrupt_line(vm, EVENT_GSI)?;
 
+    if let Some(saved) = saved {
+        check_saved(plan, saved)?;
+    }
+    let memory = ram.memory();
     let mut virtio = Virtio { vm, memory, mmio: Bus::memory(), devices: Vec::new(), subscribers: Vec::new() };
-    let saved_vsock = saved.and_then(|saved| saved.vsock.as_ref());
-    let saved_entropy = saved.and_then(|saved| saved.entropy.as_ref());
-    if saved.is_some() && saved_vsock.is_some() != vsock.is_some() {
-        return Err(WireError::DeviceMismatch("vsock"));
-    }
-    if saved.is_some() && saved_entropy.is_some() != entropy.is_some() {
-        return Err(WireError::DeviceMismatch("entropy"));
-    }
-    let saved_network = saved.map(|saved| saved.network.as_slice());
-    if saved_network.is_some_and(|saved| !saved.iter().map(|s| &s.iface_id).eq(network.iter().map(|n| &n.iface_id))) {
-        return Err(WireError::DeviceMismatch("network interfaces"));
-    }
-    let vsock = vsock.as_ref().map(|config| virtio.add_vsock(config, saved_vsock, notifier)).transpose()?;
+    let vsock = vsock.as_ref().map(|config| {
+        let saved = saved.and_then(|saved| saved.vsock.as_ref());
+        virtio.add_vsock(config, saved, notifier.clone())
+    });
+    let vsock = vsock.transpose()?;
+    let drives = drives.iter().zip(disks).enumerate().map(|(number, (config, disk))| {
+        virtio.add_drive(config, disk, saved.and_then(|saved| saved.drives.get(number)), notifier.clone())
+    });
+    let drives = drives.collect::<Result<_, _>>()?;
     let network = network
         .iter()
         .enumerate()
-        .map(|(i, config)| virtio.add_net(config, saved_network.and_then(|saved| saved.get(i))))
-        .collect::<Result<_, _>>()?;
-    let entropy = entropy.as_ref().map(|config| virtio.add_entropy(config, saved_entropy)).transpose()?;
+        .map(|(number, config)| virtio.add_net(config, saved.and_then(|saved| saved.network.get(number))));
+    let network = network.collect::<Result<_, _>>()?;
+    let entropy = entropy.as_ref().map(|config| {
+        let saved = saved.and_then(|saved| saved.entropy.as_ref());
+        virtio.add_entropy(config, saved)
+    });
+    let entropy = entropy.transpose()?;
+    let balloon = balloon.map(|config| {
+        let saved = saved.and_then(|saved| saved.balloon.as_ref());
+        virtio.add_balloon(config, saved, ram)
+    });
+    let balloon = balloon.transpose()?;
 
-    let Virtio { mmio, devices: all, subscribers, .. } = virtio;
+    let Virtio { mmio, devices, subscribers, .. } = virtio;
     let buses = Buses { pio: Arc::new(pio), mmio: Arc::new(mmio) };
-    Ok(Devices { buses, serial, vsock, network, entropy, virtio: all, subscribers, event })
+    Ok(Devices { buses, serial, vsock, drives, network, entropy, balloon, virtio: devices, subscribers, event })
+}
+
+/// Whether what was saved is of these devices.
+fn check_saved(plan: &DevicePlan, saved: &DeviceState) -> Result<(), WireError> {
+    let DevicePlan { vsock, drives, network, entropy, balloon } = plan;
+    let ids = network.iter().map(|interface| &interface.iface_id);
+    let agree = [
+        ("vsock", vsock.is_some() == saved.vsock.is_some()),
+        ("drives", drives.len() == saved.drives.len()),
+        ("network interfaces", ids.eq(saved.network.iter().map(|net| &net.iface_id))),
+        ("entropy", entropy.is_some() == saved.entropy.is_some()),
+        ("balloon", balloon.is_some() == saved.balloon.is_some()),
+    ];
+    match agree.into_iter().find(|(_, agree)| !agree) {
+        Some((device, _)) => Err(WireError::DeviceMismatch(device)),
+        None => Ok(()),
+    }
 }
 
 fn shared<T: BusDevice + 'static>(device: T) -> Arc<Mutex<T>> {
@@ -296,6 +343,24 @@ impl Virtio<'_> {
         Ok(())
     }
 
+    fn add_drive(
+        &mut self,
+        config: &Drive,
+        disk: Disk,
+        saved: Option<&DriveState>,
+        notifier: Notifier,
+    ) -> Result<Slot<Block>, WireError> {
+        let halt = Box::new(move |halt| notifier.send(Notice::Halt(halt)));
+        let config = BlockConfig {
+            id: config.drive_id.clone(),
+            flush: config.cache_type == CacheType::Writeback,
+            rate_limiter: config.rate_limiter,
+            max_overlay_mib: config.max_overlay_mib,
+        };
+        let device = Block::new(config, disk, halt).map_err(WireError::Event)?;
+        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| block::restore(device, transport, saved)))
+    }
+
     fn add_vsock(
         &mut self,
         config: &vm::Vsock,
@@ -326,5 +391,15 @@ impl Virtio<'_> {
     fn add_entropy(&mut self, config: &devices::Entropy, saved: Option<&EntropyState>) -> Result<Slot<Rng>, WireError> {
         let device = Rng::new(config.rate_limiter.as_ref())?;
         self.add(device, |device, transport| saved.map_or(Ok(()), |saved| rng::restore(device, transport, saved)))
+    }
+
+    fn add_balloon(
+        &mut self,
+        config: devices::Balloon,
+        saved: Option<&BalloonState>,
+        ram: &GuestRam,
+    ) -> Result<Slot<Balloon>, WireError> {
+        let device = Balloon::new(config, ram.discarder())?;
+        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| balloon::restore(device, transport, saved)))
     }
 }

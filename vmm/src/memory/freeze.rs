@@ -8,7 +8,9 @@
 //!
 //! Nothing is copied and nothing is torn down while the guest stands still.
 
+use super::discard::Discarded;
 use super::{Backing, GuestRam, mmap};
+use crate::devices::lock;
 use rustix::fs::{SealFlags, fcntl_add_seals};
 use rustix::io::Errno;
 use std::fs::File;
@@ -44,9 +46,14 @@ impl GuestRam {
     pub fn freeze(&mut self) -> Result<Option<Frozen>, FreezeError> {
         // Once one region is private its writes no longer reach the file, so whatever fails from there on, this guest is
         // a view, whose next snapshot is copied.
-        let file = match std::mem::replace(&mut self.backing, Backing::Image) {
+        let mut backing = lock(&self.backing);
+        // Nothing is anonymous yet: what a guest on a file of its own discards is a hole of that file.
+        let file = match std::mem::replace(&mut *backing, Backing::Image(Discarded::default())) {
             Backing::Own(file) => file,
-            Backing::Image => return Ok(None),
+            view => {
+                *backing = view;
+                return Ok(None);
+            }
         };
         let mut aside = Vec::with_capacity(self.regions.len());
         for (region, mapped) in self.regions.iter().zip(self.memory.iter()) {
@@ -54,7 +61,7 @@ impl GuestRam {
                 Ok(old) => aside.push(old),
                 Err(e) => {
                     if aside.is_empty() {
-                        self.backing = Backing::Own(file);
+                        *backing = Backing::Own(file);
                     }
                     return Err(FreezeError::Remap(e));
                 }

@@ -20,6 +20,8 @@ pub const MMIO_STRIDE: u64 = 0x1000;
 pub const MMIO_GSI: u32 = 5;
 /// GSI of the event device: the last pin of the IOAPIC, so that virtio-mmio devices have all before it.
 pub const EVENT_GSI: u32 = 23;
+/// Most virtio-mmio devices.
+pub const MAX_VIRTIO: u32 = EVENT_GSI - MMIO_GSI;
 /// The page that holds the generation id (16 bytes at its start), reserved in the guest's memory map.
 pub const GENERATION_PAGE: u64 = 0x9_f000;
 /// Least RAM that a guest may have, in MiB.

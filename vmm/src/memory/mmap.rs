@@ -3,21 +3,77 @@
 // at the same address and size, for as long as the region lives.
 #![allow(unsafe_code)]
 
+use super::PAGE_SIZE;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 use vm_memory::MmapRegion;
 
 /// Keeps a region out of core dumps and out of child processes.
 pub fn keep_private(region: &MmapRegion) -> io::Result<()> {
-    for advice in [libc::MADV_DONTDUMP, libc::MADV_DONTFORK] {
-        // SAFETY: the range is the region's own mapping, and neither advice changes what this process reads or writes.
-        if unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) } != 0 {
+    let all = Part { addr: region.as_ptr(), len: region.size() };
+    PRIVACY.into_iter().try_for_each(|advice| all.advise(advice))
+}
+
+/// Advice that keeps memory out of core dumps and out of child processes.
+const PRIVACY: [libc::c_int; 2] = [libc::MADV_DONTDUMP, libc::MADV_DONTFORK];
+
+/// Part of a region's mapping, or all of it.
+struct Part {
+    addr: *mut u8,
+    len: usize,
+}
+
+impl Part {
+    /// The bytes of `range`, whole pages, counted from the region's start.
+    fn of(region: &MmapRegion, range: Range<u64>) -> io::Result<Self> {
+        let aligned = [range.start, range.end].iter().all(|at| at.is_multiple_of(PAGE_SIZE));
+        if !aligned || range.is_empty() || range.end > region.size() as u64 {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let addr = region.as_ptr().wrapping_add(range.start as usize);
+        Ok(Part { addr, len: (range.end - range.start) as usize })
+    }
+
+    fn advise(&self, advice: libc::c_int) -> io::Result<()> {
+        // SAFETY: the range lies within a region's own mapping, which stays. Advice changes no byte that is read there,
+        // but for MADV_DONTNEED, which is like a write of the guest, to volatile memory that no Rust reference points to.
+        if unsafe { libc::madvise(self.addr.cast(), self.len, advice) } != 0 {
             return Err(io::Error::last_os_error());
         }
+        Ok(())
     }
+}
+
+/// Puts anonymous memory, which reads as zeros, in the place of part of a region: `range` in bytes from its start, whole
+/// pages. Others may access the region meanwhile; they find what was there before, or zeros.
+///
+/// If this fails, the part is what it was, unless the kernel ran out of memory for itself in the midst of it: then the part
+/// is gone, and whoever accesses it dies of that.
+pub fn make_anonymous(region: &MmapRegion, range: Range<u64>) -> io::Result<()> {
+    let part = Part::of(region, range)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    // SAFETY: `Part::of` has checked that the range lies within the region's own mapping, so nothing else is unmapped;
+    // the new mapping has the same protection, so every pointer into the region stays valid; page faults on the range
+    // wait until it is complete; the bytes are volatile guest memory that no Rust reference points to.
+    let mapped = unsafe { libc::mmap(part.addr.cast(), part.len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // The new mapping stands, whatever becomes of the advice. With it, it joins its neighbours of the same kind.
+    if let Err(e) = PRIVACY.into_iter().try_for_each(|advice| part.advise(advice)) {
+        log::debug!("pages that the guest gave back may appear in core dumps: {e}");
+    }
+    // A huge page would take 2 MiB as soon as one of its pages is used again. Refused by kernels that have none.
+    let _ = part.advise(libc::MADV_NOHUGEPAGE);
     Ok(())
+}
+
+/// Drops what part of a region holds, which must be anonymous memory: it reads as zeros then.
+pub fn empty(region: &MmapRegion, range: Range<u64>) -> io::Result<()> {
+    Part::of(region, range)?.advise(libc::MADV_DONTNEED)
 }
 
 /// Puts a mapping in a region's place that cannot be accessed. For the end of a guest: whoever accesses the region later

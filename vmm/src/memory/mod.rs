@@ -1,20 +1,27 @@
 //! Guest memory: a private view over an immutable image, or, for a guest that was booted here, the image in the making.
 //!
 //! - [`layout`]: which guest-physical addresses are RAM (pure)
+//! - [`limit`]: how much of it may be the guest's own (pure)
 //! - [`freeze`]: turns the RAM of a booted guest into an immutable image without copying it
 //! - [`uffd`]: a view whose pages a page server provides
+//! - [`discard`]: pages that the guest gives back; [`ranges`] records which (pure), `pagemap` knows which were written since
 //! - `mmap`: the system calls that change mappings
 
+pub mod discard;
 pub mod freeze;
 pub mod layout;
+pub mod limit;
 mod mmap;
+mod pagemap;
+pub mod ranges;
 pub mod uffd;
 
+use discard::Discarded;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use snapshot::manifest::MemoryRegion;
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap,
@@ -58,8 +65,8 @@ pub enum MemoryError {
 enum Backing {
     /// The guest was booted here and writes straight into this file, which becomes the image when it is frozen.
     Own(File),
-    /// The guest has a private view over an immutable image.
-    Image,
+    /// The guest has a private view over an immutable image, but for what it has discarded.
+    Image(Discarded),
 }
 
 /// The RAM of one guest.
@@ -67,7 +74,8 @@ enum Backing {
 pub struct GuestRam {
     memory: GuestMemory,
     regions: Vec<MemoryRegion>,
-    backing: Backing,
+    /// Whoever changes what is mapped holds the lock meanwhile.
+    backing: Arc<Mutex<Backing>>,
 }
 
 impl GuestRam {
@@ -79,13 +87,13 @@ impl GuestRam {
         let file = File::from(fd);
         let regions = layout::ram_regions(size);
         let memory = map(&file, &regions, libc::MAP_SHARED)?;
-        Ok(GuestRam { memory, regions, backing: Backing::Own(file) })
+        Ok(GuestRam { memory, regions, backing: Arc::new(Mutex::new(Backing::Own(file))) })
     }
 
     /// A private view over an image: what the guest writes stays its own.
     pub fn private_view(image: &File, regions: Vec<MemoryRegion>) -> Result<Self, MemoryError> {
         let memory = map(image, &regions, libc::MAP_PRIVATE)?;
-        Ok(GuestRam { memory, regions, backing: Backing::Image })
+        Ok(GuestRam { memory, regions, backing: Arc::new(Mutex::new(Backing::Image(Discarded::default()))) })
     }
 
     /// The memory, for devices and loaders.

@@ -21,9 +21,21 @@ use snapshot::state::{
     CpuidEntry, DebugRegs, DescriptorTable, ExceptionEvent, InterruptEvent, Msr, NmiEvent, Regs, Segment, SmiEvent,
     Sregs, VcpuEvents, VcpuState, Xcr,
 };
+use std::ops::RangeInclusive;
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// MSRs that KVM keeps for a guest and, on some kernels or all, does not list.
+const UNLISTED: [RangeInclusive<u32>; 6] = [
+    // Memory types: eight pairs for variable ranges, the fixed ranges, what holds elsewhere.
+    0x200..=0x20f,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    0x2ff..=0x2ff,
+    // AMD's hardware configuration.
+    0xc001_0015..=0xc001_0015,
+];
 /// Size of the XSAVE area before dynamically enabled features, in bytes.
 const XSAVE_BASE: usize = 4096;
 
@@ -85,13 +97,19 @@ impl StateShape {
     /// Asks the host.
     pub fn of_host(kvm: &Kvm, vm: &VmFd) -> Result<Self, VcpuStateError> {
         let list = kvm.get_msr_index_list().map_err(step("the list of MSRs"))?;
-        Ok(StateShape { msrs: load_order(list.as_slice()), xsave: xsave_size(vm) })
+        Ok(StateShape { msrs: load_order(&with_unlisted(list.as_slice())), xsave: xsave_size(vm) })
     }
 }
 
 /// Size of the XSAVE area on this host, in bytes.
 pub fn xsave_size(vm: &VmFd) -> usize {
     usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_BASE)
+}
+
+/// The listed MSRs and those that are not listed, once each.
+fn with_unlisted(listed: &[u32]) -> Vec<u32> {
+    let unlisted = UNLISTED.into_iter().flatten().filter(|index| !listed.contains(index));
+    listed.iter().copied().chain(unlisted).collect()
 }
 
 /// MSRs in an order in which they can be loaded.
@@ -207,9 +225,14 @@ fn prime_tsc(vcpu: &VcpuFd, saved: &[Msr], tsc_khz: u32) -> Result<(), VcpuState
 }
 
 /// A deadline of zero means that the timer has fired and its interrupt may not have been delivered: the guest would sleep
-/// for ever. A deadline in the past fires at once and costs nothing if nobody waits.
+/// for ever. A deadline in the past fires at once and costs nothing if nobody waits. A counter of zero would mean to KVM:
+/// as on the other vCPUs.
 fn load_msr(msr: &Msr, tsc: u64) -> kvm_msr_entry {
-    let data = if msr.index == MSR_TSC_DEADLINE && msr.data == 0 { tsc } else { msr.data };
+    let data = match msr.index {
+        MSR_TSC_DEADLINE if msr.data == 0 => tsc,
+        MSR_TSC => msr.data.max(1),
+        _ => msr.data,
+    };
     kvm_msr_entry { index: msr.index, data, ..Default::default() }
 }
 
@@ -470,4 +493,22 @@ fn load_events(events: &VcpuEvents) -> kvm_vcpu_events {
     to.smi.latched_init = latched_init;
     to.triple_fault.pending = triple_fault;
     to
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unlisted_msrs_are_saved_once_and_the_deadline_is_loaded_last() {
+        let msrs = load_order(&with_unlisted(&[MSR_TSC_DEADLINE, 0x2ff, MSR_TSC]));
+        assert_eq!((msrs.first(), msrs.last()), (Some(&0x2ff), Some(&MSR_TSC_DEADLINE)));
+        let mut sorted = msrs.clone();
+        sorted.sort_unstable();
+        sorted.dedup();
+        assert_eq!(sorted.len(), msrs.len());
+        for index in [0x200, 0x20f, 0x250, 0x259, 0x26f, 0xc001_0015] {
+            assert!(msrs.contains(&index), "{index:#x}");
+        }
+    }
 }

@@ -1,10 +1,13 @@
-//! The virtio-vsock device over virtio-mmio (virtio 1.2, 4.2): its registers and its three queues.
+//! Devices over virtio-mmio (virtio 1.2, 4.2): the vsock device with its registers and its three queues, and the balloon.
 //!
 //! Memory that the device shares is made of atomics, so there is nothing unsafe about it. It is small and lies
 //! together: each page of it that a restored guest touches is a page that has to be fetched and copied.
 
+mod balloon;
 mod queue;
 mod registers;
+
+pub use balloon::Balloon;
 
 use crate::apic;
 use crate::loader::Boot;
@@ -49,6 +52,39 @@ pub type PacketBytes = [u8; RECEIVE_BYTES];
 /// An empty one.
 pub const NO_PACKET: PacketBytes = [0; RECEIVE_BYTES];
 
+/// The registers of a device, if it is of this kind, which has agreed to be driven without any feature.
+#[cold]
+fn identify(device: &MmioDevice, kind: u32) -> Option<Registers> {
+    const MAGIC: u32 = 0x7472_6976;
+    const VERSION: u32 = 2;
+    const VERSION_1: u32 = 1; // feature bit 32
+    let registers = Registers::of(device)?;
+    let identity = [register::MAGIC, register::VERSION, register::DEVICE_ID].map(|r| registers.read(r));
+    if identity != [MAGIC, VERSION, kind] {
+        return None;
+    }
+    registers.write(register::STATUS, 0);
+    registers.write(register::STATUS, status::ACKNOWLEDGE | status::DRIVER);
+    registers.write(register::DEVICE_FEATURES_SELECT, 1);
+    if registers.read(register::DEVICE_FEATURES) & VERSION_1 == 0 {
+        return None;
+    }
+    for (word, features) in [(0, 0), (1, VERSION_1)] {
+        registers.write(register::DRIVER_FEATURES_SELECT, word);
+        registers.write(register::DRIVER_FEATURES, features);
+    }
+    registers.write(register::STATUS, AGREED);
+    (registers.read(register::STATUS) & status::FEATURES_OK != 0).then_some(registers)
+}
+
+/// Status of a device that has agreed.
+const AGREED: u32 = status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK;
+
+/// Lets a device work, once its queues are set up.
+fn start(registers: Registers) {
+    registers.write(register::STATUS, AGREED | status::DRIVER_OK);
+}
+
 /// The device.
 pub struct Device {
     registers: Registers,
@@ -72,30 +108,7 @@ impl Device {
 
     #[cold]
     fn set_up(device: &MmioDevice) -> Option<Self> {
-        const MAGIC: u32 = 0x7472_6976;
-        const VERSION: u32 = 2;
-        const VERSION_1: u32 = 1; // feature bit 32
-        let registers = Registers::of(device)?;
-        let identity = [register::MAGIC, register::VERSION, register::DEVICE_ID].map(|r| registers.read(r));
-        if identity != [MAGIC, VERSION, VSOCK] {
-            return None;
-        }
-        registers.write(register::STATUS, 0);
-        let mut state = status::ACKNOWLEDGE | status::DRIVER;
-        registers.write(register::STATUS, state);
-        registers.write(register::DEVICE_FEATURES_SELECT, 1);
-        if registers.read(register::DEVICE_FEATURES) & VERSION_1 == 0 {
-            return None;
-        }
-        for (word, features) in [(0, 0), (1, VERSION_1)] {
-            registers.write(register::DRIVER_FEATURES_SELECT, word);
-            registers.write(register::DRIVER_FEATURES, features);
-        }
-        state |= status::FEATURES_OK;
-        registers.write(register::STATUS, state);
-        if registers.read(register::STATUS) & status::FEATURES_OK == 0 {
-            return None;
-        }
+        let registers = identify(device, VSOCK)?;
         let mut receive = Queue::set_up(registers, 0, &RECEIVE_RINGS, &RECEIVE_BUFFERS)?;
         let transmit = Queue::set_up(registers, 1, &TRANSMIT_RINGS, &TRANSMIT_BUFFERS)?;
         let mut events = Queue::set_up(registers, 2, &EVENT_RINGS, &EVENT_BUFFERS)?;
@@ -103,7 +116,7 @@ impl Device {
         (0..EVENT).for_each(|buffer| events.put(buffer));
         transmit.interrupts(false);
         apic::route(device.irq, Vector::Virtio);
-        registers.write(register::STATUS, state | status::DRIVER_OK);
+        start(registers);
         receive.show(registers);
         events.show(registers);
         Some(Device { registers, receive, events, outbox: Outbox { queue: transmit, free: (1 << TRANSMIT) - 1 } })

@@ -108,6 +108,11 @@ impl Buffer {
         self.len == 0
     }
 
+    /// Its pieces: addresses, and lengths in bytes. They may lie outside of guest memory.
+    pub fn pieces(&self) -> impl Iterator<Item = (GuestAddress, u32)> + '_ {
+        self.pieces.iter().copied()
+    }
+
     /// Copies bytes from `offset` bytes into the buffer to `data`.
     pub fn read(&self, mem: &GuestMemory, offset: u64, data: &mut [u8]) -> Result<(), ChainError> {
         self.each_piece(offset, data.len(), |addr, at, len| {

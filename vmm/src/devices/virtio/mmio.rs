@@ -53,6 +53,9 @@ pub enum TransportError {
     /// The driver was ready although a queue was not.
     #[error("saved virtio device is in use although its queue {0} is not ready; the snapshot is damaged")]
     QueueNotReady(usize),
+    /// The device had kept a buffer that its queue cannot have.
+    #[error("saved virtio device keeps buffer {0}, which its queue does not have; the snapshot is damaged")]
+    Held(u16),
     /// A queue is not in order.
     #[error("saved virtio queue {index} cannot be used: {error}; the snapshot is damaged or of another machine")]
     Queue {

@@ -1,5 +1,7 @@
 //! virtio devices (virtio 1.2) on the MMIO transport.
 
+pub mod balloon;
+pub mod block;
 pub mod chain;
 #[cfg(test)]
 mod fake_driver;

@@ -1,0 +1,484 @@
+//! Layers over an image: what a guest writes to a disk that it shares with others.
+//!
+//! ```text
+//!   newest   top       private, written               a scratch file without a name
+//!            frozen    private, no longer written     what was the top when a snapshot was taken
+//!            held      shared, never written          what the snapshot holds that this guest was restored from
+//!   oldest   image     shared, never written          none if the snapshot holds the whole disk
+//! ```
+//!
+//! Each cluster is seen in the newest layer that holds it. A scratch file has each cluster at its place, so it is sparse.
+//!
+//! *Freezing* makes the top a frozen layer and begins a new one. Frozen layers can be read on any thread while the guest
+//! goes on. *Folding* afterwards brings the newer ones into the oldest of them, in the background and in place: what is
+//! written there is hidden by the newer layers until the guest takes the result over. So a guest has two private layers at
+//! most, but for the time of a snapshot, and each cluster is copied once however often a snapshot is taken.
+
+use rustix::fs::FallocateFlags;
+use snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters};
+use snapshot::create::DiskSource;
+use snapshot::disk::Held;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Most layers. Only snapshots that fail one after the other make so many.
+const MAX_LAYERS: usize = 32;
+/// How much is copied at a time when layers are folded, in bytes.
+const PIECE: usize = 1 << 20;
+
+/// A layer: a file, and which of its clusters mean anything.
+#[derive(Debug)]
+pub struct Layer {
+    file: Arc<File>,
+    clusters: Clusters,
+    /// The file is ours alone.
+    private: bool,
+}
+
+impl Layer {
+    fn scratch(dir: &Path, size: u64) -> io::Result<Layer> {
+        Ok(Layer { file: Arc::new(tempfile::tempfile_in(dir)?), clusters: Clusters::new(size), private: true })
+    }
+}
+
+/// Layers that do not change, over an image or over nothing.
+#[derive(Clone, Debug)]
+pub struct Stack {
+    size: u64,
+    image: Option<Arc<File>>,
+    /// Oldest first.
+    layers: Vec<Arc<Layer>>,
+}
+
+impl Stack {
+    /// Reads the bytes at `offset` until `buf` is full.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.read_below(self.layers.len(), offset, buf)
+    }
+
+    /// Reads what the `count` oldest layers show.
+    fn read_below(&self, count: usize, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let Some((layer, below)) = self.layers[..count].split_last() else {
+            return match &self.image {
+                Some(image) => image.read_exact_at(buf, offset),
+                None => {
+                    buf.fill(0);
+                    Ok(())
+                }
+            };
+        };
+        read_layer(layer, offset, buf, |offset, buf| self.read_below(below.len(), offset, buf))
+    }
+
+    /// These layers as one, to be written into a snapshot.
+    pub fn flattened(&self) -> Flattened {
+        let mut clusters = Clusters::new(self.size);
+        self.layers.iter().for_each(|layer| clusters.lay(&layer.clusters));
+        Flattened { stack: self.clone(), clusters }
+    }
+
+    /// Brings all private layers into the oldest of them. `None` if there are not two, or on `cancel`. May take long.
+    pub fn fold(&self, cancel: &AtomicBool) -> io::Result<Option<Folded>> {
+        let private = self.layers.iter().position(|layer| layer.private).unwrap_or(self.layers.len());
+        let Some((oldest, newer)) = self.layers[private..].split_first() else { return Ok(None) };
+        if newer.is_empty() {
+            return Ok(None);
+        }
+        let (mut clusters, mut above) = (oldest.clusters.clone(), Clusters::new(self.size));
+        newer.iter().for_each(|layer| above.lay(&layer.clusters));
+        let mut buf = vec![0; PIECE];
+        for (run, state) in above.runs(0..above.count()) {
+            match state {
+                Cluster::Absent => {}
+                Cluster::Zero => give_back(oldest, run),
+                Cluster::Data => {
+                    let Range { start: mut at, end } = bytes(&run, self.size);
+                    while at < end {
+                        if cancel.load(Ordering::Relaxed) {
+                            return Ok(None);
+                        }
+                        let piece = &mut buf[..(end - at).min(PIECE as u64) as usize];
+                        self.read(at, piece)?;
+                        oldest.file.write_all_at(piece, at)?;
+                        at += piece.len() as u64;
+                    }
+                }
+            }
+        }
+        clusters.lay(&above);
+        let layer = Layer { file: oldest.file.clone(), clusters, private: true };
+        Ok(Some(Folded { layers: self.layers[private..].to_vec(), layer: Arc::new(layer) }))
+    }
+}
+
+/// Layers as one.
+#[derive(Debug)]
+pub struct Flattened {
+    stack: Stack,
+    clusters: Clusters,
+}
+
+impl DiskSource for Flattened {
+    fn size(&self) -> u64 {
+        self.stack.size
+    }
+
+    fn clusters(&self) -> &Clusters {
+        &self.clusters
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.stack.read(offset, buf)
+    }
+}
+
+/// A layer that shows what several others show.
+#[derive(Debug)]
+pub struct Folded {
+    layers: Vec<Arc<Layer>>,
+    layer: Arc<Layer>,
+}
+
+/// A disk that a guest can write, over layers that do not change.
+#[derive(Debug)]
+pub struct Overlay {
+    below: Stack,
+    top: Layer,
+    /// Where scratch files are made.
+    dir: PathBuf,
+}
+
+impl Overlay {
+    /// A disk of `size` bytes with nothing written to it, over `held` over `image`.
+    pub fn new(size: u64, image: Option<Arc<File>>, held: Option<Held>, dir: PathBuf) -> io::Result<Overlay> {
+        let top = Layer::scratch(&dir, size)?;
+        let held = held.map(|Held { file, clusters }| Layer { file: Arc::new(file), clusters, private: false });
+        Ok(Overlay { below: Stack { size, image, layers: held.into_iter().map(Arc::new).collect() }, top, dir })
+    }
+
+    /// Clusters that private layers hold.
+    pub fn private_clusters(&self) -> u64 {
+        let frozen = self.below.layers.iter().filter(|layer| layer.private);
+        self.top.clusters.data() + frozen.map(|layer| layer.clusters.data()).sum::<u64>()
+    }
+
+    /// How many clusters more the private layers will hold once these bytes are written.
+    pub fn growth(&self, offset: u64, len: u64) -> u64 {
+        let clusters = offset / CLUSTER_BYTES..(offset + len).div_ceil(CLUSTER_BYTES);
+        let runs = self.top.clusters.runs(clusters).filter(|(_, state)| *state != Cluster::Data);
+        runs.map(|(run, _)| run.end - run.start).sum()
+    }
+
+    /// Reads the bytes at `offset` until `buf` is full.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        read_layer(&self.top, offset, buf, |offset, buf| self.below.read(offset, buf))
+    }
+
+    /// Writes `data` at `offset`.
+    pub fn write(&mut self, mut offset: u64, mut data: &[u8]) -> io::Result<()> {
+        while !data.is_empty() {
+            let whole = self.whole_clusters(offset, data.len() as u64);
+            let taken = if whole.is_empty() {
+                self.write_part(offset, data)?
+            } else {
+                let Range { start, end } = bytes(&whole, self.below.size);
+                self.top.file.write_all_at(&data[..(end - start) as usize], start)?;
+                self.top.clusters.set(whole, Cluster::Data);
+                (end - start) as usize
+            };
+            offset += taken as u64;
+            data = &data[taken..];
+        }
+        Ok(())
+    }
+
+    /// Writes the part of `data` that lies in its first cluster, the rest of which is kept. Returns how long that is.
+    fn write_part(&mut self, offset: u64, data: &[u8]) -> io::Result<usize> {
+        let cluster = offset / CLUSTER_BYTES;
+        let Range { start, end } = bytes(&(cluster..cluster + 1), self.below.size);
+        let data = &data[..data.len().min((end - offset) as usize)];
+        if self.top.clusters.get(cluster) == Cluster::Data {
+            self.top.file.write_all_at(data, offset)?;
+            return Ok(data.len());
+        }
+        let mut copy = [0; CLUSTER_BYTES as usize];
+        let copy = &mut copy[..(end - start) as usize];
+        self.read(start, copy)?;
+        copy[(offset - start) as usize..][..data.len()].copy_from_slice(data);
+        self.top.file.write_all_at(copy, start)?;
+        self.top.clusters.set(cluster..cluster + 1, Cluster::Data);
+        Ok(data.len())
+    }
+
+    /// The whole clusters at the beginning of these bytes, if they begin with one.
+    fn whole_clusters(&self, offset: u64, len: u64) -> Range<u64> {
+        let (first, end) = (offset / CLUSTER_BYTES, offset + len);
+        if !offset.is_multiple_of(CLUSTER_BYTES) {
+            return first..first;
+        }
+        // The last cluster may be shorter than the others.
+        first..if end == self.below.size { end.div_ceil(CLUSTER_BYTES) } else { end / CLUSTER_BYTES }
+    }
+
+    /// Makes bytes zero and gives their space back.
+    pub fn zero(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        let (first, end) = (offset.next_multiple_of(CLUSTER_BYTES), offset + len);
+        const ZEROS: [u8; CLUSTER_BYTES as usize] = [0; CLUSTER_BYTES as usize];
+        if first >= end {
+            return self.write(offset, &ZEROS[..len as usize]);
+        }
+        self.write(offset, &ZEROS[..(first - offset) as usize])?;
+        let whole = self.discard(first, end - first);
+        let rest = bytes(&whole, self.below.size).end.max(first)..end;
+        self.write(rest.start, &ZEROS[..(rest.end - rest.start) as usize])
+    }
+
+    /// Makes whole clusters zero and gives their space back; parts of clusters are kept. Returns the clusters.
+    pub fn discard(&mut self, offset: u64, len: u64) -> Range<u64> {
+        let first = offset.next_multiple_of(CLUSTER_BYTES);
+        let whole = self.whole_clusters(first, (offset + len).saturating_sub(first));
+        give_back(&self.top, whole.clone());
+        self.top.clusters.set(whole.clone(), Cluster::Zero);
+        whole
+    }
+
+    /// Makes what was written until now a layer that no longer changes. Returns all layers below the new top.
+    pub fn freeze(&mut self) -> io::Result<Stack> {
+        if self.top.clusters != Clusters::new(self.below.size) {
+            if self.below.layers.len() >= MAX_LAYERS {
+                return Err(io::Error::other("it has too many layers, since earlier snapshots failed"));
+            }
+            let top = std::mem::replace(&mut self.top, Layer::scratch(&self.dir, self.below.size)?);
+            self.below.layers.push(Arc::new(top));
+        }
+        Ok(self.below.clone())
+    }
+
+    /// Takes over the result of [`Stack::fold`].
+    pub fn adopt(&mut self, folded: Folded) {
+        let Folded { layers, layer } = folded;
+        let same = |pair: (&Arc<Layer>, &Arc<Layer>)| Arc::ptr_eq(pair.0, pair.1);
+        let ours = &mut self.below.layers;
+        // The layers that were folded are still there, if those that came later are on top of them.
+        if let Some(at) = ours.windows(layers.len()).position(|ours| ours.iter().zip(&layers).all(same)) {
+            ours.splice(at..at + layers.len(), [layer]);
+        }
+    }
+}
+
+/// The bytes of these clusters of a disk of `size` bytes, whose last cluster may be short.
+fn bytes(clusters: &Range<u64>, size: u64) -> Range<u64> {
+    (clusters.start * CLUSTER_BYTES).min(size)..(clusters.end * CLUSTER_BYTES).min(size)
+}
+
+/// Reads what `layer` holds, and through `below` what it does not.
+fn read_layer(
+    layer: &Layer,
+    offset: u64,
+    buf: &mut [u8],
+    below: impl Fn(u64, &mut [u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let end = offset + buf.len() as u64;
+    for (run, state) in layer.clusters.runs(offset / CLUSTER_BYTES..end.div_ceil(CLUSTER_BYTES)) {
+        let from = (run.start * CLUSTER_BYTES).max(offset);
+        let to = (run.end * CLUSTER_BYTES).min(end);
+        let part = &mut buf[(from - offset) as usize..(to - offset) as usize];
+        match state {
+            Cluster::Data => layer.file.read_exact_at(part, from)?,
+            Cluster::Zero => part.fill(0),
+            Cluster::Absent => below(from, part)?,
+        }
+    }
+    Ok(())
+}
+
+/// Gives back the space of clusters that a private layer holds. Where the file system cannot, it is lost until the layer
+/// goes.
+fn give_back(layer: &Layer, clusters: Range<u64>) {
+    for (run, _) in layer.clusters.runs(clusters).filter(|(_, state)| *state == Cluster::Data) {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let (start, len) = (run.start * CLUSTER_BYTES, (run.end - run.start) * CLUSTER_BYTES);
+        let _ = rustix::fs::fallocate(&*layer.file, flags, start, len);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The last cluster is short.
+    const SIZE: u64 = 24 * CLUSTER_BYTES - 1024;
+
+    fn image() -> (Arc<File>, Vec<u8>) {
+        let bytes: Vec<u8> = (0..SIZE).map(|i| (i / 97 + i % 5) as u8 | 1).collect();
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&bytes, 0).unwrap();
+        (Arc::new(file), bytes)
+    }
+
+    fn overlay(image: Option<Arc<File>>) -> Overlay {
+        Overlay::new(SIZE, image, None, std::env::temp_dir()).unwrap()
+    }
+
+    fn read_all(overlay: &Overlay) -> Vec<u8> {
+        let mut bytes = vec![0; SIZE as usize];
+        overlay.read(0, &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn the_image_is_never_written() {
+        let (file, before) = image();
+        let mut overlay = overlay(Some(file.clone()));
+        overlay.write(100, b"new").unwrap();
+        overlay.zero(3 * CLUSTER_BYTES, 5 * CLUSTER_BYTES).unwrap();
+        assert_eq!(overlay.private_clusters(), 1);
+        let mut after = vec![0; SIZE as usize];
+        file.read_exact_at(&mut after, 0).unwrap();
+        assert!(before == after);
+    }
+
+    #[test]
+    fn discarded_space_is_given_back() {
+        use std::os::unix::fs::MetadataExt;
+        let mut overlay = overlay(None);
+        overlay.write(0, &[7; 20 * CLUSTER_BYTES as usize]).unwrap();
+        let blocks = |overlay: &Overlay| overlay.top.file.metadata().unwrap().blocks();
+        let before = blocks(&overlay);
+        assert_eq!(overlay.discard(1, 10 * CLUSTER_BYTES), 1..10);
+        assert_eq!(overlay.private_clusters(), 11);
+        assert!(blocks(&overlay) < before, "{before} blocks, and then {}", blocks(&overlay));
+        assert_eq!(overlay.growth(0, SIZE), 13);
+    }
+
+    #[test]
+    fn frozen_layers_are_folded_into_one_while_the_guest_goes_on() {
+        let never = AtomicBool::new(false);
+        let mut overlay = overlay(Some(image().0));
+        for round in 0..5u8 {
+            overlay.write(u64::from(round) * 5000, &[round + 1; 9000]).unwrap();
+            let stack = overlay.freeze().unwrap();
+            overlay.write(1000, &[0xee; 8]).unwrap();
+            let before = read_all(&overlay);
+            let folded = stack.fold(&never).unwrap();
+            assert_eq!(folded.is_some(), round > 0);
+            assert!(read_all(&overlay) == before, "folding is not seen");
+            folded.into_iter().for_each(|folded| overlay.adopt(folded));
+            assert!(read_all(&overlay) == before, "nor is its result");
+            assert_eq!(overlay.below.layers.len(), 1);
+        }
+        // A snapshot without anything written since adds no layer, and folds nothing.
+        overlay.freeze().unwrap();
+        let stack = overlay.freeze().unwrap();
+        assert_eq!(stack.layers.len(), 2);
+        assert!(stack.fold(&AtomicBool::new(true)).unwrap().is_none(), "cancelled");
+    }
+
+    #[test]
+    fn layers_are_bounded() {
+        let mut overlay = overlay(None);
+        for _ in 0..MAX_LAYERS {
+            overlay.write(0, b"x").unwrap();
+            overlay.freeze().unwrap();
+        }
+        overlay.freeze().unwrap();
+        overlay.write(0, b"y").unwrap();
+        assert!(overlay.freeze().is_err());
+        let mut first = [0];
+        overlay.read(0, &mut first).unwrap();
+        assert_eq!(&first, b"y");
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Write(u64, usize, u8),
+        Zero(u64, u64),
+        Discard(u64, u64),
+        Freeze,
+        Fold,
+        Clone,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let range = (0..SIZE / 512, prop_oneof![1..4u64, 1..100u64]).prop_map(|(at, len)| {
+            let at = at * 512;
+            (at, (len * 512).min(SIZE - at))
+        });
+        let step = prop_oneof![
+            4 => (range.clone(), any::<u8>()).prop_map(|((at, len), byte)| Step::Write(at, len as usize, byte)),
+            2 => range.clone().prop_map(|(at, len)| Step::Zero(at, len)),
+            1 => range.prop_map(|(at, len)| Step::Discard(at, len)),
+            1 => Just(Step::Freeze),
+            1 => Just(Step::Fold),
+            1 => Just(Step::Clone),
+        ];
+        prop::collection::vec(step, 1..30)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// An overlay is a plain run of bytes, whatever is frozen, folded, or cut off by a snapshot and restored.
+        #[test]
+        fn an_overlay_is_a_run_of_bytes(steps in steps(), over_image: bool) {
+            let (file, bytes) = image();
+            let image = over_image.then_some(file);
+            let mut overlay = overlay(image.clone());
+            let mut model = if over_image { bytes } else { vec![0; SIZE as usize] };
+            let never = AtomicBool::new(false);
+            let mut frozen: Option<(Stack, Vec<u8>)> = None;
+            for step in steps {
+                match step {
+                    Step::Write(at, len, byte) => {
+                        let grown = overlay.private_clusters() + overlay.growth(at, len as u64);
+                        overlay.write(at, &vec![byte; len]).unwrap();
+                        prop_assert_eq!(overlay.private_clusters(), grown);
+                        model[at as usize..at as usize + len].fill(byte);
+                    }
+                    Step::Zero(at, len) => {
+                        overlay.zero(at, len).unwrap();
+                        model[at as usize..(at + len) as usize].fill(0);
+                    }
+                    Step::Discard(at, len) => {
+                        let Range { start, end } = bytes_of(overlay.discard(at, len));
+                        prop_assert!(start == end || start >= at && end <= at + len);
+                        model[start as usize..end as usize].fill(0);
+                    }
+                    Step::Freeze => frozen = Some((overlay.freeze().unwrap(), model.clone())),
+                    Step::Fold => {
+                        if let Some((stack, then)) = frozen.take() {
+                            let mut bytes = vec![0; SIZE as usize];
+                            stack.read(0, &mut bytes).unwrap();
+                            prop_assert!(bytes == then, "frozen layers do not change");
+                            stack.fold(&never).unwrap().into_iter().for_each(|folded| overlay.adopt(folded));
+                        }
+                    }
+                    Step::Clone => {
+                        frozen = None;
+                        let flat = overlay.freeze().unwrap().flattened();
+                        let file = tempfile::tempfile().unwrap();
+                        for (run, _) in flat.clusters().runs(0..24).filter(|(_, state)| *state == Cluster::Data) {
+                            let Range { start, end } = bytes_of(run);
+                            let mut data = vec![0; (end - start) as usize];
+                            flat.read(start, &mut data).unwrap();
+                            file.write_all_at(&data, start).unwrap();
+                        }
+                        let held = Held { file, clusters: flat.clusters().clone() };
+                        overlay = Overlay::new(SIZE, image.clone(), Some(held), std::env::temp_dir()).unwrap();
+                        prop_assert_eq!(overlay.private_clusters(), 0);
+                    }
+                }
+                prop_assert!(read_all(&overlay) == model);
+            }
+        }
+    }
+
+    fn bytes_of(clusters: Range<u64>) -> Range<u64> {
+        bytes(&clusters, SIZE)
+    }
+}

@@ -1,0 +1,248 @@
+//! The disks of a machine: opened before anything else is built, and brought into a snapshot.
+//!
+//! | disk of the original | in the snapshot | disk of a clone |
+//! |---|---|---|
+//! | read only | path, size and time of its image | the same image |
+//! | overlay | those of its image; all layers as one | a fresh overlay over that layer over the image |
+//! | raw | all of it | a fresh overlay over the snapshot's copy |
+//!
+//! So no clone writes anything that another can see.
+
+use super::config::{self, ConfigError};
+use super::record;
+use super::snapshot::SnapshotError;
+use super::wiring::Devices;
+use crate::devices::lock;
+use crate::devices::virtio::block::disk::{Frozen, Image, ImageFacts};
+use crate::devices::virtio::block::overlay::{Folded, Stack};
+use crate::devices::virtio::block::{Disk, DiskError};
+use api_spec::devices::{CacheType, Drive};
+use api_spec::snapshot::{DriveOverride, SnapshotLoad};
+use snapshot::create::{CopiedDisk, CreateError, Staging};
+use snapshot::load::Snapshot;
+use snapshot::manifest::{self, DiskImage, DriveDevice, HeldDisk};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+/// Why the disks of a snapshot could not be restored.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreDisksError {
+    /// An image.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// What the snapshot holds.
+    #[error(transparent)]
+    Held(#[from] snapshot::disk::DiskError),
+    /// A disk that cannot be configured.
+    #[error("the snapshot's disks cannot be built: {0}")]
+    Config(#[from] ConfigError),
+    /// Another image for a disk that is not there.
+    #[error("drive_overrides: the snapshot has no drive {0:?}")]
+    NoDrive(String),
+    /// The same disk twice.
+    #[error("drive_overrides: drive {0:?} is given twice")]
+    Twice(String),
+    /// Another image for a disk that has none.
+    #[error("drive_overrides: all of drive {0} is in the snapshot; it has no image to be found elsewhere")]
+    Whole(String),
+}
+
+/// Opens the disks of a machine that is to boot.
+pub fn open(drives: &[Drive]) -> Result<Vec<Disk>, DiskError> {
+    drives.iter().map(open_one).collect()
+}
+
+fn open_one(drive: &Drive) -> Result<Disk, DiskError> {
+    let id = &drive.drive_id;
+    let raw_writable = !drive.is_read_only && !drive.overlay;
+    let image = Image::open(id, &drive.path_on_host, raw_writable)?;
+    match drive.overlay {
+        true => Disk::overlay(id, image.facts().size, Some(image), None),
+        false => Ok(Disk::raw(image, raw_writable)),
+    }
+}
+
+/// Opens the disks of a snapshot for a clone, and says how they are configured.
+pub fn restore(snapshot: &Snapshot, request: &SnapshotLoad) -> Result<(Vec<Drive>, Vec<Disk>), RestoreDisksError> {
+    let saved = &snapshot.manifest().devices.drives;
+    let overrides = &request.drive_overrides;
+    for (i, DriveOverride { drive_id, .. }) in overrides.iter().enumerate() {
+        if overrides[..i].iter().any(|other| other.drive_id == *drive_id) {
+            return Err(RestoreDisksError::Twice(drive_id.clone()));
+        }
+        match saved.iter().find(|drive| drive.drive_id == *drive_id) {
+            None => return Err(RestoreDisksError::NoDrive(drive_id.clone())),
+            Some(DriveDevice { image: None, .. }) => return Err(RestoreDisksError::Whole(drive_id.clone())),
+            Some(_) => {}
+        }
+    }
+    let drives: Vec<Drive> = saved
+        .iter()
+        .map(|drive| {
+            let other = overrides.iter().find(|other| other.drive_id == drive.drive_id);
+            configured(drive, other.map(|other| other.path_on_host.as_path()), snapshot.dir())
+        })
+        .collect();
+    config::check_drives(&drives)?;
+    let disks = saved.iter().zip(&drives).map(|(saved, drive)| restore_one(snapshot, saved, drive));
+    let disks = disks.collect::<Result<_, _>>()?;
+    Ok((drives, disks))
+}
+
+/// How a disk of a clone is configured.
+fn configured(saved: &DriveDevice, other_path: Option<&Path>, dir: &Path) -> Drive {
+    let own = match (&saved.image, &saved.held) {
+        (Some(image), _) => PathBuf::from(&image.path),
+        (None, Some(held)) => dir.join(&held.file),
+        (None, None) => dir.to_owned(), // The manifest's check lets no such disk pass.
+    };
+    Drive {
+        drive_id: saved.drive_id.clone(),
+        path_on_host: other_path.map_or(own, Path::to_owned),
+        is_root_device: saved.is_root_device,
+        is_read_only: saved.is_read_only,
+        partuuid: saved.partuuid.clone(),
+        cache_type: match saved.cache_type {
+            manifest::CacheType::Unsafe => CacheType::Unsafe,
+            manifest::CacheType::Writeback => CacheType::Writeback,
+        },
+        io_engine: Default::default(),
+        rate_limiter: saved.rate_limit.map(record::rate_limiter),
+        overlay: !saved.is_read_only,
+        max_overlay_mib: saved.max_overlay_mib,
+    }
+}
+
+fn restore_one(snapshot: &Snapshot, saved: &DriveDevice, drive: &Drive) -> Result<Disk, RestoreDisksError> {
+    let image = saved.image.as_ref().map(|image| open_same(image, saved.size_bytes, drive)).transpose()?;
+    let held = snapshot.open_disk(saved)?;
+    match image {
+        Some(image) if saved.is_read_only => Ok(Disk::raw(image, false)),
+        image => Ok(Disk::overlay(&saved.drive_id, saved.size_bytes, image, held)?),
+    }
+}
+
+/// Opens an image that must be the one that a snapshot was taken over.
+fn open_same(saved: &DiskImage, saved_size: u64, drive: &Drive) -> Result<Image, DiskError> {
+    let image = Image::open(&drive.drive_id, &drive.path_on_host, false)?;
+    let ImageFacts { path, size, modified_ns } = image.facts();
+    let what = if *size != saved_size {
+        format!("it has {size} bytes and had {saved_size}")
+    } else if *modified_ns != saved.modified_ns {
+        "it has another time of last change".to_owned()
+    } else {
+        return Ok(image);
+    };
+    Err(DiskError::Changed { id: drive.drive_id.clone(), path: path.clone(), what })
+}
+
+/// A disk as it is when the guest goes on.
+pub struct Captured {
+    /// What the manifest says of it, but for what is held.
+    device: DriveDevice,
+    contents: Contents,
+}
+
+enum Contents {
+    /// An image that nobody writes.
+    Image,
+    /// Layers that do not change; still to be written.
+    Layers(Stack),
+    /// Copied already; still to be described.
+    Copied(CopiedDisk),
+}
+
+/// Gathers the disks of a guest that stands still, whose devices' state has been saved. Overlays are frozen; an image that
+/// the guest writes itself is copied now.
+pub fn capture(
+    devices: &Devices,
+    drives: &[Drive],
+    staging: &mut Staging,
+    cancel: &AtomicBool,
+) -> Result<Vec<Captured>, SnapshotError> {
+    let mut captured = Vec::with_capacity(drives.len());
+    for (drive, slot) in drives.iter().zip(&devices.drives) {
+        let mut block = lock(&slot.device);
+        let size = block.size();
+        let unreadable = |source| SnapshotError::Disk { id: drive.drive_id.clone(), source };
+        let (image, contents) = match block.freeze().map_err(unreadable)? {
+            Frozen::Image(facts) => (Some(facts), Contents::Image),
+            Frozen::Layers(facts, stack) => (facts, Contents::Layers(stack)),
+            Frozen::Writable(file) => {
+                (None, Contents::Copied(staging.copy_disk(&drive.drive_id, &file, size, cancel)?))
+            }
+        };
+        captured.push(Captured { device: describe(drive, size, image), contents });
+    }
+    Ok(captured)
+}
+
+fn describe(drive: &Drive, size_bytes: u64, image: Option<ImageFacts>) -> DriveDevice {
+    let Drive {
+        drive_id,
+        path_on_host: _,
+        is_root_device,
+        is_read_only,
+        partuuid,
+        cache_type,
+        io_engine: _,
+        rate_limiter,
+        overlay: _,
+        max_overlay_mib,
+    } = drive;
+    DriveDevice {
+        drive_id: drive_id.clone(),
+        is_root_device: *is_root_device,
+        is_read_only: *is_read_only,
+        partuuid: partuuid.clone(),
+        cache_type: match cache_type {
+            CacheType::Unsafe => manifest::CacheType::Unsafe,
+            CacheType::Writeback => manifest::CacheType::Writeback,
+        },
+        rate_limit: rate_limiter.map(record::rate_limit),
+        max_overlay_mib: *max_overlay_mib,
+        size_bytes,
+        image: image.map(|ImageFacts { path, size: _, modified_ns }| DiskImage {
+            path: path.to_string_lossy().into_owned(),
+            modified_ns,
+        }),
+        held: None,
+    }
+}
+
+/// Writes what was gathered, while the guest goes on. Returns what the manifest says of the disks.
+pub fn write(
+    staging: &mut Staging,
+    captured: &mut [Captured],
+    cancel: &AtomicBool,
+) -> Result<Vec<DriveDevice>, CreateError> {
+    let mut written = Vec::with_capacity(captured.len());
+    for Captured { device, contents } in captured {
+        let id = &device.drive_id;
+        let held: Option<HeldDisk> = match std::mem::replace(contents, Contents::Image) {
+            Contents::Image => None,
+            Contents::Copied(copied) => Some(staging.describe_disk(copied, cancel)?),
+            Contents::Layers(stack) => {
+                let held = staging.write_disk(id, &stack.flattened(), cancel)?;
+                *contents = Contents::Layers(stack);
+                Some(held)
+            }
+        };
+        written.push(DriveDevice { held, ..device.clone() });
+    }
+    Ok(written)
+}
+
+/// Folds the layers that were frozen, for the devices to take over: each with the number of its disk. A failure costs
+/// time when the disk is read, no more.
+pub fn fold(captured: &[Captured], cancel: &AtomicBool) -> Vec<(usize, Folded)> {
+    let mut folded = Vec::new();
+    for (number, Captured { device, contents }) in captured.iter().enumerate() {
+        let Contents::Layers(stack) = contents else { continue };
+        match stack.fold(cancel) {
+            Ok(result) => folded.extend(result.map(|result| (number, result))),
+            Err(e) => log::warn!("drive {}: the overlay's layers stay apart: {e}", device.drive_id),
+        }
+    }
+    folded
+}
