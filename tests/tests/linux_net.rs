@@ -89,19 +89,31 @@ fn guest_reaches(agent: &mut LinuxAgent, address: Ipv4Addr) {
 fn talks_in_bulk(agent: &mut LinuxAgent) {
     let listener = TcpListener::bind((HOST, 0)).expect("the host can listen");
     let port = listener.local_addr().expect("it has an address").port();
-    let sums = agent.leave(&format!(
-        "yes coppice | head -c {BULK} | nc {HOST} {port} | cksum >/tmp/sum.new; mv /tmp/sum.new /tmp/sum"
-    ));
-    let (mut stream, _) = listener.accept().expect("the guest connects");
-    stream.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
-    let mut got = vec![0; BULK];
-    stream.read_exact(&mut got).unwrap_or_else(|e| panic!("{sums:?}: the guest does not send all: {e}"));
-    assert!(got.iter().eq(b"coppice\n".iter().cycle().take(BULK)), "every byte, in order");
-    stream.write_all(&got).expect("the guest takes it");
-    drop(stream);
-    assert!(holds_within(PATIENCE, || agent.shell("[ -e /tmp/sum ] && echo yes || echo no") == "yes"));
-    let expected = agent.shell(&format!("yes coppice | head -c {BULK} | cksum"));
-    assert_eq!(agent.shell("cat /tmp/sum; rm /tmp/sum"), expected);
+    let bulk: Vec<u8> = b"coppice\n".iter().copied().cycle().take(BULK).collect();
+    let from_guest = || {
+        let (mut stream, _) = listener.accept().expect("the guest connects");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
+        let mut got = Vec::new();
+        stream.read_to_end(&mut got).expect("the guest sends all");
+        got
+    };
+    let to_guest = || {
+        let (mut stream, _) = listener.accept().expect("the guest connects");
+        // What it asks for is of no interest, only that it has asked.
+        let _ = stream.read(&mut [0; 1024]).expect("it asks");
+        write!(stream, "HTTP/1.0 200 OK\r\nContent-Length: {BULK}\r\n\r\n").expect("it listens");
+        stream.write_all(&bulk).expect("it takes all");
+    };
+    std::thread::scope(|scope| {
+        let got = scope.spawn(from_guest);
+        agent.shell(&format!("yes coppice | head -c {BULK} | nc {HOST} {port}"));
+        assert!(got.join().expect("the host listens") == bulk, "every byte, in order");
+    });
+    std::thread::scope(|scope| {
+        scope.spawn(to_guest);
+        let sum = agent.shell(&format!("wget -q -O - http://{HOST}:{port}/ | cksum"));
+        assert_eq!(sum, agent.shell(&format!("yes coppice | head -c {BULK} | cksum")));
+    });
 }
 
 /// Random bytes of the host, through the source of entropy.
