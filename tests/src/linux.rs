@@ -5,7 +5,7 @@
 use crate::holds_within;
 use crate::place::Place;
 use crate::vm::Vm;
-use api_spec::agent::linux::{Exec, Exit, Identity};
+use api_spec::agent::linux::{Exec, Exit, Identity, Interface};
 use api_spec::agent::{Request, Response, Resumed};
 use api_spec::client::AgentClient;
 use api_spec::client::agent::AgentError;
@@ -212,11 +212,17 @@ impl LinuxAgent {
     /// Tells a clone who it is: the generation id that it sees, the time, fresh entropy, and this host name.
     #[track_caller]
     pub fn becomes_itself(&mut self, hostname: &str) -> [u8; 16] {
+        self.becomes_itself_at(hostname, Vec::new())
+    }
+
+    /// As [`LinuxAgent::becomes_itself`], and these are its network interfaces.
+    #[track_caller]
+    pub fn becomes_itself_at(&mut self, hostname: &str, interfaces: Vec<Interface>) -> [u8; 16] {
         let generation = self.generation();
         let mut entropy = [0; 32];
         rustix::rand::getrandom(&mut entropy, rustix::rand::GetRandomFlags::empty()).expect("the host has entropy");
         let resumed = Resumed { generation, time_ns: wall_clock().as_nanos() as u64, entropy };
-        let identity = Identity { hostname: Some(hostname.to_owned()), ..Identity::new(resumed) };
+        let identity = Identity { hostname: Some(hostname.to_owned()), interfaces, ..Identity::new(resumed) };
         let taken = self.0.identity(&identity).unwrap_or_else(|e| panic!("{hostname} did not become itself: {e}"));
         assert_eq!(taken, generation);
         generation

@@ -240,8 +240,7 @@ pub fn check_network(interfaces: &[NetworkInterface]) -> Result<(), ConfigError>
     Ok(())
 }
 
-/// The network interfaces with another one, in the place of the one of the same name if there is one. `id` is what the
-/// request's path calls it.
+/// The network interfaces with another one, in the place of the one of the same name if there is one.
 pub fn with_interface(
     interfaces: &[NetworkInterface],
     interface: NetworkInterface,
