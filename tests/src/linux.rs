@@ -10,6 +10,7 @@ use api_spec::agent::{Request, Response, Resumed};
 use api_spec::client::AgentClient;
 use api_spec::client::agent::AgentError;
 use api_spec::client::linux::{Finished, Started};
+use api_spec::devices::{CacheType, Drive};
 use api_spec::vm::Readiness;
 use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
@@ -51,6 +52,22 @@ impl Linux {
         };
         test_skip::skip(reason);
         None
+    }
+
+    /// A private overlay over the root image, as the guest's root disk.
+    pub fn root_disk(&self) -> Drive {
+        Drive {
+            drive_id: "root".into(),
+            path_on_host: self.root.clone(),
+            is_root_device: true,
+            is_read_only: false,
+            partuuid: None,
+            cache_type: CacheType::Writeback,
+            io_engine: Default::default(),
+            rate_limiter: None,
+            overlay: true,
+            max_overlay_mib: None,
+        }
     }
 
     /// The same guest with more files in its initial RAM disk, or with others: path, permission bits, content. What is

@@ -236,31 +236,3 @@ fn a_guest_whose_overlay_is_full_waits_for_room() {
     assert_calm(&vm.stop().stdout);
     assert!(fs::read(&path).expect("it can be read") == before);
 }
-
-#[test]
-fn one_root_image_serves_a_guest_and_its_clones() {
-    let Some(linux) = Linux::guest("6.12") else { return };
-    let place = Place::new();
-    let linux = linux.elf();
-    let root = Drive { is_root_device: true, overlay: true, ..drive("root", &linux.root) };
-    let boot = Boot::new(&place).linux(&linux, "quiet systemd.show_status=false").memory_mib(512).drive(root);
-    let mut vm = boot.start("parent");
-    vm.becomes(Readiness::Full);
-    let mut agent = vm.linux_agent();
-    assert_eq!(agent.shell("cat /proc/1/comm; grep ' / ' /proc/mounts | cut -d' ' -f1"), "systemd\n/dev/vda");
-    agent.shell("echo parent >/srv/who; sync");
-    let snapshot = place.join("snapshot");
-    agent.pre_snapshot().expect("the guest prepares for a snapshot");
-    vm.snapshot(&snapshot);
-    assert_calm(&vm.stop().stdout);
-    for name in ["clone-a", "clone-b"] {
-        let (clone, mut agent) = restore(&place, &snapshot, name);
-        agent.shell("sync; echo 3 >/proc/sys/vm/drop_caches");
-        assert_eq!(agent.shell("cat /srv/who"), "parent");
-        assert_eq!(
-            agent.shell(&format!("echo {name} >/srv/who; sync; cat /srv/who; python3 -c 'print(6 * 7)'")),
-            format!("{name}\n42")
-        );
-        assert_calm(&clone.stop().stdout);
-    }
-}
