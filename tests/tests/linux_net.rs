@@ -111,8 +111,8 @@ fn talks_in_bulk(agent: &mut LinuxAgent) {
     });
     std::thread::scope(|scope| {
         scope.spawn(to_guest);
-        let sum = agent.shell(&format!("wget -q -O - http://{HOST}:{port}/ | cksum"));
-        assert_eq!(sum, agent.shell(&format!("yes coppice | head -c {BULK} | cksum")));
+        let sum = agent.shell(&format!("wget -q -O - http://{HOST}:{port}/ | sha256sum"));
+        assert_eq!(sum, agent.shell(&format!("yes coppice | head -c {BULK} | sha256sum")));
     });
 }
 
