@@ -98,6 +98,17 @@ fn start_time(agent: &mut LinuxAgent, pid: u32) -> String {
     agent.shell(&format!("cut -d' ' -f22 /proc/{pid}/stat"))
 }
 
+/// How much of two seconds a guest with one vCPU was busy, in per cent.
+fn busy(agent: &mut LinuxAgent) -> u64 {
+    let both = agent.shell("head -n 1 /proc/stat; sleep 2; head -n 1 /proc/stat");
+    let ticks =
+        |line: &str| -> Vec<u64> { line.split_ascii_whitespace().skip(1).map_while(|n| n.parse().ok()).collect() };
+    let [before, after] = both.lines().map(ticks).collect::<Vec<_>>().try_into().expect("two lines");
+    let passed: Vec<u64> = after.iter().zip(&before).map(|(after, before)| after - before).collect();
+    let (all, idle): (u64, u64) = (passed.iter().sum(), passed[3] + passed[4]);
+    (all - idle) * 100 / all.max(1)
+}
+
 #[test]
 fn a_clone_answers_from_the_interpreter_that_was_in_the_snapshot() {
     let Some(linux) = Linux::guest("6.12") else { return };
@@ -133,6 +144,8 @@ fn a_clone_answers_from_the_interpreter_that_was_in_the_snapshot() {
         assert!(randoms.insert(answer.random), "{name}'s service repeats what another has said");
         assert!(randoms.insert(fresh_random(&mut agent)), "{name}'s fresh interpreter repeats what another has said");
         assert_eq!(agent.shell("hostname; cat /etc/hostname"), format!("{name}\n{name}"));
+        assert!(holds_within(PATIENCE, || busy(&mut agent) < 5), "{name} does not come to rest");
+        assert_eq!(agent.shell("systemctl list-jobs --no-legend"), "");
         // Its disk is its own, over the image and what the parent had written.
         agent.shell("sync; echo 3 >/proc/sys/vm/drop_caches");
         assert_eq!(agent.shell("cat /srv/who"), "parent");
