@@ -173,7 +173,9 @@ fn the_bound_of_an_overlay_is_raised_over_the_api() {
     require!(Kvm);
     let place = Place::new();
     let (path, _) = image(&place, "base.img");
-    let (mut vm, _) = Boot::new(&place).drive(Drive { max_overlay_mib: Some(1), ..overlay(&path) }).ready("vm");
+    let sealed = Drive { is_read_only: true, ..drive("sealed", &path) };
+    let root = Drive { max_overlay_mib: Some(1), ..overlay(&path) };
+    let (mut vm, _) = Boot::new(&place).drive(root).drive(sealed).ready("vm");
     let update = |max_overlay_mib, path_on_host| DriveUpdate { drive_id: "root".into(), path_on_host, max_overlay_mib };
     let mut patch =
         |id: &str, update: &DriveUpdate| vm.api().patch(&format!("/drives/{id}"), update).map_err(|e| e.to_string());
@@ -184,6 +186,7 @@ fn the_bound_of_an_overlay_is_raised_over_the_api() {
         ("root", update(Some(0), None), "at least 1"),
         ("data", update(Some(64), None), "drive_id is root"),
         ("data", DriveUpdate { drive_id: "data".into(), ..update(Some(64), None) }, "there is no data"),
+        ("sealed", DriveUpdate { drive_id: "sealed".into(), ..update(Some(64), None) }, "is_read_only"),
     ] {
         let refused = patch(id, &update).expect_err("it is refused");
         assert!(refused.contains(word), "{word}: {refused}");

@@ -3,7 +3,7 @@
 
 use super::Machine;
 use super::boot::{BootError, boot};
-use super::config::{self, ConfigError, DriveError};
+use super::config::{self, ConfigError};
 use super::private::PrivateWatch;
 use super::requests::{self, NotNow, Phase};
 use super::restore::{RestoreError, restore};
@@ -428,10 +428,9 @@ impl Driver {
                 done
             }
             Request::PatchDrive(update) => {
-                let mib = config::check_drive_update(&update)?;
                 let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-                let unknown = || ConfigError::from(DriveError::Unknown(update.drive_id.clone()));
-                machine.set_max_overlay(&update.drive_id, mib).ok_or_else(unknown)?;
+                let mib = config::check_drive_update(&update, &machine.plan().drives)?;
+                machine.set_max_overlay(&update.drive_id, mib);
                 self.config.drives = machine.plan().drives.clone();
                 done
             }
