@@ -152,6 +152,23 @@ enum Contents {
     Copied(CopiedDisk),
 }
 
+/// The layers of a disk that do not change.
+pub struct Layers {
+    /// Number of the disk.
+    number: usize,
+    drive_id: String,
+    stack: Stack,
+}
+
+/// The frozen layers of disks that have any.
+pub fn layers(devices: &Devices) -> Vec<Layers> {
+    let layers = devices.drives.iter().enumerate().map(|(number, slot)| {
+        let block = lock(&slot.device);
+        Some(Layers { number, drive_id: block.id().to_owned(), stack: block.frozen_layers()? })
+    });
+    layers.flatten().collect()
+}
+
 /// Gathers the disks of a guest that stands still, whose devices' state has been saved. Overlays are frozen; an image that
 /// the guest writes itself is copied now.
 pub fn capture(
@@ -213,35 +230,29 @@ fn describe(drive: &Drive, size_bytes: u64, image: Option<ImageFacts>) -> DriveD
 /// Writes what was gathered, while the guest goes on. Returns what the manifest says of the disks.
 pub fn write(
     staging: &mut Staging,
-    captured: &mut [Captured],
+    captured: Vec<Captured>,
     cancel: &AtomicBool,
 ) -> Result<Vec<DriveDevice>, CreateError> {
     let mut written = Vec::with_capacity(captured.len());
     for Captured { device, contents } in captured {
-        let id = &device.drive_id;
-        let held: Option<HeldDisk> = match std::mem::replace(contents, Contents::Image) {
+        let held: Option<HeldDisk> = match contents {
             Contents::Image => None,
             Contents::Copied(copied) => Some(staging.describe_disk(copied, cancel)?),
-            Contents::Layers(stack) => {
-                let held = staging.write_disk(id, &stack.flattened(), cancel)?;
-                *contents = Contents::Layers(stack);
-                Some(held)
-            }
+            Contents::Layers(stack) => Some(staging.write_disk(&device.drive_id, &stack.flattened(), cancel)?),
         };
-        written.push(DriveDevice { held, ..device.clone() });
+        written.push(DriveDevice { held, ..device });
     }
     Ok(written)
 }
 
-/// Folds the layers that were frozen, for the devices to take over: each with the number of its disk. A failure costs
-/// time when the disk is read, no more.
-pub fn fold(captured: &[Captured], cancel: &AtomicBool) -> Vec<(usize, Folded)> {
+/// Folds frozen layers, for the devices to take over: each with the number of its disk. A failure costs time when the disk
+/// is read, and the next snapshot, whether it succeeds or not, tries again.
+pub fn fold(layers: &[Layers], cancel: &AtomicBool) -> Vec<(usize, Folded)> {
     let mut folded = Vec::new();
-    for (number, Captured { device, contents }) in captured.iter().enumerate() {
-        let Contents::Layers(stack) = contents else { continue };
+    for Layers { number, drive_id, stack } in layers {
         match stack.fold(cancel) {
-            Ok(result) => folded.extend(result.map(|result| (number, result))),
-            Err(e) => log::warn!("drive {}: the overlay's layers stay apart: {e}", device.drive_id),
+            Ok(result) => folded.extend(result.map(|result| (*number, result))),
+            Err(e) => log::warn!("drive {drive_id}: the overlay's layers stay apart: {e}"),
         }
     }
     folded

@@ -25,7 +25,7 @@ use super::super::interrupt::Interrupt;
 use super::super::rings::{QueueBroken, Rings};
 use super::super::{EVENT_IDX, VERSION_1, VirtioDevice};
 use super::disk::{Disk, Frozen};
-use super::overlay::Folded;
+use super::overlay::{Folded, Stack};
 use super::request::{
     HEADER_LEN, ID_LEN, Limits, MAX_DATA, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_ZERO_SECTORS, Request, SECTOR,
     Segment, Status,
@@ -171,6 +171,11 @@ impl Block {
     /// What a snapshot needs of the disk. The guest must stand still, and the device's state be saved.
     pub fn freeze(&mut self) -> io::Result<Frozen> {
         self.disk.freeze()
+    }
+
+    /// The layers that earlier snapshots have frozen; `None` for a disk without any.
+    pub fn frozen_layers(&self) -> Option<Stack> {
+        self.disk.frozen_layers()
     }
 
     /// Takes over the layer in which a snapshot's layers have been folded.

@@ -305,6 +305,14 @@ impl Disk {
         })
     }
 
+    /// The layers below the one that is written; `None` for a disk without layers.
+    pub fn frozen_layers(&self) -> Option<Stack> {
+        match &self.kind {
+            Kind::Raw { .. } => None,
+            Kind::Overlay { overlay, .. } => Some(overlay.frozen()),
+        }
+    }
+
     /// Takes over the result of [`Stack::fold`].
     pub fn adopt(&mut self, folded: Folded) {
         if let Kind::Overlay { overlay, .. } = &mut self.kind {

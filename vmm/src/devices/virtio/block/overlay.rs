@@ -26,7 +26,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Most layers. Only snapshots that fail one after the other make so many.
+/// Most layers. So many come about only if folding fails time and again, since each snapshot, whether it succeeds or fails,
+/// ends with folding.
 const MAX_LAYERS: usize = 32;
 /// How much is copied at a time when layers are folded, in bytes.
 const PIECE: usize = 1 << 20;
@@ -251,12 +252,20 @@ impl Overlay {
     pub fn freeze(&mut self) -> io::Result<Stack> {
         if self.top.clusters != Clusters::new(self.below.size) {
             if self.below.layers.len() >= MAX_LAYERS {
-                return Err(io::Error::other("it has too many layers, since earlier snapshots failed"));
+                return Err(io::Error::other(
+                    "its overlay has too many layers, which could not be folded; that is tried again now: see whether the \
+                     file system of TMPDIR is full, then repeat the snapshot",
+                ));
             }
             let top = std::mem::replace(&mut self.top, Layer::scratch(&self.dir, self.below.size)?);
             self.below.layers.push(Arc::new(top));
         }
         Ok(self.below.clone())
+    }
+
+    /// All layers below the top.
+    pub fn frozen(&self) -> Stack {
+        self.below.clone()
     }
 
     /// Takes over the result of [`Stack::fold`].
@@ -381,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn layers_are_bounded() {
+    fn layers_are_bounded_and_folding_them_makes_room() {
         let mut overlay = overlay(None);
         for _ in 0..MAX_LAYERS {
             overlay.write(0, b"x").unwrap();
@@ -393,6 +402,9 @@ mod tests {
         let mut first = [0];
         overlay.read(0, &mut first).unwrap();
         assert_eq!(&first, b"y");
+        let folded = overlay.frozen().fold(&AtomicBool::new(false)).unwrap().unwrap();
+        overlay.adopt(folded);
+        assert_eq!(overlay.freeze().unwrap().layers.len(), 2);
     }
 
     #[derive(Clone, Debug)]
