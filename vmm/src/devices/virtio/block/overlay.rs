@@ -306,12 +306,14 @@ fn read_layer(
     Ok(())
 }
 
-/// Gives back the space of clusters that a private layer holds. Where the file system cannot, it is lost until the layer
-/// goes.
+/// Gives back the space of clusters of a private layer. Where the file system cannot, it is lost until the layer goes.
+///
+/// What the layer does not hold is a hole already, so the whole range is given back at once, however many runs it has.
 fn give_back(layer: &Layer, clusters: Range<u64>) {
-    for (run, _) in layer.clusters.runs(clusters).filter(|(_, state)| *state == Cluster::Data) {
+    let (start, len) = (clusters.start * CLUSTER_BYTES, (clusters.end - clusters.start) * CLUSTER_BYTES);
+    // The kernel takes no empty range.
+    if len > 0 {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let (start, len) = (run.start * CLUSTER_BYTES, (run.end - run.start) * CLUSTER_BYTES);
         let _ = rustix::fs::fallocate(&*layer.file, flags, start, len);
     }
 }
