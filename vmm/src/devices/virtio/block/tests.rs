@@ -36,6 +36,7 @@ const STATUSES: u64 = 0x5000;
 const DATA: u64 = 0x1_0000;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -433,6 +434,22 @@ fn a_driver_that_breaks_the_rules_stops_its_device_until_it_resets_it() {
         rig.start_driver();
         assert_eq!(rig.put(1, &[5; 512]), 0, "{what}: after its reset");
     }
+    // An indirect table, which was not offered, longer than any queue.
+    let mut rig = Rig::new(Disk::overlay("root", DISK, None, None).unwrap());
+    for n in 0..300u16 {
+        let at = GuestAddress(DATA + 16 * u64::from(n));
+        rig.mem.write_obj(DATA + 0x1_0000, at).unwrap();
+        rig.mem.write_obj(512u32, GuestAddress(at.0 + 8)).unwrap();
+        rig.mem
+            .write_obj(if n < 299 { NEXT } else { 0 } | if n > 0 { WRITE } else { 0 }, GuestAddress(at.0 + 12))
+            .unwrap();
+        rig.mem.write_obj(n + 1, GuestAddress(at.0 + 14)).unwrap();
+    }
+    rig.describe(0, (DATA, 16 * 300, false), None);
+    rig.mem.write_obj(INDIRECT, GuestAddress(DESC + 12)).unwrap();
+    rig.offer_head(0);
+    rig.run();
+    assert!(rig.has_failed());
     // A loop, and a ring that claims more than it can hold.
     let mut rig = Rig::new(Disk::overlay("root", DISK, None, None).unwrap());
     rig.describe(0, header, Some(1));
