@@ -115,7 +115,7 @@ fn configured(saved: &DriveDevice, other_path: Option<&Path>, dir: &Path) -> Dri
 
 fn restore_one(snapshot: &Snapshot, saved: &DriveDevice, drive: &Drive) -> Result<Disk, RestoreDisksError> {
     let image = saved.image.as_ref().map(|image| open_same(image, saved.size_bytes, drive)).transpose()?;
-    let held = snapshot.open_disk(saved)?;
+    let held = snapshot.open_trusted_disk(saved)?;
     match image {
         Some(image) if saved.is_read_only => Ok(Disk::raw(image, false)),
         image => Ok(Disk::overlay(&saved.drive_id, saved.size_bytes, image, held)?),
