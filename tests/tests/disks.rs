@@ -147,6 +147,22 @@ fn an_image_that_is_not_the_snapshots_is_refused() {
 }
 
 #[test]
+fn a_snapshot_cannot_name_a_device_of_the_host() {
+    require!(Kvm);
+    let place = Place::new();
+    let (path, _) = image(&place, "base.img");
+    let dir = snapshot_with(&place, overlay(&path));
+    let manifest = fs::read_to_string(dir.join("snap.json")).expect("it is there");
+    for device in ["/dev/null", "/dev", "/dev/tty"] {
+        let mut document: serde_json::Value = serde_json::from_str(&manifest).expect("it is JSON");
+        document["devices"]["drives"][0]["image"] = serde_json::json!({ "path": device, "modified_ns": null });
+        let sealed = snapshot::manifest::reseal(document.to_string().as_bytes()).expect("it is a manifest");
+        fs::write(dir.join("snap.json"), sealed).expect("it can be written");
+        refuses(&place, &dir, &[], &["drive root", device, "no regular file", "--drive root="]);
+    }
+}
+
+#[test]
 fn a_disk_that_is_written_is_locked() {
     require!(Kvm);
     let place = Place::new();

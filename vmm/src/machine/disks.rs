@@ -84,7 +84,10 @@ pub fn restore(snapshot: &Snapshot, request: &SnapshotLoad) -> Result<(Vec<Drive
         })
         .collect();
     config::check_drives(&drives)?;
-    let disks = saved.iter().zip(&drives).map(|(saved, drive)| restore_one(snapshot, saved, drive));
+    let disks = saved.iter().zip(&drives).map(|(saved, drive)| {
+        let named_by_user = overrides.iter().any(|other| other.drive_id == drive.drive_id);
+        restore_one(snapshot, saved, drive, named_by_user)
+    });
     let disks = disks.collect::<Result<_, _>>()?;
     Ok((drives, disks))
 }
@@ -113,8 +116,14 @@ fn configured(saved: &DriveDevice, other_path: Option<&Path>, dir: &Path) -> Dri
     }
 }
 
-fn restore_one(snapshot: &Snapshot, saved: &DriveDevice, drive: &Drive) -> Result<Disk, RestoreDisksError> {
-    let image = saved.image.as_ref().map(|image| open_same(image, saved.size_bytes, drive)).transpose()?;
+fn restore_one(
+    snapshot: &Snapshot,
+    saved: &DriveDevice,
+    drive: &Drive,
+    named_by_user: bool,
+) -> Result<Disk, RestoreDisksError> {
+    let same = |image| open_same(image, saved.size_bytes, drive, named_by_user);
+    let image = saved.image.as_ref().map(same).transpose()?;
     let held = snapshot.open_trusted_disk(saved)?;
     match image {
         Some(image) if saved.is_read_only => Ok(Disk::raw(image, false)),
@@ -122,9 +131,10 @@ fn restore_one(snapshot: &Snapshot, saved: &DriveDevice, drive: &Drive) -> Resul
     }
 }
 
-/// Opens an image that must be the one that a snapshot was taken over.
-fn open_same(saved: &DiskImage, saved_size: u64, drive: &Drive) -> Result<Image, DiskError> {
-    let image = Image::open(&drive.drive_id, &drive.path_on_host, false)?;
+/// Opens an image that must be the one that a snapshot was taken over. A device must have been named by the user.
+fn open_same(saved: &DiskImage, saved_size: u64, drive: &Drive, named_by_user: bool) -> Result<Image, DiskError> {
+    let (id, path) = (&drive.drive_id, &drive.path_on_host);
+    let image = if named_by_user { Image::open(id, path, false) } else { Image::open_named(id, path) }?;
     let ImageFacts { path, size, modified_ns } = image.facts();
     let what = if *size != saved_size {
         format!("it has {size} bytes and had {saved_size}")
