@@ -691,6 +691,7 @@ fn a_device_that_has_failed_is_restored_as_failed() {
     let mut clone = rig.restored(&state, Disk::overlay("root", DISK, None, None).unwrap());
     clone.resume();
     assert!(clone.has_failed());
+    assert!(clone.transport.interrupt().event().read().is_ok(), "the driver hears of it");
     clone.start_driver();
     assert_eq!(clone.get(0, 512), [0; 512]);
 }
