@@ -11,6 +11,8 @@ fn main() {
     std::fs::create_dir_all(&dir).unwrap();
     let golden = dir.join(format!("v{}", snapshot::FORMAT_VERSION));
     create_at(&golden, &memory(), &state(2)).unwrap();
-    std::fs::remove_file(golden.join("mem.stamp")).unwrap();
+    for stamp in ["mem.stamp", "disk-root.stamp"] {
+        std::fs::remove_file(golden.join(stamp)).unwrap();
+    }
     println!("{} is written", golden.display());
 }

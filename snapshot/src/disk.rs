@@ -1,10 +1,13 @@
 //! What a snapshot holds of a disk, to be read in place: the file of its clusters, and the map that says which they are.
 
-use crate::CHUNK_BYTES;
 use crate::clusters::{CLUSTER_BYTES, Cluster, Clusters, MapError};
 use crate::dir::{Dir, FileError};
 use crate::load::Snapshot;
 use crate::manifest::{DriveDevice, HeldDisk};
+use crate::stamp::Stamp;
+use crate::{CHUNK_BYTES, file};
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -36,6 +39,14 @@ pub enum DiskError {
         /// The file of clusters.
         path: PathBuf,
     },
+    /// Somebody writes the clusters, or has done so while they were being checked.
+    #[error(
+        "{path} is being written; nothing may write to a snapshot: end who does, then check it (vmm snapshot verify)"
+    )]
+    Changed {
+        /// The file of clusters.
+        path: PathBuf,
+    },
     /// The clusters cannot be read.
     #[error("cannot read {path} at offset {offset:#x}: {source}")]
     Read {
@@ -48,8 +59,8 @@ pub enum DiskError {
     },
 }
 
-/// What a snapshot holds of a disk. The file has the right length and the map its digest; for the contents of the file see
-/// [`verify`](crate::verify).
+/// What a snapshot holds of a disk. The file has the right length and is locked: nobody who asks can write it. The map has its
+/// digest.
 #[derive(Debug)]
 pub struct Held {
     /// Its clusters, each at its place. Open for reading.
@@ -59,7 +70,19 @@ pub struct Held {
 }
 
 impl Snapshot {
-    /// Opens what the snapshot holds of a disk of its manifest; `None` if that is nothing.
+    /// Opens what the snapshot holds of a disk of its manifest, and makes sure that this is what the snapshot was made with,
+    /// since it is read in place and nobody can check then. A matching stamp is enough; otherwise it is read and checked now,
+    /// and stamped. `None` if nothing is held.
+    pub fn open_trusted_disk(&self, drive: &DriveDevice) -> Result<Option<Held>, DiskError> {
+        let (Some(saved), Some(held)) = (&drive.held, self.open_disk(drive)?) else { return Ok(None) };
+        let now = stamp_of(self.open_dir(), saved, &held)?;
+        if Stamp::read(self.open_dir(), &file::disk_stamp(&drive.drive_id)).as_ref() != Some(&now) {
+            check_open(self.open_dir(), drive, saved, &held, &now)?;
+        }
+        Ok(Some(held))
+    }
+
+    /// Opens what the snapshot holds of a disk of its manifest; `None` if that is nothing. Its clusters are not looked at.
     pub fn open_disk(&self, drive: &DriveDevice) -> Result<Option<Held>, DiskError> {
         let held = drive.held.as_ref();
         held.map(|held| open(self.open_dir(), held, drive.size_bytes)).transpose()
@@ -68,6 +91,13 @@ impl Snapshot {
 
 fn open(dir: &Dir, held: &HeldDisk, size: u64) -> Result<Held, DiskError> {
     let file = dir.open_sized(&held.file, size)?;
+    let path = dir.join(&held.file);
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+        // Where there are no locks nobody can be asked.
+        Ok(()) | Err(Errno::OPNOTSUPP) => {}
+        Err(Errno::WOULDBLOCK) => return Err(DiskError::Changed { path }),
+        Err(e) => return Err(DiskError::Read { path, offset: 0, source: e.into() }),
+    }
     let map = dir.read_sized(&held.map, held.map_bytes)?;
     let path = || dir.join(&held.map);
     if blake3::hash(&map).to_hex().as_str() != held.map_digest {
@@ -77,10 +107,33 @@ fn open(dir: &Dir, held: &HeldDisk, size: u64) -> Result<Held, DiskError> {
     Ok(Held { file, clusters })
 }
 
-/// Reads and checks all that a snapshot holds of a disk. Returns how many bytes were read.
+/// Reads and checks all that a snapshot holds of a disk, and stamps it. Returns how many bytes were read.
 pub(crate) fn check(snapshot: &Snapshot, drive: &DriveDevice) -> Result<u64, DiskError> {
-    let (Some(held), Some(Held { file, clusters })) = (&drive.held, snapshot.open_disk(drive)?) else { return Ok(0) };
-    let path = || snapshot.open_dir().join(&held.file);
+    let (Some(saved), Some(held)) = (&drive.held, snapshot.open_disk(drive)?) else { return Ok(0) };
+    let before = stamp_of(snapshot.open_dir(), saved, &held)?;
+    check_open(snapshot.open_dir(), drive, saved, &held, &before)
+}
+
+fn stamp_of(dir: &Dir, saved: &HeldDisk, held: &Held) -> Result<Stamp, DiskError> {
+    let unreadable = |source| DiskError::Read { path: dir.join(&saved.file), offset: 0, source };
+    Stamp::of(&held.file, &saved.digest).map_err(unreadable)
+}
+
+fn check_open(dir: &Dir, drive: &DriveDevice, saved: &HeldDisk, held: &Held, before: &Stamp) -> Result<u64, DiskError> {
+    let bytes = check_clusters(dir, drive, saved, held)?;
+    if stamp_of(dir, saved, held)? != *before {
+        return Err(DiskError::Changed { path: dir.join(&saved.file) });
+    }
+    // A stamp that cannot be written costs the next user another check, no more.
+    if !before.is_too_fresh() {
+        let _ = before.write(dir, &file::disk_stamp(&drive.drive_id));
+    }
+    Ok(bytes)
+}
+
+fn check_clusters(dir: &Dir, drive: &DriveDevice, saved: &HeldDisk, held: &Held) -> Result<u64, DiskError> {
+    let Held { file, clusters } = held;
+    let path = || dir.join(&saved.file);
     let (mut hasher, mut bytes, mut buf) = (blake3::Hasher::new(), 0, vec![0; CHUNK_BYTES as usize]);
     for (run, _) in clusters.runs(0..clusters.count()).filter(|(_, state)| *state == Cluster::Data) {
         let (mut at, end) = (run.start * CLUSTER_BYTES, (run.end * CLUSTER_BYTES).min(drive.size_bytes));
@@ -92,7 +145,7 @@ pub(crate) fn check(snapshot: &Snapshot, drive: &DriveDevice) -> Result<u64, Dis
             bytes += buf.len() as u64;
         }
     }
-    if bytes != held.data_bytes || hasher.finalize().to_hex().as_str() != held.digest {
+    if bytes != saved.data_bytes || hasher.finalize().to_hex().as_str() != saved.digest {
         return Err(DiskError::Damaged { path: path() });
     }
     Ok(bytes)

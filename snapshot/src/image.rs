@@ -1,12 +1,12 @@
 //! The memory image: served chunk by chunk, each checked ([`MemoryImage`]), or mapped whole after it was checked once
 //! ([`ensure_trusted`]).
 
-use crate::CHUNK_BYTES;
 use crate::chunk::{self, DIGEST_BYTES, Digest, ZeroDigests};
 use crate::create::next_data;
 use crate::dir::FileError;
 use crate::load::Snapshot;
 use crate::stamp::Stamp;
+use crate::{CHUNK_BYTES, file};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -221,7 +221,7 @@ pub fn ensure_trusted(snapshot: &Snapshot) -> Result<Trust, ImageError> {
     let unreadable = |source| ImageError::Read { path: path(), offset: 0, source };
     let file = snapshot.memory_file().try_clone().map_err(unreadable)?;
     let now = Stamp::of(&file, root).map_err(unreadable)?;
-    if Stamp::read(snapshot.open_dir()).as_ref() == Some(&now) {
+    if Stamp::read(snapshot.open_dir(), file::STAMP).as_ref() == Some(&now) {
         return Ok(Trust { file, basis: Basis::Stamp });
     }
     let bytes = MemoryImage::open(snapshot)?.check_file(Err)?;
@@ -239,7 +239,7 @@ pub(crate) fn stamp(snapshot: &Snapshot, before: &Stamp) -> Result<(), ImageErro
         return Err(ImageError::Changed { path: path() });
     }
     if !before.is_too_fresh() {
-        let _ = before.write(snapshot.open_dir());
+        let _ = before.write(snapshot.open_dir(), file::STAMP);
     }
     Ok(())
 }

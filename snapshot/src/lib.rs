@@ -57,6 +57,11 @@ pub mod file {
     pub fn disk_map(drive_id: &str) -> String {
         format!("disk-{drive_id}.map")
     }
+
+    /// A note that those have not changed since they were checked. As that of the memory image.
+    pub fn disk_stamp(drive_id: &str) -> String {
+        format!("disk-{drive_id}.stamp")
+    }
 }
 
 // The format is pinned. A change of any of these strands every stored snapshot: read "Versions" in

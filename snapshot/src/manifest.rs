@@ -414,7 +414,7 @@ impl DriveDevice {
             partuuid,
             cache_type: _,
             rate_limit,
-            max_overlay_mib: _,
+            max_overlay_mib,
             size_bytes,
             image,
             held,
@@ -430,6 +430,10 @@ impl DriveDevice {
         }
         if held.is_some() == *is_read_only {
             return Err(BadField::new(field("held"), "must be there if the guest can write the disk, and only then"));
+        }
+        if max_overlay_mib.is_some_and(|mib| *is_read_only || mib == 0) {
+            let problem = "must be at least 1, and be absent if the guest can only read the disk";
+            return Err(BadField::new(field("max_overlay_mib"), problem));
         }
         if image.is_none() && held.is_none() {
             return Err(BadField::new(field("image"), "or `held` must be there"));

@@ -1,11 +1,10 @@
-//! `mem.stamp`: a note that the memory image is still the file that was checked.
+//! `mem.stamp`, `disk-ID.stamp`: notes that the memory image, or what is held of a disk, is still the file that was checked.
 //!
-//! Checking a whole image takes longer than restoring it. The note identifies the file that was checked, with the time
+//! Checking a whole file takes longer than restoring it. The note identifies the file that was checked, with the time
 //! of its last change, which the kernel keeps: a file that was written since, or replaced, does not match. The note is
 //! advisory and belongs to one host. It guards against accidents, not against whoever may write to the directory.
 
 use crate::dir::Dir;
-use crate::file;
 use serde::{Deserialize, Serialize};
 use std::fs::{File, Metadata};
 use std::io;
@@ -17,7 +16,7 @@ const MAX_BYTES: u64 = 4096;
 /// Two changes within this time may carry the same time stamp (the kernel's clock for files ticks every 1 to 10 ms).
 const GRANULARITY: Duration = Duration::from_millis(20);
 
-/// Identity of a memory image that was checked.
+/// Identity of a file that was checked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Stamp {
@@ -26,6 +25,7 @@ pub(crate) struct Stamp {
     size: u64,
     mtime_ns: i64,
     ctime_ns: i64,
+    /// Digest of what the file should hold: the root of a memory image, or that of a disk.
     root: String,
 }
 
@@ -59,16 +59,16 @@ impl Stamp {
         json
     }
 
-    /// The stamp of a snapshot, if there is one that can be read.
-    pub(crate) fn read(dir: &Dir) -> Option<Stamp> {
-        serde_json::from_slice(&dir.read(file::STAMP, MAX_BYTES).ok()?).ok()
+    /// The stamp of this name, if there is one that can be read.
+    pub(crate) fn read(dir: &Dir, name: &str) -> Option<Stamp> {
+        serde_json::from_slice(&dir.read(name, MAX_BYTES).ok()?).ok()
     }
 
     /// Puts this stamp in the place of an older one.
-    pub(crate) fn write(&self, dir: &Dir) -> io::Result<()> {
-        let temporary = format!(".{}.{}", file::STAMP, std::process::id());
+    pub(crate) fn write(&self, dir: &Dir, name: &str) -> io::Result<()> {
+        let temporary = format!(".{name}.{}", std::process::id());
         let _ = dir.remove_file(&temporary);
-        let written = dir.write_file(&temporary, &self.to_json()).and_then(|()| dir.rename(&temporary, file::STAMP));
+        let written = dir.write_file(&temporary, &self.to_json()).and_then(|()| dir.rename(&temporary, name));
         if written.is_err() {
             let _ = dir.remove_file(&temporary);
         }

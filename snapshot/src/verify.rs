@@ -71,7 +71,7 @@ pub enum VerifyError {
     },
 }
 
-/// Reads and checks everything. If all is right the memory image is stamped, so that restores need not check it.
+/// Reads and checks everything. What is right is stamped, so that restores need not check it.
 pub fn verify(path: &Path) -> Result<Report, VerifyError> {
     let snapshot = load::open(path)?;
     let image = MemoryImage::open(&snapshot)?;

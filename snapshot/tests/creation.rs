@@ -28,7 +28,16 @@ fn only_the_owner_has_access_and_nobody_writes_the_memory() {
     let sample = Sample::new();
     assert_eq!(
         names(&sample.dir),
-        ["disk-root.img", "disk-root.map", "mem.b3", "mem.bin", "mem.stamp", "snap.json", "state.bin"]
+        [
+            "disk-root.img",
+            "disk-root.map",
+            "disk-root.stamp",
+            "mem.b3",
+            "mem.bin",
+            "mem.stamp",
+            "snap.json",
+            "state.bin"
+        ]
     );
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
     assert_eq!(mode(&sample.dir), 0o700);

@@ -98,6 +98,35 @@ fn damage_is_found_and_named() {
 }
 
 #[test]
+fn a_disk_is_checked_once_before_it_is_trusted() {
+    let sample = Sample::new();
+    let open = || {
+        let snapshot = load::open(&sample.dir).unwrap();
+        snapshot.open_trusted_disk(&snapshot.manifest().devices.drives[0])
+    };
+    let stamp = sample.bytes("disk-root.stamp");
+    open().unwrap().unwrap();
+    // Damage that leaves no time: what makes the stamp useless is the file's identity.
+    let good = sample.bytes("disk-root.img");
+    let mut bad = good.clone();
+    bad[5 * PAGE] ^= 1;
+    sample.put("disk-root.img", &bad);
+    assert!(matches!(open(), Err(DiskError::Damaged { .. })));
+    sample.put("disk-root.img", &good);
+    std::thread::sleep(std::time::Duration::from_millis(50)); // Too fresh a file is not stamped.
+    open().unwrap().unwrap();
+    assert_ne!(sample.bytes("disk-root.stamp"), stamp, "it was checked, and stamped anew");
+    let writer = File::open(sample.path("disk-root.img")).unwrap();
+    rustix::fs::flock(&writer, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    assert!(matches!(open(), Err(DiskError::Changed { .. })), "somebody may write it");
+    drop(writer);
+    let held = open().unwrap().unwrap();
+    let writer = File::open(sample.path("disk-root.img")).unwrap();
+    assert!(rustix::fs::flock(&writer, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err());
+    drop(held);
+}
+
+#[test]
 fn disks_that_the_state_does_not_have_are_refused() {
     let mut other = state(1);
     other.devices.drives.swap(0, 1);

@@ -253,6 +253,8 @@ fn a_value_that_no_snapshot_has_is_refused() {
         ("/devices/drives/0/size_bytes", json!(512 * 1000), "disk-root.img has"),
         ("/devices/drives/0/held", json!(null), "drives[0].held"),
         ("/devices/drives/0/is_read_only", json!(true), "drives[0].held"),
+        ("/devices/drives/0/max_overlay_mib", json!(0), "drives[0].max_overlay_mib"),
+        ("/devices/drives/1/max_overlay_mib", json!(5), "drives[1].max_overlay_mib"),
         ("/devices/drives/1/image", json!(null), "drives[1].image"),
         ("/devices/drives/0/image/path", json!(""), "drives[0].image.path"),
         ("/devices/drives/0/held/file", json!("mem.bin"), "held.file"),

@@ -147,6 +147,22 @@ fn an_image_that_is_not_the_snapshots_is_refused() {
 }
 
 #[test]
+fn a_snapshot_cannot_name_a_device_of_the_host() {
+    require!(Kvm);
+    let place = Place::new();
+    let (path, _) = image(&place, "base.img");
+    let dir = snapshot_with(&place, overlay(&path));
+    let manifest = fs::read_to_string(dir.join("snap.json")).expect("it is there");
+    for device in ["/dev/null", "/dev", "/dev/tty"] {
+        let mut document: serde_json::Value = serde_json::from_str(&manifest).expect("it is JSON");
+        document["devices"]["drives"][0]["image"] = serde_json::json!({ "path": device, "modified_ns": null });
+        let sealed = snapshot::manifest::reseal(document.to_string().as_bytes()).expect("it is a manifest");
+        fs::write(dir.join("snap.json"), sealed).expect("it can be written");
+        refuses(&place, &dir, &[], &["drive root", device, "no regular file", "--drive root="]);
+    }
+}
+
+#[test]
 fn a_disk_that_is_written_is_locked() {
     require!(Kvm);
     let place = Place::new();
@@ -173,7 +189,9 @@ fn the_bound_of_an_overlay_is_raised_over_the_api() {
     require!(Kvm);
     let place = Place::new();
     let (path, _) = image(&place, "base.img");
-    let (mut vm, _) = Boot::new(&place).drive(Drive { max_overlay_mib: Some(1), ..overlay(&path) }).ready("vm");
+    let sealed = Drive { is_read_only: true, ..drive("sealed", &path) };
+    let root = Drive { max_overlay_mib: Some(1), ..overlay(&path) };
+    let (mut vm, _) = Boot::new(&place).drive(root).drive(sealed).ready("vm");
     let update = |max_overlay_mib, path_on_host| DriveUpdate { drive_id: "root".into(), path_on_host, max_overlay_mib };
     let mut patch =
         |id: &str, update: &DriveUpdate| vm.api().patch(&format!("/drives/{id}"), update).map_err(|e| e.to_string());
@@ -184,6 +202,7 @@ fn the_bound_of_an_overlay_is_raised_over_the_api() {
         ("root", update(Some(0), None), "at least 1"),
         ("data", update(Some(64), None), "drive_id is root"),
         ("data", DriveUpdate { drive_id: "data".into(), ..update(Some(64), None) }, "there is no data"),
+        ("sealed", DriveUpdate { drive_id: "sealed".into(), ..update(Some(64), None) }, "is_read_only"),
     ] {
         let refused = patch(id, &update).expect_err("it is refused");
         assert!(refused.contains(word), "{word}: {refused}");

@@ -36,7 +36,7 @@ fn others(place: &Place) -> Vec<String> {
 fn names(dir: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(dir).expect("the directory can be read").filter_map(Result::ok);
     let mut names: Vec<_> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
-    names.retain(|name| name != "mem.stamp");
+    names.retain(|name| !name.ends_with(".stamp"));
     names.sort();
     names
 }

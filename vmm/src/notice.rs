@@ -47,8 +47,10 @@ pub enum Notice {
     Halt(Halt),
     /// The page server that listened here is gone.
     PageServerGone(PathBuf),
-    /// The background part of a snapshot is over.
+    /// A snapshot is complete, or has failed.
     SnapshotWritten,
+    /// The background part of a snapshot is over: the disks' layers are folded, as far as that went.
+    LayersFolded,
 }
 
 /// Sends notices from any thread.

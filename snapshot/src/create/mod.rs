@@ -6,7 +6,7 @@
 //!   write_memory          mem.bin, chunk by chunk; may take long, may be cancelled
 //!   write_disk, ...       disk-ID.img and disk-ID.map, as often as there are disks to hold; the same
 //!        |
-//!   commit                mem.b3, state.bin, snap.json, mem.stamp; sync; rename to NAME; sync the parent
+//!   commit                mem.b3, state.bin, snap.json, stamps; sync; rename to NAME; sync the parent
 //! ```
 //!
 //! A [`Staging`] that is dropped before `commit` has succeeded removes what it has written. What a killed process left

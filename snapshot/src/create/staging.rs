@@ -145,6 +145,13 @@ impl Staging {
         }
         let stamp = Stamp::of(&memory.file, &manifest.memory.root)
             .map_err(|e| self.write_error(file::MEMORY, memory.data_bytes, e))?;
+        for drive in &manifest.devices.drives {
+            let Some(held) = &drive.held else { continue };
+            let Some((name, file)) = self.unsynced.iter().find(|(name, _)| *name == held.file) else { continue };
+            let stamp = Stamp::of(file, &held.digest)
+                .and_then(|stamp| self.dir.write_file(&file::disk_stamp(&drive.drive_id), &stamp.to_json()));
+            stamp.map_err(|e| self.write_error(name, memory.data_bytes, e))?;
+        }
         for (name, contents) in [
             (file::DIGESTS, memory.digests.as_slice()),
             (file::STATE, &state_bytes),

@@ -58,7 +58,7 @@ fn drive(drive_id: &str, is_read_only: bool) -> DriveDevice {
         partuuid: None,
         cache_type: CacheType::Writeback,
         rate_limit: is_read_only.then_some(RateLimit { bandwidth: Some(bucket), ops: None }),
-        max_overlay_mib: Some(64),
+        max_overlay_mib: (!is_read_only).then_some(64),
         size_bytes: Disk::SIZE,
         image: Some(DiskImage { path: "images/root.img".into(), modified_ns: Some(1_700_000_000_000_000_000) }),
         held: None,

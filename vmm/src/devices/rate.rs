@@ -52,7 +52,8 @@ struct Bucket {
 impl Bucket {
     fn new(config: TokenBucket, now: Instant) -> Self {
         let TokenBucket { size, one_time_burst, refill_time } = config;
-        let (size, refill) = (u128::from(size.max(1)), u128::from(refill_time.max(1)) * 1_000_000);
+        // Both fit into 64 bits, so that no product of two of them overflows.
+        let (size, refill) = (u128::from(size.max(1)), u128::from(refill_time.max(1).saturating_mul(1_000_000)));
         Bucket { size, refill, parts: size * refill, burst: one_time_burst.unwrap_or(0), filled: now }
     }
 
@@ -98,6 +99,17 @@ mod tests {
         rate.take(900, start).unwrap();
         assert_eq!(rate.take(600, start), Err(Duration::from_millis(50)));
         rate.take(600, start + Duration::from_millis(50)).unwrap();
+    }
+
+    #[test]
+    fn no_configuration_is_too_large() {
+        let start = Instant::now();
+        for (size, refill) in [(u64::MAX, u64::MAX), (1, u64::MAX), (u64::MAX, 1)] {
+            let mut rate = Rate::new(Some(&bytes(size, Some(u64::MAX), refill)), start);
+            for after in [0, 1, u64::MAX] {
+                let _ = rate.take(u64::MAX, start + Duration::from_nanos(after));
+            }
+        }
     }
 
     #[test]

@@ -324,14 +324,16 @@ pub fn check_drives(drives: &[Drive]) -> Result<(), ConfigError> {
     }
 }
 
-/// The new bound of the overlay, in MiB, which is all that can be changed of a disk.
-pub fn check_drive_update(update: &DriveUpdate) -> Result<u64, ConfigError> {
+/// The new bound of the overlay of one of these disks, in MiB, which is all that can be changed of a disk.
+pub fn check_drive_update(update: &DriveUpdate, drives: &[Drive]) -> Result<u64, ConfigError> {
     let DriveUpdate { drive_id, path_on_host, max_overlay_mib } = update;
+    let drive = drives.iter().find(|drive| drive.drive_id == *drive_id);
+    let drive = drive.ok_or_else(|| DriveError::Unknown(drive_id.clone()))?;
     match max_overlay_mib {
         _ if path_on_host.is_some() => Err(DriveError::Path(drive_id.clone()).into()),
         None => Err(DriveError::NoChange(drive_id.clone()).into()),
-        Some(0) => Err(DriveError::NoOverlay(drive_id.clone()).into()),
-        Some(mib) => Ok(*mib),
+        // What a disk cannot be configured with it cannot be changed to: a snapshot records it, and a restore checks it.
+        Some(mib) => check_drive(&Drive { max_overlay_mib: Some(*mib), ..drive.clone() }).map(|()| *mib),
     }
 }
 
@@ -468,11 +470,15 @@ mod tests {
     fn only_the_bound_of_an_overlay_can_be_changed() {
         let update =
             |path_on_host, max_overlay_mib| DriveUpdate { drive_id: "a".into(), path_on_host, max_overlay_mib };
-        assert_eq!(check_drive_update(&update(None, Some(7))), Ok(7));
-        assert_eq!(check_drive_update(&update(None, None)), Err(DriveError::NoChange("a".into()).into()));
-        assert_eq!(check_drive_update(&update(None, Some(0))), Err(DriveError::NoOverlay("a".into()).into()));
-        let path = update(Some("/x".into()), Some(7));
-        assert_eq!(check_drive_update(&path), Err(DriveError::Path("a".into()).into()));
+        let check = |update: &DriveUpdate| check_drive_update(update, &[drive("b"), drive("a")]);
+        assert_eq!(check(&update(None, Some(7))), Ok(7));
+        assert_eq!(check(&update(None, None)), Err(DriveError::NoChange("a".into()).into()));
+        assert_eq!(check(&update(None, Some(0))), Err(DriveError::NoOverlay("a".into()).into()));
+        assert_eq!(check(&update(Some("/x".into()), Some(7))), Err(DriveError::Path("a".into()).into()));
+        let refused = |drives: &[Drive]| check_drive_update(&update(None, Some(7)), drives).unwrap_err();
+        assert_eq!(refused(&[drive("b")]), DriveError::Unknown("a".into()).into());
+        let sealed = Drive { is_read_only: true, ..drive("a") };
+        assert_eq!(refused(&[sealed]), DriveError::ReadOnly("a".into(), "max_overlay_mib").into());
     }
 
     #[test]

@@ -84,7 +84,10 @@ pub fn restore(snapshot: &Snapshot, request: &SnapshotLoad) -> Result<(Vec<Drive
         })
         .collect();
     config::check_drives(&drives)?;
-    let disks = saved.iter().zip(&drives).map(|(saved, drive)| restore_one(snapshot, saved, drive));
+    let disks = saved.iter().zip(&drives).map(|(saved, drive)| {
+        let named_by_user = overrides.iter().any(|other| other.drive_id == drive.drive_id);
+        restore_one(snapshot, saved, drive, named_by_user)
+    });
     let disks = disks.collect::<Result<_, _>>()?;
     Ok((drives, disks))
 }
@@ -113,18 +116,25 @@ fn configured(saved: &DriveDevice, other_path: Option<&Path>, dir: &Path) -> Dri
     }
 }
 
-fn restore_one(snapshot: &Snapshot, saved: &DriveDevice, drive: &Drive) -> Result<Disk, RestoreDisksError> {
-    let image = saved.image.as_ref().map(|image| open_same(image, saved.size_bytes, drive)).transpose()?;
-    let held = snapshot.open_disk(saved)?;
+fn restore_one(
+    snapshot: &Snapshot,
+    saved: &DriveDevice,
+    drive: &Drive,
+    named_by_user: bool,
+) -> Result<Disk, RestoreDisksError> {
+    let same = |image| open_same(image, saved.size_bytes, drive, named_by_user);
+    let image = saved.image.as_ref().map(same).transpose()?;
+    let held = snapshot.open_trusted_disk(saved)?;
     match image {
         Some(image) if saved.is_read_only => Ok(Disk::raw(image, false)),
         image => Ok(Disk::overlay(&saved.drive_id, saved.size_bytes, image, held)?),
     }
 }
 
-/// Opens an image that must be the one that a snapshot was taken over.
-fn open_same(saved: &DiskImage, saved_size: u64, drive: &Drive) -> Result<Image, DiskError> {
-    let image = Image::open(&drive.drive_id, &drive.path_on_host, false)?;
+/// Opens an image that must be the one that a snapshot was taken over. A device must have been named by the user.
+fn open_same(saved: &DiskImage, saved_size: u64, drive: &Drive, named_by_user: bool) -> Result<Image, DiskError> {
+    let (id, path) = (&drive.drive_id, &drive.path_on_host);
+    let image = if named_by_user { Image::open(id, path, false) } else { Image::open_named(id, path) }?;
     let ImageFacts { path, size, modified_ns } = image.facts();
     let what = if *size != saved_size {
         format!("it has {size} bytes and had {saved_size}")
@@ -150,6 +160,23 @@ enum Contents {
     Layers(Stack),
     /// Copied already; still to be described.
     Copied(CopiedDisk),
+}
+
+/// The layers of a disk that do not change.
+pub struct Layers {
+    /// Number of the disk.
+    number: usize,
+    drive_id: String,
+    stack: Stack,
+}
+
+/// The frozen layers of disks that have any.
+pub fn layers(devices: &Devices) -> Vec<Layers> {
+    let layers = devices.drives.iter().enumerate().map(|(number, slot)| {
+        let block = lock(&slot.device);
+        Some(Layers { number, drive_id: block.id().to_owned(), stack: block.frozen_layers()? })
+    });
+    layers.flatten().collect()
 }
 
 /// Gathers the disks of a guest that stands still, whose devices' state has been saved. Overlays are frozen; an image that
@@ -213,35 +240,29 @@ fn describe(drive: &Drive, size_bytes: u64, image: Option<ImageFacts>) -> DriveD
 /// Writes what was gathered, while the guest goes on. Returns what the manifest says of the disks.
 pub fn write(
     staging: &mut Staging,
-    captured: &mut [Captured],
+    captured: Vec<Captured>,
     cancel: &AtomicBool,
 ) -> Result<Vec<DriveDevice>, CreateError> {
     let mut written = Vec::with_capacity(captured.len());
     for Captured { device, contents } in captured {
-        let id = &device.drive_id;
-        let held: Option<HeldDisk> = match std::mem::replace(contents, Contents::Image) {
+        let held: Option<HeldDisk> = match contents {
             Contents::Image => None,
             Contents::Copied(copied) => Some(staging.describe_disk(copied, cancel)?),
-            Contents::Layers(stack) => {
-                let held = staging.write_disk(id, &stack.flattened(), cancel)?;
-                *contents = Contents::Layers(stack);
-                Some(held)
-            }
+            Contents::Layers(stack) => Some(staging.write_disk(&device.drive_id, &stack.flattened(), cancel)?),
         };
-        written.push(DriveDevice { held, ..device.clone() });
+        written.push(DriveDevice { held, ..device });
     }
     Ok(written)
 }
 
-/// Folds the layers that were frozen, for the devices to take over: each with the number of its disk. A failure costs
-/// time when the disk is read, no more.
-pub fn fold(captured: &[Captured], cancel: &AtomicBool) -> Vec<(usize, Folded)> {
+/// Folds frozen layers, for the devices to take over: each with the number of its disk. A failure costs time when the disk
+/// is read, and the next snapshot, whether it succeeds or not, tries again.
+pub fn fold(layers: &[Layers], cancel: &AtomicBool) -> Vec<(usize, Folded)> {
     let mut folded = Vec::new();
-    for (number, Captured { device, contents }) in captured.iter().enumerate() {
-        let Contents::Layers(stack) = contents else { continue };
+    for Layers { number, drive_id, stack } in layers {
         match stack.fold(cancel) {
-            Ok(result) => folded.extend(result.map(|result| (number, result))),
-            Err(e) => log::warn!("drive {}: the overlay's layers stay apart: {e}", device.drive_id),
+            Ok(result) => folded.extend(result.map(|result| (*number, result))),
+            Err(e) => log::warn!("drive {drive_id}: the overlay's layers stay apart: {e}"),
         }
     }
     folded

@@ -3,7 +3,7 @@
 
 use super::Machine;
 use super::boot::{BootError, boot};
-use super::config::{self, ConfigError, DriveError};
+use super::config::{self, ConfigError};
 use super::private::PrivateWatch;
 use super::requests::{self, NotNow, Phase};
 use super::restore::{RestoreError, restore};
@@ -164,8 +164,12 @@ struct Driver {
     halt_is_late: bool,
     retry: Alarm,
     private: PrivateWatch,
-    /// The snapshot that is being written, and who waits for it.
-    job: Option<(Job, Pending)>,
+    /// The snapshot that is being written.
+    job: Option<Job>,
+    /// Who waits for it; nobody, once it is complete and only its layers are being folded.
+    waiting: Option<Pending>,
+    /// The snapshot that is to be taken when that is over.
+    next: Option<(SnapshotCreate, Pending)>,
     status: SnapshotStatus,
     api: Option<Server>,
     notifier: Notifier,
@@ -196,6 +200,8 @@ impl Driver {
             retry: Alarm::new()?,
             private: PrivateWatch::new(notifier.clone()),
             job: None,
+            waiting: None,
+            next: None,
             status: SnapshotStatus::default(),
             api,
             notifier,
@@ -305,7 +311,8 @@ impl Driver {
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
         match snapshot::create(machine, create, self.readiness, self.notifier.clone()) {
             Ok(job) => {
-                self.job = Some((job, from));
+                self.job = Some(job);
+                self.waiting = Some(from);
                 self.status = SnapshotStatus { state: SnapshotState::Writing, ..Default::default() };
                 Ok(())
             }
@@ -385,7 +392,8 @@ impl Driver {
 
     /// Answers a request; `None` if the answer comes later.
     fn answer(&mut self, request: Request, from: Pending) -> Option<Response> {
-        let outcome = requests::may(&request, self.phase(), self.job.is_some())
+        let writing = self.waiting.is_some() || self.next.is_some();
+        let outcome = requests::may(&request, self.phase(), writing)
             .map_err(RequestError::from)
             .and_then(|()| self.obey(request, from));
         match outcome {
@@ -449,10 +457,9 @@ impl Driver {
                 done
             }
             Request::PatchDrive(update) => {
-                let mib = config::check_drive_update(&update)?;
                 let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-                let unknown = || ConfigError::from(DriveError::Unknown(update.drive_id.clone()));
-                machine.set_max_overlay(&update.drive_id, mib).ok_or_else(unknown)?;
+                let mib = config::check_drive_update(&update, &machine.plan().drives)?;
+                machine.set_max_overlay(&update.drive_id, mib);
                 self.config.drives = machine.plan().drives.clone();
                 done
             }
@@ -474,6 +481,10 @@ impl Driver {
             Request::Action(Action { action_type: ActionType::InstanceStart }) => self.boot().and(done),
             Request::PatchVm(patch) => self.patch_vm(patch).and(done),
             Request::SnapshotLoad(load) => self.load(&load).and(done),
+            Request::SnapshotCreate(create) if self.job.is_some() => {
+                self.next = Some((create, from));
+                Ok(None)
+            }
             Request::SnapshotCreate(create) => self.create_snapshot(&create, from).and(Ok(None)),
         }
     }
@@ -545,6 +556,7 @@ impl Driver {
             Notice::PageServerGone(_) if self.machine.is_none() => {}
             Notice::PageServerGone(path) => self.end(Err(RunError::PageServerGone(path))),
             Notice::SnapshotWritten => self.on_snapshot_written(ops),
+            Notice::LayersFolded => self.on_layers_folded(ops),
         }
     }
 
@@ -599,12 +611,8 @@ impl Driver {
     }
 
     fn on_snapshot_written(&mut self, ops: &mut EventOps) {
-        let Some((job, from)) = self.job.take() else { return };
-        let (status, folded) = job.finish();
-        self.status = status;
-        if let Some(machine) = &mut self.machine {
-            machine.adopt_folded(folded);
-        }
+        let (Some(job), Some(from)) = (&self.job, self.waiting.take()) else { return };
+        self.status = job.status();
         let response = match &self.status.error {
             None => Response::done(),
             Some(error) => Response::fault(400, error),
@@ -615,7 +623,24 @@ impl Driver {
             self.status.pause_us,
             self.status.total_us
         );
-        let further = self.api.as_mut().map(|api| api.respond(from, &response, ops)).unwrap_or_default();
+        self.respond(from, &response, ops);
+    }
+
+    fn on_layers_folded(&mut self, ops: &mut EventOps) {
+        let folded = self.job.take().map(Job::finish).unwrap_or_default();
+        if let Some(machine) = &mut self.machine {
+            machine.adopt_folded(folded);
+        }
+        if let Some((create, from)) = self.next.take()
+            && let Err(e) = self.create_snapshot(&create, from)
+        {
+            self.respond(from, &Response::fault(400, &e.to_string()), ops);
+        }
+    }
+
+    /// Answers a request that was left waiting.
+    fn respond(&mut self, from: Pending, response: &Response, ops: &mut EventOps) {
+        let further = self.api.as_mut().map(|api| api.respond(from, response, ops)).unwrap_or_default();
         self.answer_all(further, ops);
     }
 }

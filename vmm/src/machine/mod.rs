@@ -110,13 +110,13 @@ impl Machine {
         self.devices.balloon.as_ref().map(|slot| lock(&slot.device).statistics())
     }
 
-    /// Sets the bound of a disk's overlay, in MiB. `None` if there is no such disk.
-    pub fn set_max_overlay(&mut self, drive_id: &str, mib: u64) -> Option<()> {
+    /// Sets the bound of a disk's overlay, in MiB, if there is such a disk.
+    pub fn set_max_overlay(&mut self, drive_id: &str, mib: u64) {
         let mut drives = self.plan.drives.iter_mut().zip(&self.devices.drives);
-        let (drive, slot) = drives.find(|(drive, _)| drive.drive_id == drive_id)?;
-        drive.max_overlay_mib = Some(mib);
-        lock(&slot.device).set_max_overlay(mib);
-        Some(())
+        if let Some((drive, slot)) = drives.find(|(drive, _)| drive.drive_id == drive_id) {
+            drive.max_overlay_mib = Some(mib);
+            lock(&slot.device).set_max_overlay(mib);
+        }
     }
 
     /// The bound of a disk's overlay, in MiB, if it has one.

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //!   event loop:  pause -> device state -> vCPU state -> VM state -> disks -> freeze -> resume
-//!   background:                        seal -> memory -> disks -> commit (rename) -> fold the disks' layers <-/
+//!   background:          seal -> memory -> disks -> commit (rename), reply -> fold the disks' layers <-/
 //! ```
+//!
+//! Layers are folded however the snapshot went: one that fails leaves no more of them behind than one that succeeds.
 //!
 //! Memory comes last because saving devices may still change it. A guest that is itself a private view (a clone) has
 //! nothing to freeze: its memory is copied while it stands still. So is an image that the guest writes itself; overlays are
@@ -26,8 +28,8 @@ use snapshot::manifest::{self, MemoryRegion};
 use snapshot::state::MachineState;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Instant;
 use vm_memory::{Bytes, GuestAddress};
@@ -74,37 +76,38 @@ pub enum SnapshotError {
     Thread(io::Error),
 }
 
-/// A snapshot that is being written in the background.
+/// A snapshot that is being written in the background, and then the folding of the disks' layers.
 #[derive(Debug)]
 pub struct Job {
     /// `None` once it was waited for.
-    thread: Option<JoinHandle<Result<Written, SnapshotError>>>,
+    thread: Option<JoinHandle<Vec<(usize, Folded)>>>,
+    written: mpsc::Receiver<Result<u64, SnapshotError>>,
     cancel: Arc<AtomicBool>,
     started: Instant,
     pause_us: u64,
 }
 
 impl Job {
-    /// How the snapshot went, and what became of the disks' layers. To be called when [`Notice::SnapshotWritten`] has come;
-    /// waits otherwise.
-    pub fn finish(mut self) -> (SnapshotStatus, Vec<(usize, Folded)>) {
-        let result = self.thread.take().map(JoinHandle::join);
+    /// How the snapshot went. To be called once, when [`Notice::SnapshotWritten`] has come; waits otherwise.
+    pub fn status(&self) -> SnapshotStatus {
+        let written = self.written.recv();
         let status = SnapshotStatus {
             state: SnapshotState::Done,
             pause_us: self.pause_us,
             total_us: self.started.elapsed().as_micros() as u64,
             ..Default::default()
         };
-        match result {
-            Some(Ok(Ok(Written { memory_bytes, folded }))) => (SnapshotStatus { memory_bytes, ..status }, folded),
-            Some(Ok(Err(e))) => {
-                (SnapshotStatus { state: SnapshotState::Failed, error: Some(e.to_string()), ..status }, Vec::new())
-            }
-            Some(Err(_)) | None => {
-                let error = Some("the thread that writes the snapshot panicked".to_owned());
-                (SnapshotStatus { state: SnapshotState::Failed, error, ..status }, Vec::new())
-            }
-        }
+        let error = match written {
+            Ok(Ok(memory_bytes)) => return SnapshotStatus { memory_bytes, ..status },
+            Ok(Err(e)) => e.to_string(),
+            Err(mpsc::RecvError) => "the thread that writes the snapshot panicked".to_owned(),
+        };
+        SnapshotStatus { state: SnapshotState::Failed, error: Some(error), ..status }
+    }
+
+    /// What became of the disks' layers. To be called when [`Notice::LayersFolded`] has come; waits otherwise.
+    pub fn finish(mut self) -> Vec<(usize, Folded)> {
+        self.thread.take().and_then(|thread| thread.join().ok()).unwrap_or_default()
     }
 }
 
@@ -118,15 +121,6 @@ impl Drop for Job {
     }
 }
 
-/// What the background part leaves.
-#[derive(Debug)]
-struct Written {
-    /// How many bytes of memory were written.
-    memory_bytes: u64,
-    /// What the layers of disks were folded into.
-    folded: Vec<(usize, Folded)>,
-}
-
 /// Memory as it is when the guest goes on.
 enum Captured {
     /// Immutable from now on; still to be written.
@@ -135,7 +129,8 @@ enum Captured {
     Written(MemoryDigest),
 }
 
-/// Takes a snapshot. The guest runs again, if it ran, when this returns.
+/// Takes a snapshot. The guest runs again, if it ran, when this returns. The result may be the job of a snapshot that has
+/// failed: what was frozen for it is still to be folded.
 pub fn create(
     machine: &mut Machine,
     request: &SnapshotCreate,
@@ -160,18 +155,23 @@ pub fn create(
     }
     let pause_us = stood_still.elapsed().as_micros() as u64;
 
-    let (state, disks, memory) = captured?;
+    let layers = disks::layers(&machine.devices);
     let cancel = Arc::<AtomicBool>::default();
     let cancelled = cancel.clone();
+    let (sender, written) = mpsc::channel();
     let thread = std::thread::Builder::new()
         .name("snapshot".into())
         .spawn(move || {
-            let result = write(staging, memory, disks, facts, &state, &cancelled);
+            let result =
+                captured.and_then(|(state, disks, memory)| write(staging, memory, disks, facts, &state, &cancelled));
+            let _ = sender.send(result); // Nobody asks any more only when the process is ending.
             notifier.send(Notice::SnapshotWritten);
-            result
+            let folded = disks::fold(&layers, &cancelled);
+            notifier.send(Notice::LayersFolded);
+            folded
         })
         .map_err(SnapshotError::Thread)?;
-    Ok(Job { thread: Some(thread), cancel, started, pause_us })
+    Ok(Job { thread: Some(thread), written, cancel, started, pause_us })
 }
 
 /// Saves everything of a guest that stands still.
@@ -205,15 +205,15 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState, SnapshotError> {
     Ok(MachineState { vcpus, vm, devices })
 }
 
-/// The part that may take long.
+/// The part that may take long. Returns how many bytes of memory were written.
 fn write(
     mut staging: Staging,
     memory: Captured,
-    mut disks: Vec<disks::Captured>,
+    disks: Vec<disks::Captured>,
     mut facts: Facts,
     state: &MachineState,
     cancel: &AtomicBool,
-) -> Result<Written, SnapshotError> {
+) -> Result<u64, SnapshotError> {
     let digest = match memory {
         Captured::Written(digest) => digest,
         Captured::Frozen(frozen, regions) => {
@@ -222,10 +222,10 @@ fn write(
             staging.write_memory(&mut FileSource::new(&image, regions).map_err(unreadable)?, cancel)?
         }
     };
-    facts.devices.drives = disks::write(&mut staging, &mut disks, cancel)?;
+    facts.devices.drives = disks::write(&mut staging, disks, cancel)?;
     let memory_bytes = digest.data_bytes();
     staging.commit(digest, facts, state)?;
-    Ok(Written { memory_bytes, folded: disks::fold(&disks, cancel) })
+    Ok(memory_bytes)
 }
 
 fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {

@@ -7,6 +7,7 @@ use virtio_queue::DescriptorChain;
 use vm_memory::{Address, Bytes, GuestAddress};
 
 use super::super::GuestMemory;
+use super::queue::MAX_SIZE;
 
 /// Which way a chain must point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,8 +24,8 @@ pub enum ChainError {
     /// It has no descriptor that can be read.
     #[error("descriptor chain {0} has no valid descriptor")]
     Empty(u16),
-    /// It loops, or leads out of its table.
-    #[error("descriptor chain {0} loops or leaves its table")]
+    /// It loops, leads out of its table, or is longer than any queue.
+    #[error("descriptor chain {0} loops, leaves its table or is longer than any queue")]
     Endless(u16),
     /// A descriptor points the wrong way.
     #[error("descriptor chain {0} has a descriptor of the wrong direction")]
@@ -43,6 +44,9 @@ pub enum ChainError {
 }
 
 /// A buffer in guest memory, in pieces. Kept between chains to save allocations.
+///
+/// There are no more pieces than the largest queue has entries, as in every chain of a good driver. `virtio-queue` would
+/// follow more: in indirect tables, which no device of ours offers.
 #[derive(Debug, Default)]
 pub struct Buffer {
     pieces: Vec<(GuestAddress, u32)>,
@@ -58,6 +62,9 @@ impl Buffer {
         for descriptor in chain {
             if descriptor.is_write_only() != (direction == Direction::ToDriver) {
                 return Err(ChainError::Direction(head));
+            }
+            if self.pieces.len() == usize::from(MAX_SIZE) {
+                return Err(ChainError::Endless(head));
             }
             self.push(descriptor.addr(), descriptor.len());
             continues = Some(descriptor.has_next());
@@ -77,6 +84,9 @@ impl Buffer {
         answer.clear();
         let mut continues = None;
         for descriptor in chain {
+            if request.pieces.len() + answer.pieces.len() == usize::from(MAX_SIZE) {
+                return Err(ChainError::Endless(head));
+            }
             let part = match descriptor.is_write_only() {
                 true => &mut *answer,
                 false if answer.pieces.is_empty() => &mut *request,

@@ -200,8 +200,11 @@ impl MmioTransport {
         self.config_generation = config_generation;
         self.queues = configs;
         self.interrupt.set(interrupt_status, failed);
-        if active {
-            lock(&*self.device).activate(self.mem.clone(), live, self.interrupt.clone());
+        match active {
+            // It raises again what may have been lost when it is resumed.
+            true => lock(&*self.device).activate(self.mem.clone(), live, self.interrupt.clone()),
+            // Its driver may still have to hear that it has failed.
+            false => self.interrupt.raise_again(),
         }
         Ok(())
     }

@@ -6,6 +6,9 @@ use vm_memory::{GuestAddress, GuestMemory as _, Permissions};
 
 use super::super::GuestMemory;
 
+/// Largest size of a queue that a device of ours offers.
+pub const MAX_SIZE: u16 = 256;
+
 /// Why a queue cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum QueueError {
@@ -76,6 +79,7 @@ pub struct QueueConfig {
 impl QueueConfig {
     /// A queue that has not been set up.
     pub fn new(max_size: u16) -> Self {
+        debug_assert!(max_size <= MAX_SIZE);
         QueueConfig { max_size, size: max_size, ready: false, desc_table: 0, avail_ring: 0, used_ring: 0 }
     }
 

@@ -17,7 +17,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
-use virtio_queue::Queue;
+use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::super::chain::{Buffer, ChainError};
@@ -25,7 +25,7 @@ use super::super::interrupt::Interrupt;
 use super::super::rings::{QueueBroken, Rings};
 use super::super::{EVENT_IDX, VERSION_1, VirtioDevice};
 use super::disk::{Disk, Frozen};
-use super::overlay::Folded;
+use super::overlay::{Folded, Stack};
 use super::request::{
     HEADER_LEN, ID_LEN, Limits, MAX_DATA, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_ZERO_SECTORS, Request, SECTOR,
     Segment, Status,
@@ -47,11 +47,11 @@ const _: () = assert!(SEG_MAX as u64 * SIZE_MAX as u64 <= MAX_DATA);
 const CLUSTER_SECTORS: u32 = 8;
 /// How much data is moved at a time, in bytes.
 const PIECE: u64 = 64 * 1024;
-/// After how many requests, or how many bytes, other work has its turn.
+/// After how many requests, or what cost ([`Request::cost`]), other work has its turn.
 const TURN_REQUESTS: usize = 64;
-const TURN_BYTES: u64 = 4 << 20;
-/// How much is done at most before the state is saved, in bytes. The rest is left in the queue.
-const DRAIN_BYTES: u64 = 64 << 20;
+const TURN_COST: u64 = 4 << 20;
+/// What may be spent before the state is saved. The rest is left in the queue.
+const DRAIN_COST: u64 = 64 << 20;
 /// How often failures of the host are logged.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -113,12 +113,25 @@ pub struct Block {
 
 /// How a request went.
 enum Outcome {
-    /// It is done: how it ended, and how many bytes of its answer were written, from the beginning.
-    Done(Status, u64),
+    /// It is done.
+    Done {
+        status: Status,
+        /// How many bytes of its answer were written, from the beginning.
+        written: u64,
+        /// What it cost, in bytes that could be moved meanwhile.
+        cost: u64,
+    },
     /// The rate limit lets it pass after this time.
     Limited(Duration),
     /// The overlay has no room for it.
     Full,
+}
+
+impl Outcome {
+    /// A request that is no request.
+    fn refused(status: Status) -> Outcome {
+        Outcome::Done { status, written: 0, cost: 0 }
+    }
 }
 
 /// How a turn ended.
@@ -173,6 +186,11 @@ impl Block {
         self.disk.freeze()
     }
 
+    /// The layers that earlier snapshots have frozen; `None` for a disk without any.
+    pub fn frozen_layers(&self) -> Option<Stack> {
+        self.disk.frozen_layers()
+    }
+
     /// Takes over the layer in which a snapshot's layers have been folded.
     pub fn adopt(&mut self, folded: Folded) {
         self.disk.adopt(folded);
@@ -192,7 +210,7 @@ impl Block {
 
     /// Does what the driver asks for, until the turn is over.
     pub(super) fn work(&mut self) {
-        match self.turn(TURN_REQUESTS, TURN_BYTES) {
+        match self.turn(TURN_REQUESTS, TURN_COST) {
             Turn::Idle => {}
             Turn::More => self.wake(),
             Turn::Limited(wait) => self.limit(wait),
@@ -207,8 +225,9 @@ impl Block {
             Gate::Limited | Gate::Full => return self.active.is_some(),
             Gate::Open => {}
         }
-        // The vCPUs stand still, so the queue holds no more than its size.
-        match self.turn(usize::MAX, DRAIN_BYTES) {
+        // No more than a queue holds: what is read from the disk may be written over the queue, which then holds more.
+        let queue = self.queues().first().map_or(0, |queue| queue.size().into());
+        match self.turn(queue, DRAIN_COST) {
             Turn::Idle => return false,
             Turn::More => self.wake(),
             Turn::Limited(wait) => self.limit(wait),
@@ -231,12 +250,12 @@ impl Block {
         (self.halt)(Halt::Overlay { drive_id, limit_mib });
     }
 
-    fn turn(&mut self, requests: usize, bytes: u64) -> Turn {
+    fn turn(&mut self, requests: usize, cost: u64) -> Turn {
         if self.gate != Gate::Open {
             return Turn::Idle;
         }
         let Some(mut active) = self.active.take() else { return Turn::Idle };
-        let done = self.serve(&mut active, requests, bytes).and_then(|turn| active.rings.interrupt().map(|()| turn));
+        let done = self.serve(&mut active, requests, cost).and_then(|turn| active.rings.interrupt().map(|()| turn));
         match done {
             Ok(turn) => {
                 self.active = Some(active);
@@ -250,11 +269,11 @@ impl Block {
         }
     }
 
-    fn serve(&mut self, active: &mut Active, requests: usize, bytes: u64) -> Result<Turn, QueueBroken> {
-        let mut moved = 0;
+    fn serve(&mut self, active: &mut Active, requests: usize, most: u64) -> Result<Turn, QueueBroken> {
+        let mut spent = 0;
         for _ in 0..requests {
             let Active { rings, request, answer } = active;
-            if moved >= bytes {
+            if spent >= most {
                 return Ok(Turn::More);
             }
             let Some((head, ())) = rings.next(0, |chain| Buffer::load_both(chain, request, answer))? else {
@@ -262,8 +281,8 @@ impl Block {
             };
             let chain = Chain { mem: rings.mem(), request, answer };
             match self.handle(&chain).map_err(|error| QueueBroken::Chain(0, error))? {
-                Outcome::Done(status, written) => {
-                    moved += request.len() + answer.len();
+                Outcome::Done { status, written, cost } => {
+                    spent += cost;
                     let room = answer.len() - 1;
                     answer.write(rings.mem(), room, &[status as u8]).map_err(|e| QueueBroken::Chain(0, e))?;
                     // The length is that of what was written without a gap from the beginning.
@@ -290,26 +309,27 @@ impl Block {
         };
         let mut header = [0; HEADER_LEN];
         let Some(readable) = chain.request.len().checked_sub(HEADER_LEN as u64) else {
-            return Ok(Outcome::Done(Status::IoError, 0));
+            return Ok(Outcome::refused(Status::IoError));
         };
         chain.request.read(chain.mem, 0, &mut header)?;
         let request = match self.limits.parse(&header, readable, room) {
             Ok(request) => request,
-            Err(status) => return Ok(Outcome::Done(status, 0)),
+            Err(status) => return Ok(Outcome::refused(status)),
         };
         let segments = match self.segments(request, chain)? {
             Ok(segments) => segments,
-            Err(status) => return Ok(Outcome::Done(status, 0)),
+            Err(status) => return Ok(Outcome::refused(status)),
         };
+        let cost = request.cost(&segments);
         if let Some(refusal) = self.refuses(request, &segments) {
             return Ok(refusal);
         }
         match self.perform(request, &segments, chain) {
-            Ok(written) => Ok(Outcome::Done(Status::Ok, written)),
+            Ok(written) => Ok(Outcome::Done { status: Status::Ok, written, cost }),
             Err(Fault::Chain(error)) => Err(error),
             Err(Fault::Host(error)) => {
                 self.complaints.say(Instant::now(), &self.config.id, &error);
-                Ok(Outcome::Done(Status::IoError, 0))
+                Ok(Outcome::Done { status: Status::IoError, written: 0, cost })
             }
         }
     }
@@ -324,19 +344,18 @@ impl Block {
 
     /// Whether limits hold a request back. What they let pass is counted.
     fn refuses(&mut self, request: Request, segments: &[Segment]) -> Option<Outcome> {
-        let (bytes, growth) = match request {
-            Request::Read { len, .. } => (len, 0),
-            Request::Write { offset, len } => (len, self.disk.growth(offset, len)),
+        let growth = match request {
+            Request::Write { offset, len } => self.disk.growth(offset, len),
             Request::WriteZeroes { .. } => {
-                (0, segments.iter().map(|segment| self.disk.zero_growth(segment.offset, segment.len)).sum())
+                segments.iter().map(|segment| self.disk.zero_growth(segment.offset, segment.len)).sum()
             }
-            Request::Flush | Request::GetId | Request::Discard { .. } => (0, 0),
+            Request::Read { .. } | Request::Flush | Request::GetId | Request::Discard { .. } => 0,
         };
         let limit = self.config.max_overlay_mib.map(|mib| mib.saturating_mul(1 << 20));
         if growth > 0 && limit.is_some_and(|limit| self.disk.private_bytes() + growth > limit) {
             return Some(Outcome::Full);
         }
-        self.rate.take(bytes, Instant::now()).err().map(Outcome::Limited)
+        self.rate.take(request.traffic(segments), Instant::now()).err().map(Outcome::Limited)
     }
 
     /// Does a request. Returns how many bytes of the answer were written.

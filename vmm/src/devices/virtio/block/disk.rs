@@ -9,6 +9,7 @@ use snapshot::disk::Held;
 use snapshot::manifest::MAX_DISK_BYTES;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -34,6 +35,16 @@ pub enum DiskError {
     /// The image is a directory, or the like.
     #[error("drive {id}: {path} is neither a regular file nor a block device")]
     Kind {
+        /// The disk.
+        id: String,
+        /// The image.
+        path: PathBuf,
+    },
+    /// A snapshot names a device of the host.
+    #[error(
+        "drive {id}: the snapshot names {path}, which is no regular file; if you trust it with that device, name it yourself (drive_overrides, --drive {id}={path})"
+    )]
+    Device {
         /// The disk.
         id: String,
         /// The image.
@@ -104,21 +115,37 @@ pub struct Image {
 impl Image {
     /// Opens the image of the disk `id` and locks it: for any number of readers, or for one writer.
     pub fn open(id: &str, path: &Path, writable: bool) -> Result<Image, DiskError> {
+        Image::open_if(id, path, writable, |kind| kind.is_file() || kind.is_block_device())
+    }
+
+    /// Opens an image that a snapshot names, for reading: a regular file, since opening a device may have an effect, and
+    /// what it holds may be none of the snapshot's business.
+    pub fn open_named(id: &str, path: &Path) -> Result<Image, DiskError> {
+        Image::open_if(id, path, false, std::fs::FileType::is_file).map_err(|e| match e {
+            DiskError::Kind { id, path } => DiskError::Device { id, path },
+            other => other,
+        })
+    }
+
+    fn open_if(
+        id: &str,
+        path: &Path,
+        writable: bool,
+        fits: impl Fn(&std::fs::FileType) -> bool,
+    ) -> Result<Image, DiskError> {
         let (id, path) = (id.to_owned(), path.to_owned());
         let (access, flags) = if writable { ("writing", OFlags::RDWR) } else { ("reading", OFlags::RDONLY) };
-        // NONBLOCK: opening a FIFO must not wait. It means nothing for files and block devices.
-        let opened = rustix::fs::open(&path, flags | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty());
-        let file = match opened {
-            Ok(fd) => File::from(fd),
-            Err(Errno::ISDIR | Errno::NXIO) => return Err(DiskError::Kind { id, path }),
-            Err(e) => return Err(DiskError::Open { id, path, access, source: e.into() }),
-        };
         let failed = |source: io::Error| DiskError::Open { id: id.clone(), path: path.clone(), access, source };
-        let metadata = file.metadata().map_err(failed)?;
-        let kind = metadata.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
+        // What it is can be seen without opening it in earnest, which a device may take for a command.
+        let place = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+        let place = File::from(place.map_err(|e| failed(e.into()))?);
+        if !fits(&place.metadata().map_err(failed)?.file_type()) {
             return Err(DiskError::Kind { id, path });
         }
+        // The same file, whatever has become of its path.
+        let again = format!("/proc/self/fd/{}", place.as_raw_fd());
+        let opened = rustix::fs::open(again, flags | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty());
+        let file = File::from(opened.map_err(|e| failed(e.into()))?);
         let size = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|e| failed(e.into()))?;
         if size == 0 || !size.is_multiple_of(SECTOR) || size > MAX_DISK_BYTES {
             return Err(DiskError::Size { id, path, size });
@@ -305,6 +332,14 @@ impl Disk {
         })
     }
 
+    /// The layers below the one that is written; `None` for a disk without layers.
+    pub fn frozen_layers(&self) -> Option<Stack> {
+        match &self.kind {
+            Kind::Raw { .. } => None,
+            Kind::Overlay { overlay, .. } => Some(overlay.frozen()),
+        }
+    }
+
     /// Takes over the result of [`Stack::fold`].
     pub fn adopt(&mut self, folded: Folded) {
         if let Kind::Overlay { overlay, .. } = &mut self.kind {
@@ -359,6 +394,9 @@ mod tests {
         for writable in [false, true] {
             assert!(matches!(refused(dir.path(), writable), DiskError::Kind { .. }));
             assert!(matches!(refused(Path::new("/dev/null"), writable), DiskError::Kind { .. }));
+        }
+        for named in [dir.path(), Path::new("/dev/null")] {
+            assert!(matches!(Image::open_named("a", named), Err(DiskError::Device { .. })));
         }
         for size in [0, 511, 513, MAX_DISK_BYTES + 512] {
             // A file system may have no files as large as the last.

@@ -26,7 +26,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Most layers. Only snapshots that fail one after the other make so many.
+/// Most layers. So many come about only if folding fails time and again, since each snapshot, whether it succeeds or fails,
+/// ends with folding.
 const MAX_LAYERS: usize = 32;
 /// How much is copied at a time when layers are folded, in bytes.
 const PIECE: usize = 1 << 20;
@@ -149,6 +150,8 @@ pub struct Folded {
 pub struct Overlay {
     below: Stack,
     top: Layer,
+    /// What all private layers hold together. Folding does not change it.
+    private: Clusters,
     /// Where scratch files are made.
     dir: PathBuf,
 }
@@ -158,19 +161,20 @@ impl Overlay {
     pub fn new(size: u64, image: Option<Arc<File>>, held: Option<Held>, dir: PathBuf) -> io::Result<Overlay> {
         let top = Layer::scratch(&dir, size)?;
         let held = held.map(|Held { file, clusters }| Layer { file: Arc::new(file), clusters, private: false });
-        Ok(Overlay { below: Stack { size, image, layers: held.into_iter().map(Arc::new).collect() }, top, dir })
+        let below = Stack { size, image, layers: held.into_iter().map(Arc::new).collect() };
+        Ok(Overlay { below, top, private: Clusters::new(size), dir })
     }
 
-    /// Clusters that private layers hold.
+    /// Clusters that private layers hold and that can be seen. A cluster that two of them hold counts once: the older is
+    /// hidden, and goes when they are folded.
     pub fn private_clusters(&self) -> u64 {
-        let frozen = self.below.layers.iter().filter(|layer| layer.private);
-        self.top.clusters.data() + frozen.map(|layer| layer.clusters.data()).sum::<u64>()
+        self.private.data()
     }
 
-    /// How many clusters more the private layers will hold once these bytes are written.
+    /// How many clusters more that will be once these bytes are written.
     pub fn growth(&self, offset: u64, len: u64) -> u64 {
         let clusters = offset / CLUSTER_BYTES..(offset + len).div_ceil(CLUSTER_BYTES);
-        let runs = self.top.clusters.runs(clusters).filter(|(_, state)| *state != Cluster::Data);
+        let runs = self.private.runs(clusters).filter(|(_, state)| *state != Cluster::Data);
         runs.map(|(run, _)| run.end - run.start).sum()
     }
 
@@ -188,7 +192,7 @@ impl Overlay {
             } else {
                 let Range { start, end } = bytes(&whole, self.below.size);
                 self.top.file.write_all_at(&data[..(end - start) as usize], start)?;
-                self.top.clusters.set(whole, Cluster::Data);
+                self.note(whole, Cluster::Data);
                 (end - start) as usize
             };
             offset += taken as u64;
@@ -211,7 +215,7 @@ impl Overlay {
         self.read(start, copy)?;
         copy[(offset - start) as usize..][..data.len()].copy_from_slice(data);
         self.top.file.write_all_at(copy, start)?;
-        self.top.clusters.set(cluster..cluster + 1, Cluster::Data);
+        self.note(cluster..cluster + 1, Cluster::Data);
         Ok(data.len())
     }
 
@@ -243,20 +247,34 @@ impl Overlay {
         let first = offset.next_multiple_of(CLUSTER_BYTES);
         let whole = self.whole_clusters(first, (offset + len).saturating_sub(first));
         give_back(&self.top, whole.clone());
-        self.top.clusters.set(whole.clone(), Cluster::Zero);
+        self.note(whole.clone(), Cluster::Zero);
         whole
+    }
+
+    /// Notes what the top now holds.
+    fn note(&mut self, clusters: Range<u64>, state: Cluster) {
+        self.top.clusters.set(clusters.clone(), state);
+        self.private.set(clusters, state);
     }
 
     /// Makes what was written until now a layer that no longer changes. Returns all layers below the new top.
     pub fn freeze(&mut self) -> io::Result<Stack> {
         if self.top.clusters != Clusters::new(self.below.size) {
             if self.below.layers.len() >= MAX_LAYERS {
-                return Err(io::Error::other("it has too many layers, since earlier snapshots failed"));
+                return Err(io::Error::other(
+                    "its overlay has too many layers, which could not be folded; that is tried again now: see whether the \
+                     file system of TMPDIR is full, then repeat the snapshot",
+                ));
             }
             let top = std::mem::replace(&mut self.top, Layer::scratch(&self.dir, self.below.size)?);
             self.below.layers.push(Arc::new(top));
         }
         Ok(self.below.clone())
+    }
+
+    /// All layers below the top.
+    pub fn frozen(&self) -> Stack {
+        self.below.clone()
     }
 
     /// Takes over the result of [`Stack::fold`].
@@ -297,12 +315,14 @@ fn read_layer(
     Ok(())
 }
 
-/// Gives back the space of clusters that a private layer holds. Where the file system cannot, it is lost until the layer
-/// goes.
+/// Gives back the space of clusters of a private layer. Where the file system cannot, it is lost until the layer goes.
+///
+/// What the layer does not hold is a hole already, so the whole range is given back at once, however many runs it has.
 fn give_back(layer: &Layer, clusters: Range<u64>) {
-    for (run, _) in layer.clusters.runs(clusters).filter(|(_, state)| *state == Cluster::Data) {
+    let (start, len) = (clusters.start * CLUSTER_BYTES, (clusters.end - clusters.start) * CLUSTER_BYTES);
+    // The kernel takes no empty range.
+    if len > 0 {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let (start, len) = (run.start * CLUSTER_BYTES, (run.end - run.start) * CLUSTER_BYTES);
         let _ = rustix::fs::fallocate(&*layer.file, flags, start, len);
     }
 }
@@ -363,8 +383,11 @@ mod tests {
         let mut overlay = overlay(Some(image().0));
         for round in 0..5u8 {
             overlay.write(u64::from(round) * 5000, &[round + 1; 9000]).unwrap();
+            let held = overlay.private_clusters();
             let stack = overlay.freeze().unwrap();
+            assert_eq!(overlay.growth(1000, 8), 0, "what a snapshot has frozen can be written again");
             overlay.write(1000, &[0xee; 8]).unwrap();
+            assert_eq!(overlay.private_clusters(), held);
             let before = read_all(&overlay);
             let folded = stack.fold(&never).unwrap();
             assert_eq!(folded.is_some(), round > 0);
@@ -381,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn layers_are_bounded() {
+    fn layers_are_bounded_and_folding_them_makes_room() {
         let mut overlay = overlay(None);
         for _ in 0..MAX_LAYERS {
             overlay.write(0, b"x").unwrap();
@@ -393,6 +416,9 @@ mod tests {
         let mut first = [0];
         overlay.read(0, &mut first).unwrap();
         assert_eq!(&first, b"y");
+        let folded = overlay.frozen().fold(&AtomicBool::new(false)).unwrap().unwrap();
+        overlay.adopt(folded);
+        assert_eq!(overlay.freeze().unwrap().layers.len(), 2);
     }
 
     #[derive(Clone, Debug)]

@@ -23,6 +23,11 @@ pub const MAX_DISCARD_SECTORS: u32 = 1 << 21;
 /// Longest range to write zeros to, in sectors; there may be one. A host that cannot do it otherwise writes them.
 pub const MAX_ZERO_SECTORS: u32 = (MAX_DATA / SECTOR) as u32;
 
+/// What giving back a range costs, in bytes that could be moved meanwhile.
+const DISCARD_COST: u64 = 64 << 10;
+/// What a flush costs, likewise.
+const FLUSH_COST: u64 = 1 << 20;
+
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -77,6 +82,27 @@ pub enum Request {
         /// Length of the list of ranges.
         list: usize,
     },
+}
+
+impl Request {
+    /// How much of the host's time the request takes, in bytes that could be moved meanwhile. `segments` are its ranges.
+    pub fn cost(&self, segments: &[Segment]) -> u64 {
+        match self {
+            Request::Flush => FLUSH_COST,
+            _ => self.traffic(segments),
+        }
+    }
+
+    /// How much the rate limit counts, in bytes. What a flush brings to disk was counted when it was written.
+    pub fn traffic(&self, segments: &[Segment]) -> u64 {
+        match self {
+            Request::Read { len, .. } | Request::Write { len, .. } => *len,
+            Request::Flush | Request::GetId => 0,
+            Request::Discard { .. } => DISCARD_COST * segments.len() as u64,
+            // The host may have to write them.
+            Request::WriteZeroes { .. } => segments.iter().map(|segment| segment.len).sum(),
+        }
+    }
 }
 
 /// A range to discard or to write zeros to, in bytes.
@@ -223,6 +249,18 @@ mod tests {
         }
         let large = Limits { size: 1 << 40, ..LIMITS };
         assert_eq!(large.segments(zeroes, &segment(0, MAX_ZERO_SECTORS + 1, 0)), Err(Status::IoError));
+    }
+
+    #[test]
+    fn a_request_costs_what_the_host_does_and_not_what_it_says() {
+        let segment = |len| Segment { offset: 0, len, unmap: false };
+        let zeroes = Request::WriteZeroes { list: 16 };
+        assert_eq!((zeroes.cost(&[segment(MAX_DATA)]), zeroes.traffic(&[segment(MAX_DATA)])), (MAX_DATA, MAX_DATA));
+        let discard = Request::Discard { list: 32 };
+        assert_eq!(discard.cost(&[segment(512), segment(1 << 30)]), 2 * DISCARD_COST);
+        assert_eq!(discard.traffic(&[segment(512)]), DISCARD_COST);
+        assert_eq!((Request::Flush.cost(&[]), Request::Flush.traffic(&[])), (FLUSH_COST, 0));
+        assert_eq!(Request::Write { offset: 0, len: 512 }.cost(&[]), 512);
     }
 
     proptest! {

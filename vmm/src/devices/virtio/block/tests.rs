@@ -36,6 +36,7 @@ const STATUSES: u64 = 0x5000;
 const DATA: u64 = 0x1_0000;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -433,6 +434,22 @@ fn a_driver_that_breaks_the_rules_stops_its_device_until_it_resets_it() {
         rig.start_driver();
         assert_eq!(rig.put(1, &[5; 512]), 0, "{what}: after its reset");
     }
+    // An indirect table, which was not offered, longer than any queue.
+    let mut rig = Rig::new(Disk::overlay("root", DISK, None, None).unwrap());
+    for n in 0..300u16 {
+        let at = GuestAddress(DATA + 16 * u64::from(n));
+        rig.mem.write_obj(DATA + 0x1_0000, at).unwrap();
+        rig.mem.write_obj(512u32, GuestAddress(at.0 + 8)).unwrap();
+        rig.mem
+            .write_obj(if n < 299 { NEXT } else { 0 } | if n > 0 { WRITE } else { 0 }, GuestAddress(at.0 + 12))
+            .unwrap();
+        rig.mem.write_obj(n + 1, GuestAddress(at.0 + 14)).unwrap();
+    }
+    rig.describe(0, (DATA, 16 * 300, false), None);
+    rig.mem.write_obj(INDIRECT, GuestAddress(DESC + 12)).unwrap();
+    rig.offer_head(0);
+    rig.run();
+    assert!(rig.has_failed());
     // A loop, and a ring that claims more than it can hold.
     let mut rig = Rig::new(Disk::overlay("root", DISK, None, None).unwrap());
     rig.describe(0, header, Some(1));
@@ -539,6 +556,55 @@ fn a_full_overlay_pauses_the_guest_and_the_request_waits() {
     assert_eq!(rig.put(5000, &[4; 512]), 0);
 }
 
+#[test]
+fn a_drain_is_bounded_by_the_queue_that_a_read_may_write_over() {
+    let mut rig = Rig::new(Disk::overlay("root", DISK, None, None).unwrap());
+    // Each request reads over the available ring that there is another, and over its own header which sector that reads.
+    let requests = 2 * SIZE;
+    let first = rig.driver.next_avail.wrapping_add(requests);
+    for n in 0..requests {
+        let mut sectors = [0; 1024];
+        sectors[2..4].copy_from_slice(&first.wrapping_add(n + 2).to_le_bytes());
+        sectors[512 + 8..512 + 10].copy_from_slice(&(2 * (n + 1)).to_le_bytes());
+        assert_eq!(rig.put(2 * u64::from(n), &sectors), 0);
+    }
+    let (header, status) = (rig.put_header(0, IN, 0), rig.put_status(0));
+    rig.offer(0, &[header, (AVAIL, 512, true), (HEADERS, 512, true), status]);
+    let used = |rig: &Rig| rig.mem.read_obj::<u16>(GuestAddress(USED + 2)).unwrap();
+    let before = used(&rig);
+    assert!(rig.save().pending);
+    assert_eq!(used(&rig).wrapping_sub(before), SIZE);
+}
+
+#[test]
+fn a_drain_does_not_flush_without_end() {
+    let mut rig = Rig::new(Disk::overlay("root", DISK, None, None).unwrap());
+    for _ in 0..SIZE {
+        let (header, status) = (rig.put_header(0, FLUSH, 0), rig.put_status(0));
+        rig.describe(0, header, Some(1));
+        rig.describe(1, status, None);
+        rig.offer_head(0);
+    }
+    assert!(
+        rig.save().pending,
+        "a flush costs as much as a mebibyte: what is at the bound has been looked at no further"
+    );
+}
+
+#[test]
+fn zeros_and_discarded_ranges_count_as_traffic() {
+    for (kind, sectors) in [(WRITE_ZEROES, 2), (DISCARD, 8)] {
+        let bucket = TokenBucket { size: 1024, one_time_burst: None, refill_time: 1_000_000 };
+        let rate_limiter = Some(RateLimiter { bandwidth: Some(bucket), ops: None });
+        let disk = Disk::overlay("root", DISK, None, None).unwrap();
+        let mut rig = Rig::with(BlockConfig { rate_limiter, ..config() }, disk, true);
+        assert_eq!(rig.ranges(kind, &[(0, sectors, 0)]), 0, "the first empties the bucket");
+        rig.offer_write(0, 0, &[1; 512]);
+        rig.run();
+        assert_eq!(rig.take_used(), None, "{kind}");
+    }
+}
+
 /// What a snapshot would hold of a disk, for a clone.
 fn held(rig: &Rig) -> snapshot::disk::Held {
     let Frozen::Layers(_, stack) = lock(&rig.block).freeze().unwrap() else { panic!("it is an overlay") };
@@ -625,6 +691,7 @@ fn a_device_that_has_failed_is_restored_as_failed() {
     let mut clone = rig.restored(&state, Disk::overlay("root", DISK, None, None).unwrap());
     clone.resume();
     assert!(clone.has_failed());
+    assert!(clone.transport.interrupt().event().read().is_ok(), "the driver hears of it");
     clone.start_driver();
     assert_eq!(clone.get(0, 512), [0; 512]);
 }
