@@ -55,7 +55,7 @@ pub enum ConfigError {
     },
     /// A name that no tap device can have.
     #[error(
-        "network interface {iface_id}: host_dev_name is {tap:?}; it may be 1 to {MAX_NAME} printable characters but `/`, `:` and `%`"
+        "network interface {iface_id}: host_dev_name is {tap:?}; it may be 1 to {MAX_NAME} printable characters but `/`, `:`, `%` and `,`"
     )]
     TapName {
         /// Which interface.
@@ -219,8 +219,8 @@ pub fn check_network(interfaces: &[NetworkInterface]) -> Result<(), ConfigError>
     for (i, interface) in interfaces.iter().enumerate() {
         let NetworkInterface { iface_id, host_dev_name: tap, guest_mac, rx_rate_limiter, tx_rate_limiter } = interface;
         check_id("network-interfaces.iface_id", iface_id)?;
-        // What the kernel would refuse, or take for a pattern.
-        let plain = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%');
+        // What the kernel would refuse, or take for a pattern, and what ends the name on a command line.
+        let plain = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%' | ',');
         if tap.is_empty() || tap.len() > MAX_NAME || !tap.chars().all(plain) || tap == "." || tap == ".." {
             return Err(ConfigError::TapName { iface_id: iface_id.clone(), tap: tap.clone() });
         }

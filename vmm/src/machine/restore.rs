@@ -86,8 +86,13 @@ pub enum RestoreError {
     #[error("network_overrides: the network interface {0} is named twice")]
     TwoOverrides(String),
     /// Network interfaces that cannot be built.
-    #[error("network_overrides: {0}")]
-    Network(ConfigError),
+    #[error("{at}: {source}")]
+    Network {
+        /// Whose they are.
+        at: &'static str,
+        /// What is wrong with them.
+        source: ConfigError,
+    },
     /// A MAC address in the snapshot that none can be.
     #[error("the snapshot's network interfaces: {0}; the snapshot was not written by this program")]
     Mac(#[from] MacError),
@@ -207,6 +212,10 @@ fn devices(snapshot: &Snapshot, request: &SnapshotLoad) -> Result<(DevicePlan, V
 
 /// Gives network interfaces their other host sides.
 fn override_network(interfaces: &mut [NetworkInterface], overrides: &[NetworkOverride]) -> Result<(), RestoreError> {
+    let check = |interfaces: &[NetworkInterface], at| {
+        config::check_network(interfaces).map_err(|source| RestoreError::Network { at, source })
+    };
+    check(interfaces, "the snapshot's network interfaces")?;
     for (i, NetworkOverride { iface_id, host_dev_name, guest_mac }) in overrides.iter().enumerate() {
         if overrides[..i].iter().any(|other| other.iface_id == *iface_id) {
             return Err(RestoreError::TwoOverrides(iface_id.clone()));
@@ -219,7 +228,7 @@ fn override_network(interfaces: &mut [NetworkInterface], overrides: &[NetworkOve
         interface.host_dev_name = host_dev_name.clone();
         interface.guest_mac = guest_mac.or(interface.guest_mac);
     }
-    config::check_network(interfaces).map_err(RestoreError::Network)
+    check(interfaces, "network_overrides")
 }
 
 /// Maps the snapshot's memory, from its own file or from a page server.

@@ -376,6 +376,7 @@ impl Virtio<'_> {
         let device = Vsock::new(config.guest_cid.into(), &config.uds_path, ready)?;
         self.add(device, |device, transport| saved.map_or(Ok(()), |saved| vsock::restore(device, transport, saved)))
     }
+
     fn add_net(
         &mut self,
         config: &devices::NetworkInterface,

@@ -43,6 +43,8 @@ const FEATURES: [u32; 7] = [
 ];
 /// How many frames are moved each way before other work has its turn.
 const BATCH: usize = 64;
+/// How many buffers the guest is given in a turn before other work has its turn.
+const MAX_CHAINS: usize = 1024;
 /// How many are sent before the state is saved at most: more than a queue has.
 const ALL: usize = u16::MAX as usize;
 
@@ -96,6 +98,10 @@ pub(super) struct Cable {
     /// What messages call the interface.
     name: String,
     link: Box<dyn Link>,
+    /// What the link was told last that the guest understands.
+    offloads: Option<Offloads>,
+    /// How many frames in a row could not be read.
+    unreadable: usize,
     /// The tap has gone: the guest's frames lead nowhere from now on, and none come.
     pub(super) lost: bool,
 }
@@ -107,14 +113,23 @@ impl Cable {
         }
     }
 
-    /// The length of the host's next frame, if there is one.
+    /// The length of the host's next frame, if there is one. One that cannot be read has none of its bytes.
     fn receive(&mut self, into: &mut [u8]) -> Option<usize> {
         if self.lost {
             return None;
         }
         match rustix::io::read(self.link.as_fd(), into) {
-            Ok(len) => Some(len),
+            Ok(len) => {
+                self.unreadable = 0;
+                Some(len)
+            }
             Err(Errno::AGAIN | Errno::INTR) => None,
+            // A tap drops a frame that it cannot describe, and says so; the next one may be fine.
+            Err(error) if !is_gone(error) && self.unreadable < BATCH => {
+                log::debug!("{}: a frame of the host cannot be read: {error}", self.name);
+                self.unreadable += 1;
+                Some(0)
+            }
             Err(error) => {
                 self.lose(&error);
                 None
@@ -129,20 +144,31 @@ impl Cable {
             return;
         }
         match rustix::io::write(self.link.as_fd(), frame) {
-            Err(error @ (Errno::BADFD | Errno::NODEV)) => self.lose(&error),
+            Err(error) if is_gone(error) => self.lose(&error),
             Err(error) => log::debug!("{}: a frame of {} bytes is dropped: {error}", self.name, frame.len()),
             Ok(_) => {}
         }
     }
 
-    /// A link that does not do as it is told could give the guest frames that it does not understand.
+    /// Tells the link what the guest understands, unless it knows: it costs a lock that all interfaces of the host share. A
+    /// link that does not do as it is told loses frames, since those that the guest does not understand are dropped.
     fn set_offloads(&mut self, offloads: Offloads) {
-        if !self.lost
-            && let Err(error) = self.link.set_offloads(offloads)
-        {
-            self.lose(&error);
+        if self.lost || self.offloads == Some(offloads) {
+            return;
+        }
+        match self.link.set_offloads(offloads) {
+            Ok(()) => self.offloads = Some(offloads),
+            Err(error) => {
+                self.offloads = None;
+                log::error!("{}: its tap device does not take its offloads: {error}", self.name);
+            }
         }
     }
+}
+
+/// Whether an error means that there is no tap device any more.
+fn is_gone(error: Errno) -> bool {
+    matches!(error, Errno::BADFD | Errno::NODEV)
 }
 
 impl AsRawFd for Cable {
@@ -182,7 +208,7 @@ impl Net {
             mac: config.guest_mac,
             events: [Arc::new(EventFd::new(EFD_NONBLOCK)?), Arc::new(EventFd::new(EFD_NONBLOCK)?)],
             alarm: Alarm::new()?,
-            cable: Cable { name: name(&config.iface_id), link, lost: false },
+            cable: Cable { name: name(&config.iface_id), link, offloads: None, unreadable: 0, lost: false },
             watched: false,
             rx_rate: Rate::new(config.rx_rate_limiter.as_ref(), now),
             tx_rate: Rate::new(config.tx_rate_limiter.as_ref(), now),
@@ -307,7 +333,6 @@ impl VirtioDevice for Net {
         self.active = None;
         self.restored = false;
         self.waiting = Due::default();
-        self.cable.set_offloads(Offloads::default());
         self.wake(); // to wait for frames no longer
     }
 
@@ -376,7 +401,12 @@ impl Work<'_> {
     /// Gives the guest what the host has for it. If there is more than one turn takes, the event loop says so again.
     fn receive(&mut self) -> Result<Option<Duration>, QueueBroken> {
         let mergeable = self.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
+        let mut chains = 0;
         for _ in 0..BATCH {
+            // A guest may offer buffers so small that each frame takes many.
+            if chains > MAX_CHAINS {
+                return Ok(Some(Duration::ZERO));
+            }
             if self.active.held.is_none() {
                 self.take_frame();
             }
@@ -388,8 +418,14 @@ impl Work<'_> {
                 held.paid = true;
             }
             let len = held.len;
-            match self.active.deliver(len, mergeable)? {
-                Delivery::Done | Delivery::Never => self.active.held = None,
+            let delivery = self.active.deliver(len, mergeable)?;
+            chains += self.active.spread.len();
+            match delivery {
+                Delivery::Done => self.active.held = None,
+                Delivery::Never => {
+                    log::debug!("{}: a frame of {len} bytes is dropped: the guest has no room", self.cable.name);
+                    self.active.held = None;
+                }
                 Delivery::Later => break,
             }
         }
@@ -420,12 +456,13 @@ impl Active {
         let mut rest = &incoming[..len];
         while !rest.is_empty() {
             let into = if spread.is_empty() { &mut *first } else { &mut *buffer };
-            let one_more = mergeable || spread.is_empty();
+            // Never more than the queue holds, however often the guest makes its buffers available anew.
+            let full = spread.len() >= usize::from(rings.queues()[RX].size());
+            let one_more = (mergeable || spread.is_empty()) && !full;
             let next = if one_more { rings.next(RX, |chain| into.load(chain, Direction::ToDriver))? } else { None };
             let Some((head, ())) = next else {
-                let all = spread.len() == usize::from(rings.queues()[RX].size());
                 spread.iter().for_each(|_| rings.put_back(RX));
-                return Ok(if all || !one_more { Delivery::Never } else { Delivery::Later });
+                return Ok(if one_more { Delivery::Later } else { Delivery::Never });
             };
             check_header(RX, into)?;
             let (part, after) = rest.split_at(rest.len().min(usize::try_from(into.len()).unwrap_or(usize::MAX)));

@@ -1,11 +1,15 @@
 //! The device on the event loop: which events lead where.
 
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vmm_sys_util::epoll::EventSet;
 
 use super::device::{Due, Net, RX, TX};
+
+/// When to try again to wait for frames of the host.
+const RETRY: Duration = Duration::from_millis(500);
 
 impl MutEventSubscriber for Net {
     fn init(&mut self, ops: &mut EventOps) {
@@ -38,8 +42,10 @@ impl Net {
                 true => ops.add(Events::new(&self.cable, EventSet::IN)),
                 false => ops.remove(Events::empty(&self.cable)),
             };
-            if note(done) {
-                self.watched = wanted;
+            match note(done) {
+                true => self.watched = wanted,
+                // The system is out of something, which may come back.
+                false => self.alarm.set(Some(RETRY)),
             }
         }
     }
