@@ -92,6 +92,24 @@ impl Stack {
         }
         let (mut clusters, mut above) = (oldest.clusters.clone(), Clusters::new(self.size));
         newer.iter().for_each(|layer| above.lay(&layer.clusters));
+        match self.bring_into(oldest, &above, cancel) {
+            Ok(true) => {}
+            stopped => {
+                // What the oldest layer does not hold is to stay a hole: nobody would give it back.
+                for (run, _) in above.runs(0..above.count()).filter(|(_, state)| *state == Cluster::Data) {
+                    let added = oldest.clusters.runs(run).filter(|(_, state)| *state != Cluster::Data);
+                    added.for_each(|(run, _)| give_back(oldest, run));
+                }
+                return stopped.map(|_| None);
+            }
+        }
+        clusters.lay(&above);
+        let layer = Layer { file: oldest.file.clone(), clusters, private: true };
+        Ok(Some(Folded { layers: self.layers[private..].to_vec(), layer: Arc::new(layer) }))
+    }
+
+    /// Brings what the layers show in the clusters `above` into the file of `oldest`. `false` on `cancel`.
+    fn bring_into(&self, oldest: &Layer, above: &Clusters, cancel: &AtomicBool) -> io::Result<bool> {
         let mut buf = vec![0; PIECE];
         for (run, state) in above.runs(0..above.count()) {
             match state {
@@ -101,7 +119,7 @@ impl Stack {
                     let Range { start: mut at, end } = bytes(&run, self.size);
                     while at < end {
                         if cancel.load(Ordering::Relaxed) {
-                            return Ok(None);
+                            return Ok(false);
                         }
                         let piece = &mut buf[..(end - at).min(PIECE as u64) as usize];
                         self.read(at, piece)?;
@@ -111,9 +129,7 @@ impl Stack {
                 }
             }
         }
-        clusters.lay(&above);
-        let layer = Layer { file: oldest.file.clone(), clusters, private: true };
-        Ok(Some(Folded { layers: self.layers[private..].to_vec(), layer: Arc::new(layer) }))
+        Ok(true)
     }
 }
 
@@ -401,6 +417,28 @@ mod tests {
         let stack = overlay.freeze().unwrap();
         assert_eq!(stack.layers.len(), 2);
         assert!(stack.fold(&AtomicBool::new(true)).unwrap().is_none(), "cancelled");
+    }
+
+    #[test]
+    fn a_fold_that_fails_leaves_nothing_behind() {
+        use std::os::unix::fs::MetadataExt;
+        let never = AtomicBool::new(false);
+        let mut overlay = overlay(None);
+        overlay.write(0, &[1; 2 * CLUSTER_BYTES as usize]).unwrap();
+        overlay.freeze().unwrap();
+        overlay.write(0, &[2; 8 * CLUSTER_BYTES as usize]).unwrap();
+        overlay.write(12 * CLUSTER_BYTES, &[2; 8 * CLUSTER_BYTES as usize]).unwrap();
+        let stack = overlay.freeze().unwrap();
+        let [oldest, newer] = &stack.layers[..] else { panic!("there are two") };
+        let before = oldest.file.metadata().unwrap().blocks();
+        // The first run can be brought over, the second cannot be read.
+        newer.file.set_len(10 * CLUSTER_BYTES).unwrap();
+        stack.fold(&never).unwrap_err();
+        assert_eq!(oldest.file.metadata().unwrap().blocks(), before);
+        newer.file.set_len(SIZE).unwrap();
+        let shown = read_all(&overlay);
+        overlay.adopt(stack.fold(&never).unwrap().unwrap());
+        assert!(read_all(&overlay) == shown);
     }
 
     #[test]
