@@ -18,7 +18,7 @@ use crate::devices::virtio::block::overlay::{Folded, Stack};
 use crate::devices::virtio::block::{Disk, DiskError};
 use api_spec::devices::{CacheType, Drive};
 use api_spec::snapshot::{DriveOverride, SnapshotLoad};
-use snapshot::create::{CopiedDisk, CreateError, Staging};
+use snapshot::create::{Cancel, CopiedDisk, CreateError, Staging};
 use snapshot::load::Snapshot;
 use snapshot::manifest::{self, DiskImage, DriveDevice, HeldDisk};
 use std::io;
@@ -186,7 +186,7 @@ pub fn capture(
     devices: &Devices,
     drives: &[Drive],
     staging: &mut Staging,
-    cancel: &AtomicBool,
+    cancel: &dyn Cancel,
 ) -> Result<Vec<Captured>, SnapshotError> {
     let mut captured = Vec::with_capacity(drives.len());
     for (drive, slot) in drives.iter().zip(&devices.drives) {

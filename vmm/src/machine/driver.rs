@@ -294,7 +294,7 @@ impl Driver {
 
     fn create_snapshot(&mut self, create: &SnapshotCreate, from: Pending) -> Result<(), RequestError> {
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-        match snapshot::create(machine, create, self.readiness, self.notifier.clone()) {
+        match snapshot::create(machine, create, self.readiness, self.notifier.clone(), &self.signals) {
             Ok(job) => {
                 self.job = Some(job);
                 self.waiting = Some(from);
