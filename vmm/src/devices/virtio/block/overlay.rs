@@ -76,10 +76,19 @@ impl Stack {
         read_layer(layer, offset, buf, |offset, buf| self.read_below(below.len(), offset, buf))
     }
 
+    /// Whether anything but zeros can be seen in these clusters, or hidden.
+    fn holds_data(&self, clusters: &Range<u64>) -> bool {
+        let in_layer = |layer: &Arc<Layer>| layer.clusters.runs(clusters.clone()).any(|(_, s)| s == Cluster::Data);
+        self.image.is_some() || self.layers.iter().any(in_layer)
+    }
+
     /// These layers as one, to be written into a snapshot.
     pub fn flattened(&self) -> Flattened {
         let mut clusters = Clusters::new(self.size);
         self.layers.iter().for_each(|layer| clusters.lay(&layer.clusters));
+        if self.image.is_none() {
+            clusters.forget_zeros();
+        }
         Flattened { stack: self.clone(), clusters }
     }
 
@@ -104,6 +113,9 @@ impl Stack {
             }
         }
         clusters.lay(&above);
+        if self.image.is_none() && private == 0 {
+            clusters.forget_zeros();
+        }
         let layer = Layer { file: oldest.file.clone(), clusters, private: true };
         Ok(Some(Folded { layers: self.layers[private..].to_vec(), layer: Arc::new(layer) }))
     }
@@ -263,7 +275,9 @@ impl Overlay {
         let first = offset.next_multiple_of(CLUSTER_BYTES);
         let whole = self.whole_clusters(first, (offset + len).saturating_sub(first));
         give_back(&self.top, whole.clone());
-        self.note(whole.clone(), Cluster::Zero);
+        // Where nothing lies below there is nothing to hide, and nothing to keep a record of.
+        let state = if self.below.holds_data(&whole) { Cluster::Zero } else { Cluster::Absent };
+        self.note(whole.clone(), state);
         whole
     }
 
@@ -417,6 +431,23 @@ mod tests {
         let stack = overlay.freeze().unwrap();
         assert_eq!(stack.layers.len(), 2);
         assert!(stack.fold(&AtomicBool::new(true)).unwrap().is_none(), "cancelled");
+    }
+
+    #[test]
+    fn zeros_over_nothing_are_not_recorded() {
+        let mut overlay = overlay(None);
+        overlay.discard(0, SIZE);
+        assert_eq!(overlay.top.clusters, Clusters::new(SIZE));
+        overlay.write(0, &[1; 3 * CLUSTER_BYTES as usize]).unwrap();
+        overlay.freeze().unwrap();
+        overlay.discard(CLUSTER_BYTES, SIZE - CLUSTER_BYTES);
+        assert_eq!(overlay.top.clusters.get(1), Cluster::Zero, "it hides what is below");
+        let stack = overlay.freeze().unwrap();
+        let mut first = Clusters::new(SIZE);
+        first.set(0..1, Cluster::Data);
+        assert_eq!(*stack.flattened().clusters(), first);
+        overlay.adopt(stack.fold(&AtomicBool::new(false)).unwrap().unwrap());
+        assert_eq!(overlay.below.layers[0].clusters, first);
     }
 
     #[test]
