@@ -462,6 +462,7 @@ impl Driver {
             Request::SnapshotLoad(load) => self.load(&load).and(done),
             Request::SnapshotCreate(create) if self.job.is_some() => {
                 self.next = Some((create, from));
+                self.status = SnapshotStatus { state: SnapshotState::Writing, ..Default::default() };
                 Ok(None)
             }
             Request::SnapshotCreate(create) => self.create_snapshot(&create, from).and(Ok(None)),
