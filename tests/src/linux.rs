@@ -10,6 +10,7 @@ use api_spec::agent::{Request, Response, Resumed};
 use api_spec::client::AgentClient;
 use api_spec::client::agent::AgentError;
 use api_spec::client::linux::{Finished, Started};
+use api_spec::devices::{CacheType, Drive};
 use api_spec::vm::Readiness;
 use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
@@ -51,6 +52,22 @@ impl Linux {
         };
         test_skip::skip(reason);
         None
+    }
+
+    /// A private overlay over the root image, as the guest's root disk.
+    pub fn root_disk(&self) -> Drive {
+        Drive {
+            drive_id: "root".into(),
+            path_on_host: self.root.clone(),
+            is_root_device: true,
+            is_read_only: false,
+            partuuid: None,
+            cache_type: CacheType::Writeback,
+            io_engine: Default::default(),
+            rate_limiter: None,
+            overlay: true,
+            max_overlay_mib: None,
+        }
     }
 
     /// The same guest with more files in its initial RAM disk, or with others: path, permission bits, content. What is
@@ -207,6 +224,47 @@ impl LinuxAgent {
             Response::Generation(id) => id,
             other => panic!("no generation: {other:?}"),
         }
+    }
+
+    /// Has a program write numbered blocks of 4 KiB to the disk /dev/vda, from its block 4096 on, each on disk before the
+    /// next, and waits until it has written some.
+    #[track_caller]
+    pub fn keep_writing(&mut self) {
+        const WRITER: &str = "echo $$ >/tmp/writer; n=0; while :; do
+          printf '%-4096d' $n | dd of=/dev/vda bs=4096 seek=$((4096 + n)) conv=notrunc,fsync 2>/dev/null || echo $n >>/tmp/failed
+          echo $n >/tmp/n.new; mv /tmp/n.new /tmp/n; n=$((n + 1))
+        done";
+        self.leave(WRITER);
+        let begun = || self.shell("[ -e /tmp/n ] && cat /tmp/n || echo 0").parse::<u32>().is_ok_and(|n| n > 5);
+        assert!(holds_within(PATIENCE, begun), "the writer writes");
+    }
+
+    /// The number of the last block that is known to be on disk.
+    #[track_caller]
+    pub fn written(&mut self) -> u32 {
+        self.shell("cat /tmp/n").parse().expect("a number")
+    }
+
+    /// Waits until the writer has gone on from block `at_least`, ends it, and checks that what it wrote is on the disk, each
+    /// block once and in its place. The number of the last.
+    #[track_caller]
+    pub fn stop_writing(&mut self, at_least: u32) -> u32 {
+        assert!(holds_within(PATIENCE, || self.written() > at_least + 2), "the writer does not go on");
+        self.shell("kill $(cat /tmp/writer); sleep 0.3");
+        self.forget_disk();
+        let last = self.written();
+        let numbers =
+            self.shell(&format!("dd if=/dev/vda bs=4096 skip=4096 count={} 2>/dev/null | tr -s ' ' '\\n'", last + 1));
+        let wanted: Vec<String> = (0..=last).map(|n| n.to_string()).collect();
+        assert!(numbers.lines().eq(wanted.iter()), "not 0 to {last}: {numbers}");
+        assert_eq!(self.shell("cat /tmp/failed 2>/dev/null || true"), "", "a write has failed");
+        last
+    }
+
+    /// From here on the guest reads from its disk /dev/vda, and not what it remembers.
+    #[track_caller]
+    pub fn forget_disk(&mut self) {
+        self.shell("sync; echo 3 >/proc/sys/vm/drop_caches; blockdev --flushbufs /dev/vda");
     }
 
     /// Tells a clone who it is: the generation id that it sees, the time, fresh entropy, and this host name.

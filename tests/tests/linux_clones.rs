@@ -5,13 +5,16 @@
 use api_spec::agent::linux::Exec;
 use api_spec::agent::{Refusal, Request, Response};
 use api_spec::client::agent::AgentError;
+use api_spec::devices::{CacheType, Drive};
 use api_spec::vm::Readiness;
 use std::collections::HashSet;
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 use tests::linux::{LinuxAgent, PATIENCE, a_minute_passes, assert_calm, shell};
+use tests::vm::drive;
 use tests::{Boot, Linux, PageServer, Place, Restore, Vm, holds_within};
 
 /// Keeps count, and notes it if monotonic time goes back. A file that it holds open has no name any more.
@@ -34,6 +37,8 @@ struct Parent {
     watcher: u32,
     watcher_started: String,
     count: u64,
+    /// Blocks that are known to be on disk.
+    written: u32,
     uptime: f64,
     /// Of the parent, after the snapshot.
     ids: Ids,
@@ -71,10 +76,14 @@ fn started(agent: &mut LinuxAgent, pid: u32) -> String {
 }
 
 fn parent(place: &Place, linux: &Linux, vcpus: u8) -> Parent {
-    let mut vm = Boot::new(place).linux(linux, "").vcpus(vcpus).start("parent");
+    let disk = place.join("disk");
+    File::create(&disk).and_then(|file| file.set_len(64 << 20)).expect("a file can be made in the test's directory");
+    let disk = Drive { overlay: true, cache_type: CacheType::Writeback, ..drive("data", &disk) };
+    let mut vm = Boot::new(place).linux(linux, "").vcpus(vcpus).drive(disk).start("parent");
     vm.becomes(Readiness::Full);
     let mut agent = vm.linux_agent();
     let watcher = agent.leave(WATCHER).pid;
+    agent.keep_writing();
     // Every vCPU is busy.
     for _ in 0..vcpus {
         agent.leave("while :; do :; done");
@@ -96,6 +105,7 @@ fn parent(place: &Place, linux: &Linux, vcpus: u8) -> Parent {
             watcher,
             watcher_started: started(&mut agent, watcher),
             count: count(&mut agent),
+            written: agent.written(),
             uptime: uptime(&mut agent),
             ids: ids(&mut agent),
         };
@@ -141,6 +151,7 @@ fn check_clone(clone: &mut Vm, parent: &Parent) -> Ids {
     assert!(error < Duration::from_secs(1), "its wall clock is wrong by {error:?}");
     // What was bound to a connection that the restore has reset has ended.
     assert!(holds_within(PATIENCE, || sleepers(&mut agent) == "0"), "a program outlived its connection");
+    println!("{}: wrote blocks 0 to {}", clone.name, agent.stop_writing(parent.written));
     let ids = ids(&mut agent);
     assert_eq!(ids.hostname, clone.name);
     ids

@@ -3,12 +3,15 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use api_spec::agent::linux::{Address, Interface};
+use api_spec::devices::Drive;
 use api_spec::mac::MacAddr;
 use api_spec::vm::Readiness;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
+use std::path::Path;
 use std::process::Command;
-use tests::linux::{LinuxAgent, PATIENCE, assert_calm};
+use tests::linux::{Console, LinuxAgent, PATIENCE, assert_calm};
+use tests::vm::drive;
 use tests::{Boot, Linux, Place, Restore, Vm, holds_within};
 
 /// By this a test that was started again knows that it is inside.
@@ -111,8 +114,8 @@ fn talks_in_bulk(agent: &mut LinuxAgent) {
     });
     std::thread::scope(|scope| {
         scope.spawn(to_guest);
-        let sum = agent.shell(&format!("wget -q -O - http://{HOST}:{port}/ | cksum"));
-        assert_eq!(sum, agent.shell(&format!("yes coppice | head -c {BULK} | cksum")));
+        let sum = agent.shell(&format!("wget -q -O - http://{HOST}:{port}/ | sha256sum"));
+        assert_eq!(sum, agent.shell(&format!("yes coppice | head -c {BULK} | sha256sum")));
     });
 }
 
@@ -125,6 +128,24 @@ fn ends(vm: Vm) {
     assert_calm(&vm.stop().stdout);
 }
 
+/// A clone that is told nothing but its name has a network, a disk, a console and an agent, as its parent had.
+fn works_by_default(place: &Place, snapshot: &Path) {
+    let mut clone = Restore::new(place, snapshot).start("default");
+    let mut agent = clone.linux_agent();
+    agent.becomes_itself("default");
+    clone.becomes(Readiness::Full);
+    guest_reaches(&mut agent, HOST);
+    host_reaches(PARENT);
+    agent.shell("echo written >/dev/vda; sync; echo 3 >/proc/sys/vm/drop_caches");
+    assert_eq!(agent.shell("head -c 7 /dev/vda"), "written");
+    agent.shell("echo 'coppice: echo' >/dev/console");
+    clone.said("coppice: echo");
+    // What was said before the snapshot is not said again.
+    assert!(!clone.console().contains("coppice: Linux"), "{}", clone.console());
+    drop(agent);
+    ends(clone);
+}
+
 fn clones_share_a_bridge(kernel: &str, test: &str) {
     let Some(linux) = Linux::guest(kernel) else { return };
     if !is_inside(test) {
@@ -133,7 +154,10 @@ fn clones_share_a_bridge(kernel: &str, test: &str) {
     let place = Place::new();
     bridge();
     ["tap-parent", "tap-one", "tap-two"].iter().for_each(|name| tap(name));
-    let boot = Boot::new(&place).linux(&linux, "").network("eth0", "tap-parent", Some(mac(2))).entropy();
+    let disk = place.join("disk");
+    std::fs::write(&disk, vec![0; 16 << 20]).expect("a file can be made in the test's directory");
+    let disk = Drive { overlay: true, ..drive("data", &disk) };
+    let boot = Boot::new(&place).linux(&linux, "").network("eth0", "tap-parent", Some(mac(2))).entropy().drive(disk);
     let mut parent = boot.start("parent");
     parent.becomes(Readiness::Full);
     let mut agent = parent.linux_agent();
@@ -149,6 +173,7 @@ fn clones_share_a_bridge(kernel: &str, test: &str) {
     guest_reaches(&mut agent, HOST);
     drop(agent);
     ends(parent);
+    works_by_default(&place, &path);
 
     // One is at the parent's address with a MAC address of its own, while the host may still believe in the parent's.
     let mut clones = Vec::new();

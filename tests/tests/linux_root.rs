@@ -65,7 +65,7 @@ fn ask(vm: &Vm) -> Answer {
     }
 }
 
-/// A guest that has started from the root image, with more files in it.
+/// A guest that has started from an overlay over the root image, with more files in it.
 fn boot(
     place: &Place,
     linux: Linux,
@@ -73,14 +73,15 @@ fn boot(
     words: &str,
     readiness: Readiness,
 ) -> (Vm, LinuxAgent) {
-    let image = std::fs::read(&linux.root).expect("the root image can be read");
-    let linux = linux.elf().with_files(place, &[&[("/root.ext4", 0o644, &image[..])], files].concat());
-    let words = format!("root=/root.ext4 quiet systemd.show_status=false {words}");
-    let mut vm = Boot::new(place).linux(&linux, &words).memory_mib(512).start("parent");
+    let root = linux.root_disk();
+    let linux = linux.elf().with_files(place, files);
+    let words = format!("quiet systemd.show_status=false {words}");
+    let mut vm = Boot::new(place).linux(&linux, &words).memory_mib(256).drive(root).start("parent");
     vm.becomes(readiness);
     let mut agent = vm.linux_agent();
     // Ready is when nothing is left that starts.
     assert_eq!(agent.shell("cat /proc/1/comm; systemctl list-jobs --no-legend"), "systemd");
+    assert_eq!(agent.shell("grep ' / ' /proc/mounts | cut -d' ' -f1"), "/dev/vda");
     (vm, agent)
 }
 
@@ -97,10 +98,23 @@ fn start_time(agent: &mut LinuxAgent, pid: u32) -> String {
     agent.shell(&format!("cut -d' ' -f22 /proc/{pid}/stat"))
 }
 
+/// How much of two seconds a guest with one vCPU was busy, in per cent.
+fn busy(agent: &mut LinuxAgent) -> u64 {
+    let both = agent.shell("head -n 1 /proc/stat; sleep 2; head -n 1 /proc/stat");
+    let ticks =
+        |line: &str| -> Vec<u64> { line.split_ascii_whitespace().skip(1).map_while(|n| n.parse().ok()).collect() };
+    let [before, after] = both.lines().map(ticks).collect::<Vec<_>>().try_into().expect("two lines");
+    let passed: Vec<u64> = after.iter().zip(&before).map(|(after, before)| after - before).collect();
+    let (all, idle): (u64, u64) = (passed.iter().sum(), passed[3] + passed[4]);
+    (all - idle) * 100 / all.max(1)
+}
+
 #[test]
 fn a_clone_answers_from_the_interpreter_that_was_in_the_snapshot() {
     let Some(linux) = Linux::guest("6.12") else { return };
     let place = Place::new();
+    let image = linux.root.clone();
+    let before = std::fs::read(&image).expect("the root image can be read");
     let (mut vm, mut agent) = boot(&place, linux, &[], "", Readiness::Full);
     put(&mut agent, "/srv/service.py", 0o644, SERVICE);
     agent.shell("mkdir -p /etc/coppice/hooks.d/resumed");
@@ -109,6 +123,7 @@ fn a_clone_answers_from_the_interpreter_that_was_in_the_snapshot() {
     let warm = ask(&vm);
     assert_eq!((warm.pid, warm.requests), (service, 1));
     let started = start_time(&mut agent, service);
+    agent.shell("echo parent >/srv/who; sync");
     let snapshot = place.join("snapshot");
     agent.pre_snapshot().expect("the guest prepares for a snapshot");
     vm.snapshot(&snapshot);
@@ -129,9 +144,16 @@ fn a_clone_answers_from_the_interpreter_that_was_in_the_snapshot() {
         assert!(randoms.insert(answer.random), "{name}'s service repeats what another has said");
         assert!(randoms.insert(fresh_random(&mut agent)), "{name}'s fresh interpreter repeats what another has said");
         assert_eq!(agent.shell("hostname; cat /etc/hostname"), format!("{name}\n{name}"));
+        assert!(holds_within(PATIENCE, || busy(&mut agent) < 5), "{name} does not come to rest");
+        assert_eq!(agent.shell("systemctl list-jobs --no-legend"), "");
+        // Its disk is its own, over the image and what the parent had written.
+        agent.shell("sync; echo 3 >/proc/sys/vm/drop_caches");
+        assert_eq!(agent.shell("cat /srv/who"), "parent");
+        assert_eq!(agent.shell(&format!("echo {name} >/srv/who; sync; cat /srv/who")), name);
         clone.becomes(Readiness::Full);
         assert_calm(&clone.stop().stdout);
     }
+    assert!(std::fs::read(&image).expect("the root image can be read") == before, "somebody wrote the image");
 }
 
 #[test]

@@ -10,15 +10,16 @@ use kvm_ioctls::VcpuFd;
 
 /// Memory types: on, and write-back where nothing else is said (Intel SDM, volume 3, 12.11.2.1). Devices are excepted by the
 /// page tables of the kernel, as on any machine since there are page attributes.
-const MTRR_DEF_TYPE: u32 = 0x2ff;
+pub const MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLED: u64 = 1 << 11;
 const MTRR_WRITE_BACK: u64 = 6;
 /// Miscellaneous features: fast strings (volume 4, `IA32_MISC_ENABLE`).
-const MISC_ENABLE: u32 = 0x1a0;
+pub const MISC_ENABLE: u32 = 0x1a0;
 const FAST_STRINGS: u64 = 1 << 0;
-/// AMD's hardware configuration: the time-stamp counter counts at the frequency of the highest performance state.
-const HARDWARE_CONFIGURATION: u32 = 0xc001_0015;
-const TSC_AT_P0: u64 = 1 << 24;
+/// AMD's hardware configuration.
+pub const HARDWARE_CONFIGURATION: u32 = 0xc001_0015;
+/// A bit of it: the time-stamp counter counts at the frequency of the highest performance state.
+pub const TSC_AT_P0: u64 = 1 << 24;
 
 /// Offsets of the entries for the two legacy pins in the local APIC's page, and what they deliver: interrupts of the old
 /// controller, and NMIs.

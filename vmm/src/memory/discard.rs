@@ -400,6 +400,33 @@ mod tests {
         assert!(!discarded.may_begin(u64::MAX));
     }
 
+    /// A page that is written the moment it is discarded joins its neighbours all the same.
+    #[test]
+    fn a_guest_that_writes_what_it_gives_away_takes_no_more_mappings() {
+        let (ram, _image) = view();
+        let discarder = ram.discarder();
+        let end = SIZE / PAGE_SIZE;
+        let at = std::sync::atomic::AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                loop {
+                    let page = at.load(std::sync::atomic::Ordering::Relaxed);
+                    if page == end {
+                        return;
+                    }
+                    ram.memory().write_obj(NEW, GuestAddress(page * PAGE_SIZE)).unwrap();
+                }
+            });
+            for page in 0..end {
+                at.store(page, std::sync::atomic::Ordering::Relaxed);
+                assert_eq!(discarder.discard(page..page + 1), all(1));
+            }
+            at.store(end, std::sync::atomic::Ordering::Relaxed);
+            writer.join().unwrap();
+        });
+        assert_eq!(smaps(&ram, "Anonymous").1, 1);
+    }
+
     #[test]
     fn contents_leave_out_what_is_empty() {
         let (ram, _image) = view();

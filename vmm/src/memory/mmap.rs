@@ -20,7 +20,7 @@ pub fn keep_private(region: &MmapRegion) -> io::Result<()> {
 /// Advice that keeps memory out of core dumps and out of child processes.
 const PRIVACY: [libc::c_int; 2] = [libc::MADV_DONTDUMP, libc::MADV_DONTFORK];
 
-/// Part of a region's mapping, or all of it.
+/// Part of a region's mapping, or all of it; or a mapping that is to become one.
 struct Part {
     addr: *mut u8,
     len: usize,
@@ -38,7 +38,7 @@ impl Part {
     }
 
     fn advise(&self, advice: libc::c_int) -> io::Result<()> {
-        // SAFETY: the range lies within a region's own mapping, which stays. Advice changes no byte that is read there,
+        // SAFETY: the range lies within a region's own mapping, which stays, or within a new one of ours. Advice changes no byte that is read there,
         // but for MADV_DONTNEED, which is like a write of the guest, to volatile memory that no Rust reference points to.
         if unsafe { libc::madvise(self.addr.cast(), self.len, advice) } != 0 {
             return Err(io::Error::last_os_error());
@@ -50,25 +50,78 @@ impl Part {
 /// Puts anonymous memory, which reads as zeros, in the place of part of a region: `range` in bytes from its start, whole
 /// pages. Others may access the region meanwhile; they find what was there before, or zeros.
 ///
+/// It joins neighbours of the same kind: a range that touches such a one takes no mapping of its own. So it must not be
+/// accessed before it is all that they are, with which the kernel would take it for another kind for good, and is made
+/// elsewhere first.
+///
 /// If this fails, the part is what it was, unless the kernel ran out of memory for itself in the midst of it: then the part
 /// is gone, and whoever accesses it dies of that.
 pub fn make_anonymous(region: &MmapRegion, range: Range<u64>) -> io::Result<()> {
     let part = Part::of(region, range)?;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
-    // SAFETY: `Part::of` has checked that the range lies within the region's own mapping, so nothing else is unmapped;
-    // the new mapping has the same protection, so every pointer into the region stays valid; page faults on the range
-    // wait until it is complete; the bytes are volatile guest memory that no Rust reference points to.
-    let mapped = unsafe { libc::mmap(part.addr.cast(), part.len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
-    if mapped == libc::MAP_FAILED {
+    let mut fresh = Fresh::new(part.len)?;
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+    // SAFETY: what moves is a mapping that `fresh` owns alone and that nothing refers to. `Part::of` has checked that the
+    // range lies within the region's own mapping, so nothing else is unmapped; the new mapping has the same protection,
+    // so every pointer into the region stays valid; page faults on the range wait until it is complete; the bytes are
+    // volatile guest memory that no Rust reference points to.
+    let moved = unsafe { libc::mremap(fresh.middle().cast(), part.len, part.len, flags, part.addr) };
+    if moved == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    // The new mapping stands, whatever becomes of the advice. With it, it joins its neighbours of the same kind.
-    if let Err(e) = PRIVACY.into_iter().try_for_each(|advice| part.advise(advice)) {
-        log::debug!("pages that the guest gave back may appear in core dumps: {e}");
-    }
-    // A huge page would take 2 MiB as soon as one of its pages is used again. Refused by kernels that have none.
-    let _ = part.advise(libc::MADV_NOHUGEPAGE);
+    fresh.has_moved = true;
     Ok(())
+}
+
+/// New anonymous memory that nobody has accessed, between two pages that keep it from joining whatever lies beside it.
+struct Fresh {
+    start: *mut u8,
+    len: usize,
+    /// The memory is elsewhere; the two pages are left.
+    has_moved: bool,
+}
+
+impl Fresh {
+    const GUARD: usize = PAGE_SIZE as usize;
+
+    fn new(len: usize) -> io::Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at a place of the kernel's choice touches no other memory.
+        let start = unsafe { libc::mmap(ptr::null_mut(), len + 2 * Self::GUARD, libc::PROT_NONE, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let fresh = Fresh { start: start.cast(), len, has_moved: false };
+        let middle = Part { addr: fresh.middle(), len };
+        // SAFETY: the range lies within the mapping just made, which nothing refers to.
+        if unsafe { libc::mprotect(middle.addr.cast(), len, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if let Err(e) = PRIVACY.into_iter().try_for_each(|advice| middle.advise(advice)) {
+            log::debug!("pages that the guest gave back may appear in core dumps: {e}");
+        }
+        // A huge page would take 2 MiB as soon as one of its pages is used again. Refused by kernels that have none.
+        let _ = middle.advise(libc::MADV_NOHUGEPAGE);
+        Ok(fresh)
+    }
+
+    fn middle(&self) -> *mut u8 {
+        self.start.wrapping_add(Self::GUARD)
+    }
+}
+
+impl Drop for Fresh {
+    fn drop(&mut self) {
+        let all = self.len + 2 * Self::GUARD;
+        let parts = match self.has_moved {
+            // Others may have mapped something where the memory was.
+            true => [(0, Self::GUARD), (all - Self::GUARD, Self::GUARD)],
+            false => [(0, all), (0, 0)],
+        };
+        for (offset, len) in parts.into_iter().filter(|(_, len)| *len > 0) {
+            // SAFETY: each part is of a mapping that this value owns alone, and is unmapped once.
+            unsafe { libc::munmap(self.start.wrapping_add(offset).cast(), len) };
+        }
+    }
 }
 
 /// Drops what part of a region holds, which must be anonymous memory: it reads as zeros then.

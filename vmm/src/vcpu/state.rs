@@ -12,6 +12,7 @@
 // UNSAFETY: KVM_GET_XSAVE2 and KVM_SET_XSAVE write and read as many bytes as the host's features need.
 #![allow(unsafe_code)]
 
+use crate::arch::msrs::{HARDWARE_CONFIGURATION, MISC_ENABLE, MTRR_DEF_TYPE, TSC_AT_P0};
 use kvm_bindings::{
     CpuId, Msrs, Xsave, kvm_cpuid_entry2, kvm_debugregs, kvm_dtable, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
     kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave2,
@@ -25,6 +26,14 @@ use std::ops::RangeInclusive;
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// MSRs of Hyper-V, which no guest of ours is offered. KVM lists them all the same, and makes up values for some that other
+/// hosts refuse to take.
+const HYPER_V: RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
+/// Global enables of performance counters, Intel's and AMD's. From Linux 6.9 on they are set after a reset.
+const PERF_GLOBAL_CTRL: u32 = 0x38f;
+const PERF_CNTR_GLOBAL_CTL: u32 = 0xc000_0301;
+/// Whether the host polls for a while before a halted vCPU sleeps; set after a reset.
+const KVM_POLL_CONTROL: u32 = 0x4b56_4d05;
 /// MSRs that KVM keeps for a guest and, on some kernels or all, does not list.
 const UNLISTED: [RangeInclusive<u32>; 6] = [
     // Memory types: eight pairs for variable ranges, the fixed ranges, what holds elsewhere.
@@ -106,10 +115,10 @@ pub fn xsave_size(vm: &VmFd) -> usize {
     usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0).max(XSAVE_BASE)
 }
 
-/// The listed MSRs and those that are not listed, once each.
+/// The listed MSRs but for Hyper-V's, and those that are not listed, once each.
 fn with_unlisted(listed: &[u32]) -> Vec<u32> {
     let unlisted = UNLISTED.into_iter().flatten().filter(|index| !listed.contains(index));
-    listed.iter().copied().chain(unlisted).collect()
+    listed.iter().copied().filter(|index| !HYPER_V.contains(index)).chain(unlisted).collect()
 }
 
 /// MSRs in an order in which they can be loaded.
@@ -196,18 +205,59 @@ fn save_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, VcpuStateError>
 }
 
 fn load_msrs(vcpu: &VcpuFd, saved: &[Msr]) -> Result<(), VcpuStateError> {
-    let entries: Vec<_> = saved.iter().map(|msr| load_msr(msr, saved_tsc(saved))).collect();
-    let mut rest = &entries[..];
-    while !rest.is_empty() {
-        let count = vcpu.set_msrs(&msr_list(rest)?).map_err(step("loading MSRs"))?;
-        match rest.get(count) {
-            None => break,
-            // A register that this kernel does not know and that held nothing is not missed.
-            Some(&kvm_msr_entry { data: 0, .. }) => rest = &rest[count + 1..],
-            Some(&kvm_msr_entry { index, data, .. }) => return Err(VcpuStateError::Msr { index, data }),
+    // Snapshots may hold those of Hyper-V.
+    let ours = saved.iter().filter(|msr| !HYPER_V.contains(&msr.index));
+    let entries = ours.map(|msr| load_msr(msr, saved_tsc(saved))).collect();
+    set_all(entries, |rest| vcpu.set_msrs(&msr_list(rest)?).map_err(step("loading MSRs")))
+}
+
+/// Sets MSRs in order. `set` sets some, and says how many KVM took before one that it refuses.
+fn set_all(
+    mut entries: Vec<kvm_msr_entry>,
+    mut set: impl FnMut(&[kvm_msr_entry]) -> Result<usize, VcpuStateError>,
+) -> Result<(), VcpuStateError> {
+    let mut at = 0;
+    while at < entries.len() {
+        at += set(&entries[at..])?;
+        let Some(&mut kvm_msr_entry { index, ref mut data, .. }) = entries.get_mut(at) else { break };
+        match when_refused(index, *data) {
+            Refused::Instead(other) => *data = other,
+            Refused::Without => {
+                log::warn!("this host's KVM does not take {data:#x} for MSR {index:#x}; the guest goes on without");
+                at += 1;
+            }
+            Refused::Unmissed => at += 1,
+            Refused::Fatal => return Err(VcpuStateError::Msr { index, data: *data }),
         }
     }
     Ok(())
+}
+
+/// What becomes of an MSR that KVM refuses.
+#[derive(Debug, PartialEq, Eq)]
+enum Refused {
+    /// This value is tried in its place.
+    Instead(u64),
+    /// The guest can do without, if less well.
+    Without,
+    /// It held nothing.
+    Unmissed,
+    /// The guest cannot go on.
+    Fatal,
+}
+
+fn when_refused(index: u32, data: u64) -> Refused {
+    match index {
+        // A register that this kernel does not know and that held nothing is not missed.
+        _ if data == 0 => Refused::Unmissed,
+        // Only a hint, which kernels before 6.8 do not take.
+        HARDWARE_CONFIGURATION if data & TSC_AT_P0 != 0 => Refused::Instead(data & !TSC_AT_P0),
+        // What the host makes up at a reset, or we set at boot wherever it can be: no guest needs to have used it. A
+        // counter that is in use has a register of its own that says so, and is refused by that.
+        HARDWARE_CONFIGURATION | MTRR_DEF_TYPE | MISC_ENABLE => Refused::Without,
+        PERF_GLOBAL_CTRL | PERF_CNTR_GLOBAL_CTL | KVM_POLL_CONTROL => Refused::Without,
+        _ => Refused::Fatal,
+    }
 }
 
 fn saved_tsc(saved: &[Msr]) -> u64 {
@@ -510,5 +560,48 @@ mod tests {
         for index in [0x200, 0x20f, 0x250, 0x259, 0x26f, 0xc001_0015] {
             assert!(msrs.contains(&index), "{index:#x}");
         }
+    }
+
+    #[test]
+    fn registers_of_hyper_v_are_neither_saved_nor_loaded() {
+        // As Linux 6.1 lists them, with others around.
+        let hyper_v = [0x4000_0000, 0x4000_0001, 0x4000_0020, 0x4000_0022, 0x4000_0105, 0x4000_0118];
+        let listed: Vec<u32> = [MSR_TSC, KVM_POLL_CONTROL].into_iter().chain(hyper_v).collect();
+        let saved = with_unlisted(&listed);
+        assert!(saved.contains(&MSR_TSC) && saved.contains(&KVM_POLL_CONTROL));
+        assert!(hyper_v.iter().all(|index| !saved.contains(index)));
+    }
+
+    /// A host that has no MSR but those below 0x200, and HWCR without bit 24.
+    fn old_host(taken: &mut Vec<(u32, u64)>, rest: &[kvm_msr_entry]) -> usize {
+        let takes = |e: &&kvm_msr_entry| e.index < 0x200 || e.index == HARDWARE_CONFIGURATION && e.data == 1;
+        let before = taken.len();
+        taken.extend(rest.iter().take_while(takes).map(|e| (e.index, e.data)));
+        taken.len() - before
+    }
+
+    #[test]
+    fn what_a_guest_can_do_without_does_not_keep_it_from_an_older_host() {
+        let entry = |(index, data)| kvm_msr_entry { index, data, ..Default::default() };
+        let load = |msrs: &[(u32, u64)]| {
+            let mut taken = Vec::new();
+            let done = set_all(msrs.iter().copied().map(entry).collect(), |rest| Ok(old_host(&mut taken, rest)));
+            (taken, done)
+        };
+        let (taken, done) = load(&[
+            (MTRR_DEF_TYPE, 0xc06),
+            (0x10, 5),
+            (HARDWARE_CONFIGURATION, TSC_AT_P0 | 1),
+            (PERF_GLOBAL_CTRL, 0xff),
+            (PERF_CNTR_GLOBAL_CTL, 0x3f),
+            (0x300, 0),
+            (KVM_POLL_CONTROL, 1),
+            (0x11, 6),
+            (HARDWARE_CONFIGURATION, TSC_AT_P0),
+        ]);
+        assert_eq!(taken, [(0x10, 5), (HARDWARE_CONFIGURATION, 1), (0x11, 6)]);
+        done.unwrap();
+        let refused = load(&[(0x10, 5), (0x300, 1), (0x11, 6)]).1;
+        assert!(matches!(refused, Err(VcpuStateError::Msr { index: 0x300, data: 1 })), "{refused:?}");
     }
 }

@@ -105,6 +105,12 @@ impl Rings {
         queue.enable_notification(&self.mem).map_err(|error| QueueBroken::Ring(index, error))
     }
 
+    /// Whether the driver is going to tell of the next chain in a queue. If not, somebody has to look.
+    pub fn will_tell(&self, index: usize) -> bool {
+        let queue = &self.queues[index];
+        !queue.event_idx_enabled() || self.asked[index] == Some(queue.next_avail())
+    }
+
     /// Gives a chain back to the driver, with the number of bytes that were written into it.
     pub fn used(&mut self, index: usize, head: u16, len: u32) -> Result<(), QueueBroken> {
         self.queues[index].add_used(&self.mem, head, len).map_err(|error| QueueBroken::Ring(index, error))

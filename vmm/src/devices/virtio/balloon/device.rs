@@ -10,6 +10,7 @@
 //! The last two are there only if the driver has accepted their features, and the numbers of queues leave no gap.
 
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -40,10 +41,15 @@ pub(super) const REPORTING: u64 = 1 << 5;
 const QUEUE_SIZES: [u16; 4] = [256; 4];
 /// Most pages that a buffer may name. Drivers name 256 or 1,024.
 pub(super) const MAX_NUMBERS: u64 = 4096;
-/// How many pages are taken before other work has its turn. A buffer that has been begun is taken as a whole.
-const TURN: usize = 4096;
-/// What a buffer counts as in a turn, at least.
-const BUFFER_COST: usize = 16;
+/// How much is done before other work has its turn: so many pages that were named one by one, or [`RUN_PAGES`] times as many
+/// in runs. A buffer of numbers that has been begun is taken as a whole.
+const TURN: u64 = 4096;
+/// The same for a guest that stands still to be saved; what is left stays in the queues.
+const LAST_TURN: u64 = TURN / 16;
+/// How many pages of a run take about as long as one alone.
+const RUN_PAGES: u64 = 4;
+/// What a buffer, or a run, counts as in a turn, at least.
+const BUFFER_COST: u64 = 16;
 /// Pages in a MiB.
 const PAGES_PER_MIB: u64 = (1 << 20) / PAGE_SIZE;
 
@@ -89,6 +95,16 @@ pub(super) struct Active {
     buffer: Buffer,
     /// The statistics buffer that the device keeps.
     pub(super) held: Option<u16>,
+    /// The report that has been begun.
+    report: Option<Report>,
+}
+
+/// Pages that the driver has reported as free, and that are being discarded.
+struct Report {
+    /// The chain that names them.
+    head: u16,
+    /// Those that are left, the last run first.
+    rest: Vec<Range<u64>>,
 }
 
 impl Active {
@@ -200,15 +216,20 @@ impl Balloon {
         }
     }
 
-    /// Takes what the driver has put into a queue, up to a turn's worth. The result is whether there is more.
-    pub(super) fn take(&mut self, queue: usize) -> bool {
+    /// Takes what the driver has put into a queue, up to a turn's worth.
+    pub(super) fn take(&mut self, queue: usize) {
+        self.take_some(queue, TURN);
+    }
+
+    /// Takes what the driver has put into a queue, up to so much. The result is whether there is more.
+    fn take_some(&mut self, queue: usize, turn: u64) -> bool {
         if self.restored {
             return false;
         }
         let Some(active) = &mut self.active else { return false };
         let Some(&role) = active.roles.get(queue) else { return false };
         let mut work = Work { active, discarder: &self.discarder, statistics: &mut self.statistics };
-        match work.turn(queue, role) {
+        match work.turn(queue, role, turn) {
             Ok(more) => {
                 if more {
                     self.wake(queue);
@@ -222,12 +243,19 @@ impl Balloon {
         }
     }
 
-    /// Takes a turn's worth of every queue, before the device is saved, and notes whether there is more.
+    /// Takes some of every queue, before the device is saved, and notes whether there is more. A report that has been begun
+    /// goes back to its queue: whoever goes on takes it anew.
     pub(super) fn settle(&mut self) {
         if !self.restored {
             let queues = self.active.as_ref().map_or(0, |active| active.roles.len());
             // Each of them, also after one that has more.
-            self.pending = (0..queues).fold(false, |more, queue| self.take(queue) | more);
+            self.pending = (0..queues).fold(false, |more, queue| self.take_some(queue, LAST_TURN) | more);
+            if let Some(active) = &mut self.active
+                && active.report.take().is_some()
+                && let Some(queue) = active.queue(Role::Reporting)
+            {
+                active.rings.put_back(queue);
+            }
         }
     }
 
@@ -298,7 +326,7 @@ impl VirtioDevice for Balloon {
 
     fn activate(&mut self, mem: GuestMemory, queues: Vec<Queue>, interrupt: Arc<Interrupt>) {
         let (rings, roles) = (Rings::new(mem, queues, interrupt), roles(self.accepted));
-        self.active = Some(Active { rings, roles, buffer: Buffer::default(), held: None });
+        self.active = Some(Active { rings, roles, buffer: Buffer::default(), held: None, report: None });
         self.wind();
     }
 
@@ -340,23 +368,26 @@ struct Work<'a> {
 
 impl Work<'_> {
     /// Takes buffers from a queue until there are none or the turn is over. The result is whether there are more.
-    fn turn(&mut self, queue: usize, role: Role) -> Result<bool, Broken> {
-        let direction = match role {
-            Role::Reporting => Direction::ToDriver,
-            Role::Inflate | Role::Deflate | Role::Statistics => Direction::FromDriver,
+    fn turn(&mut self, queue: usize, role: Role, turn: u64) -> Result<bool, Broken> {
+        let mut outcome = Outcome::default();
+        let more = match role {
+            Role::Reporting => self.take_reports(queue, turn, &mut outcome)?,
+            Role::Inflate | Role::Deflate | Role::Statistics => self.take_buffers(queue, role, turn, &mut outcome)?,
         };
-        let (mut done, mut outcome) = (0, Outcome::default());
-        let more = loop {
-            if done >= TURN {
-                break true;
-            }
+        self.active.rings.interrupt()?;
+        if outcome.outside > 0 {
+            log::debug!("balloon: {} pages that the guest gave back are not RAM", outcome.outside);
+        }
+        Ok(more)
+    }
+
+    fn take_buffers(&mut self, queue: usize, role: Role, turn: u64, outcome: &mut Outcome) -> Result<bool, Broken> {
+        let mut done = 0;
+        while done < turn {
             let Active { rings, buffer, .. } = &mut *self.active;
-            let Some((head, ())) = rings.next(queue, |chain| buffer.load(chain, direction))? else { break false };
-            let cost = match role {
-                Role::Inflate => self.inflate(&mut outcome)?,
-                Role::Reporting => self.discard_reported(&mut outcome),
-                Role::Deflate | Role::Statistics => 0,
-            };
+            let next = rings.next(queue, |chain| buffer.load(chain, Direction::FromDriver))?;
+            let Some((head, ())) = next else { return Ok(false) };
+            let cost = if role == Role::Inflate { self.inflate(outcome)? } else { 0 };
             done += cost.max(BUFFER_COST);
             // Given back after its pages were discarded, as the guest may use them from then on.
             let back = match role {
@@ -366,16 +397,44 @@ impl Work<'_> {
             if let Some(head) = back {
                 self.active.rings.used(queue, head, 0)?;
             }
-        };
-        self.active.rings.interrupt()?;
-        if outcome.outside > 0 {
-            log::debug!("balloon: {} pages that the guest gave back are not RAM", outcome.outside);
         }
-        Ok(more)
+        Ok(true)
+    }
+
+    /// Discards the pages that buffers consist of. A buffer may be all of memory, so that it may take many turns.
+    fn take_reports(&mut self, queue: usize, turn: u64, outcome: &mut Outcome) -> Result<bool, Broken> {
+        let Active { rings, buffer, report: begun, .. } = &mut *self.active;
+        let mut left = turn;
+        while left > 0 {
+            let mut report = match begun.take() {
+                Some(report) => report,
+                None => {
+                    let next = rings.next(queue, |chain| buffer.load(chain, Direction::ToDriver))?;
+                    let Some((head, ())) = next else { return Ok(false) };
+                    left = left.saturating_sub(BUFFER_COST);
+                    let mut rest: Vec<_> = buffer.pieces().map(|(addr, len)| pages::within(addr.0, len)).collect();
+                    rest.reverse();
+                    Report { head, rest }
+                }
+            };
+            while left > 0
+                && let Some(Range { start, end }) = report.rest.pop()
+            {
+                let now = end.min(start + left.max(BUFFER_COST) * RUN_PAGES);
+                *outcome += self.discarder.discard(start..now);
+                left = left.saturating_sub(((now - start) / RUN_PAGES).max(BUFFER_COST));
+                report.rest.extend((now < end).then_some(now..end));
+            }
+            match report.rest.is_empty() {
+                true => rings.used(queue, report.head, 0)?,
+                false => *begun = Some(report),
+            }
+        }
+        Ok(true)
     }
 
     /// Discards the pages whose numbers are in the buffer. The result is how many there were.
-    fn inflate(&mut self, outcome: &mut Outcome) -> Result<usize, Broken> {
+    fn inflate(&mut self, outcome: &mut Outcome) -> Result<u64, Broken> {
         let Active { rings, buffer, .. } = &*self.active;
         let len = buffer.len();
         if len == 0 || len % 4 != 0 || len / 4 > MAX_NUMBERS {
@@ -386,17 +445,7 @@ impl Work<'_> {
         for run in pages::runs(pages::numbers(&bytes)) {
             *outcome += self.discarder.discard(run);
         }
-        Ok(bytes.len() / 4)
-    }
-
-    /// Discards the pages that the buffer consists of.
-    fn discard_reported(&mut self, outcome: &mut Outcome) -> usize {
-        let mut count = 0;
-        for (addr, len) in self.active.buffer.pieces() {
-            *outcome += self.discarder.discard(pages::within(addr.0, len));
-            count += 1;
-        }
-        count * BUFFER_COST
+        Ok(len / 4)
     }
 
     /// Takes in statistics and keeps their buffer. A driver has one; if one is kept already, that goes back.

@@ -284,6 +284,45 @@ fn free_pages_are_discarded_whole() {
 }
 
 #[test]
+fn a_report_of_all_memory_takes_many_turns_and_holds_nobody_up() {
+    let mut rig = Rig::new();
+    let report = |rig: &mut Rig| {
+        rig.describe(3, 0, 1024 * PAGE_SIZE, u32::MAX - 0xf_ffff, WRITE | NEXT);
+        rig.describe(3, 1, 600 * PAGE_SIZE, 8 * PAGE_SIZE as u32, WRITE);
+        rig.offer(3, 0);
+    };
+    report(&mut rig);
+    rig.events.run_with_timeout(0).unwrap();
+    assert!(rig.all(1024..2048, 0) && rig.byte(600) == OLD, "it has been begun");
+    let numbers = 700u32.to_le_bytes();
+    rig.put(INFLATE, 3, &numbers);
+    rig.events.run_with_timeout(0).unwrap();
+    rig.events.run_with_timeout(0).unwrap();
+    assert_eq!((rig.take_used(INFLATE), rig.take_used(3)), (Some((3, 0)), None), "others have their turn");
+
+    // Saved in the midst of it: whoever goes on takes it anew.
+    let state = rig.save();
+    assert!(state.pending);
+    let mut clone = rig.restored(&state);
+    clone.resume();
+    rig.run();
+    for rig in [&mut rig, &mut clone] {
+        assert_eq!((rig.take_used(3), rig.take_used(3)), (Some((0, 0)), None));
+        assert!(rig.all(600..608, 0) && rig.all(608..700, OLD) && !rig.has_failed());
+        // The queue goes on where it should.
+        rig.describe(3, 2, 650 * PAGE_SIZE, PAGE_SIZE as u32, WRITE);
+        rig.offer(3, 2);
+        rig.run();
+        assert_eq!((rig.take_used(3), rig.byte(650)), (Some((2, 0)), 0));
+    }
+    report(&mut rig);
+    rig.events.run_with_timeout(0).unwrap();
+    rig.start_driver(STATS_VQ | REPORTING, 4);
+    rig.run();
+    assert_eq!(rig.take_used(3), None, "a reset ends it");
+}
+
+#[test]
 fn a_driver_may_refuse_the_queues_that_features_decide() {
     for (features, queues, reporting) in [(REPORTING, 3, Some(2)), (STATS_VQ, 3, None), (0, 2, None)] {
         let mut rig = Rig::cold(config());

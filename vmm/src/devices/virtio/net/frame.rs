@@ -64,7 +64,7 @@ impl Offloads {
     /// The same for the tap.
     pub fn tun_flags(self) -> u32 {
         let Offloads { csum, tso4, tso6 } = self;
-        u32::from(csum) * TUN_CSUM | u32::from(tso4) * TUN_TSO4 | u32::from(tso6) * TUN_TSO6
+        [(csum, TUN_CSUM), (tso4, TUN_TSO4), (tso6, TUN_TSO6)].map(|(on, bit)| if on { bit } else { 0 }).iter().sum()
     }
 }
 

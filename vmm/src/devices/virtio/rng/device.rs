@@ -25,7 +25,7 @@ const QUEUE_SIZES: [u16; 1] = [256];
 /// Most bytes that one request is given. A driver that wants more asks again.
 pub(super) const MAX_REQUEST: u64 = 64 * 1024;
 /// How many requests are served before other work has its turn.
-const BATCH: usize = 16;
+pub(super) const BATCH: usize = 16;
 /// Random bytes are fetched in pieces of so many.
 const PIECE: usize = 4096;
 

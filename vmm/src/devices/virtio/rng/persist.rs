@@ -27,13 +27,14 @@ pub fn restore(device: &Mutex<Rng>, transport: &mut MmioTransport, state: &Entro
 }
 
 impl Rng {
-    /// Whether requests wait in the queue. One that cannot be read is left for the first turn to find out about.
+    /// Whether there is something to do: requests wait in the queue, or the last turn was over before the driver was asked
+    /// to tell of more. A queue that cannot be read is left for the first turn to find out about.
     fn is_pending(&self) -> bool {
         if let Some(pending) = self.restored {
             return pending;
         }
         let Some(Active { rings, .. }) = &self.active else { return false };
         let next = rings.queues()[REQUESTS].next_avail();
-        rings.avail_index(REQUESTS).map_or(true, |available| available != next)
+        rings.avail_index(REQUESTS).map_or(true, |available| available != next) || !rings.will_tell(REQUESTS)
     }
 }

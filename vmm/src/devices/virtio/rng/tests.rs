@@ -10,7 +10,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::super::EVENT_IDX;
 use super::super::fake_driver::{Driver, FREE, MEMORY, NEXT, SIZE, WRITE, both, noise};
 use super::Rng;
-use super::device::MAX_REQUEST;
+use super::device::{BATCH, MAX_REQUEST};
+use crate::devices::lock;
 
 fn device() -> Arc<Mutex<Rng>> {
     Rng::new(None).unwrap()
@@ -177,6 +178,26 @@ fn a_clone_of_an_idle_device_leaves_memory_alone_until_it_is_kicked() {
         clone.offer(0, 1, &[(FREE, 16, WRITE)]);
         clone.run();
         assert_eq!(clone.used(0), Some((1, 16)));
+    });
+}
+
+#[test]
+fn a_turn_that_ends_with_the_queue_leaves_no_clone_deaf() {
+    both(|event_idx| {
+        let mut parent = Driver::started(device(), event_idx);
+        // As many as one turn serves, so that it ends without a look at the queue.
+        (0..BATCH as u16).for_each(|id| parent.offer(0, id, &[(FREE + u64::from(id) * 64, 64, WRITE)]));
+        lock(&parent.device).serve();
+        assert_eq!(std::iter::from_fn(|| parent.used(0)).count(), BATCH);
+        let state = save(&parent);
+        let mut clone = restored(&parent, &state);
+        clone.resume();
+        for driver in [&mut parent, &mut clone] {
+            driver.run();
+            driver.offer(0, 1, &[(FREE, 16, WRITE)]);
+            driver.run();
+            assert_eq!(driver.used(0), Some((1, 16)));
+        }
     });
 }
 
