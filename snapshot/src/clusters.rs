@@ -13,6 +13,8 @@ pub const CLUSTER_BYTES: u64 = 4096;
 const BLOCK: u64 = 64 * WORDS as u64;
 /// Words of each kind in a block.
 const WORDS: usize = 64;
+/// Longest map file of any disk, in bytes: that of one of which 2 TiB are in use. It is read whole.
+pub const MAX_MAP_BYTES: u64 = 128 << 20;
 /// Length of a block in a map file, in bytes: its number and its words.
 const RECORD: usize = 8 + 2 * 8 * WORDS;
 
@@ -174,6 +176,14 @@ impl Clusters {
         }
     }
 
+    /// Makes what is zero absent, which is the same where nothing lies below.
+    pub fn forget_zeros(&mut self) {
+        self.blocks.retain(|_, block| {
+            block.zero = [0; WORDS];
+            !block.is_empty()
+        });
+    }
+
     /// The contents of a map file: for each block that is not empty its number and its words, data first, all 64 bits
     /// little-endian.
     pub fn encode(&self) -> Vec<u8> {
@@ -188,7 +198,7 @@ impl Clusters {
 
     /// Longest map file of a disk of this size, in bytes.
     pub fn max_encoded(disk_bytes: u64) -> u64 {
-        disk_bytes.div_ceil(CLUSTER_BYTES).div_ceil(BLOCK).saturating_mul(RECORD as u64)
+        disk_bytes.div_ceil(CLUSTER_BYTES).div_ceil(BLOCK).saturating_mul(RECORD as u64).min(MAX_MAP_BYTES)
     }
 
     /// Decodes the contents of a map file.
@@ -291,6 +301,16 @@ mod tests {
                 prop_assert_eq!(below.get(cluster), wanted);
             }
             prop_assert_eq!(below.data(), (0..3 * BLOCK).filter(|c| below.get(*c) == Cluster::Data).count() as u64);
+        }
+
+        #[test]
+        fn zeros_are_forgotten_and_nothing_else((mut map, model) in maps()) {
+            map.forget_zeros();
+            let mut wanted = Clusters::new(DISK);
+            for (cluster, _) in model.iter().enumerate().filter(|(_, state)| **state == Cluster::Data) {
+                wanted.set(cluster as u64..cluster as u64 + 1, Cluster::Data);
+            }
+            prop_assert_eq!(map, wanted);
         }
 
         #[test]

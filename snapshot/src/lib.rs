@@ -27,6 +27,7 @@ pub mod state;
 pub mod verify;
 
 pub use dir::FileError;
+pub use stamp::FILE_TIME_GRANULARITY;
 
 /// Version of the format that this crate writes, and the only one that it reads.
 pub const FORMAT_VERSION: u32 = 1;

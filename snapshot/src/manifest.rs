@@ -463,7 +463,10 @@ impl HeldDisk {
             return Err(BadField::new(field("data_bytes"), "must be no more than the size of the disk"));
         }
         if *map_bytes > Clusters::max_encoded(size_bytes) {
-            return Err(BadField::new(field("map_bytes"), "is more than the map of such a disk takes"));
+            return Err(BadField::new(
+                field("map_bytes"),
+                "is more than the map of such a disk takes, or of any disk that a snapshot can hold",
+            ));
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// Longest stamp that is read, in bytes.
 const MAX_BYTES: u64 = 4096;
 /// Two changes within this time may carry the same time stamp (the kernel's clock for files ticks every 1 to 10 ms).
-const GRANULARITY: Duration = Duration::from_millis(20);
+pub const FILE_TIME_GRANULARITY: Duration = Duration::from_millis(20);
 
 /// Identity of a file that was checked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,7 +50,7 @@ impl Stamp {
     /// Whether the file changed so recently that a further change might go unnoticed.
     pub(crate) fn is_too_fresh(&self) -> bool {
         let changed = UNIX_EPOCH + Duration::from_nanos(self.ctime_ns.max(self.mtime_ns).max(0) as u64);
-        SystemTime::now() < changed + GRANULARITY
+        SystemTime::now() < changed + FILE_TIME_GRANULARITY
     }
 
     pub(crate) fn to_json(&self) -> Vec<u8> {

@@ -5,7 +5,7 @@
 //! and read through by [`Staging::describe_disk`] when it goes on.
 
 use super::staging::Staging;
-use super::{CreateError, next_data};
+use super::{Cancel, CreateError, next_data};
 use crate::chunk::is_zero;
 use crate::clusters::{CLUSTER_BYTES, Cluster, Clusters};
 use crate::manifest::HeldDisk;
@@ -16,7 +16,6 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// How much is copied at a time, in bytes.
 const PIECE: u64 = 16 << 20;
@@ -47,7 +46,7 @@ impl Staging {
         &mut self,
         drive_id: &str,
         source: &dyn DiskSource,
-        cancel: &AtomicBool,
+        cancel: &dyn Cancel,
     ) -> Result<HeldDisk, CreateError> {
         let (file, size) = (self.create_disk(drive_id, source.size())?, source.size());
         let mut digest = Digest::new(size);
@@ -76,7 +75,7 @@ impl Staging {
         drive_id: &str,
         source: &File,
         size: u64,
-        cancel: &AtomicBool,
+        cancel: &dyn Cancel,
     ) -> Result<CopiedDisk, CreateError> {
         let file = self.create_disk(drive_id, size)?;
         let copied = match rustix::fs::ioctl_ficlone(&file, source) {
@@ -94,7 +93,7 @@ impl Staging {
     }
 
     /// Reads a copied disk through and describes it.
-    pub fn describe_disk(&mut self, copied: CopiedDisk, cancel: &AtomicBool) -> Result<HeldDisk, CreateError> {
+    pub fn describe_disk(&mut self, copied: CopiedDisk, cancel: &dyn Cancel) -> Result<HeldDisk, CreateError> {
         let CopiedDisk { drive_id, file, size } = copied;
         let mut digest = Digest::new(size);
         let unreadable = |offset, source| CreateError::Disk { drive_id: drive_id.clone(), offset, source };
@@ -148,8 +147,8 @@ impl Staging {
     }
 }
 
-fn stop_if(cancel: &AtomicBool) -> Result<(), CreateError> {
-    if cancel.load(Ordering::Relaxed) { Err(CreateError::Cancelled) } else { Ok(()) }
+fn stop_if(cancel: &dyn Cancel) -> Result<(), CreateError> {
+    if cancel.is_cancelled() { Err(CreateError::Cancelled) } else { Ok(()) }
 }
 
 /// Calls `act(offset, length)` for each piece, of at most a chunk, of a run of clusters of a disk of `size` bytes.
@@ -219,13 +218,13 @@ enum CopyFault {
 }
 
 /// Copies what is data.
-fn copy(from: &File, to: &File, size: u64, cancel: &AtomicBool) -> Result<(), CopyFault> {
+fn copy(from: &File, to: &File, size: u64, cancel: &dyn Cancel) -> Result<(), CopyFault> {
     let mut at = 0;
     while let Some(data) = next_data(from, at, size).map_err(|e| CopyFault::Read(at, e))? {
         let mut offset = data.start.max(at);
         at = data.end;
         while offset < data.end {
-            if cancel.load(Ordering::Relaxed) {
+            if cancel.is_cancelled() {
                 return Err(CopyFault::Cancelled);
             }
             offset += copy_piece(from, to, offset, (data.end - offset).min(PIECE))?;

@@ -25,6 +25,19 @@ use crate::manifest::BadField;
 use crate::state::StateError;
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Whether what is being written is no longer wanted. It is asked before each piece.
+pub trait Cancel {
+    /// It is not.
+    fn is_cancelled(&self) -> bool;
+}
+
+impl Cancel for AtomicBool {
+    fn is_cancelled(&self) -> bool {
+        self.load(Ordering::Relaxed)
+    }
+}
 
 /// Why a snapshot was not created. Nothing is left behind.
 #[derive(Debug, thiserror::Error)]

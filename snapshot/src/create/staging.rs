@@ -1,6 +1,6 @@
 //! The directory in which a snapshot comes about.
 
-use super::{CreateError, MemorySource};
+use super::{Cancel, CreateError, MemorySource};
 use crate::chunk::{ZeroDigests, is_zero};
 use crate::compat::HostFacts;
 use crate::dir::Dir;
@@ -16,7 +16,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// A snapshot that is being written. Dropping it removes what was written.
@@ -113,7 +113,7 @@ impl Staging {
     pub fn write_memory(
         &mut self,
         source: &mut dyn MemorySource,
-        cancel: &AtomicBool,
+        cancel: &dyn Cancel,
     ) -> Result<MemoryDigest, CreateError> {
         let (size, regions) = (source.size(), source.regions());
         Memory::check_layout(&regions, size)?;
@@ -332,7 +332,7 @@ impl<'f> ImageWriter<'f> {
         ImageWriter { file, size, digests, data_bytes: 0 }
     }
 
-    fn copy(&mut self, source: &mut dyn MemorySource, cancel: &AtomicBool) -> Result<(), Fault> {
+    fn copy(&mut self, source: &mut dyn MemorySource, cancel: &dyn Cancel) -> Result<(), Fault> {
         let zero = ZeroDigests::new(self.size);
         let mut buf = vec![0; CHUNK_BYTES as usize];
         let chunks = self.size.div_ceil(CHUNK_BYTES);
@@ -354,7 +354,7 @@ impl<'f> ImageWriter<'f> {
                 self.digests.extend_from_slice(zero.of(hole));
             }
             for chunk in from..to {
-                if cancel.load(Ordering::Relaxed) {
+                if cancel.is_cancelled() {
                     return Err(Fault::Cancelled);
                 }
                 let offset = chunk * CHUNK_BYTES;

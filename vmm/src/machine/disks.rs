@@ -18,9 +18,10 @@ use crate::devices::virtio::block::overlay::{Folded, Stack};
 use crate::devices::virtio::block::{Disk, DiskError};
 use api_spec::devices::{CacheType, Drive};
 use api_spec::snapshot::{DriveOverride, SnapshotLoad};
-use snapshot::create::{CopiedDisk, CreateError, Staging};
+use snapshot::create::{Cancel, CopiedDisk, CreateError, Staging};
 use snapshot::load::Snapshot;
 use snapshot::manifest::{self, DiskImage, DriveDevice, HeldDisk};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -185,7 +186,7 @@ pub fn capture(
     devices: &Devices,
     drives: &[Drive],
     staging: &mut Staging,
-    cancel: &AtomicBool,
+    cancel: &dyn Cancel,
 ) -> Result<Vec<Captured>, SnapshotError> {
     let mut captured = Vec::with_capacity(drives.len());
     for (drive, slot) in drives.iter().zip(&devices.drives) {
@@ -199,12 +200,20 @@ pub fn capture(
                 (None, Contents::Copied(staging.copy_disk(&drive.drive_id, &file, size, cancel)?))
             }
         };
-        captured.push(Captured { device: describe(drive, size, image), contents });
+        let device = describe(drive, size, image).map_err(unreadable)?;
+        captured.push(Captured { device, contents });
     }
     Ok(captured)
 }
 
-fn describe(drive: &Drive, size_bytes: u64, image: Option<ImageFacts>) -> DriveDevice {
+fn describe(drive: &Drive, size_bytes: u64, image: Option<ImageFacts>) -> io::Result<DriveDevice> {
+    let image = image.map(|ImageFacts { path, size: _, modified_ns }| match path.into_os_string().into_string() {
+        Ok(path) => Ok(DiskImage { path, modified_ns }),
+        Err(path) => {
+            let problem = format!("the path {} of its image is not UTF-8, so no manifest can name it", path.display());
+            Err(io::Error::new(io::ErrorKind::InvalidFilename, problem))
+        }
+    });
     let Drive {
         drive_id,
         path_on_host: _,
@@ -217,7 +226,7 @@ fn describe(drive: &Drive, size_bytes: u64, image: Option<ImageFacts>) -> DriveD
         overlay: _,
         max_overlay_mib,
     } = drive;
-    DriveDevice {
+    Ok(DriveDevice {
         drive_id: drive_id.clone(),
         is_root_device: *is_root_device,
         is_read_only: *is_read_only,
@@ -229,12 +238,9 @@ fn describe(drive: &Drive, size_bytes: u64, image: Option<ImageFacts>) -> DriveD
         rate_limit: rate_limiter.map(record::rate_limit),
         max_overlay_mib: *max_overlay_mib,
         size_bytes,
-        image: image.map(|ImageFacts { path, size: _, modified_ns }| DiskImage {
-            path: path.to_string_lossy().into_owned(),
-            modified_ns,
-        }),
+        image: image.transpose()?,
         held: None,
-    }
+    })
 }
 
 /// Writes what was gathered, while the guest goes on. Returns what the manifest says of the disks.
@@ -266,4 +272,21 @@ pub fn fold(layers: &[Layers], cancel: &AtomicBool) -> Vec<(usize, Folded)> {
         }
     }
     folded
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::OsString;
+    use std::os::unix::ffi::OsStringExt;
+
+    #[test]
+    fn a_path_that_a_manifest_cannot_hold_is_refused() {
+        let drive = serde_json::from_str(r#"{"drive_id":"a","path_on_host":"d"}"#).unwrap();
+        let image = |path: &[u8]| {
+            Some(ImageFacts { path: OsString::from_vec(path.to_vec()).into(), size: 512, modified_ns: None })
+        };
+        assert_eq!(describe(&drive, 512, image(b"/d")).unwrap().image.unwrap().path, "/d");
+        assert!(describe(&drive, 512, image(b"/\xff")).unwrap_err().to_string().contains("UTF-8"));
+    }
 }

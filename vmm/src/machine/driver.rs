@@ -309,7 +309,7 @@ impl Driver {
 
     fn create_snapshot(&mut self, create: &SnapshotCreate, from: Pending) -> Result<(), RequestError> {
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-        match snapshot::create(machine, create, self.readiness, self.notifier.clone()) {
+        match snapshot::create(machine, create, self.readiness, self.notifier.clone(), &self.signals) {
             Ok(job) => {
                 self.job = Some(job);
                 self.waiting = Some(from);
@@ -483,6 +483,7 @@ impl Driver {
             Request::SnapshotLoad(load) => self.load(&load).and(done),
             Request::SnapshotCreate(create) if self.job.is_some() => {
                 self.next = Some((create, from));
+                self.status = SnapshotStatus { state: SnapshotState::Writing, ..Default::default() };
                 Ok(None)
             }
             Request::SnapshotCreate(create) => self.create_snapshot(&create, from).and(Ok(None)),

@@ -23,7 +23,7 @@ use crate::vcpu::VcpuError;
 use crate::vcpu::state::VcpuStateError;
 use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus, SnapshotType};
 use api_spec::vm::Readiness;
-use snapshot::create::{CreateError, Facts, FileSource, MemoryDigest, MemorySource, Staging};
+use snapshot::create::{Cancel, CreateError, Facts, FileSource, MemoryDigest, MemorySource, Staging};
 use snapshot::manifest::{self, MemoryRegion};
 use snapshot::state::MachineState;
 use std::io;
@@ -32,6 +32,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Instant;
+use uffd_handler::process::Signals;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Why a snapshot could not be made.
@@ -136,6 +137,7 @@ pub fn create(
     request: &SnapshotCreate,
     readiness: Option<Readiness>,
     notifier: Notifier,
+    signals: &Signals,
 ) -> Result<Job, SnapshotError> {
     let started = Instant::now();
     if request.snapshot_type == SnapshotType::Diff {
@@ -149,7 +151,7 @@ pub fn create(
 
     let was_running = machine.is_running();
     let stood_still = Instant::now();
-    let captured = machine.pause().map_err(SnapshotError::from).and_then(|()| capture(machine, &mut staging));
+    let captured = machine.pause().map_err(SnapshotError::from).and_then(|()| capture(machine, &mut staging, signals));
     if was_running {
         machine.resume();
     }
@@ -174,17 +176,31 @@ pub fn create(
     Ok(Job { thread: Some(thread), written, cancel, started, pause_us })
 }
 
+/// Whether the process is about to end: because its page server is gone, or because it was asked to.
+struct Ending<'a> {
+    flag: Arc<AtomicBool>,
+    signals: &'a Signals,
+}
+
+impl Cancel for Ending<'_> {
+    fn is_cancelled(&self) -> bool {
+        self.flag.is_cancelled() || self.signals.have_come()
+    }
+}
+
 /// Saves everything of a guest that stands still.
 fn capture(
     machine: &mut Machine,
     staging: &mut Staging,
+    signals: &Signals,
 ) -> Result<(MachineState, Vec<disks::Captured>, Captured), SnapshotError> {
     let state = save(machine)?;
-    let disks = disks::capture(&machine.devices, &machine.plan.drives, staging, &machine.ending)?;
+    // What is copied now is copied on the event loop's thread, which hears of nothing meanwhile but through this.
+    let ending = Ending { flag: machine.ending.clone(), signals };
+    let disks = disks::capture(&machine.devices, &machine.plan.drives, staging, &ending)?;
     let captured = match machine.ram.freeze()? {
         Some(frozen) => Captured::Frozen(frozen, machine.ram.regions().to_vec()),
-        // On the event loop's thread, which hears of nothing meanwhile but through this flag.
-        None => Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &machine.ending)?),
+        None => Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &ending)?),
     };
     Ok((state, disks, captured))
 }

@@ -4,6 +4,7 @@ use super::overlay::{Folded, Overlay, Stack};
 use super::request::SECTOR;
 use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
+use snapshot::FILE_TIME_GRANULARITY;
 use snapshot::clusters::CLUSTER_BYTES;
 use snapshot::disk::Held;
 use snapshot::manifest::MAX_DISK_BYTES;
@@ -146,10 +147,6 @@ impl Image {
         let again = format!("/proc/self/fd/{}", place.as_raw_fd());
         let opened = rustix::fs::open(again, flags | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty());
         let file = File::from(opened.map_err(|e| failed(e.into()))?);
-        let size = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|e| failed(e.into()))?;
-        if size == 0 || !size.is_multiple_of(SECTOR) || size > MAX_DISK_BYTES {
-            return Err(DiskError::Size { id, path, size });
-        }
         let lock =
             if writable { FlockOperation::NonBlockingLockExclusive } else { FlockOperation::NonBlockingLockShared };
         match rustix::fs::flock(&file, lock) {
@@ -157,6 +154,12 @@ impl Image {
             Ok(()) | Err(Errno::OPNOTSUPP) => {}
             Err(Errno::WOULDBLOCK) => return Err(DiskError::InUse { id, path }),
             Err(e) => return Err(failed(e.into())),
+        }
+        // Not before it is locked: until then whoever had it may have changed it.
+        settle(&file).map_err(failed)?;
+        let size = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|e| failed(e.into()))?;
+        if size == 0 || !size.is_multiple_of(SECTOR) || size > MAX_DISK_BYTES {
+            return Err(DiskError::Size { id, path, size });
         }
         let modified_ns = modified_ns(&file).map_err(failed)?;
         let path = std::path::absolute(&path).map_err(failed)?;
@@ -172,6 +175,17 @@ impl Image {
     pub fn is_unchanged(&self) -> io::Result<bool> {
         Ok(modified_ns(&self.file)? == self.facts.modified_ns)
     }
+}
+
+/// Waits, for 20 ms at most, until a change from now on leaves another time than the last one did.
+fn settle(file: &File) -> io::Result<()> {
+    let metadata = file.metadata()?;
+    if let Ok(age) = metadata.modified()?.elapsed()
+        && metadata.is_file()
+    {
+        std::thread::sleep(FILE_TIME_GRANULARITY.saturating_sub(age));
+    }
+    Ok(())
 }
 
 fn modified_ns(file: &File) -> io::Result<Option<i64>> {
@@ -449,7 +463,8 @@ mod tests {
         let path = image(&dir, 4096);
         let mut disk = Disk::overlay("a", 4096, Some(Image::open("a", &path, false).unwrap()), None).unwrap();
         assert!(matches!(disk.freeze().unwrap(), Frozen::Layers(Some(_), _)));
-        File::options().write(true).open(&path).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+        // At once, although the image had only just been made.
+        File::options().write(true).open(&path).unwrap().write_all_at(b"x", 0).unwrap();
         assert!(disk.freeze().unwrap_err().to_string().contains("disk.img"));
     }
 

@@ -76,10 +76,19 @@ impl Stack {
         read_layer(layer, offset, buf, |offset, buf| self.read_below(below.len(), offset, buf))
     }
 
+    /// Whether anything but zeros can be seen in these clusters, or hidden.
+    fn holds_data(&self, clusters: &Range<u64>) -> bool {
+        let in_layer = |layer: &Arc<Layer>| layer.clusters.runs(clusters.clone()).any(|(_, s)| s == Cluster::Data);
+        self.image.is_some() || self.layers.iter().any(in_layer)
+    }
+
     /// These layers as one, to be written into a snapshot.
     pub fn flattened(&self) -> Flattened {
         let mut clusters = Clusters::new(self.size);
         self.layers.iter().for_each(|layer| clusters.lay(&layer.clusters));
+        if self.image.is_none() {
+            clusters.forget_zeros();
+        }
         Flattened { stack: self.clone(), clusters }
     }
 
@@ -92,6 +101,27 @@ impl Stack {
         }
         let (mut clusters, mut above) = (oldest.clusters.clone(), Clusters::new(self.size));
         newer.iter().for_each(|layer| above.lay(&layer.clusters));
+        match self.bring_into(oldest, &above, cancel) {
+            Ok(true) => {}
+            stopped => {
+                // What the oldest layer does not hold is to stay a hole: nobody would give it back.
+                for (run, _) in above.runs(0..above.count()).filter(|(_, state)| *state == Cluster::Data) {
+                    let added = oldest.clusters.runs(run).filter(|(_, state)| *state != Cluster::Data);
+                    added.for_each(|(run, _)| give_back(oldest, run));
+                }
+                return stopped.map(|_| None);
+            }
+        }
+        clusters.lay(&above);
+        if self.image.is_none() && private == 0 {
+            clusters.forget_zeros();
+        }
+        let layer = Layer { file: oldest.file.clone(), clusters, private: true };
+        Ok(Some(Folded { layers: self.layers[private..].to_vec(), layer: Arc::new(layer) }))
+    }
+
+    /// Brings what the layers show in the clusters `above` into the file of `oldest`. `false` on `cancel`.
+    fn bring_into(&self, oldest: &Layer, above: &Clusters, cancel: &AtomicBool) -> io::Result<bool> {
         let mut buf = vec![0; PIECE];
         for (run, state) in above.runs(0..above.count()) {
             match state {
@@ -101,7 +131,7 @@ impl Stack {
                     let Range { start: mut at, end } = bytes(&run, self.size);
                     while at < end {
                         if cancel.load(Ordering::Relaxed) {
-                            return Ok(None);
+                            return Ok(false);
                         }
                         let piece = &mut buf[..(end - at).min(PIECE as u64) as usize];
                         self.read(at, piece)?;
@@ -111,9 +141,7 @@ impl Stack {
                 }
             }
         }
-        clusters.lay(&above);
-        let layer = Layer { file: oldest.file.clone(), clusters, private: true };
-        Ok(Some(Folded { layers: self.layers[private..].to_vec(), layer: Arc::new(layer) }))
+        Ok(true)
     }
 }
 
@@ -247,7 +275,9 @@ impl Overlay {
         let first = offset.next_multiple_of(CLUSTER_BYTES);
         let whole = self.whole_clusters(first, (offset + len).saturating_sub(first));
         give_back(&self.top, whole.clone());
-        self.note(whole.clone(), Cluster::Zero);
+        // Where nothing lies below there is nothing to hide, and nothing to keep a record of.
+        let state = if self.below.holds_data(&whole) { Cluster::Zero } else { Cluster::Absent };
+        self.note(whole.clone(), state);
         whole
     }
 
@@ -401,6 +431,45 @@ mod tests {
         let stack = overlay.freeze().unwrap();
         assert_eq!(stack.layers.len(), 2);
         assert!(stack.fold(&AtomicBool::new(true)).unwrap().is_none(), "cancelled");
+    }
+
+    #[test]
+    fn zeros_over_nothing_are_not_recorded() {
+        let mut overlay = overlay(None);
+        overlay.discard(0, SIZE);
+        assert_eq!(overlay.top.clusters, Clusters::new(SIZE));
+        overlay.write(0, &[1; 3 * CLUSTER_BYTES as usize]).unwrap();
+        overlay.freeze().unwrap();
+        overlay.discard(CLUSTER_BYTES, SIZE - CLUSTER_BYTES);
+        assert_eq!(overlay.top.clusters.get(1), Cluster::Zero, "it hides what is below");
+        let stack = overlay.freeze().unwrap();
+        let mut first = Clusters::new(SIZE);
+        first.set(0..1, Cluster::Data);
+        assert_eq!(*stack.flattened().clusters(), first);
+        overlay.adopt(stack.fold(&AtomicBool::new(false)).unwrap().unwrap());
+        assert_eq!(overlay.below.layers[0].clusters, first);
+    }
+
+    #[test]
+    fn a_fold_that_fails_leaves_nothing_behind() {
+        use std::os::unix::fs::MetadataExt;
+        let never = AtomicBool::new(false);
+        let mut overlay = overlay(None);
+        overlay.write(0, &[1; 2 * CLUSTER_BYTES as usize]).unwrap();
+        overlay.freeze().unwrap();
+        overlay.write(0, &[2; 8 * CLUSTER_BYTES as usize]).unwrap();
+        overlay.write(12 * CLUSTER_BYTES, &[2; 8 * CLUSTER_BYTES as usize]).unwrap();
+        let stack = overlay.freeze().unwrap();
+        let [oldest, newer] = &stack.layers[..] else { panic!("there are two") };
+        let before = oldest.file.metadata().unwrap().blocks();
+        // The first run can be brought over, the second cannot be read.
+        newer.file.set_len(10 * CLUSTER_BYTES).unwrap();
+        stack.fold(&never).unwrap_err();
+        assert_eq!(oldest.file.metadata().unwrap().blocks(), before);
+        newer.file.set_len(SIZE).unwrap();
+        let shown = read_all(&overlay);
+        overlay.adopt(stack.fold(&never).unwrap().unwrap());
+        assert!(read_all(&overlay) == shown);
     }
 
     #[test]
