@@ -112,6 +112,7 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
         ending: Default::default(),
         plan: devices_plan,
         running: false,
+        halting: false,
     })
 }
 

@@ -12,6 +12,7 @@ use super::wiring::Outside;
 use crate::api::server::{Pending, Server};
 use crate::api::{Request, Response};
 use crate::console::{Console, ConsoleError, Input, Pty};
+use crate::devices::alarm::Alarm;
 use crate::memory::layout::MAX_MIB;
 use crate::notice::{self, Halt, Notice, Notices, Notifier};
 use crate::vcpu::{GuestEnd, VcpuError};
@@ -26,10 +27,16 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use uffd_handler::listener::ListenError;
 use uffd_handler::process::Signals;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// How long the event loop waits for the vCPUs of a guest that has reached a limit, which takes them microseconds unless one
+/// waits for a page; and when it tries again.
+const HALT_PATIENCE: Duration = Duration::from_millis(100);
+const HALT_AGAIN: Duration = Duration::from_secs(1);
 
 /// Anything that the event loop serves.
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
@@ -151,6 +158,11 @@ struct Driver {
     pty: Option<Pty>,
     /// Why the machine stands still, if nobody asked for it.
     halt: Option<Halt>,
+    /// Why it is being brought to that, while a vCPU does not stand still yet; and when to try again.
+    halting: Option<Halt>,
+    /// That has been tried before, and the log says so.
+    halt_is_late: bool,
+    retry: Alarm,
     private: PrivateWatch,
     /// The snapshot that is being written, and who waits for it.
     job: Option<(Job, Pending)>,
@@ -179,7 +191,10 @@ impl Driver {
             readiness: None,
             pty: None,
             halt: None,
-            private: PrivateWatch::new()?,
+            halting: None,
+            halt_is_late: false,
+            retry: Alarm::new()?,
+            private: PrivateWatch::new(notifier.clone()),
             job: None,
             status: SnapshotStatus::default(),
             api,
@@ -257,7 +272,7 @@ impl Driver {
         self.config.network_interfaces = machine.plan().network.clone();
         self.config.entropy = machine.plan().entropy;
         self.config.balloon = machine.plan().balloon;
-        self.private.set_vcpus(machine.vcpu_count());
+        self.private.set_brakes(machine.brakes());
         self.machine = Some(machine);
         self.look_at_private_memory();
     }
@@ -303,6 +318,10 @@ impl Driver {
     }
 
     fn patch_vm(&mut self, patch: VmPatch) -> Result<(), RequestError> {
+        // If a snapshot has brought it to a standstill meanwhile, this is the end of it.
+        if self.halting.is_some() && self.phase() == Phase::Paused {
+            self.go_on_halting();
+        }
         let changes = requests::changes(self.phase(), patch.state);
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
         match patch.state {
@@ -312,11 +331,11 @@ impl Driver {
                 self.private.stop();
             }
             VmState::Resumed => {
-                if let Some(halt) = self.private.look() {
-                    self.private.stop();
+                if let Some(halt) = self.private.reached() {
                     return Err(RequestError::Halt(halt));
                 }
                 machine.resume();
+                self.private.start();
                 self.halt = None;
             }
         }
@@ -353,12 +372,14 @@ impl Driver {
         Ok(())
     }
 
-    /// Looks at the private memory of a running guest, and pauses it if that has reached its limit.
+    /// Looks at the private memory of a running guest, pauses it if that has reached its limit, and has it watched if not.
     fn look_at_private_memory(&mut self) {
-        if self.phase() != Phase::Running {
+        if self.phase() != Phase::Running || self.halting.is_some() {
             self.private.stop();
-        } else if let Some(halt) = self.private.look() {
+        } else if let Some(halt) = self.private.reached() {
             self.halt(halt);
+        } else {
+            self.private.start();
         }
     }
 
@@ -517,7 +538,7 @@ impl Driver {
                 self.end(Ok(Ending::PowerOff));
             }
             Notice::End(end) => self.end(Err(RunError::Guest(end))),
-            Notice::Halt(halt) => self.halt(halt),
+            Notice::Halt(halt) => self.on_limit(halt),
             // Whoever ends everything at once ends the page server too.
             Notice::PageServerGone(_) if self.signals.have_come() => self.end(Ok(Ending::Signal)),
             // It was that of a snapshot which could not be loaded.
@@ -527,17 +548,54 @@ impl Driver {
         }
     }
 
+    /// A running guest has met a limit, and the limit may have been raised since.
+    fn on_limit(&mut self, halt: Halt) {
+        let Some(machine) = self.machine.as_ref().filter(|machine| machine.is_running()) else { return };
+        match &halt {
+            Halt::PrivateMemory { .. } => self.look_at_private_memory(),
+            Halt::Overlay { drive_id, limit_mib } => {
+                if machine.max_overlay(drive_id).unwrap_or(0) == *limit_mib {
+                    self.halt(halt);
+                }
+            }
+        }
+        // Whoever has met a limit that is no more goes on: vCPUs were stopped for it, or a disk waits.
+        if let Some(machine) = self.machine.as_mut().filter(|machine| machine.is_running()) {
+            machine.resume();
+        }
+    }
+
     /// Brings a running guest to a standstill that nobody asked for.
     fn halt(&mut self, halt: Halt) {
-        let Some(machine) = self.machine.as_mut().filter(|machine| machine.is_running()) else { return };
-        match machine.pause() {
+        if self.phase() == Phase::Running {
+            self.private.stop();
+            if self.halting.is_none() {
+                self.halting = Some(halt);
+                self.go_on_halting();
+            }
+        }
+    }
+
+    /// Waits a moment for the vCPUs to stand still, and if one does not, tries again later: the event loop has other work.
+    fn go_on_halting(&mut self) {
+        let (Some(machine), Some(halt)) = (&mut self.machine, self.halting.take()) else {
+            return self.retry.set(None);
+        };
+        match machine.halt(HALT_PATIENCE) {
             Ok(()) => {
-                self.private.stop();
+                self.retry.set(None);
                 log::warn!("the guest is paused: {halt}");
                 self.halt = Some(halt);
             }
-            Err(e) => log::error!("the guest cannot be paused ({e}), and should be: {halt}"),
+            Err(e) => {
+                if !self.halt_is_late {
+                    log::error!("the guest is not paused yet ({e}), and should be: {halt}");
+                }
+                self.retry.set(Some(HALT_AGAIN));
+                self.halting = Some(halt);
+            }
         }
+        self.halt_is_late = self.halting.is_some();
     }
 
     fn on_snapshot_written(&mut self, ops: &mut EventOps) {
@@ -568,7 +626,7 @@ impl MutEventSubscriber for Driver {
             self.notices.event().as_raw_fd(),
             self.reset.as_raw_fd(),
             self.signals.as_raw_fd(),
-            self.private.source(),
+            self.retry.as_raw_fd(),
         ];
         sources.extend(self.api.iter().flat_map(Server::sources));
         for fd in sources {
@@ -589,8 +647,8 @@ impl MutEventSubscriber for Driver {
             self.end(Ok(Ending::Reset));
         } else if fd == self.signals.as_raw_fd() {
             self.end(Ok(Ending::Signal));
-        } else if fd == self.private.source() {
-            self.look_at_private_memory();
+        } else if fd == self.retry.as_raw_fd() {
+            self.go_on_halting();
         } else {
             self.take_notices(ops);
         }

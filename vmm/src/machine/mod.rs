@@ -35,12 +35,13 @@ use crate::memory::GuestRam;
 use crate::memory::uffd::PageServer;
 use crate::notice::Notifier;
 use crate::vcpu::state::StateShape;
-use crate::vcpu::{self, Buses, Vcpu, VcpuError};
+use crate::vcpu::{self, Brake, Buses, Vcpu, VcpuError};
 use api_spec::devices::BalloonStatistics;
 use config::DevicePlan;
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 use wiring::Devices;
 
 /// One microVM. Fields are dropped in this order: threads end before the VM, and the VM before its memory.
@@ -55,7 +56,10 @@ pub struct Machine {
     /// Set when this process is about to end.
     ending: Arc<AtomicBool>,
     plan: DevicePlan,
+    /// Whether vCPUs run, or one of them may.
     running: bool,
+    /// The vCPUs are to stand still, whoever else lets them run: see [`Machine::halt`].
+    halting: bool,
 }
 
 impl Machine {
@@ -115,6 +119,11 @@ impl Machine {
         Some(())
     }
 
+    /// The bound of a disk's overlay, in MiB, if it has one.
+    pub fn max_overlay(&self, drive_id: &str) -> Option<u64> {
+        self.plan.drives.iter().find(|drive| drive.drive_id == drive_id)?.max_overlay_mib
+    }
+
     /// Takes over what the background part of a snapshot has made of the disks' layers.
     pub fn adopt_folded(&mut self, folded: Vec<(usize, Folded)>) {
         for (number, folded) in folded {
@@ -124,8 +133,11 @@ impl Machine {
         }
     }
 
-    /// Lets all vCPUs run.
+    /// Lets all vCPUs run, unless they are being halted.
     pub fn resume(&mut self) {
+        if self.halting {
+            return;
+        }
         self.devices.resume();
         self.vcpus.iter().for_each(Vcpu::run);
         self.running = true;
@@ -133,24 +145,39 @@ impl Machine {
 
     /// Brings all vCPUs to a standstill, or, if one cannot be brought there, lets all go on as before.
     pub fn pause(&mut self) -> Result<(), VcpuError> {
-        let paused = vcpu::pause_all(&self.vcpus);
+        let paused = vcpu::pause_all(&self.vcpus, vcpu::PAUSE_DEADLINE);
         match paused {
             Ok(()) => self.running = false,
-            Err(_) if self.running => self.vcpus.iter().for_each(Vcpu::run),
+            Err(_) if self.running && !self.halting => self.vcpus.iter().for_each(Vcpu::run),
             Err(_) => {}
         }
         paused
+    }
+
+    /// Brings all vCPUs to a standstill, waiting no longer than `patience` for it. If that fails, those that stand do so
+    /// until a later call succeeds.
+    pub fn halt(&mut self, patience: Duration) -> Result<(), VcpuError> {
+        self.halting = true;
+        vcpu::pause_all(&self.vcpus, patience)?;
+        (self.running, self.halting) = (false, false);
+        Ok(())
+    }
+
+    /// What stops the vCPUs from another thread. Whoever does so must see to it that [`Machine::halt`] or
+    /// [`Machine::resume`] follows.
+    pub fn brakes(&self) -> Vec<Brake> {
+        self.vcpus.iter().map(Vcpu::brake).collect()
     }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        let mut ended = vcpu::end_all(&mut self.vcpus);
+        let mut ended = vcpu::end_all(&self.vcpus);
         if let Some(server) = &self.page_server {
             // Closing the VM waits for page faults that the kernel has taken over from vCPUs; see `PageServer`. A vCPU
             // that waits for one itself, deaf to signals on older kernels, is let go by the same.
             server.let_go(&self.ram);
-            ended = ended || vcpu::end_all(&mut self.vcpus);
+            ended = ended || vcpu::end_all(&self.vcpus);
         }
         if !ended {
             // A vCPU that does not end keeps its VM, and the VM may use this memory until the process ends.
@@ -166,7 +193,7 @@ fn start_vcpus(fds: Vec<VcpuFd>, buses: &Buses, notifier: &Notifier) -> Result<V
         match Vcpu::start(number as u8, fd, buses.clone(), notifier.clone()) {
             Ok(vcpu) => vcpus.push(vcpu),
             Err(e) => {
-                vcpu::end_all(&mut vcpus);
+                vcpu::end_all(&vcpus);
                 return Err(e);
             }
         }

@@ -4,6 +4,9 @@
 //! host can promise them to all guests at once. The kernel counts them for the process (anonymous memory, in RAM or swapped
 //! out), and with them the one or two MiB of the vmm itself. Memory of a guest that was booted here and not yet snapshotted
 //! is shared, and bounded by its size.
+//!
+//! Linux 6.2 to 6.15 show a sum that leaves out what each CPU has counted since it last added to it: up to 32 pages, or twice
+//! the number of CPUs, times the number of CPUs. Only a walk over all pages would be exact there, which no limit is worth.
 
 use std::time::Duration;
 

@@ -22,13 +22,13 @@ use crate::notice::{Notice, Notifier};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use run_page::ImmediateExit;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 /// How long a vCPU may take to stand still. It takes microseconds, unless it waits for a page that does not come.
-const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
+pub const PAUSE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Why vCPUs could not be started or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -37,7 +37,9 @@ pub enum VcpuError {
     #[error("cannot start a vCPU thread: {0}")]
     Start(io::Error),
     /// A vCPU did not stand still in time.
-    #[error("vCPU {vcpu} did not stand still within {} s; it may be waiting for a page that its page server does not deliver", PAUSE_DEADLINE.as_secs())]
+    #[error(
+        "vCPU {vcpu} did not stand still in time; it may be waiting for a page that its page server does not deliver"
+    )]
     Stuck {
         /// Number of the vCPU.
         vcpu: u8,
@@ -64,11 +66,17 @@ enum Doing {
 struct Shared {
     talk: Mutex<(Goal, Doing)>,
     changed: Condvar,
+    exit: ImmediateExit,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, (Goal, Doing)> {
         self.talk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn thread(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn set_goal(&self, goal: Goal) {
@@ -78,6 +86,34 @@ impl Shared {
 
     fn goal(&self) -> Goal {
         self.lock().0
+    }
+
+    /// Has the thread look at its goal, which is no longer to run.
+    fn kick(&self) {
+        // First the flag, then the signal: a thread that is about to enter KVM_RUN sees the flag, one inside is
+        // interrupted, and one that handles an exit meets the flag at its next entry.
+        self.exit.set(true);
+        if let Some(thread) = &*self.thread() {
+            // The handler does nothing; the signal only ends KVM_RUN. A thread that is gone needs none.
+            let _ = thread.kill(SIGRTMIN());
+        }
+    }
+}
+
+/// Stops a running vCPU, from any thread and without waiting for it.
+#[derive(Clone, Debug)]
+pub struct Brake(Weak<Shared>);
+
+impl Brake {
+    /// Has the vCPU stand still, if it runs. Whoever owns it must be told.
+    pub fn pull(&self) {
+        let Some(shared) = self.0.upgrade() else { return };
+        let mut talk = shared.lock();
+        if talk.0 == Goal::Run {
+            talk.0 = Goal::Pause;
+            drop(talk);
+            shared.kick();
+        }
     }
 }
 
@@ -95,9 +131,7 @@ pub struct Buses {
 pub struct Vcpu {
     number: u8,
     fd: Arc<Mutex<VcpuFd>>,
-    exit: Arc<ImmediateExit>,
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
 }
 
 extern "C" fn interrupted(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
@@ -108,15 +142,17 @@ impl Vcpu {
         // The handler does nothing: its only effect is that KVM_RUN returns.
         register_signal_handler(SIGRTMIN(), interrupted)
             .map_err(|e| VcpuError::Start(io::Error::from_raw_os_error(e.errno())))?;
-        let exit = Arc::new(ImmediateExit::of(&fd).map_err(VcpuError::Start)?);
+        let exit = ImmediateExit::of(&fd).map_err(VcpuError::Start)?;
         let fd = Arc::new(Mutex::new(fd));
-        let shared = Arc::new(Shared { talk: Mutex::new((Goal::Pause, Doing::Standing)), changed: Condvar::new() });
-        let thread = Thread { number, fd: fd.clone(), exit: exit.clone(), shared: shared.clone(), buses, notifier };
+        let talk = Mutex::new((Goal::Pause, Doing::Standing));
+        let shared = Arc::new(Shared { talk, changed: Condvar::new(), exit, thread: Mutex::new(None) });
+        let thread = Thread { number, fd: fd.clone(), shared: shared.clone(), buses, notifier };
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{number}"))
             .spawn(move || thread.main())
             .map_err(VcpuError::Start)?;
-        Ok(Vcpu { number, fd, exit, shared, thread: Some(thread) })
+        *shared.thread() = Some(thread);
+        Ok(Vcpu { number, fd, shared })
     }
 
     /// The vCPU's registers, while it stands still. Waits for it otherwise.
@@ -129,16 +165,15 @@ impl Vcpu {
         self.shared.set_goal(Goal::Run);
     }
 
+    /// What stops the vCPU from another thread.
+    pub fn brake(&self) -> Brake {
+        Brake(Arc::downgrade(&self.shared))
+    }
+
     /// Asks the vCPU to stand still, without waiting for it.
     fn ask_to_pause(&self, goal: Goal) {
         self.shared.set_goal(goal);
-        // First the flag, then the signal: a thread that is about to enter KVM_RUN sees the flag, one inside is
-        // interrupted, and one that handles an exit meets the flag at its next entry.
-        self.exit.set(true);
-        if let Some(thread) = &self.thread {
-            // The handler does nothing; the signal only ends KVM_RUN. A thread that is gone needs none.
-            let _ = thread.kill(SIGRTMIN());
-        }
+        self.shared.kick();
     }
 
     fn wait_until_standing(&self, deadline: Instant) -> Result<(), VcpuError> {
@@ -154,22 +189,24 @@ impl Vcpu {
     }
 }
 
-/// Brings all vCPUs to a standstill: all are asked before the first is waited for.
-pub fn pause_all(vcpus: &[Vcpu]) -> Result<(), VcpuError> {
+/// Brings all vCPUs to a standstill: all are asked before the first is waited for. If one does not stand still within
+/// `patience`, the others do, and it will as soon as it can, unless all are run again.
+pub fn pause_all(vcpus: &[Vcpu], patience: Duration) -> Result<(), VcpuError> {
     vcpus.iter().for_each(|vcpu| vcpu.ask_to_pause(Goal::Pause));
-    let deadline = Instant::now() + PAUSE_DEADLINE;
+    let deadline = Instant::now() + patience;
     vcpus.iter().try_for_each(|vcpu| vcpu.wait_until_standing(deadline))
 }
 
 /// Ends the threads of all vCPUs. `false`: one does not end, and is left to the end of the process.
-pub fn end_all(vcpus: &mut [Vcpu]) -> bool {
+pub fn end_all(vcpus: &[Vcpu]) -> bool {
     vcpus.iter().for_each(|vcpu| vcpu.ask_to_pause(Goal::Quit));
     let deadline = Instant::now() + PAUSE_DEADLINE;
     let mut all = true;
     for vcpu in vcpus {
         match vcpu.wait_until_standing(deadline) {
             Ok(()) => {
-                if let Some(thread) = vcpu.thread.take() {
+                let thread = vcpu.shared.thread().take();
+                if let Some(thread) = thread {
                     let _ = thread.join();
                 }
             }
@@ -183,7 +220,6 @@ pub fn end_all(vcpus: &mut [Vcpu]) -> bool {
 struct Thread {
     number: u8,
     fd: Arc<Mutex<VcpuFd>>,
-    exit: Arc<ImmediateExit>,
     shared: Arc<Shared>,
     buses: Buses,
     notifier: Notifier,
@@ -251,7 +287,7 @@ impl Thread {
                 Ok(other) => Some(self.unexpected(format!("KVM exit {other:?}"))),
                 Err(e) => match e.errno() {
                     libc::EINTR => {
-                        self.exit.set(false);
+                        self.shared.exit.set(false);
                         // The flag is cleared before the goal is read: whoever sets the flag has set the goal before.
                         if self.shared.goal() != Goal::Run {
                             return None;
