@@ -44,6 +44,8 @@ const LONG_RUN: u64 = 16;
 pub(super) struct Discarded {
     /// Anonymous pages, by their place in the image.
     pages: RangeSet,
+    /// What takes their place, once there are any.
+    blank: Option<mmap::Blank>,
     /// How often a run was begun: what bounds the number of mappings. Runs that have grown together count as before, as
     /// the kernel cannot always join their mappings.
     begun: usize,
@@ -141,7 +143,11 @@ impl Part<'_> {
         if begins && !discarded.may_begin(place.end - place.start) {
             return Ok(false);
         }
-        mmap::make_anonymous(&self.mapped.get_mmap(), self.bytes())?;
+        let blank = match &discarded.blank {
+            Some(blank) => blank,
+            None => discarded.blank.insert(mmap::Blank::new()?),
+        };
+        blank.put(&self.mapped.get_mmap(), self.bytes())?;
         discarded.pages.insert(place);
         discarded.begun += usize::from(begins);
         if begins && discarded.begun == MANY_RUNS {
@@ -398,6 +404,33 @@ mod tests {
         assert!(discarded.may_begin(LONG_RUN) && !discarded.may_begin(LONG_RUN - 1));
         discarded.begun = MAX_RUNS;
         assert!(!discarded.may_begin(u64::MAX));
+    }
+
+    /// A page that is written the moment it is discarded joins its neighbours all the same.
+    #[test]
+    fn a_guest_that_writes_what_it_gives_away_takes_no_more_mappings() {
+        let (ram, _image) = view();
+        let discarder = ram.discarder();
+        let end = SIZE / PAGE_SIZE;
+        let at = std::sync::atomic::AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                loop {
+                    let page = at.load(std::sync::atomic::Ordering::Relaxed);
+                    if page == end {
+                        return;
+                    }
+                    ram.memory().write_obj(NEW, GuestAddress(page * PAGE_SIZE)).unwrap();
+                }
+            });
+            for page in 0..end {
+                at.store(page, std::sync::atomic::Ordering::Relaxed);
+                assert_eq!(discarder.discard(page..page + 1), all(1));
+            }
+            at.store(end, std::sync::atomic::Ordering::Relaxed);
+            writer.join().unwrap();
+        });
+        assert_eq!(smaps(&ram, "Anonymous").1, 1);
     }
 
     #[test]

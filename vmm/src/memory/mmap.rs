@@ -20,7 +20,7 @@ pub fn keep_private(region: &MmapRegion) -> io::Result<()> {
 /// Advice that keeps memory out of core dumps and out of child processes.
 const PRIVACY: [libc::c_int; 2] = [libc::MADV_DONTDUMP, libc::MADV_DONTFORK];
 
-/// Part of a region's mapping, or all of it.
+/// Part of a region's mapping, or all of it; or a mapping that is to become one.
 struct Part {
     addr: *mut u8,
     len: usize,
@@ -38,7 +38,7 @@ impl Part {
     }
 
     fn advise(&self, advice: libc::c_int) -> io::Result<()> {
-        // SAFETY: the range lies within a region's own mapping, which stays. Advice changes no byte that is read there,
+        // SAFETY: the range lies within a region's own mapping, which stays, or within a new one of ours. Advice changes no byte that is read there,
         // but for MADV_DONTNEED, which is like a write of the guest, to volatile memory that no Rust reference points to.
         if unsafe { libc::madvise(self.addr.cast(), self.len, advice) } != 0 {
             return Err(io::Error::last_os_error());
@@ -47,28 +47,77 @@ impl Part {
     }
 }
 
-/// Puts anonymous memory, which reads as zeros, in the place of part of a region: `range` in bytes from its start, whole
-/// pages. Others may access the region meanwhile; they find what was there before, or zeros.
+/// Anonymous memory that nobody has ever accessed, to put in the place of parts of regions.
 ///
-/// If this fails, the part is what it was, unless the kernel ran out of memory for itself in the midst of it: then the part
-/// is gone, and whoever accesses it dies of that.
-pub fn make_anonymous(region: &MmapRegion, range: Range<u64>) -> io::Result<()> {
-    let part = Part::of(region, range)?;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
-    // SAFETY: `Part::of` has checked that the range lies within the region's own mapping, so nothing else is unmapped;
-    // the new mapping has the same protection, so every pointer into the region stays valid; page faults on the range
-    // wait until it is complete; the bytes are volatile guest memory that no Rust reference points to.
-    let mapped = unsafe { libc::mmap(part.addr.cast(), part.len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
-    if mapped == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
+/// What is put there joins neighbours of the same kind: a range that touches such a one takes no mapping of its own. It
+/// would be taken for another kind for good if it were accessed before all advice was given, so that is given here.
+#[derive(Debug)]
+pub struct Blank {
+    /// Of [`Blank::LEN`] bytes, between two pages that keep it from joining whatever else lies beside it.
+    addr: NonNull<u8>,
+}
+
+// SAFETY: the mapping is not accessed through this type, and any thread may copy it to other places, or unmap it.
+unsafe impl Send for Blank {}
+
+impl Blank {
+    /// How much there is, in bytes: as much of a region as is replaced at a time.
+    const LEN: usize = 64 << 20;
+    const GUARD: usize = PAGE_SIZE as usize;
+
+    /// Reserves addresses for it. It takes no memory.
+    pub fn new() -> io::Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at a place of the kernel's choice touches no other memory.
+        let start = unsafe { libc::mmap(ptr::null_mut(), Self::LEN + 2 * Self::GUARD, libc::PROT_NONE, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let addr = NonNull::new(start.cast::<u8>().wrapping_add(Self::GUARD));
+        let blank = Blank { addr: addr.ok_or_else(|| io::Error::other("mmap returned a null address"))? };
+        let all = Part { addr: blank.addr.as_ptr(), len: Self::LEN };
+        // SAFETY: the range lies within the mapping just made, which nothing refers to.
+        if unsafe { libc::mprotect(all.addr.cast(), all.len, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if let Err(e) = PRIVACY.into_iter().try_for_each(|advice| all.advise(advice)) {
+            log::debug!("pages that the guest gave back may appear in core dumps: {e}");
+        }
+        // A huge page would take 2 MiB as soon as one of its pages is used again. Refused by kernels that have none.
+        let _ = all.advise(libc::MADV_NOHUGEPAGE);
+        Ok(blank)
     }
-    // The new mapping stands, whatever becomes of the advice. With it, it joins its neighbours of the same kind.
-    if let Err(e) = PRIVACY.into_iter().try_for_each(|advice| part.advise(advice)) {
-        log::debug!("pages that the guest gave back may appear in core dumps: {e}");
+
+    /// Puts anonymous memory, which reads as zeros, in the place of part of a region: `range` in bytes from its start,
+    /// whole pages. Others may access the region meanwhile; they find what was there before, or zeros.
+    ///
+    /// If this fails, each page of the part is what it was, or is empty, unless the kernel ran out of memory for itself in
+    /// the midst of it: then it may be gone, and whoever accesses it dies of that.
+    pub fn put(&self, region: &MmapRegion, range: Range<u64>) -> io::Result<()> {
+        let part = Part::of(region, range)?;
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+        for offset in (0..part.len).step_by(Self::LEN) {
+            let (to, len) = (part.addr.wrapping_add(offset), Self::LEN.min(part.len - offset));
+            // SAFETY: what moves are empty pages of a mapping that nothing refers to, and MREMAP_DONTUNMAP leaves such a
+            // mapping behind. `Part::of` has checked that the range lies within the region's own mapping, so nothing else
+            // is unmapped; the new mapping has the same protection, so every pointer into the region stays valid; page
+            // faults on the range wait until it is complete; the bytes are volatile guest memory that no Rust reference
+            // points to.
+            let put = unsafe { libc::mremap(self.addr.as_ptr().cast(), len, len, flags, to) };
+            if put == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
     }
-    // A huge page would take 2 MiB as soon as one of its pages is used again. Refused by kernels that have none.
-    let _ = part.advise(libc::MADV_NOHUGEPAGE);
-    Ok(())
+}
+
+impl Drop for Blank {
+    fn drop(&mut self) {
+        let start = self.addr.as_ptr().wrapping_sub(Self::GUARD);
+        // SAFETY: the mapping with its two pages, which this value owns alone, is unmapped once.
+        unsafe { libc::munmap(start.cast(), Self::LEN + 2 * Self::GUARD) };
+    }
 }
 
 /// Drops what part of a region holds, which must be anonymous memory: it reads as zeros then.
