@@ -23,12 +23,14 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 /// The registers.
 pub struct Power {
     notifier: Notifier,
+    /// The notice was sent: once is enough, however often the guest repeats itself.
+    is_off: bool,
 }
 
 impl Power {
-    /// Registers that send [`Notice::PowerOff`].
+    /// Registers that send [`Notice::PowerOff`], once.
     pub fn new(notifier: Notifier) -> Self {
-        Power { notifier }
+        Power { notifier, is_off: false }
     }
 }
 
@@ -41,6 +43,7 @@ impl BusDevice for Power {
         if let (CONTROL, &[value]) = (offset, data)
             && value & SLEEP_ENABLE != 0
             && (value >> SLEEP_TYPE_SHIFT) & SLEEP_TYPE_MASK == SOFT_OFF
+            && !std::mem::replace(&mut self.is_off, true)
         {
             self.notifier.send(Notice::PowerOff);
         }
@@ -60,6 +63,7 @@ mod tests {
             device.write(offset, &[value]);
         }
         assert_eq!(notices.take(), []);
+        device.write(CONTROL, &[0x34]);
         device.write(CONTROL, &[0x34]);
         assert_eq!(notices.take(), [Notice::PowerOff]);
     }
