@@ -22,8 +22,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Dropping it waits up to a second for the backlog to be written.
 pub struct Output {
     shared: Arc<Shared>,
-    /// Until the first byte: what the thread will write to.
-    inner: Option<Box<dyn Write + Send>>,
+    has_thread: bool,
 }
 
 #[derive(Default)]
@@ -39,18 +38,22 @@ struct Backlog {
     busy: bool,
     /// Nobody will add bytes any more.
     closed: bool,
+    /// Until there is a thread: what it will write to.
+    inner: Option<Box<dyn Write + Send>>,
 }
 
 impl Output {
     /// Will write to `inner`, on a thread that the first byte starts.
     pub fn new(inner: Box<dyn Write + Send>) -> Self {
-        Output { shared: Arc::default(), inner: Some(inner) }
+        let backlog = Backlog { inner: Some(inner), ..Backlog::default() };
+        Output { shared: Arc::new(Shared { backlog: Mutex::new(backlog), ..Shared::default() }), has_thread: false }
     }
 }
 
 /// Writes what arrives until nobody can add any more. Errors lose bytes, never the thread: the reader may come back.
-fn copy(shared: &Shared, mut inner: Box<dyn Write + Send>) {
+fn copy(shared: &Shared) {
     let mut backlog = lock(&shared.backlog);
+    let Some(mut inner) = backlog.inner.take() else { return };
     loop {
         let bytes = mem::take(&mut backlog.waiting);
         backlog.busy = !bytes.is_empty();
@@ -70,9 +73,11 @@ fn copy(shared: &Shared, mut inner: Box<dyn Write + Send>) {
 
 impl Write for Output {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        if let Some(inner) = self.inner.take() {
+        if !self.has_thread {
+            // Refused until there can be a thread: the next byte tries again.
             let shared = self.shared.clone();
-            thread::Builder::new().name("output".into()).spawn(move || copy(&shared, inner))?;
+            thread::Builder::new().name("output".into()).spawn(move || copy(&shared))?;
+            self.has_thread = true;
         }
         let mut backlog = lock(&self.shared.backlog);
         let taken = data.len().min(BACKLOG - backlog.waiting.len());
