@@ -160,7 +160,8 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
         crate::vcpu::state::load(vcpu, &vm.fd, saved, number == 0).map_err(fail)?;
     }
     kvm::state::load(&vm.fd, &state.vm)?;
-    // From here on guest memory may be touched, and a page server already serves.
+    // Guest memory may have been touched already, since KVM writes the wall clock where an MSR tells it to; the guard and
+    // the page server have been at work from the start.
     if request.new_generation {
         let id = fresh_generation().map_err(RestoreError::Random)?;
         write_generation(ram.memory(), &id).map_err(RestoreError::Generation)?;
