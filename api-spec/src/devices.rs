@@ -182,7 +182,7 @@ pub struct Entropy {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Serial {
-    /// A file that what the guest writes is appended to, or a FIFO. Nothing can be typed.
+    /// A file that what the guest writes is appended to, up to 64 MiB, or a FIFO. Nothing can be typed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial_out_path: Option<PathBuf>,
     /// A new pseudo-terminal; `GET /` tells its name.

@@ -3,7 +3,7 @@
 //! | console | output | input |
 //! |---|---|---|
 //! | standard input and output (default) | standard output | standard input, unless it is `/dev/null` |
-//! | file | appended to a file, created with mode 0600; or a FIFO, or a terminal | none |
+//! | file | appended to a file, created with mode 0600, up to 64 MiB; or a FIFO, or a terminal | none |
 //! | pty | a new pseudo-terminal, raw, whose name `GET /` tells | the same |
 //!
 //! Output passes through [`Output`], so that no reader of ours can hold up the guest.
@@ -67,8 +67,11 @@ pub struct Pty {
 }
 
 /// How long to wait for the guest to read before offering input again: the port holds 64 bytes, which a guest takes at
-/// one interrupt.
+/// one interrupt; or not at all, while it stands still.
 const RETRY: Duration = Duration::from_millis(1);
+const LONGEST_RETRY: Duration = Duration::from_millis(50);
+/// How large a regular file becomes, in bytes.
+const MAX_FILE: u64 = 64 << 20;
 
 impl Console {
     /// Opens the console. Nothing is started: a thread writes the output from its first byte on, and one reads the input
@@ -77,7 +80,7 @@ impl Console {
         let (output, input, pty): (Box<dyn Write + Send>, Option<Box<dyn Read + Send>>, _) = match place {
             Place::Stdio if is_null(&io::stdin()) => (Box::new(io::stdout()), None, None),
             Place::Stdio => (Box::new(io::stdout()), Some(Box::new(io::stdin())), None),
-            Place::File(path) => (Box::new(open_file(path)?), None, None),
+            Place::File(path) => (open_file(path)?, None, None),
             Place::Pty => {
                 let (controller, pty) = open_pty().map_err(|e| ConsoleError::Pty(e.into()))?;
                 let output = controller.try_clone().map_err(ConsoleError::Pty)?;
@@ -112,12 +115,47 @@ fn is_null(stdin: &io::Stdin) -> bool {
     matches!((rustix::fs::fstat(stdin), null), (Ok(stat), Ok(null)) if stat.st_rdev == null)
 }
 
-fn open_file(path: &Path) -> Result<File, ConsoleError> {
+fn open_file(path: &Path) -> Result<Box<dyn Write + Send>, ConsoleError> {
     // A FIFO is opened for reading too, or opening it would wait for a reader.
     let fifo = std::fs::metadata(path).is_ok_and(|m| std::os::unix::fs::FileTypeExt::is_fifo(&m.file_type()));
     let mut options = OpenOptions::new();
     options.read(fifo).append(true).create(true).mode(0o600).custom_flags(libc::O_NOCTTY);
-    options.open(path).map_err(|source| ConsoleError::File { path: path.to_owned(), source })
+    let fail = |source| ConsoleError::File { path: path.to_owned(), source };
+    let file = options.open(path).map_err(fail)?;
+    match file.metadata().map_err(fail)?.is_file() {
+        true => Ok(Box::new(Bounded { file, path: path.to_owned(), max: MAX_FILE, is_full: false })),
+        false => Ok(Box::new(file)),
+    }
+}
+
+/// A regular file that does not grow beyond a size: a guest shall not fill its host's disk. What does not fit is dropped;
+/// there is room again once somebody has made the file smaller.
+struct Bounded {
+    file: File,
+    path: PathBuf,
+    max: u64,
+    /// The log says that it is full.
+    is_full: bool,
+}
+
+impl Write for Bounded {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let room = self.max.saturating_sub(self.file.metadata()?.len());
+        let fits = data.len().min(usize::try_from(room).unwrap_or(usize::MAX));
+        if fits > 0 || data.is_empty() {
+            self.is_full = false;
+            return self.file.write(&data[..fits]);
+        }
+        if !std::mem::replace(&mut self.is_full, true) {
+            let (path, max) = (self.path.display(), self.max);
+            log::warn!("what the guest writes to its console is lost: {path} has reached {max} bytes; truncate it");
+        }
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
 }
 
 /// A pseudo-terminal that passes bytes on as they are: its controlling side, and the terminal.
@@ -137,14 +175,17 @@ fn open_pty() -> rustix::io::Result<(File, Pty)> {
 fn feed(mut input: Box<dyn Read + Send>, serial: &Weak<Mutex<Serial>>) {
     let mut chunk = [0; 64];
     while let Ok(n @ 1..) = input.read(&mut chunk) {
-        let mut rest = &chunk[..n];
+        let (mut rest, mut wait) = (&chunk[..n], RETRY);
         while !rest.is_empty() {
             let Some(serial) = serial.upgrade() else { return };
             let taken = lock(&serial).enqueue(rest);
             drop(serial);
             match taken {
-                Ok(0) => std::thread::sleep(RETRY),
-                Ok(taken) => rest = &rest[taken..],
+                Ok(0) => {
+                    std::thread::sleep(wait);
+                    wait = (2 * wait).min(LONGEST_RETRY);
+                }
+                Ok(taken) => (rest, wait) = (&rest[taken..], RETRY),
                 Err(e) => {
                     log::warn!("the guest's console gets no input any more: {e}");
                     return;
@@ -184,6 +225,21 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "one two");
         let refused = Console::open(&Place::File(dir.path().join("none/console"))).err().unwrap().to_string();
         assert!(refused.contains("serial_out_path") && refused.contains("none/console"), "{refused}");
+    }
+
+    #[test]
+    fn a_file_grows_up_to_its_bound_and_again_once_it_was_truncated() {
+        let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+        let file = OpenOptions::new().append(true).open(&path).unwrap();
+        let mut bounded = Bounded { file, path: path.to_path_buf(), max: 10, is_full: false };
+        for text in ["0123", "456789abc", "def"] {
+            bounded.write_all(text.as_bytes()).unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "0123456789");
+        assert!(bounded.is_full);
+        std::fs::write(&path, "").unwrap();
+        bounded.write_all(b"more").unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "more");
     }
 
     #[test]
