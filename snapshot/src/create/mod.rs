@@ -61,11 +61,13 @@ pub enum CreateError {
         path: PathBuf,
     },
     /// The file system is full, or a limit or quota is reached.
-    #[error("no space for {path}: the memory alone needs {needed_bytes} bytes; free space or choose another directory")]
+    #[error(
+        "no space for {path}: the memory alone needs up to {needed_bytes} bytes; free space or choose another directory"
+    )]
     NoSpace {
         /// Which file.
         path: PathBuf,
-        /// What the memory image takes, in bytes.
+        /// What the memory image takes, in bytes, at most.
         needed_bytes: u64,
     },
     /// A file cannot be written.

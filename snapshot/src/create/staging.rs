@@ -126,7 +126,10 @@ impl Staging {
             Ok(()) => {}
             Err(Fault::Cancelled) => return Err(CreateError::Cancelled),
             Err(Fault::Source { offset, source }) => return Err(CreateError::Source { offset, source }),
-            Err(Fault::Write(e)) => return Err(self.write_error(file::MEMORY, data_bytes(source), e)),
+            Err(Fault::Write(e)) => {
+                let needed = image.data_bytes + data_bytes(source, image.position(), cancel);
+                return Err(self.write_error(file::MEMORY, needed, e));
+            }
         }
         let ImageWriter { digests, data_bytes, .. } = image;
         let root = blake3::hash(&digests);
@@ -297,17 +300,23 @@ fn is_partial_of(name: &[u8], target: &[u8]) -> bool {
     number(numbers.next()) && number(numbers.next()) && numbers.next().is_none()
 }
 
-/// How much of a source is data, in bytes, as far as it can tell.
-fn data_bytes(source: &mut dyn MemorySource) -> u64 {
-    let (mut at, mut sum) = (0, 0);
-    while let Ok(Some(range)) = source.next_data(at) {
-        if range.end <= at {
-            break;
+/// How many runs of data are looked for to say how much space they take.
+const COUNTED_RUNS: usize = 1000;
+
+/// How much of a source, from `at` on, may be data, in bytes: what comes after many runs counts as such, since a guest may be
+/// standing still meanwhile.
+fn data_bytes(source: &mut dyn MemorySource, mut at: u64, cancel: &dyn Cancel) -> u64 {
+    let (size, mut sum) = (source.size(), 0);
+    for _ in 0..COUNTED_RUNS {
+        match source.next_data(at) {
+            Ok(Some(range)) if range.end > at && !cancel.is_cancelled() => {
+                sum += range.end - range.start.max(at);
+                at = range.end;
+            }
+            _ => return sum,
         }
-        sum += range.end - range.start.max(at);
-        at = range.end;
     }
-    sum
+    sum + size.saturating_sub(at)
 }
 
 /// Why copying memory stopped.
@@ -330,6 +339,11 @@ impl<'f> ImageWriter<'f> {
     fn new(file: &'f File, size: u64) -> ImageWriter<'f> {
         let digests = Vec::with_capacity(size.div_ceil(CHUNK_BYTES) as usize * 32);
         ImageWriter { file, size, digests, data_bytes: 0 }
+    }
+
+    /// How far it has come, in bytes: what follows may have been written in part.
+    fn position(&self) -> u64 {
+        self.digests.len() as u64 / 32 * CHUNK_BYTES
     }
 
     fn copy(&mut self, source: &mut dyn MemorySource, cancel: &dyn Cancel) -> Result<(), Fault> {
@@ -363,8 +377,8 @@ impl<'f> ImageWriter<'f> {
                 if is_zero(buf) {
                     self.digests.extend_from_slice(zero.of(chunk));
                 } else {
-                    self.digests.extend_from_slice(blake3::hash(buf).as_bytes());
                     self.write_pages(offset, buf).map_err(Fault::Write)?;
+                    self.digests.extend_from_slice(blake3::hash(buf).as_bytes());
                 }
             }
             index = to;
@@ -389,5 +403,50 @@ impl<'f> ImageWriter<'f> {
             at = page_end(end);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    /// Every other page is data; counts how often it is asked.
+    struct Alternating(usize);
+
+    const SIZE: u64 = 1 << 40;
+
+    impl MemorySource for Alternating {
+        fn size(&self) -> u64 {
+            SIZE
+        }
+
+        fn regions(&self) -> Vec<MemoryRegion> {
+            Vec::new()
+        }
+
+        fn next_data(&mut self, from: u64) -> io::Result<Option<std::ops::Range<u64>>> {
+            self.0 += 1;
+            let page = (from / PAGE_BYTES).next_multiple_of(2) * PAGE_BYTES;
+            Ok((page < SIZE).then_some(page..page + PAGE_BYTES))
+        }
+
+        fn read(&mut self, _offset: u64, _buf: &mut [u8]) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_a_memory_takes_is_said_without_a_walk_over_all_of_it() {
+        let cancel = AtomicBool::new(false);
+        let end = SIZE - 8 * PAGE_BYTES;
+        assert_eq!(data_bytes(&mut Alternating(0), end, &cancel), 4 * PAGE_BYTES);
+        let mut source = Alternating(0);
+        let most = data_bytes(&mut source, 0, &cancel);
+        assert!((SIZE / 2..=SIZE).contains(&most) && source.0 <= COUNTED_RUNS, "{most} after {}", source.0);
+        cancel.store(true, Ordering::Relaxed);
+        let mut source = Alternating(0);
+        data_bytes(&mut source, 0, &cancel);
+        assert_eq!(source.0, 1);
     }
 }

@@ -43,10 +43,9 @@ impl BusDevice for Power {
         if let (CONTROL, &[value]) = (offset, data)
             && value & SLEEP_ENABLE != 0
             && (value >> SLEEP_TYPE_SHIFT) & SLEEP_TYPE_MASK == SOFT_OFF
+            && !std::mem::replace(&mut self.is_off, true)
         {
-            if !std::mem::replace(&mut self.is_off, true) {
-                self.notifier.send(Notice::PowerOff);
-            }
+            self.notifier.send(Notice::PowerOff);
         }
     }
 }

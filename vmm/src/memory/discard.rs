@@ -44,6 +44,8 @@ const LONG_RUN: u64 = 16;
 pub(super) struct Discarded {
     /// Anonymous pages, by their place in the image.
     pages: RangeSet,
+    /// What takes their place, once there are any.
+    blank: Option<mmap::Blank>,
     /// How often a run was begun: what bounds the number of mappings. Runs that have grown together count as before, as
     /// the kernel cannot always join their mappings.
     begun: usize,
@@ -141,7 +143,11 @@ impl Part<'_> {
         if begins && !discarded.may_begin(place.end - place.start) {
             return Ok(false);
         }
-        mmap::make_anonymous(&self.mapped.get_mmap(), self.bytes())?;
+        let blank = match &discarded.blank {
+            Some(blank) => blank,
+            None => discarded.blank.insert(mmap::Blank::new()?),
+        };
+        blank.put(&self.mapped.get_mmap(), self.bytes())?;
         discarded.pages.insert(place);
         discarded.begun += usize::from(begins);
         if begins && discarded.begun == MANY_RUNS {

@@ -47,80 +47,76 @@ impl Part {
     }
 }
 
-/// Puts anonymous memory, which reads as zeros, in the place of part of a region: `range` in bytes from its start, whole
-/// pages. Others may access the region meanwhile; they find what was there before, or zeros.
+/// Anonymous memory that nobody has ever accessed, to put in the place of parts of regions.
 ///
-/// It joins neighbours of the same kind: a range that touches such a one takes no mapping of its own. So it must not be
-/// accessed before it is all that they are, with which the kernel would take it for another kind for good, and is made
-/// elsewhere first.
-///
-/// If this fails, the part is what it was, unless the kernel ran out of memory for itself in the midst of it: then the part
-/// is gone, and whoever accesses it dies of that.
-pub fn make_anonymous(region: &MmapRegion, range: Range<u64>) -> io::Result<()> {
-    let part = Part::of(region, range)?;
-    let mut fresh = Fresh::new(part.len)?;
-    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-    // SAFETY: what moves is a mapping that `fresh` owns alone and that nothing refers to. `Part::of` has checked that the
-    // range lies within the region's own mapping, so nothing else is unmapped; the new mapping has the same protection,
-    // so every pointer into the region stays valid; page faults on the range wait until it is complete; the bytes are
-    // volatile guest memory that no Rust reference points to.
-    let moved = unsafe { libc::mremap(fresh.middle().cast(), part.len, part.len, flags, part.addr) };
-    if moved == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    fresh.has_moved = true;
-    Ok(())
+/// What is put there joins neighbours of the same kind: a range that touches such a one takes no mapping of its own. It
+/// would be taken for another kind for good if it were accessed before all advice was given, so that is given here.
+#[derive(Debug)]
+pub struct Blank {
+    /// Of [`Blank::LEN`] bytes, between two pages that keep it from joining whatever else lies beside it.
+    addr: NonNull<u8>,
 }
 
-/// New anonymous memory that nobody has accessed, between two pages that keep it from joining whatever lies beside it.
-struct Fresh {
-    start: *mut u8,
-    len: usize,
-    /// The memory is elsewhere; the two pages are left.
-    has_moved: bool,
-}
+// SAFETY: the mapping is not accessed through this type, and any thread may copy it to other places, or unmap it.
+unsafe impl Send for Blank {}
 
-impl Fresh {
+impl Blank {
+    /// How much there is, in bytes: as much of a region as is replaced at a time.
+    const LEN: usize = 64 << 20;
     const GUARD: usize = PAGE_SIZE as usize;
 
-    fn new(len: usize) -> io::Result<Self> {
+    /// Reserves addresses for it. It takes no memory.
+    pub fn new() -> io::Result<Self> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new mapping at a place of the kernel's choice touches no other memory.
-        let start = unsafe { libc::mmap(ptr::null_mut(), len + 2 * Self::GUARD, libc::PROT_NONE, flags, -1, 0) };
+        let start = unsafe { libc::mmap(ptr::null_mut(), Self::LEN + 2 * Self::GUARD, libc::PROT_NONE, flags, -1, 0) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let fresh = Fresh { start: start.cast(), len, has_moved: false };
-        let middle = Part { addr: fresh.middle(), len };
+        let addr = NonNull::new(start.cast::<u8>().wrapping_add(Self::GUARD));
+        let blank = Blank { addr: addr.ok_or_else(|| io::Error::other("mmap returned a null address"))? };
+        let all = Part { addr: blank.addr.as_ptr(), len: Self::LEN };
         // SAFETY: the range lies within the mapping just made, which nothing refers to.
-        if unsafe { libc::mprotect(middle.addr.cast(), len, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
+        if unsafe { libc::mprotect(all.addr.cast(), all.len, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        if let Err(e) = PRIVACY.into_iter().try_for_each(|advice| middle.advise(advice)) {
+        if let Err(e) = PRIVACY.into_iter().try_for_each(|advice| all.advise(advice)) {
             log::debug!("pages that the guest gave back may appear in core dumps: {e}");
         }
         // A huge page would take 2 MiB as soon as one of its pages is used again. Refused by kernels that have none.
-        let _ = middle.advise(libc::MADV_NOHUGEPAGE);
-        Ok(fresh)
+        let _ = all.advise(libc::MADV_NOHUGEPAGE);
+        Ok(blank)
     }
 
-    fn middle(&self) -> *mut u8 {
-        self.start.wrapping_add(Self::GUARD)
+    /// Puts anonymous memory, which reads as zeros, in the place of part of a region: `range` in bytes from its start,
+    /// whole pages. Others may access the region meanwhile; they find what was there before, or zeros.
+    ///
+    /// If this fails, each page of the part is what it was, or is empty, unless the kernel ran out of memory for itself in
+    /// the midst of it: then it may be gone, and whoever accesses it dies of that.
+    pub fn put(&self, region: &MmapRegion, range: Range<u64>) -> io::Result<()> {
+        let part = Part::of(region, range)?;
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+        for offset in (0..part.len).step_by(Self::LEN) {
+            let (to, len) = (part.addr.wrapping_add(offset), Self::LEN.min(part.len - offset));
+            // SAFETY: what moves are empty pages of a mapping that nothing refers to, and MREMAP_DONTUNMAP leaves such a
+            // mapping behind. `Part::of` has checked that the range lies within the region's own mapping, so nothing else
+            // is unmapped; the new mapping has the same protection, so every pointer into the region stays valid; page
+            // faults on the range wait until it is complete; the bytes are volatile guest memory that no Rust reference
+            // points to.
+            let put = unsafe { libc::mremap(self.addr.as_ptr().cast(), len, len, flags, to) };
+            if put == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
     }
 }
 
-impl Drop for Fresh {
+impl Drop for Blank {
     fn drop(&mut self) {
-        let all = self.len + 2 * Self::GUARD;
-        let parts = match self.has_moved {
-            // Others may have mapped something where the memory was.
-            true => [(0, Self::GUARD), (all - Self::GUARD, Self::GUARD)],
-            false => [(0, all), (0, 0)],
-        };
-        for (offset, len) in parts.into_iter().filter(|(_, len)| *len > 0) {
-            // SAFETY: each part is of a mapping that this value owns alone, and is unmapped once.
-            unsafe { libc::munmap(self.start.wrapping_add(offset).cast(), len) };
-        }
+        let start = self.addr.as_ptr().wrapping_sub(Self::GUARD);
+        // SAFETY: the mapping with its two pages, which this value owns alone, is unmapped once.
+        unsafe { libc::munmap(start.cast(), Self::LEN + 2 * Self::GUARD) };
     }
 }
 

@@ -436,6 +436,7 @@ fn a_lost_tap_cuts_the_guest_off_and_nothing_else() {
 #[test]
 fn a_tap_that_does_not_take_its_offloads_loses_large_frames_only() {
     let (host, end) = UnixDatagram::pair().unwrap();
+    end.set_nonblocking(true).unwrap();
     let wire = Box::new(Wire { end: end.into(), offloads: Arc::default(), obeys: false });
     let mut driver = Driver::started(Net::new(&config("06:00:00:00:00:01"), wire).unwrap(), MRG);
     for (number, mut sent) in [frame(5000, 1), frame(300, 2)].into_iter().enumerate() {
