@@ -125,8 +125,9 @@ fn survives_nonsense(vm: &Vm, agent: &mut LinuxAgent) {
         let _ = stream.read_to_end(&mut heard).map_err(|e| assert_ne!(e.kind(), std::io::ErrorKind::WouldBlock));
         assert!(heard.starts_with(b"OK "), "{}", String::from_utf8_lossy(&heard));
     }
-    // Connections that say nothing, or go in the middle of a word.
-    for start in [&b"CONNECT 5000\n"[..], b"CONNECT 5000\n\x08\0\0", b"CONN"] {
+    // A hundred connections that say nothing, or go in the middle of a word.
+    let starts = [&b"CONNECT 5000\n"[..], b"CONNECT 5000\n\x08\0\0", b"CONN"];
+    for start in starts.iter().cycle().take(100) {
         let mut stream = UnixStream::connect(&vm.vsock).expect("the vsock socket takes connections");
         stream.write_all(start).expect("bytes can be sent");
     }

@@ -41,9 +41,9 @@ Options:
   --log-level LEVEL      error, warn, info, debug or trace (default `warn`); the log goes to standard error
   --help (-h), --version (-V)
 
-Ends with 0 when the guest has powered its machine off, or on SIGTERM or SIGINT, 1 on failure, 2 on bad usage, 3 when the
-guest's kernel has panicked and said so (pvpanic), 4 when the guest has reset its machine (a reboot), and 77 if this host
-cannot run microVMs.
+Ends with 0 when the guest has powered its machine off, or on SIGTERM, SIGINT or SIGHUP, 1 on failure, 2 on bad usage, 3
+when the guest's kernel has panicked and said so (pvpanic), 4 when the guest has reset its machine (a reboot), and 77 if
+this host cannot run microVMs.
 ";
 
 /// How to run a VM.
