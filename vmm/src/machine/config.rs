@@ -245,11 +245,7 @@ pub fn with_interface(
     interfaces: &[NetworkInterface],
     interface: NetworkInterface,
 ) -> Result<Vec<NetworkInterface>, ConfigError> {
-    let mut interfaces = interfaces.to_vec();
-    match interfaces.iter_mut().find(|known| known.iface_id == interface.iface_id) {
-        Some(known) => *known = interface,
-        None => interfaces.push(interface),
-    }
+    let interfaces = with(interfaces, interface, |a, b| a.iface_id == b.iface_id);
     check_network(&interfaces)?;
     Ok(interfaces)
 }
@@ -307,6 +303,23 @@ pub fn check_drive(drive: &Drive) -> Result<(), ConfigError> {
         return Err(DriveError::Partuuid(id.clone()).into());
     }
     Ok(())
+}
+
+/// The disks with another one, in the place of the one of the same name if there is one. Two root disks are refused later,
+/// when it is known that no more come.
+pub fn with_drive(drives: &[Drive], drive: Drive) -> Result<Vec<Drive>, ConfigError> {
+    check_drive(&drive)?;
+    Ok(with(drives, drive, |a, b| a.drive_id == b.drive_id))
+}
+
+/// A list with another item, in the place of the one that is the same device if there is one.
+fn with<T: Clone>(list: &[T], item: T, same: impl Fn(&T, &T) -> bool) -> Vec<T> {
+    let mut list = list.to_vec();
+    match list.iter_mut().find(|known| same(known, &item)) {
+        Some(known) => *known = item,
+        None => list.push(item),
+    }
+    list
 }
 
 /// Checks disks, each by itself and all together.

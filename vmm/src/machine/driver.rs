@@ -447,13 +447,8 @@ impl Driver {
                 done
             }
             Request::PutDrive(drive) => {
-                config::check_drive(&drive)?;
-                self.configure(|config| {
-                    match config.drives.iter_mut().find(|other| other.drive_id == drive.drive_id) {
-                        Some(other) => *other = drive,
-                        None => config.drives.push(drive),
-                    }
-                });
+                let drives = config::with_drive(&self.config.drives, drive)?;
+                self.configure(|config| config.drives = drives);
                 done
             }
             Request::PatchDrive(update) => {

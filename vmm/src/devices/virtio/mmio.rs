@@ -350,7 +350,7 @@ impl MmioTransport {
 impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if offset >= CONFIG {
-            return lock(&*self.device).read_config(offset - CONFIG, data);
+            return read_config(&lock(&*self.device).config(), offset - CONFIG, data);
         }
         data.fill(0);
         match <&mut [u8; 4]>::try_from(data) {
@@ -368,6 +368,14 @@ impl BusDevice for MmioTransport {
             _ => log::debug!("{}: register {offset:#x} was not written as 32 bits", self.name),
         }
     }
+}
+
+/// Reads a configuration space from `offset` on; beyond its end there are zeros.
+fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {
+    let rest = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
+    let len = rest.len().min(data.len());
+    data[..len].copy_from_slice(&rest[..len]);
+    data[len..].fill(0);
 }
 
 /// The selected half of a 64-bit value; there are only two.
@@ -421,8 +429,8 @@ mod tests {
         fn queue_events(&self) -> Vec<Arc<EventFd>> {
             self.events.clone()
         }
-        fn read_config(&self, offset: u64, data: &mut [u8]) {
-            data.fill(offset as u8);
+        fn config(&self) -> Vec<u8> {
+            vec![0, 1, 2, 3, 4, 5, 6, 7, 7]
         }
         fn write_config(&mut self, _: u64, data: &[u8]) {
             self.config = data.to_vec();
@@ -600,6 +608,11 @@ mod tests {
         rig.write(0x44, 1);
         rig.transport.read(0x100 + 7, &mut data[..2]);
         assert_eq!(data[..2], [7, 7]);
+        for (offset, read) in [(6, [6, 7, 7, 0]), (9, [0; 4]), (0xefc, [0; 4])] {
+            let mut data = [0xff; 4];
+            rig.transport.read(0x100 + offset, &mut data);
+            assert_eq!(data, read, "what is beyond the configuration reads as zeros");
+        }
         rig.transport.write(0x100, &[5]);
         assert_eq!(lock(&rig.device).config, [5]);
     }

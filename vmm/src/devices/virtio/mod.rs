@@ -46,11 +46,13 @@ pub trait VirtioDevice: Send {
     /// The event that tells the device of news in each queue, in order.
     fn queue_events(&self) -> Vec<Arc<EventFd>>;
 
-    /// Reads the configuration space. What is beyond it reads as zeros.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// The configuration space. What is beyond it reads as zeros.
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
 
     /// Writes the configuration space. What cannot be written there is ignored.
-    fn write_config(&mut self, offset: u64, data: &[u8]);
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     /// The driver has accepted these features, and is about to be ready, or was when it was saved. The result is how many
     /// queues it uses then, from the first: all, unless features decide.
@@ -71,4 +73,12 @@ pub trait VirtioDevice: Send {
     /// The vCPUs are about to run. A device that was restored has left guest memory alone until now; the first call
     /// lets it work, and it looks at its queues if something was left in them. Any other call does nothing.
     fn resume(&mut self);
+}
+
+/// Says whether the event loop watches a file of this device as it was told to, and logs it if not.
+fn is_watched(device: &str, done: event_manager::Result<()>) -> bool {
+    if let Err(error) = &done {
+        log::error!("{device}: the event loop cannot watch a file: {error}");
+    }
+    done.is_ok()
 }

@@ -17,7 +17,6 @@ use std::time::Duration;
 use api_spec::devices::{self, BalloonStatistics};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use vmm_sys_util::timerfd::TimerFd;
 
 use super::super::chain::{Buffer, Direction};
 use super::super::interrupt::Interrupt;
@@ -26,6 +25,7 @@ use super::super::{EVENT_IDX, VERSION_1, VirtioDevice};
 use super::pages;
 use super::statistics::{self, Statistics};
 use crate::devices::GuestMemory;
+use crate::devices::alarm::Alarm;
 use crate::memory::PAGE_SIZE;
 use crate::memory::discard::{Discarder, Outcome};
 
@@ -118,7 +118,7 @@ impl Active {
 pub struct Balloon {
     pub(super) config: devices::Balloon,
     pub(super) events: Vec<Arc<EventFd>>,
-    pub(super) timer: TimerFd,
+    pub(super) timer: Alarm,
     discarder: Discarder,
     /// What the driver has accepted.
     accepted: u64,
@@ -142,7 +142,7 @@ impl Balloon {
         Ok(Arc::new(Mutex::new(Balloon {
             config,
             events,
-            timer: TimerFd::new().map_err(|error| BalloonError::Events(error.into()))?,
+            timer: Alarm::new().map_err(BalloonError::Events)?,
             discarder,
             accepted: 0,
             actual: 0,
@@ -191,13 +191,8 @@ impl Balloon {
     fn wind(&mut self) {
         let seconds = self.config.stats_polling_interval_s;
         let wanted = self.active.as_ref().is_some_and(|active| active.queue(Role::Statistics).is_some());
-        let set = match wanted && !self.restored && seconds > 0 {
-            true => self.timer.reset(Duration::from_secs(seconds.into()), None),
-            false => self.timer.clear(),
-        };
-        if let Err(error) = set {
-            log::error!("balloon: the timer of its statistics cannot be set: {error}");
-        }
+        let asks = wanted && !self.restored && seconds > 0;
+        self.timer.set(asks.then(|| Duration::from_secs(seconds.into())));
     }
 
     /// Asks the guest for new statistics, by giving it the buffer back.
@@ -301,12 +296,8 @@ impl VirtioDevice for Balloon {
     }
 
     /// How many pages shall be in the balloon, and how many are (virtio 1.2, section 5.5.4).
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = [self.target().to_le_bytes(), self.actual.to_le_bytes()].concat();
-        for (i, byte) in data.iter_mut().enumerate() {
-            let at = usize::try_from(offset).ok().and_then(|at| at.checked_add(i));
-            *byte = at.and_then(|at| config.get(at)).copied().unwrap_or(0);
-        }
+    fn config(&self) -> Vec<u8> {
+        [self.target().to_le_bytes(), self.actual.to_le_bytes()].concat()
     }
 
     /// The driver writes how many pages are in the balloon.

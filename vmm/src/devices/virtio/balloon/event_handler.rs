@@ -5,16 +5,15 @@ use std::os::fd::AsRawFd;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vmm_sys_util::epoll::EventSet;
 
+use super::super::is_watched;
 use super::device::Balloon;
 
 impl MutEventSubscriber for Balloon {
     fn init(&mut self, ops: &mut EventOps) {
-        let queues = self.events.iter().map(|event| ops.add(Events::new(event.as_ref(), EventSet::IN)));
-        let mut added: Vec<_> = queues.collect();
-        added.push(ops.add(Events::new(&self.timer, EventSet::IN)));
-        for error in added.into_iter().filter_map(Result::err) {
-            log::error!("balloon: the event loop cannot watch a file: {error}");
+        for event in &self.events {
+            is_watched("balloon", ops.add(Events::new(event.as_ref(), EventSet::IN)));
         }
+        is_watched("balloon", ops.add(Events::new(&self.timer, EventSet::IN)));
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps) {

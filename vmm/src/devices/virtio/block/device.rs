@@ -430,15 +430,9 @@ impl VirtioDevice for Block {
         vec![self.event.clone()]
     }
 
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = config_space(self.limits.size);
-        for (i, byte) in data.iter_mut().enumerate() {
-            let at = offset.saturating_add(i as u64);
-            *byte = usize::try_from(at).ok().and_then(|at| config.get(at)).copied().unwrap_or(0);
-        }
+    fn config(&self) -> Vec<u8> {
+        config_space(self.limits.size)
     }
-
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn activate(&mut self, mem: GuestMemory, queues: Vec<Queue>, interrupt: Arc<Interrupt>) {
         let (request, answer) = (Buffer::default(), Buffer::default());

@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vmm_sys_util::epoll::EventSet;
 
+use super::super::{VirtioDevice, is_watched};
 use super::device::Block;
 
 impl MutEventSubscriber for Block {
@@ -12,9 +13,7 @@ impl MutEventSubscriber for Block {
         let watched =
             [Events::new(self.event.as_ref(), EventSet::IN), Events::new_raw(self.timer.as_raw_fd(), EventSet::IN)];
         for events in watched {
-            if let Err(error) = ops.add(events) {
-                log::error!("drive {}: the event loop cannot watch its events: {error}", self.id());
-            }
+            is_watched(&self.name(), ops.add(events));
         }
     }
 

@@ -294,15 +294,9 @@ impl VirtioDevice for Net {
     }
 
     /// The configuration begins with the MAC address; the features behind what follows are not offered.
-    fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let config = self.mac.map_or([0; 6], MacAddr::bytes);
-        for (i, byte) in data.iter_mut().enumerate() {
-            let at = offset.saturating_add(i as u64);
-            *byte = usize::try_from(at).ok().and_then(|at| config.get(at)).copied().unwrap_or(0);
-        }
+    fn config(&self) -> Vec<u8> {
+        self.mac.map_or([0; 6], MacAddr::bytes).to_vec()
     }
-
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
     fn negotiated(&mut self, features: u64) -> usize {
         self.features = features;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vmm_sys_util::epoll::EventSet;
 
+use super::super::is_watched;
 use super::device::{Due, Net, RX, TX};
 
 /// When to try again to wait for frames of the host.
@@ -14,9 +15,9 @@ const RETRY: Duration = Duration::from_millis(500);
 impl MutEventSubscriber for Net {
     fn init(&mut self, ops: &mut EventOps) {
         for event in &self.events {
-            note(ops.add(Events::new(event.as_ref(), EventSet::IN)));
+            is_watched("network", ops.add(Events::new(event.as_ref(), EventSet::IN)));
         }
-        note(ops.add(Events::new(&self.alarm, EventSet::IN)));
+        is_watched("network", ops.add(Events::new(&self.alarm, EventSet::IN)));
         self.update_watch(ops);
     }
 
@@ -42,19 +43,11 @@ impl Net {
                 true => ops.add(Events::new(&self.cable, EventSet::IN)),
                 false => ops.remove(Events::empty(&self.cable)),
             };
-            match note(done) {
+            match is_watched("network", done) {
                 true => self.watched = wanted,
                 // The system is out of something, which may come back.
                 false => self.alarm.set(Some(RETRY)),
             }
         }
     }
-}
-
-/// Says whether the event loop did as told, and logs it if not.
-fn note(done: event_manager::Result<()>) -> bool {
-    if let Err(error) = &done {
-        log::error!("network: the event loop cannot watch a file: {error}");
-    }
-    done.is_ok()
 }

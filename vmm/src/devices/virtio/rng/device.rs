@@ -164,12 +164,6 @@ impl VirtioDevice for Rng {
     }
 
     /// There is no configuration.
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
-    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
-
     fn activate(&mut self, mem: GuestMemory, queues: Vec<Queue>, interrupt: Arc<Interrupt>) {
         self.active = Some(Active { rings: Rings::new(mem, queues, interrupt), buffer: Buffer::default() });
     }

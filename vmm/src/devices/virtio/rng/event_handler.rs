@@ -3,14 +3,13 @@
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vmm_sys_util::epoll::EventSet;
 
+use super::super::is_watched;
 use super::device::Rng;
 
 impl MutEventSubscriber for Rng {
     fn init(&mut self, ops: &mut EventOps) {
         for events in [Events::new(self.event.as_ref(), EventSet::IN), Events::new(&self.alarm, EventSet::IN)] {
-            if let Err(error) = ops.add(events) {
-                log::error!("entropy: the event loop cannot watch a file: {error}");
-            }
+            is_watched("entropy", ops.add(events));
         }
     }
 

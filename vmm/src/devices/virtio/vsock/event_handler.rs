@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use vmm_sys_util::epoll::EventSet;
 
+use super::super::is_watched;
 use super::connection::Ports;
 use super::device::Vsock;
 use super::host::{Greeting, Said};
@@ -37,10 +38,10 @@ pub(super) struct Clients {
 impl MutEventSubscriber for Vsock {
     fn init(&mut self, ops: &mut EventOps) {
         for event in &self.events {
-            note(ops.add(Events::new(event.as_ref(), EventSet::IN)));
+            is_watched("vsock", ops.add(Events::new(event.as_ref(), EventSet::IN)));
         }
-        note(ops.add(Events::new(&self.listener, EventSet::IN)));
-        note(ops.add(Events::new(&self.timer, EventSet::IN)));
+        is_watched("vsock", ops.add(Events::new(&self.listener, EventSet::IN)));
+        is_watched("vsock", ops.add(Events::new(&self.timer, EventSet::IN)));
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps) {
@@ -77,7 +78,7 @@ impl Vsock {
     }
 
     fn greet(&mut self, stream: UnixStream, ops: &mut EventOps) {
-        if note(ops.add(Events::new(&stream, EventSet::IN))) {
+        if is_watched("vsock", ops.add(Events::new(&stream, EventSet::IN))) {
             self.clients.greetings.insert(stream.as_raw_fd(), Greeting::new(stream));
         }
     }
@@ -85,7 +86,7 @@ impl Vsock {
     /// The waiting client cannot be accepted, and would be reported again and again.
     fn rest_listener(&mut self, error: &io::Error, ops: &mut EventOps) {
         log::warn!("vsock: a client cannot be accepted: {error}; trying again in {TICK:?}");
-        note(ops.remove(Events::empty(&self.listener)));
+        is_watched("vsock", ops.remove(Events::empty(&self.listener)));
         self.clients.listener_rests = true;
     }
 
@@ -107,7 +108,7 @@ impl Vsock {
 
     fn stop_greeting(&mut self, fd: RawFd, ops: &mut EventOps) -> Option<UnixStream> {
         let greeting = self.clients.greetings.remove(&fd)?;
-        note(ops.remove(Events::empty(greeting.stream())));
+        is_watched("vsock", ops.remove(Events::empty(greeting.stream())));
         Some(greeting.into_stream())
     }
 
@@ -120,7 +121,7 @@ impl Vsock {
             drop(self.stop_greeting(fd, ops));
         }
         if std::mem::take(&mut self.clients.listener_rests) {
-            note(ops.add(Events::new(&self.listener, EventSet::IN)));
+            is_watched("vsock", ops.add(Events::new(&self.listener, EventSet::IN)));
         }
     }
 
@@ -161,22 +162,14 @@ impl Clients {
             Some(_) => ops.modify(Events::new(socket, events)),
             None => ops.add(Events::new(socket, events)),
         };
-        if note(done) {
+        if is_watched("vsock", done) {
             self.streams.insert(fd, (ports, events));
         }
     }
 
     fn unwatch(&mut self, socket: &UnixStream, ops: &mut EventOps) {
         if self.streams.remove(&socket.as_raw_fd()).is_some() {
-            note(ops.remove(Events::empty(socket)));
+            is_watched("vsock", ops.remove(Events::empty(socket)));
         }
     }
-}
-
-/// Says whether the event loop did as told, and logs it if not.
-fn note(done: event_manager::Result<()>) -> bool {
-    if let Err(error) = &done {
-        log::error!("vsock: the event loop cannot watch a file: {error}");
-    }
-    done.is_ok()
 }
