@@ -93,13 +93,13 @@ pub fn run(options: &Options) -> Result<(), RunError> {
     let metrics = options.metrics.as_deref().map(Listener::bind).transpose()?;
     let server = Server::new(images, socket, metrics, Some(signals)).map_err(RunError::Setup)?;
     for snapshot in &options.snapshots {
-        log::info!("serving {} on {}", snapshot.display(), options.socket.display());
+        tracing::info!("serving {} on {}", snapshot.display(), options.socket.display());
     }
     if let Some(number) = options.ready_fd {
         process::signal_ready(number).map_err(|error| RunError::Ready(number, error))?;
     }
     event_loop::run(server)?;
-    log::info!("stopped");
+    tracing::info!("stopped");
     Ok(())
 }
 
@@ -119,6 +119,6 @@ pub fn raise_descriptor_limit() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     if let Err(error) = setrlimit(Resource::Nofile, limit) {
-        log::warn!("cannot raise the limit of open files: {error}");
+        tracing::warn!("cannot raise the limit of open files: {error}");
     }
 }

@@ -180,7 +180,7 @@ impl Server {
 
     /// A listener that cannot accept (no descriptors left) stays ready; do not spin on it, try again with the next tick.
     fn pause_accepting(&mut self, ops: &mut EventOps, error: &io::Error) {
-        log::error!("cannot accept connections: {error}; trying again in a second");
+        tracing::error!("cannot accept connections: {error}; trying again in a second");
         let paused = Events::with_data(&self.listener, Token::Listener.encode(), EventSet::empty());
         self.accepting = ops.modify(paused).is_err();
     }
@@ -253,7 +253,7 @@ impl Server {
         let (uffd, pidfd) = (session.uffd.as_raw_fd(), session.pidfd.as_ref().map(AsRawFd::as_raw_fd));
         self.peers.insert(id, Peer::Session(session));
         self.sessions_total = number;
-        log::info!("session {number}: serving pid {} uid {}", peer.pid, peer.uid);
+        tracing::info!("session {number}: serving pid {} uid {}", peer.pid, peer.uid);
         let watched = watch(ops, uffd, Token::Uffd(id))
             .and_then(|()| pidfd.map_or(Ok(()), |pidfd| watch(ops, pidfd, Token::Process(id))));
         if let Err(refusal) = watched {
@@ -275,14 +275,14 @@ impl Server {
 
     fn count_refusal(&mut self, peer: Credentials, refusal: &Refusal) {
         self.refused_total += 1;
-        log::warn!("refused pid {} uid {}: {}", peer.pid, peer.uid, one_line(&refusal.to_string()));
+        tracing::warn!("refused pid {} uid {}: {}", peer.pid, peer.uid, one_line(&refusal.to_string()));
     }
 
     fn end_session(&mut self, id: u32, reason: &str, ops: &mut EventOps) {
         let Some(peer) = self.peers.remove(&id) else { return };
         unwatch(&peer, ops);
         if let Peer::Session(session) = &peer {
-            log::info!("session {}: ended: {}", session.metrics().id, one_line(reason));
+            tracing::info!("session {}: ended: {}", session.metrics().id, one_line(reason));
         }
         drop(peer);
         self.drop_unused_stores();
@@ -305,7 +305,7 @@ impl Server {
                 }
             }
             Err(error) => {
-                log::error!("session {}: {error}", session.metrics().id);
+                tracing::error!("session {}: {error}", session.metrics().id);
                 self.end_session(id, &error.to_string(), ops);
             }
         }

@@ -122,7 +122,7 @@ impl Session {
     fn log_others(&mut self, others: usize) {
         if others > 0 && !self.other_event_logged {
             self.other_event_logged = true;
-            log::warn!("session {}: ignoring events that are no faults", self.counters.id);
+            tracing::warn!("session {}: ignoring events that are no faults", self.counters.id);
         }
     }
 

@@ -60,7 +60,7 @@ impl Image {
     /// From now on nobody new is served this image; a guest that needs a bad chunk loses its connection.
     fn mark_damaged(&mut self, damage: &str) {
         if self.damage.is_none() {
-            log::error!("image {} is damaged: {damage}; new clients are refused", self.source.root());
+            tracing::error!("image {} is damaged: {damage}; new clients are refused", self.source.root());
             self.damage = Some(damage.to_string());
         }
     }
@@ -162,7 +162,7 @@ impl Stores {
         if !std::mem::replace(&mut entry.retired, true) {
             self.retired_total += 1;
             let image = self.images[entry.image].source.root();
-            log::warn!(
+            tracing::warn!(
                 "store of image {image} for uid {}: pages appeared that were not put there (somebody read it without \
                  userfaultfd); it is retired, its guests are served on, new ones get a fresh store",
                 entry.uid
@@ -177,9 +177,9 @@ impl Stores {
         let Some(entry) = self.entries.get_mut(&key) else { return true };
         let image = &mut self.images[entry.image];
         match entry.store.repair(&*image.source, buffer) {
-            Ok(pages) => log::info!("retired store {key}: {pages} pages put right"),
+            Ok(pages) => tracing::info!("retired store {key}: {pages} pages put right"),
             Err(FillError::Source(error)) => image.mark_damaged(&error.to_string()),
-            Err(error) => log::error!("retired store {key}: {error}"),
+            Err(error) => tracing::error!("retired store {key}: {error}"),
         }
         // Pages that cannot be found cannot be put right: a guest must not run into their zeros.
         self.is_clean(key)

@@ -105,7 +105,7 @@ impl Input {
         let Some(input) = self.0 else { return };
         let serial = Arc::downgrade(serial);
         if let Err(e) = std::thread::Builder::new().name("console".into()).spawn(move || feed(input, &serial)) {
-            log::warn!("the guest's console gets no input: cannot start a thread: {e}");
+            tracing::warn!("the guest's console gets no input: cannot start a thread: {e}");
         }
     }
 }
@@ -148,7 +148,7 @@ impl Write for Bounded {
         }
         if !std::mem::replace(&mut self.is_full, true) {
             let (path, max) = (self.path.display(), self.max);
-            log::warn!("what the guest writes to its console is lost: {path} has reached {max} bytes; truncate it");
+            tracing::warn!("what the guest writes to its console is lost: {path} has reached {max} bytes; truncate it");
         }
         Ok(data.len())
     }
@@ -187,7 +187,7 @@ fn feed(mut input: Box<dyn Read + Send>, serial: &Weak<Mutex<Serial>>) {
                 }
                 Ok(taken) => (rest, wait) = (&rest[taken..], RETRY),
                 Err(e) => {
-                    log::warn!("the guest's console gets no input any more: {e}");
+                    tracing::warn!("the guest's console gets no input any more: {e}");
                     return;
                 }
             }

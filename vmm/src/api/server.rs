@@ -126,7 +126,7 @@ impl Server {
                 Ok(None) => return,
                 Err(error) => {
                     // It would be reported again and again.
-                    log::warn!("a client of the API cannot be accepted: {error}; trying again in {TICK:?}");
+                    tracing::warn!("a client of the API cannot be accepted: {error}; trying again in {TICK:?}");
                     break;
                 }
             };

@@ -57,7 +57,7 @@ fn set_bits(vcpu: &VcpuFd, index: u32, bits: u64) -> Result<(), kvm_ioctls::Erro
     if vcpu.get_msrs(&mut msrs)? == 1 {
         let data = msrs.as_slice()[0].data | bits;
         if vcpu.set_msrs(&one(index, data)?)? == 0 {
-            log::debug!("KVM does not take {data:#x} for MSR {index:#x}");
+            tracing::debug!("KVM does not take {data:#x} for MSR {index:#x}");
         }
     }
     Ok(())

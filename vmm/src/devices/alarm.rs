@@ -31,7 +31,7 @@ impl Alarm {
         };
         match done {
             Ok(()) => self.armed = after.is_some(),
-            Err(error) => log::error!("a device's timer cannot be set: {error}"),
+            Err(error) => tracing::error!("a device's timer cannot be set: {error}"),
         }
     }
 }

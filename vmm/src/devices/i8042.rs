@@ -44,7 +44,7 @@ impl BusDevice for I8042 {
             && data == [RESET]
             && let Err(error) = self.reset.write(1)
         {
-            log::error!("i8042: the guest asked for a reset and it cannot be passed on: {error}");
+            tracing::error!("i8042: the guest asked for a reset and it cannot be passed on: {error}");
         }
     }
 }

@@ -103,7 +103,7 @@ impl Drop for Output {
         let written = |backlog: &mut Backlog| backlog.busy || !backlog.waiting.is_empty();
         let wait = self.shared.changed.wait_timeout_while(backlog, LAST_WORDS, written);
         if wait.is_ok_and(|(_, waited)| waited.timed_out()) {
-            log::warn!("serial output is lost: whoever reads it has not done so for {LAST_WORDS:?}");
+            tracing::warn!("serial output is lost: whoever reads it has not done so for {LAST_WORDS:?}");
         }
     }
 }

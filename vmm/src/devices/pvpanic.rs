@@ -41,7 +41,7 @@ impl BusDevice for Pvpanic {
         let news = events & !self.announced;
         self.announced |= events;
         if news & CRASH_LOADED != 0 {
-            log::warn!("the guest's kernel panicked, and its crash kernel takes over");
+            tracing::warn!("the guest's kernel panicked, and its crash kernel takes over");
         }
         if news & PANICKED != 0 {
             self.notifier.send(Notice::End(GuestEnd::Panic));

@@ -268,7 +268,7 @@ pub fn fold(layers: &[Layers], cancel: &AtomicBool) -> Vec<(usize, Folded)> {
     for Layers { number, drive_id, stack } in layers {
         match stack.fold(cancel) {
             Ok(result) => folded.extend(result.map(|result| (*number, result))),
-            Err(e) => log::warn!("drive {drive_id}: the overlay's layers stay apart: {e}"),
+            Err(e) => tracing::warn!("drive {drive_id}: the overlay's layers stay apart: {e}"),
         }
     }
     folded

@@ -268,7 +268,7 @@ impl Driver {
         self.arrivals.extend_from_slice(machine.devices().subscribers());
         input.feed(&machine.devices().serial);
         if let Some(pty) = &pty {
-            log::info!("the guest's console is {}", pty.path.display());
+            tracing::info!("the guest's console is {}", pty.path.display());
         }
         self.pty = pty;
         self.config.machine_config.vcpu_count = machine.vcpu_count();
@@ -290,7 +290,7 @@ impl Driver {
         let mut machine = boot(&plan, outside)?;
         machine.resume();
         self.adopt(machine, input, pty);
-        log::info!("booted: {} vCPUs, {} MiB", plan.vcpus, plan.memory_bytes >> 20);
+        tracing::info!("booted: {} vCPUs, {} MiB", plan.vcpus, plan.memory_bytes >> 20);
         Ok(())
     }
 
@@ -537,11 +537,11 @@ impl Driver {
                     Level::Full => Readiness::Full,
                     Level::Degraded => Readiness::Degraded,
                 };
-                log::info!("the guest's agent is ready ({readiness:?})");
+                tracing::info!("the guest's agent is ready ({readiness:?})");
                 self.readiness = Some(readiness);
             }
             Notice::PowerOff => {
-                log::info!("the guest powered its machine off");
+                tracing::info!("the guest powered its machine off");
                 self.end(Ok(Ending::PowerOff));
             }
             Notice::End(end) => self.end(Err(RunError::Guest(end))),
@@ -592,12 +592,12 @@ impl Driver {
         match machine.halt(HALT_PATIENCE) {
             Ok(()) => {
                 self.retry.set(None);
-                log::warn!("the guest is paused: {halt}");
+                tracing::warn!("the guest is paused: {halt}");
                 self.halt = Some(halt);
             }
             Err(e) => {
                 if !self.halt_is_late {
-                    log::error!("the guest is not paused yet ({e}), and should be: {halt}");
+                    tracing::error!("the guest is not paused yet ({e}), and should be: {halt}");
                 }
                 self.retry.set(Some(HALT_AGAIN));
                 self.halting = Some(halt);
@@ -613,7 +613,7 @@ impl Driver {
             None => Response::done(),
             Some(error) => Response::fault(400, error),
         };
-        log::info!(
+        tracing::info!(
             "snapshot {:?}: the guest stood still {} us; {} us in all",
             self.status.state,
             self.status.pause_us,
@@ -664,7 +664,7 @@ impl MutEventSubscriber for Driver {
         } else if fd == self.reset.as_raw_fd() {
             // A kernel that panics says so before it resets the machine.
             self.take_notices(ops);
-            log::info!("the guest reset its machine");
+            tracing::info!("the guest reset its machine");
             self.end(Ok(Ending::Reset));
         } else if fd == self.signals.as_raw_fd() {
             self.end(Ok(Ending::Signal));

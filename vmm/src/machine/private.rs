@@ -133,7 +133,9 @@ impl State {
         let (Some(limit_mib), Some(status)) = (self.limit_mib, &self.status) else { return Found::NoLimit };
         let used = private_bytes(status);
         match &used {
-            Err(e) if !self.blind => log::error!("cannot tell how much private memory the guest has: {STATUS}: {e}"),
+            Err(e) if !self.blind => {
+                tracing::error!("cannot tell how much private memory the guest has: {STATUS}: {e}")
+            }
             _ => {}
         }
         self.blind = used.is_err();

@@ -101,7 +101,7 @@ impl Discarder {
                 Ok(true) => outcome.discarded += count,
                 Ok(false) => outcome.kept += count,
                 Err(e) => {
-                    log::debug!("{count} pages that the guest gave back stay: {e}");
+                    tracing::debug!("{count} pages that the guest gave back stay: {e}");
                     outcome.kept += count;
                 }
             }
@@ -151,7 +151,7 @@ impl Part<'_> {
         discarded.pages.insert(place);
         discarded.begun += usize::from(begins);
         if begins && discarded.begun == MANY_RUNS {
-            log::debug!("the guest has given back {MANY_RUNS} separate runs of pages; further short ones stay");
+            tracing::debug!("the guest has given back {MANY_RUNS} separate runs of pages; further short ones stay");
         }
         Ok(true)
     }

@@ -81,7 +81,7 @@ impl Blank {
             return Err(io::Error::last_os_error());
         }
         if let Err(e) = PRIVACY.into_iter().try_for_each(|advice| all.advise(advice)) {
-            log::debug!("pages that the guest gave back may appear in core dumps: {e}");
+            tracing::debug!("pages that the guest gave back may appear in core dumps: {e}");
         }
         // A huge page would take 2 MiB as soon as one of its pages is used again. Refused by kernels that have none.
         let _ = all.advise(libc::MADV_NOHUGEPAGE);
@@ -194,7 +194,7 @@ pub fn make_private(region: &MmapRegion, file: &File, offset: u64) -> io::Result
     }
     // The new mapping stands; advice that is refused costs privacy of core dumps, not the freeze.
     if let Err(e) = keep_private(region) {
-        log::warn!("guest RAM may appear in core dumps: {e}");
+        tracing::warn!("guest RAM may appear in core dumps: {e}");
     }
     Ok(aside)
 }

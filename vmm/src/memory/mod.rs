@@ -121,7 +121,7 @@ impl GuestRam {
 pub fn cut_off(memory: &GuestMemory) {
     for region in memory.iter() {
         if let Err(e) = mmap::cut_off(&region.get_mmap()) {
-            log::warn!("cannot take guest memory away: {e}");
+            tracing::warn!("cannot take guest memory away: {e}");
         }
     }
 }

@@ -102,7 +102,7 @@ impl PageServer {
         super::cut_off(ram.memory());
         for (region, addr) in ram.mappings() {
             if let Err(e) = self.uffd.wake(addr.cast(), region.size_bytes as usize) {
-                log::warn!("cannot wake those who wait for pages: {e}");
+                tracing::warn!("cannot wake those who wait for pages: {e}");
             }
         }
     }

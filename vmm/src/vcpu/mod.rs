@@ -229,7 +229,7 @@ impl Thread {
     fn main(self) {
         // A parent may have left the signal blocked, and then nothing would interrupt the guest.
         if let Err(e) = unblock_signal(SIGRTMIN()) {
-            log::warn!("vCPU {} cannot be interrupted: {e}", self.number);
+            tracing::warn!("vCPU {} cannot be interrupted: {e}", self.number);
         }
         while self.wait_for_run() {
             let end = self.run_guest();

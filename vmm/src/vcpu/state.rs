@@ -223,7 +223,7 @@ fn set_all(
         match when_refused(index, *data) {
             Refused::Instead(other) => *data = other,
             Refused::Without => {
-                log::warn!("this host's KVM does not take {data:#x} for MSR {index:#x}; the guest goes on without");
+                tracing::warn!("this host's KVM does not take {data:#x} for MSR {index:#x}; the guest goes on without");
                 at += 1;
             }
             Refused::Unmissed => at += 1,

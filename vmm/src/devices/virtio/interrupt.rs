@@ -77,7 +77,7 @@ impl Interrupt {
         if let Err(error) = self.event.write(1)
             && error.kind() != io::ErrorKind::WouldBlock
         {
-            log::error!("virtio: an interrupt cannot be raised: {error}");
+            tracing::error!("virtio: an interrupt cannot be raised: {error}");
         }
     }
 

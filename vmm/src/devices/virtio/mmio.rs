@@ -295,7 +295,7 @@ impl MmioTransport {
                     self.activate();
                 }
             }
-            Err(error) => log::debug!("{}: {error}", self.name),
+            Err(error) => tracing::debug!("{}: {error}", self.name),
         }
     }
 
@@ -355,7 +355,7 @@ impl BusDevice for MmioTransport {
         data.fill(0);
         match <&mut [u8; 4]>::try_from(data) {
             Ok(data) if offset.is_multiple_of(4) => *data = self.read_register(offset).to_le_bytes(),
-            _ => log::debug!("{}: register {offset:#x} was not read as 32 bits", self.name),
+            _ => tracing::debug!("{}: register {offset:#x} was not read as 32 bits", self.name),
         }
     }
 
@@ -365,7 +365,7 @@ impl BusDevice for MmioTransport {
         }
         match <[u8; 4]>::try_from(data) {
             Ok(data) if offset.is_multiple_of(4) => self.write_register(offset, u32::from_le_bytes(data)),
-            _ => log::debug!("{}: register {offset:#x} was not written as 32 bits", self.name),
+            _ => tracing::debug!("{}: register {offset:#x} was not written as 32 bits", self.name),
         }
     }
 }

@@ -78,7 +78,7 @@ pub trait VirtioDevice: Send {
 /// Says whether the event loop watches a file of this device as it was told to, and logs it if not.
 fn is_watched(device: &str, done: event_manager::Result<()>) -> bool {
     if let Err(error) = &done {
-        log::error!("{device}: the event loop cannot watch a file: {error}");
+        tracing::error!("{device}: the event loop cannot watch a file: {error}");
     }
     done.is_ok()
 }

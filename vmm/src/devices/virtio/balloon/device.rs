@@ -367,7 +367,7 @@ impl Work<'_> {
         };
         self.active.rings.interrupt()?;
         if outcome.outside > 0 {
-            log::debug!("balloon: {} pages that the guest gave back are not RAM", outcome.outside);
+            tracing::debug!("balloon: {} pages that the guest gave back are not RAM", outcome.outside);
         }
         Ok(more)
     }

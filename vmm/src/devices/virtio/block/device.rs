@@ -540,8 +540,10 @@ impl Complaints {
         }
         self.last = Some(now);
         match std::mem::take(&mut self.unsaid) {
-            0 => log::error!("drive {id}: the guest sees an I/O error: {error}"),
-            unsaid => log::error!("drive {id}: the guest sees an I/O error: {error} ({unsaid} more since the last)"),
+            0 => tracing::error!("drive {id}: the guest sees an I/O error: {error}"),
+            unsaid => {
+                tracing::error!("drive {id}: the guest sees an I/O error: {error} ({unsaid} more since the last)")
+            }
         }
     }
 }

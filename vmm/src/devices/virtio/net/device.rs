@@ -109,7 +109,7 @@ pub(super) struct Cable {
 impl Cable {
     fn lose(&mut self, error: &dyn std::fmt::Display) {
         if !std::mem::replace(&mut self.lost, true) {
-            log::error!("{}: its tap device cannot be used any more, the guest is cut off: {error}", self.name);
+            tracing::error!("{}: its tap device cannot be used any more, the guest is cut off: {error}", self.name);
         }
     }
 
@@ -126,7 +126,7 @@ impl Cable {
             Err(Errno::AGAIN | Errno::INTR) => None,
             // A tap drops a frame that it cannot describe, and says so; the next one may be fine.
             Err(error) if !is_gone(error) && self.unreadable < BATCH => {
-                log::debug!("{}: a frame of the host cannot be read: {error}", self.name);
+                tracing::debug!("{}: a frame of the host cannot be read: {error}", self.name);
                 self.unreadable += 1;
                 Some(0)
             }
@@ -145,7 +145,7 @@ impl Cable {
         }
         match rustix::io::write(self.link.as_fd(), frame) {
             Err(error) if is_gone(error) => self.lose(&error),
-            Err(error) => log::debug!("{}: a frame of {} bytes is dropped: {error}", self.name, frame.len()),
+            Err(error) => tracing::debug!("{}: a frame of {} bytes is dropped: {error}", self.name, frame.len()),
             Ok(_) => {}
         }
     }
@@ -160,7 +160,7 @@ impl Cable {
             Ok(()) => self.offloads = Some(offloads),
             Err(error) => {
                 self.offloads = None;
-                log::error!("{}: its tap device does not take its offloads: {error}", self.name);
+                tracing::error!("{}: its tap device does not take its offloads: {error}", self.name);
             }
         }
     }
@@ -417,7 +417,7 @@ impl Work<'_> {
             match delivery {
                 Delivery::Done => self.active.held = None,
                 Delivery::Never => {
-                    log::debug!("{}: a frame of {len} bytes is dropped: the guest has no room", self.cable.name);
+                    tracing::debug!("{}: a frame of {len} bytes is dropped: the guest has no room", self.cable.name);
                     self.active.held = None;
                 }
                 Delivery::Later => break,

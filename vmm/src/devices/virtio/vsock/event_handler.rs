@@ -69,7 +69,9 @@ impl Vsock {
             match self.listener.accept() {
                 Ok(Some(stream)) if self.clients.greetings.len() < MAX_GREETINGS => self.greet(stream, ops),
                 Ok(Some(_)) => {
-                    log::warn!("vsock: {MAX_GREETINGS} clients have not said what they want; one more is turned away")
+                    tracing::warn!(
+                        "vsock: {MAX_GREETINGS} clients have not said what they want; one more is turned away"
+                    )
                 }
                 Ok(None) => return,
                 Err(error) => return self.rest_listener(&error, ops),
@@ -85,7 +87,7 @@ impl Vsock {
 
     /// The waiting client cannot be accepted, and would be reported again and again.
     fn rest_listener(&mut self, error: &io::Error, ops: &mut EventOps) {
-        log::warn!("vsock: a client cannot be accepted: {error}; trying again in {TICK:?}");
+        tracing::warn!("vsock: a client cannot be accepted: {error}; trying again in {TICK:?}");
         is_watched("vsock", ops.remove(Events::empty(&self.listener)));
         self.clients.listener_rests = true;
     }
@@ -132,7 +134,7 @@ impl Vsock {
             let set = if needed { self.timer.reset(TICK, Some(TICK)) } else { self.timer.clear() };
             match set {
                 Ok(()) => self.clients.ticking = needed,
-                Err(error) => log::error!("vsock: the timer for slow clients cannot be set: {error}"),
+                Err(error) => tracing::error!("vsock: the timer for slow clients cannot be set: {error}"),
             }
         }
     }

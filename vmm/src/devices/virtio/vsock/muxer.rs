@@ -115,7 +115,7 @@ impl Muxer {
     /// stream the client is turned away.
     pub fn connect(&mut self, stream: UnixStream, port: u32, data: &[u8]) {
         if !self.make_room() {
-            log::warn!("vsock: {MAX_CONNECTIONS} streams are open; a client is turned away");
+            tracing::warn!("vsock: {MAX_CONNECTIONS} streams are open; a client is turned away");
             return self.closed.push(stream);
         }
         let ports = self.free_ports(port);
@@ -181,7 +181,7 @@ impl Muxer {
     /// The guest wants to reach a port of the host.
     fn request(&mut self, ports: Ports, header: &Header, listener: &HostSocket) {
         if !self.make_room() {
-            log::debug!("vsock: {MAX_CONNECTIONS} streams are open; the guest's request is refused");
+            tracing::debug!("vsock: {MAX_CONNECTIONS} streams are open; the guest's request is refused");
             return self.answer_with_reset(header);
         }
         let host = match ports.host {
@@ -191,7 +191,7 @@ impl Muxer {
         match host {
             Ok(host) => self.insert(Connection::accepted(ports, header), host),
             Err(error) => {
-                log::debug!("vsock: nobody answers for port {} of the host: {error}", ports.host);
+                tracing::debug!("vsock: nobody answers for port {} of the host: {error}", ports.host);
                 self.answer_with_reset(header);
             }
         }
