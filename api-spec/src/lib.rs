@@ -2,7 +2,8 @@
 //!
 //! - [`agent`]: host and guest agent, over vsock or COM1 (also without the standard library, for the embedded guest)
 //! - [`handshake`]: vmm and page server, over a Unix stream socket; and the page server's counters
-//! - [`vm`], [`devices`], [`snapshot`], [`error`], [`mac`]: the REST documents of the vmm
+//! - [`operations`]: the calls of the vmm's REST API; [`vm`], [`devices`], [`snapshot`], [`logger`], [`stats`], [`error`],
+//!   [`mac`]: its documents
 //! - [`client`]: blocking clients of the agent, the REST API and the page server's metrics
 
 #![cfg_attr(not(feature = "std"), no_std)]
@@ -18,8 +19,20 @@ pub mod error;
 #[cfg(feature = "std")]
 pub mod handshake;
 #[cfg(feature = "std")]
+pub mod logger;
+#[cfg(feature = "std")]
 pub mod mac;
+#[cfg(feature = "std")]
+pub mod openapi;
+#[cfg(feature = "std")]
+pub mod operations;
 #[cfg(feature = "std")]
 pub mod snapshot;
 #[cfg(feature = "std")]
+pub mod stats;
+#[cfg(feature = "std")]
 pub mod vm;
+
+/// A part of the API of other VMMs that this one does not offer: `null` is taken, anything else refused by name.
+#[cfg(feature = "std")]
+pub type NotOffered = Option<serde_json::Value>;

@@ -1,6 +1,7 @@
 //! REST documents of the snapshot calls.
 
 use crate::mac::MacAddr;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -8,21 +9,30 @@ use std::path::PathBuf;
 ///
 /// A running VM stands still only while its state is saved; a paused one stays paused. The answer comes when the
 /// snapshot is complete on disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotCreate {
     /// The directory to create. It must not exist; its parent must.
+    #[schemars(length(min = 1))]
     pub snapshot_path: PathBuf,
     /// Which kind of snapshot; `Full` unless told otherwise.
     #[serde(default)]
     pub snapshot_type: SnapshotType,
-    /// Other VMMs keep the memory apart from the rest; here it is part of the directory, so a value is refused by name.
+    /// Another name for the snapshot's memory file, as other VMMs' clients give it: a hard link to the file in the directory,
+    /// which must not exist yet, on the same file system. None when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem_file_path: Option<PathBuf>,
 }
 
+impl SnapshotCreate {
+    /// A full snapshot in this directory.
+    pub fn of(snapshot_path: PathBuf) -> Self {
+        SnapshotCreate { snapshot_path, snapshot_type: SnapshotType::Full, mem_file_path: None }
+    }
+}
+
 /// Kinds of snapshot.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum SnapshotType {
     /// All of the guest's memory.
     #[default]
@@ -32,14 +42,19 @@ pub enum SnapshotType {
 }
 
 /// Body of `PUT /snapshot/load`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SnapshotLoad {
     /// The snapshot directory, or the `snap.json` in it.
+    #[schemars(length(min = 1))]
     pub snapshot_path: PathBuf,
     /// Where memory comes from; the snapshot's own memory file when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem_backend: Option<MemBackend>,
+    /// Deprecated: the memory file, as `mem_backend` of type `File` names it. One of the two may be given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("deprecated" = true))]
+    pub mem_file_path: Option<PathBuf>,
     /// Run the vCPUs at once; otherwise the VM is left paused.
     #[serde(default)]
     pub resume_vm: bool,
@@ -56,8 +71,23 @@ pub struct SnapshotLoad {
     /// clones indistinguishable to themselves and is meant for tests.
     #[serde(default = "yes")]
     pub new_generation: bool,
-    /// Most private memory, in MiB, that the guest may have before it is paused; no limit when absent.
+    /// Advance the guest's monotonic clock (kvmclock) by the time that has passed since the snapshot. Otherwise it goes on
+    /// from where it stood.
+    #[serde(default)]
+    pub clock_realtime: bool,
+    /// Taken for the sake of clients that send it: a guest's own pages are known here without tracking anything.
+    #[serde(default)]
+    pub track_dirty_pages: bool,
+    /// Deprecated name of `track_dirty_pages`.
+    #[serde(default, skip_serializing_if = "is_false")]
+    #[schemars(extend("deprecated" = true))]
+    pub enable_diff_snapshots: bool,
+    /// Size of the host's pages behind guest memory. `Snapshot` and `None` mean 4 KiB; the others are refused by name.
+    #[serde(default)]
+    pub huge_pages: LoadHugePages,
+    /// Most private memory, in MiB, at least 1, that the guest may have before it is paused; no limit when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
     pub max_private_mib: Option<u64>,
 }
 
@@ -65,8 +95,48 @@ fn yes() -> bool {
     true
 }
 
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// Size of the host's pages behind a restored guest's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum LoadHugePages {
+    /// As it was when the snapshot was taken: 4 KiB.
+    #[default]
+    Snapshot,
+    /// 4 KiB.
+    None,
+    /// 2 MiB where the kernel finds them. Not offered.
+    Transparent,
+    /// 2 MiB out of the host's pool. Not offered.
+    #[serde(rename = "2M")]
+    TwoMib,
+}
+
+impl SnapshotLoad {
+    /// Loading this snapshot, and nothing said beyond that: from its own memory file, paused, with a fresh generation id.
+    pub fn of(snapshot_path: PathBuf) -> Self {
+        SnapshotLoad {
+            snapshot_path,
+            mem_backend: None,
+            mem_file_path: None,
+            resume_vm: false,
+            vsock_override: None,
+            drive_overrides: Vec::new(),
+            network_overrides: Vec::new(),
+            new_generation: true,
+            clock_realtime: false,
+            track_dirty_pages: false,
+            enable_diff_snapshots: false,
+            huge_pages: LoadHugePages::Snapshot,
+            max_private_mib: None,
+        }
+    }
+}
+
 /// Where a guest's memory comes from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MemBackend {
     /// A file or a socket, according to `backend_type`.
@@ -76,26 +146,27 @@ pub struct MemBackend {
 }
 
 /// How a guest's memory is provided.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum MemBackendType {
-    /// A raw memory file, mapped privately; the kernel pages it in.
+    /// A raw memory file, mapped privately; the kernel pages it in. One that is not the snapshot's own is checked whole.
     File,
-    /// A page server of the copy-mode protocol. Not offered yet: refused by name.
+    /// A page server that speaks Firecracker's protocol: it copies every page that the guest touches, and shares none.
     Uffd,
     /// Our page server in shared mode: clones share every page that they have not written.
     UffdShared,
 }
 
 /// Another host side for a restored vsock device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VsockOverride {
-    /// The Unix socket that stands for the device on the host.
+    /// The Unix socket that stands for the device on the host, at most 107 bytes.
+    #[schemars(length(min = 1, max = 107))]
     pub uds_path: PathBuf,
 }
 
 /// Another place of a disk's image.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DriveOverride {
     /// Name of the disk.
@@ -105,7 +176,7 @@ pub struct DriveOverride {
 }
 
 /// Another host side for a restored network interface.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkOverride {
     /// Name of the interface in the snapshot.
@@ -119,7 +190,7 @@ pub struct NetworkOverride {
 }
 
 /// Body of the answer to `GET /snapshot/status`: how the last `PUT /snapshot/create` went.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SnapshotStatus {
     /// Where it stands.
     pub state: SnapshotState,
@@ -138,7 +209,7 @@ pub struct SnapshotStatus {
 }
 
 /// Where a snapshot stands.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum SnapshotState {
     /// None was asked for.

@@ -1,11 +1,16 @@
 //! REST documents that describe a VM, and the configuration file, which holds the same objects.
 
+use crate::NotOffered;
 use crate::devices::{Balloon, Drive, Entropy, NetworkInterface, Serial};
-use serde::{Deserialize, Serialize};
+use crate::logger::{Logger, MetricsSink};
+use schemars::JsonSchema;
+use serde::{Deserialize, Deserializer, Serialize};
 use std::path::PathBuf;
 
-/// The configuration file of `vmm --config`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// A VM as it is configured: the answer to `GET /vm/config`, and the configuration file of `vmm --config`.
+///
+/// The keys of devices that are not offered may be `null`, as configuration generators write them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
     /// What to boot.
@@ -32,10 +37,32 @@ pub struct VmConfig {
     /// The balloon, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<Balloon>,
+    /// Where the log goes, and what is in it. Set at the start of the process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logger: Option<Logger>,
+    /// Where counters are written. Set at the start of the process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<MetricsSink>,
+    /// A CPU template. Not offered: anything but `null` is refused by name.
+    #[serde(rename = "cpu-config", default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "()")]
+    pub cpu_config: NotOffered,
+    /// A metadata service. Not offered: anything but `null` is refused by name.
+    #[serde(rename = "mmds-config", default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "()")]
+    pub mmds_config: NotOffered,
+    /// Persistent-memory devices. Not offered: anything but `null` is refused by name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "()")]
+    pub pmem: NotOffered,
+    /// Memory that can be plugged in. Not offered: anything but `null` is refused by name.
+    #[serde(rename = "memory-hotplug", default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "()")]
+    pub memory_hotplug: NotOffered,
 }
 
 /// What to boot: a kernel file, or the embedded guest.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
     /// An uncompressed ELF kernel or a bzImage.
@@ -57,27 +84,100 @@ fn is_false(value: &bool) -> bool {
 }
 
 /// CPUs and memory of a VM.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
     /// Number of vCPUs, 1 to 8.
     #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 8))]
     pub vcpu_count: u8,
-    /// Guest memory, in MiB.
+    /// Guest memory, in MiB, 8 to 1048576.
     #[serde(default = "default_memory")]
+    #[schemars(range(min = 8, max = 1_048_576))]
     pub mem_size_mib: u64,
-    /// Most private memory, in MiB, that the guest may have before it is paused; no limit when absent.
+    /// Show pairs of vCPUs to the guest as threads of one core. Not offered: `true` is refused by name.
+    #[serde(default)]
+    pub smt: bool,
+    /// Taken for the sake of clients that send it: a guest's own pages are known here without tracking anything.
+    #[serde(default)]
+    pub track_dirty_pages: bool,
+    /// Size of the host's pages behind guest memory. Only `None` is offered; the others are refused by name.
+    #[serde(default)]
+    pub huge_pages: HugePages,
+    /// A CPU template. Only `None` is offered; the others are refused by name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_template: Option<CpuTemplate>,
+    /// Most private memory, in MiB, at least 1, that the guest may have before it is paused; no limit when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
     pub max_private_mib: Option<u64>,
 }
 
-/// Body of `PATCH /machine-config`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Size of the host's pages behind guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum HugePages {
+    /// 4 KiB.
+    #[default]
+    None,
+    /// 2 MiB where the kernel finds them. Not offered.
+    Transparent,
+    /// 2 MiB out of the host's pool. Not offered.
+    #[serde(rename = "2M")]
+    TwoMib,
+}
+
+/// Sets of CPU features that a guest may be limited to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum CpuTemplate {
+    /// All that KVM offers.
+    None,
+    /// Not offered.
+    C3,
+    /// Not offered.
+    T2,
+    /// Not offered.
+    T2S,
+    /// Not offered.
+    T2CL,
+    /// Not offered.
+    T2A,
+    /// Not offered.
+    V1N1,
+}
+
+/// Body of `PATCH /machine-config`: the fields to change; the others stay. After the start only `max_private_mib` can.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MachinePatch {
-    /// The new limit of private memory, in MiB; `null` takes it away.
-    #[serde(deserialize_with = "Option::deserialize")]
-    pub max_private_mib: Option<u64>,
+    /// Number of vCPUs, 1 to 8.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 8))]
+    pub vcpu_count: Option<u8>,
+    /// Guest memory, in MiB, 8 to 1048576.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 8, max = 1_048_576))]
+    pub mem_size_mib: Option<u64>,
+    /// As in `PUT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub smt: Option<bool>,
+    /// As in `PUT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub track_dirty_pages: Option<bool>,
+    /// As in `PUT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub huge_pages: Option<HugePages>,
+    /// As in `PUT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_template: Option<CpuTemplate>,
+    /// The new limit of private memory, in MiB, at least 1; `null` takes it away.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "given")]
+    #[schemars(with = "Option<u64>", range(min = 1))]
+    pub max_private_mib: Option<Option<u64>>,
+}
+
+/// A field that was given, whose value may be `null`: unlike one that is absent, it says something.
+pub(crate) fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Option<Option<T>>, D::Error> {
+    Option::deserialize(from).map(Some)
 }
 
 fn one() -> u8 {
@@ -90,22 +190,36 @@ fn default_memory() -> u64 {
 
 impl Default for MachineConfig {
     fn default() -> Self {
-        MachineConfig { vcpu_count: one(), mem_size_mib: default_memory(), max_private_mib: None }
+        MachineConfig {
+            vcpu_count: one(),
+            mem_size_mib: default_memory(),
+            smt: false,
+            track_dirty_pages: false,
+            huge_pages: HugePages::None,
+            cpu_template: None,
+            max_private_mib: None,
+        }
     }
 }
 
 /// The vsock device: on the host it is a Unix socket (see the guide to operations).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Vsock {
-    /// The guest's context id, 3 or above.
+    /// The guest's context id, 3 to 4294967294.
+    #[schemars(range(min = 3, max = 4_294_967_294_u32))]
     pub guest_cid: u32,
-    /// Path of the Unix socket on the host.
+    /// Path of the Unix socket on the host, at most 107 bytes. It must not exist when the VM starts.
+    #[schemars(length(min = 1, max = 107))]
     pub uds_path: PathBuf,
+    /// Deprecated: a name, which nothing reads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("deprecated" = true))]
+    pub vsock_id: Option<String>,
 }
 
 /// Body of `PATCH /vm`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmPatch {
     /// The state to bring the VM to.
@@ -113,7 +227,7 @@ pub struct VmPatch {
 }
 
 /// States to which a VM can be brought.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum VmState {
     /// vCPUs stand still.
     Paused,
@@ -122,7 +236,7 @@ pub enum VmState {
 }
 
 /// Body of `PUT /actions`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Action {
     /// What to do.
@@ -130,14 +244,29 @@ pub struct Action {
 }
 
 /// Actions on a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ActionType {
     /// Boot the configured VM.
     InstanceStart,
+    /// Write the counters to the metrics path, which must have been set.
+    FlushMetrics,
+    /// Press Ctrl+Alt+Del. Not offered, as guests have no keyboard: refused by name. Ask the guest's agent.
+    SendCtrlAltDel,
+}
+
+/// Body of `PUT /vm/save`: a snapshot is taken, and the vmm ends once it is complete on disk.
+///
+/// The guest stands still from then on. If the snapshot fails, the guest goes on as before and the vmm stays.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmSave {
+    /// The directory to create. It must not exist; its parent must.
+    #[schemars(length(min = 1))]
+    pub snapshot_path: PathBuf,
 }
 
 /// Body of the answer to `GET /`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct InstanceInfo {
     /// The VM's id.
     pub id: String,
@@ -159,7 +288,7 @@ pub struct InstanceInfo {
 }
 
 /// Where a VM stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum InstanceState {
     /// Nothing has been booted or loaded.
     #[serde(rename = "Not started")]
@@ -171,7 +300,7 @@ pub enum InstanceState {
 }
 
 /// What the agent has announced.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Readiness {
     /// The agent answers.
@@ -183,7 +312,7 @@ pub enum Readiness {
 }
 
 /// Body of the answer to `GET /version`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Version {
     /// Version of the vmm.
     pub firecracker_version: String,

@@ -67,6 +67,7 @@ impl Linux {
             rate_limiter: None,
             overlay: true,
             max_overlay_mib: None,
+            socket: None,
         }
     }
 

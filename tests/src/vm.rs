@@ -44,7 +44,7 @@ impl<'a> Boot<'a> {
     /// The embedded guest with 1 vCPU and 32 MiB.
     pub fn new(place: &'a Place) -> Self {
         let boot_source = Some(BootSource { embedded_guest: true, ..Default::default() });
-        let machine_config = MachineConfig { vcpu_count: 1, mem_size_mib: 32, max_private_mib: None };
+        let machine_config = MachineConfig { mem_size_mib: 32, ..Default::default() };
         Boot { place, config: VmConfig { boot_source, machine_config, ..Default::default() }, console: None }
     }
 
@@ -107,6 +107,7 @@ impl<'a> Boot<'a> {
             guest_mac: mac,
             rx_rate_limiter: None,
             tx_rate_limiter: None,
+            mtu: None,
         });
         self
     }
@@ -120,7 +121,7 @@ impl<'a> Boot<'a> {
     /// Starts the vmm, with a configuration file.
     pub fn start(mut self, name: &str) -> Vm {
         let (vsock, api) = sockets(self.place, name);
-        self.config.vsock = Some(Vsock { guest_cid: 3, uds_path: vsock.clone() });
+        self.config.vsock = Some(Vsock { guest_cid: 3, uds_path: vsock.clone(), vsock_id: None });
         let config = self.place.join(format!("{name}.json"));
         let text = serde_json::to_vec_pretty(&self.config).expect("a configuration has a JSON form");
         std::fs::write(&config, text).expect("a file can be made in the test's directory");
@@ -152,6 +153,7 @@ pub fn drive(drive_id: &str, path: &Path) -> Drive {
         rate_limiter: None,
         overlay: false,
         max_overlay_mib: None,
+        socket: None,
     }
 }
 
@@ -301,7 +303,6 @@ impl<'a> Restore<'a> {
         let backend =
             |path: &PathBuf| MemBackend { backend_path: path.clone(), backend_type: MemBackendType::UffdShared };
         let document = SnapshotLoad {
-            snapshot_path: self.snapshot,
             mem_backend: self.page_server.as_ref().map(backend),
             resume_vm: !self.paused,
             drive_overrides: self.drives,
@@ -309,6 +310,7 @@ impl<'a> Restore<'a> {
             network_overrides: self.taps,
             new_generation: !self.same_generation,
             max_private_mib: self.max_private_mib,
+            ..SnapshotLoad::of(self.snapshot)
         };
         vm.api().put("/snapshot/load", &document).unwrap_or_else(|e| panic!("{name}: cannot load the snapshot: {e}"));
         vm
@@ -399,9 +401,7 @@ impl Vm {
 
     /// As [`Vm::snapshot`], and gives the vmm's refusal back.
     pub fn try_snapshot(&mut self, path: &Path) -> Result<(), RestError> {
-        let snapshot_path = path.to_owned();
-        let create = SnapshotCreate { snapshot_path, snapshot_type: Default::default(), mem_file_path: None };
-        self.api().put("/snapshot/create", &create)
+        self.api().put("/snapshot/create", &SnapshotCreate::of(path.to_owned()))
     }
 
     /// Asks the vmm to end, waits until it has, and expects that it ended in good order.

@@ -19,7 +19,13 @@ const SEED: u64 = 7;
 const NEW_SEED: u64 = 8;
 
 fn balloon() -> Balloon {
-    Balloon { amount_mib: 0, deflate_on_oom: false, stats_polling_interval_s: 1, free_page_reporting: true }
+    Balloon {
+        amount_mib: 0,
+        deflate_on_oom: false,
+        stats_polling_interval_s: 1,
+        free_page_reporting: true,
+        free_page_hinting: false,
+    }
 }
 
 fn filled(place: &Place) -> (Vm, Agent) {

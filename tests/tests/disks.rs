@@ -192,7 +192,12 @@ fn the_bound_of_an_overlay_is_raised_over_the_api() {
     let sealed = Drive { is_read_only: true, ..drive("sealed", &path) };
     let root = Drive { max_overlay_mib: Some(1), ..overlay(&path) };
     let (mut vm, _) = Boot::new(&place).drive(root).drive(sealed).ready("vm");
-    let update = |max_overlay_mib, path_on_host| DriveUpdate { drive_id: "root".into(), path_on_host, max_overlay_mib };
+    let update = |max_overlay_mib: Option<u64>, path_on_host| DriveUpdate {
+        drive_id: "root".into(),
+        path_on_host,
+        max_overlay_mib: max_overlay_mib.map(Some),
+        rate_limiter: None,
+    };
     let mut patch =
         |id: &str, update: &DriveUpdate| vm.api().patch(&format!("/drives/{id}"), update).map_err(|e| e.to_string());
     patch("root", &update(Some(64), None)).expect("it can be raised");

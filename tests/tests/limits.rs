@@ -11,7 +11,9 @@ use tests::{Agent, Boot, Place, Restore, Vm, require, until};
 const WRITTEN: Pages = Pages::run(4096, 64 << 8);
 
 fn set_limit(vm: &mut Vm, max_private_mib: Option<u64>) {
-    vm.api().patch("/machine-config", &MachinePatch { max_private_mib }).expect("a limit can be changed");
+    vm.api()
+        .patch("/machine-config", &MachinePatch { max_private_mib: Some(max_private_mib), ..Default::default() })
+        .expect("a limit can be changed");
 }
 
 fn resume(vm: &mut Vm) -> Result<(), String> {

@@ -24,7 +24,13 @@ const GONE_MIB: u64 = 64;
 const MARK: &str = "coppice-balloon";
 
 fn balloon() -> Balloon {
-    Balloon { amount_mib: 0, deflate_on_oom: false, stats_polling_interval_s: 1, free_page_reporting: false }
+    Balloon {
+        amount_mib: 0,
+        deflate_on_oom: false,
+        stats_polling_interval_s: 1,
+        free_page_reporting: false,
+        free_page_hinting: false,
+    }
 }
 
 fn boot(place: &Place, linux: Linux, balloon: Balloon) -> (Vm, LinuxAgent) {

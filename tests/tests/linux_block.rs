@@ -202,7 +202,12 @@ fn a_guest_whose_overlay_is_full_waits_for_room() {
         "{reason}"
     );
     println!("{reason}");
-    let update = DriveUpdate { drive_id: "data".into(), path_on_host: None, max_overlay_mib: Some(64) };
+    let update = DriveUpdate {
+        drive_id: "data".into(),
+        path_on_host: None,
+        max_overlay_mib: Some(Some(64)),
+        rate_limiter: None,
+    };
     vm.api().patch("/drives/data", &update).expect("the bound can be raised");
     vm.resume();
     assert!(holds_within(PATIENCE, || agent.shell("cat /tmp/bulk 2>/dev/null || true") == "done"));

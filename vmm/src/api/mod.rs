@@ -11,13 +11,18 @@ pub mod router;
 pub mod server;
 
 use api_spec::devices::{
-    Balloon, BalloonStatisticsUpdate, BalloonUpdate, Drive, DriveUpdate, Entropy, NetworkInterface, Serial,
+    Balloon, BalloonStatisticsUpdate, BalloonUpdate, Drive, DriveUpdate, Entropy, NetworkInterface, NetworkUpdate,
+    Serial,
 };
+use api_spec::error::ErrorBody;
+use api_spec::logger::{Logger, MetricsSink};
+use api_spec::operations::Operation;
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad};
-use api_spec::vm::{Action, BootSource, MachineConfig, MachinePatch, VmPatch, Vsock};
+use api_spec::stats::MemoryMapQuery;
+use api_spec::vm::{Action, BootSource, MachineConfig, MachinePatch, VmPatch, VmSave, Vsock};
 
 /// A request that has been understood, before anyone has asked whether it is legal now.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub enum Request {
     /// `GET /`
     Info,
@@ -43,6 +48,8 @@ pub enum Request {
     PutSerial(Serial),
     /// `PUT /network-interfaces/{iface_id}`
     PutNetworkInterface(NetworkInterface),
+    /// `PATCH /network-interfaces/{iface_id}`
+    PatchNetworkInterface(NetworkUpdate),
     /// `PUT /entropy`
     PutEntropy(Entropy),
     /// `PUT /balloon`
@@ -59,6 +66,20 @@ pub enum Request {
     Action(Action),
     /// `PATCH /vm`
     PatchVm(VmPatch),
+    /// `PUT /vm/save`
+    SaveVm(VmSave),
+    /// `GET /vm/stats`
+    GetStats,
+    /// `GET /vm/memory-map`
+    GetMemoryMap(MemoryMapQuery),
+    /// `GET /metrics`
+    GetMetrics,
+    /// `PUT /metrics`
+    PutMetrics(MetricsSink),
+    /// `PUT /logger`
+    PutLogger(Logger),
+    /// What is known and not offered.
+    Declined(&'static Operation),
     /// `PUT /snapshot/create`
     SnapshotCreate(SnapshotCreate),
     /// `PUT /snapshot/load`
@@ -95,7 +116,11 @@ impl Response {
 
     /// An error with its message.
     pub fn fault(status: u16, message: &str) -> Self {
-        let body = api_spec::error::ErrorBody { fault_message: message.to_owned() };
-        Response { status, body: serde_json::to_vec(&body).unwrap_or_default() }
+        Response::refusal(status, &ErrorBody { fault_message: message.to_owned(), config: None })
+    }
+
+    /// An error.
+    pub fn refusal(status: u16, error: &ErrorBody) -> Self {
+        Response { status, body: serde_json::to_vec(error).unwrap_or_default() }
     }
 }

@@ -2,82 +2,55 @@
 
 use super::http::Message;
 use super::{Request, Response};
-use api_spec::devices::{Drive, DriveUpdate, NetworkInterface};
+use api_spec::devices::{Drive, DriveUpdate, NetworkInterface, NetworkUpdate};
+use api_spec::operations::{self, When};
+use api_spec::stats::MemoryMapQuery;
 use serde::de::DeserializeOwned;
-
-/// Every path with its methods, in the order in which they are documented. A last part in braces stands for any name.
-const ROUTES: &[(&str, &[&str])] = &[
-    ("/", &["GET"]),
-    ("/version", &["GET"]),
-    ("/vm/config", &["GET"]),
-    ("/machine-config", &["GET", "PUT", "PATCH"]),
-    ("/boot-source", &["PUT"]),
-    ("/vsock", &["PUT"]),
-    ("/serial", &["PUT"]),
-    ("/drives/{drive_id}", &["PUT", "PATCH"]),
-    ("/network-interfaces/{iface_id}", &["PUT"]),
-    ("/entropy", &["PUT"]),
-    ("/balloon", &["GET", "PUT", "PATCH"]),
-    ("/balloon/statistics", &["GET", "PATCH"]),
-    ("/actions", &["PUT"]),
-    ("/vm", &["PATCH"]),
-    ("/snapshot/create", &["PUT"]),
-    ("/snapshot/load", &["PUT"]),
-    ("/snapshot/status", &["GET"]),
-];
-
-/// What paths that name a disk or a network interface begin with.
-const DRIVES: &str = "/drives/";
-const INTERFACES: &str = "/network-interfaces/";
 
 /// The request that `message` is, or the answer that it gets at once.
 pub fn route(message: &Message) -> Result<Request, Response> {
     let (method, path) = (message.method.as_str(), message.path.as_str());
-    match (method, path) {
-        ("GET", "/") => Ok(Request::Info),
-        ("GET", "/version") => Ok(Request::Version),
-        ("GET", "/vm/config") => Ok(Request::Config),
-        ("GET", "/machine-config") => Ok(Request::GetMachineConfig),
-        ("GET", "/snapshot/status") => Ok(Request::SnapshotStatus),
-        ("PUT", "/machine-config") => body(message).map(Request::PutMachineConfig),
-        ("PATCH", "/machine-config") => body(message).map(Request::PatchMachineConfig),
-        ("PUT", "/boot-source") => body(message).map(Request::PutBootSource),
-        ("PUT", "/vsock") => body(message).map(Request::PutVsock),
-        ("PUT", "/serial") => body(message).map(Request::PutSerial),
-        ("PUT", _) if name_in(DRIVES, path).is_some() => {
-            named(message, DRIVES, |drive: &Drive| &drive.drive_id).map(Request::PutDrive)
-        }
-        ("PATCH", _) if name_in(DRIVES, path).is_some() => {
-            named(message, DRIVES, |update: &DriveUpdate| &update.drive_id).map(Request::PatchDrive)
-        }
-        ("PUT", _) if name_in(INTERFACES, path).is_some() => {
-            named(message, INTERFACES, |interface: &NetworkInterface| &interface.iface_id)
-                .map(Request::PutNetworkInterface)
-        }
-        ("PUT", "/entropy") => body(message).map(Request::PutEntropy),
-        ("GET", "/balloon") => Ok(Request::GetBalloon),
-        ("PUT", "/balloon") => body(message).map(Request::PutBalloon),
-        ("PATCH", "/balloon") => body(message).map(Request::PatchBalloon),
-        ("GET", "/balloon/statistics") => Ok(Request::GetBalloonStatistics),
-        ("PATCH", "/balloon/statistics") => body(message).map(Request::PatchBalloonStatistics),
-        ("PUT", "/actions") => body(message).map(Request::Action),
-        ("PATCH", "/vm") => body(message).map(Request::PatchVm),
-        ("PUT", "/snapshot/create") => body(message).map(Request::SnapshotCreate),
-        ("PUT", "/snapshot/load") => body(message).map(Request::SnapshotLoad),
-        _ => Err(unknown(method, path)),
+    let (operation, name) = operations::find(method, path).ok_or_else(|| unknown(method, path))?;
+    if operation.when == When::Never {
+        return Ok(Request::Declined(operation));
     }
-}
-
-/// The name at the end of a path that begins so, if there is one.
-fn name_in<'a>(start: &str, path: &'a str) -> Option<&'a str> {
-    path.strip_prefix(start).filter(|name| !name.is_empty() && !name.contains('/'))
-}
-
-/// Whether a path is one of those that `known` stands for.
-fn is(known: &str, path: &str) -> bool {
-    match known.split_once('{') {
-        Some((start, _)) => name_in(start, path).is_some(),
-        None => known == path,
+    match operation.id {
+        "getInfo" => Ok(Request::Info),
+        "getVersion" => Ok(Request::Version),
+        "getVmConfig" => Ok(Request::Config),
+        "getMachineConfig" => Ok(Request::GetMachineConfig),
+        "putMachineConfig" => body(message).map(Request::PutMachineConfig),
+        "patchMachineConfig" => body(message).map(Request::PatchMachineConfig),
+        "putBootSource" => body(message).map(Request::PutBootSource),
+        "putDrive" => named(message, name, |drive: &Drive| &drive.drive_id).map(Request::PutDrive),
+        "patchDrive" => named(message, name, |update: &DriveUpdate| &update.drive_id).map(Request::PatchDrive),
+        "putNetworkInterface" => {
+            named(message, name, |interface: &NetworkInterface| &interface.iface_id).map(Request::PutNetworkInterface)
+        }
+        "patchNetworkInterface" => {
+            named(message, name, |update: &NetworkUpdate| &update.iface_id).map(Request::PatchNetworkInterface)
+        }
+        "putVsock" => body(message).map(Request::PutVsock),
+        "putEntropy" => body(message).map(Request::PutEntropy),
+        "putSerial" => body(message).map(Request::PutSerial),
+        "getBalloon" => Ok(Request::GetBalloon),
+        "putBalloon" => body(message).map(Request::PutBalloon),
+        "patchBalloon" => body(message).map(Request::PatchBalloon),
+        "getBalloonStatistics" => Ok(Request::GetBalloonStatistics),
+        "patchBalloonStatistics" => body(message).map(Request::PatchBalloonStatistics),
+        "putAction" => body(message).map(Request::Action),
+        "patchVm" => body(message).map(Request::PatchVm),
+        "putVmSave" => body(message).map(Request::SaveVm),
+        "getVmStats" => Ok(Request::GetStats),
+        "getMemoryMap" => query(message).map(Request::GetMemoryMap),
+        "putSnapshotCreate" => body(message).map(Request::SnapshotCreate),
+        "putSnapshotLoad" => body(message).map(Request::SnapshotLoad),
+        "getSnapshotStatus" => Ok(Request::SnapshotStatus),
+        "putLogger" => body(message).map(Request::PutLogger),
+        "putMetrics" => body(message).map(Request::PutMetrics),
+        "getMetrics" => Ok(Request::GetMetrics),
+        // A test holds this list and the table of calls together.
+        other => Err(Response::fault(500, &format!("the call {other} is in the document and has no meaning here"))),
     }
 }
 
@@ -87,45 +60,96 @@ fn body<T: DeserializeOwned>(message: &Message) -> Result<T, Response> {
     })
 }
 
-/// A body that names itself as the end of its path does, which begins with `start`.
-fn named<T: DeserializeOwned>(message: &Message, start: &str, name: impl Fn(&T) -> &String) -> Result<T, Response> {
+/// A body that names itself as the end of its path does.
+fn named<T: DeserializeOwned>(message: &Message, name: &str, own: impl Fn(&T) -> &String) -> Result<T, Response> {
     let document = body(message)?;
-    match name_in(start, &message.path) {
-        Some(id) if id == name(&document) => Ok(document),
-        _ => {
-            let text = format!("{} {}: the body is of {}", message.method, message.path, name(&document));
-            Err(Response::fault(400, &text))
-        }
+    if own(&document) == name {
+        return Ok(document);
     }
+    let text = format!("{} {}: the body is of {}", message.method, message.path, own(&document));
+    Err(Response::fault(400, &text))
+}
+
+fn query(_message: &Message) -> Result<MemoryMapQuery, Response> {
+    Ok(MemoryMapQuery::default())
 }
 
 fn unknown(method: &str, path: &str) -> Response {
-    match ROUTES.iter().find(|(known, _)| is(known, path)) {
-        Some((_, methods)) => {
-            Response::fault(405, &format!("{path} does not take {method}; it takes {}", methods.join(", ")))
-        }
-        None => Response::fault(404, &format!("there is no {path} here")),
+    let methods = operations::methods(path);
+    if methods.is_empty() {
+        return Response::fault(404, &format!("there is no {path} here"));
     }
+    Response::fault(405, &format!("{path} does not take {method}; it takes {}", methods.join(", ")))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use api_spec::operations::{OPERATIONS, Operation};
 
     fn message(method: &str, path: &str, body: &str) -> Message {
         Message { method: method.into(), path: path.into(), body: body.into(), keep_alive: true }
     }
 
-    #[test]
-    fn every_listed_route_is_routed() {
-        for &(path, methods) in ROUTES {
-            for &method in methods {
-                let routed = route(&message(method, path, ""));
-                assert!(!matches!(routed, Err(Response { status: 404 | 405, .. })), "{method} {path}");
+    /// A call as its example says.
+    fn example(operation: &Operation) -> Message {
+        let body = operation.body.as_ref().map_or("", |body| body.example);
+        let path = match operation.named() {
+            Some((start, name)) => {
+                let body: serde_json::Value = serde_json::from_str(body).unwrap_or_default();
+                format!("{start}{}", body[name].as_str().unwrap_or("a"))
             }
-            assert!(matches!(route(&message("DELETE", path, "")), Err(Response { status: 405, .. })), "{path}");
+            None => operation.path.to_owned(),
+        };
+        message(operation.method, &path, body)
+    }
+
+    #[test]
+    fn every_call_is_routed_and_its_example_is_taken() {
+        for operation in OPERATIONS {
+            let message = example(operation);
+            let routed = route(&message);
+            let is_declined = matches!(routed, Ok(Request::Declined(_)));
+            assert!(routed.is_ok(), "{}: {routed:?}", operation.id);
+            assert_eq!(is_declined, operation.when == When::Never, "{}", operation.id);
+            assert_eq!(
+                route(&Message { method: "DELETE".into(), ..message }).unwrap_err().status,
+                405,
+                "{}",
+                operation.path
+            );
         }
-        assert!(matches!(route(&message("GET", "/nothing", "")), Err(Response { status: 404, .. })));
+        assert_eq!(route(&message("GET", "/nothing", "")).unwrap_err().status, 404);
+    }
+
+    #[test]
+    fn every_field_in_the_document_is_known_and_no_other() {
+        for operation in OPERATIONS.iter().filter(|operation| operation.body.is_some()) {
+            let shape = operation.body.as_ref().unwrap();
+            let example: serde_json::Map<String, serde_json::Value> = serde_json::from_str(shape.example).unwrap();
+            let schema = api_spec::openapi::schema(shape);
+            let with = |field: &str, value: serde_json::Value| {
+                let mut body = example.clone();
+                body.insert(field.to_owned(), value);
+                let message = self::example(operation);
+                let refused = route(&Message { body: serde_json::to_vec(&body).unwrap(), ..message }).err();
+                refused.map(|refused| String::from_utf8_lossy(&refused.body).into_owned())
+            };
+            for field in schema["schema"]["properties"].as_object().unwrap().keys() {
+                // A value that no field takes: if the field is known, that is what is said.
+                let refused = with(field, serde_json::json!([[[[]]]])).unwrap_or_default();
+                assert!(!refused.contains("unknown field"), "{}: {field}: {refused}", operation.id);
+            }
+            assert!(with("speed", 9.into()).unwrap().contains("unknown field `speed`"), "{}", operation.id);
+            for required in schema["schema"]["required"].as_array().into_iter().flatten() {
+                let mut body = example.clone();
+                body.remove(required.as_str().unwrap());
+                let message = self::example(operation);
+                let refused = route(&Message { body: serde_json::to_vec(&body).unwrap(), ..message }).unwrap_err();
+                let text = String::from_utf8_lossy(&refused.body).into_owned();
+                assert!(text.contains("missing field"), "{}: {required}: {text}", operation.id);
+            }
+        }
     }
 
     #[test]

@@ -161,7 +161,7 @@ fn run_vm(options: RunOptions) -> Result<i32, CliError> {
         (None, None) => Start::Api,
     };
     Ok(match driver::run(id, api_sock.as_deref(), console, start)? {
-        Ending::PowerOff | Ending::Signal => DONE,
+        Ending::PowerOff | Ending::Signal | Ending::Saved => DONE,
         Ending::Reset => GUEST_RESET,
     })
 }

@@ -91,7 +91,6 @@ impl LoadOptions {
     pub fn request(&self) -> SnapshotLoad {
         let uffd = |path: &PathBuf| MemBackend { backend_path: path.clone(), backend_type: MemBackendType::UffdShared };
         SnapshotLoad {
-            snapshot_path: self.snapshot.clone(),
             mem_backend: self.uffd.as_ref().map(uffd),
             resume_vm: !self.paused,
             drive_overrides: self.drives.clone(),
@@ -99,6 +98,7 @@ impl LoadOptions {
             network_overrides: self.taps.clone(),
             new_generation: !self.same_generation,
             max_private_mib: self.max_private_mib,
+            ..SnapshotLoad::of(self.snapshot.clone())
         }
     }
 }
@@ -259,8 +259,8 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
 fn console(place: OsString) -> Serial {
     match place.to_str() {
         Some("stdio") => Serial::default(),
-        Some("pty") => Serial { serial_out_path: None, pty: true },
-        _ => Serial { serial_out_path: Some(place.into()), pty: false },
+        Some("pty") => Serial { pty: true, ..Serial::default() },
+        _ => Serial { serial_out_path: Some(place.into()), ..Serial::default() },
     }
 }
 

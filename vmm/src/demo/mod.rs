@@ -381,7 +381,7 @@ impl Demo<'_> {
         let config = VmConfig {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
             machine_config: self.options.machine(),
-            vsock: Some(Vsock { guest_cid: 3, uds_path: vsock.clone() }),
+            vsock: Some(Vsock { guest_cid: 3, uds_path: vsock.clone(), vsock_id: None }),
             ..Default::default()
         };
         let text =

@@ -14,7 +14,8 @@ impl Rate {
     /// What is configured; without a configuration, no bound.
     pub fn new(config: Option<&RateLimiter>, now: Instant) -> Self {
         let RateLimiter { bandwidth, ops } = config.copied().unwrap_or_default();
-        Rate { bytes: bandwidth.map(|b| Bucket::new(b, now)), ops: ops.map(|b| Bucket::new(b, now)) }
+        let bucket = |config: Option<TokenBucket>| config.filter(TokenBucket::is_bound).map(|b| Bucket::new(b, now));
+        Rate { bytes: bucket(bandwidth), ops: bucket(ops) }
     }
 
     /// Takes one operation of `bytes` bytes, or takes nothing and says how long to wait before asking again.

@@ -4,10 +4,11 @@ use crate::console::Place;
 use crate::devices::virtio::net::tap::MAX_NAME;
 use crate::loader::Kernel;
 use crate::memory::layout::{MAX_MIB, MAX_VIRTIO, MIN_MIB};
+use api_spec::NotOffered;
 use api_spec::devices::{
-    Balloon, Drive, DriveUpdate, Entropy, IoEngine, NetworkInterface, RateLimiter, Serial, TokenBucket,
+    Balloon, Drive, DriveUpdate, Entropy, IoEngine, NetworkInterface, NetworkUpdate, RateLimiter, Serial, TokenBucket,
 };
-use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
+use api_spec::vm::{BootSource, CpuTemplate, HugePages, MachineConfig, MachinePatch, VmConfig, Vsock};
 use std::path::PathBuf;
 use uffd_handler::listener;
 
@@ -21,6 +22,20 @@ const MIN_CID: u32 = 3;
 /// Why a configuration cannot be built.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
+    /// Something that other VMMs have and this one does not.
+    #[error("{field} is not offered: {remedy}")]
+    NotOffered {
+        /// Which field.
+        field: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// It was settled when the VM was started.
+    #[error("machine-config.{field} cannot be changed once a VM was started; max_private_mib can")]
+    Fixed {
+        /// Which field.
+        field: &'static str,
+    },
     /// vCPUs out of range.
     #[error("machine-config.vcpu_count is {0}; it may be 1 to {MAX_VCPUS}")]
     Vcpus(u8),
@@ -71,11 +86,14 @@ pub enum ConfigError {
         /// Its value.
         value: String,
     },
+    /// No such interface.
+    #[error("network interfaces: there is no {0}")]
+    NoInterface(String),
     /// More than there may be.
     #[error("there are {0} network interfaces; there may be {MAX_INTERFACES}")]
     TooManyInterfaces(usize),
     /// A rate limit that nothing would ever pass.
-    #[error("{0}: `size` and `refill_time` must be at least 1")]
+    #[error("{0}: `size` and `refill_time` must both be at least 1, or both 0 for no bound")]
     Rate(String),
     /// A balloon that does not fit into the guest.
     #[error("balloon.amount_mib is {amount_mib}; it may be at most {memory_mib}, the guest's memory")]
@@ -127,7 +145,7 @@ pub enum DriveError {
     #[error("{0}: path_on_host cannot be changed once the VM was started; stop the guest to exchange a disk")]
     Path(String),
     /// No change at all.
-    #[error("{0}: nothing to change was given; max_overlay_mib can be changed")]
+    #[error("{0}: nothing to change was given; max_overlay_mib and rate_limiter can be changed")]
     NoChange(String),
     /// No such disk.
     #[error("there is no {0}")]
@@ -177,7 +195,23 @@ impl DevicePlan {
 
 /// Checks CPUs and memory.
 pub fn check_machine(config: &MachineConfig) -> Result<(), ConfigError> {
-    let MachineConfig { vcpu_count, mem_size_mib, max_private_mib } = *config;
+    let MachineConfig {
+        vcpu_count,
+        mem_size_mib,
+        smt,
+        track_dirty_pages: _,
+        huge_pages,
+        cpu_template,
+        max_private_mib,
+    } = *config;
+    refuse_if(smt, "machine-config.smt", "each vCPU is shown as a core of its own; say false")?;
+    refuse_if(
+        huge_pages != HugePages::None,
+        "machine-config.huge_pages",
+        "guest memory is in pages of 4 KiB; say None",
+    )?;
+    let has_template = !matches!(cpu_template, None | Some(CpuTemplate::None));
+    refuse_if(has_template, "machine-config.cpu_template", "guests see what KVM offers; say None")?;
     if !(1..=MAX_VCPUS).contains(&vcpu_count) {
         return Err(ConfigError::Vcpus(vcpu_count));
     }
@@ -185,6 +219,51 @@ pub fn check_machine(config: &MachineConfig) -> Result<(), ConfigError> {
         return Err(ConfigError::Memory(mem_size_mib));
     }
     check_max_private(max_private_mib)
+}
+
+/// The vCPUs and the memory with some of it changed.
+pub fn with_machine(config: &MachineConfig, patch: MachinePatch) -> Result<MachineConfig, ConfigError> {
+    let MachinePatch { vcpu_count, mem_size_mib, smt, track_dirty_pages, huge_pages, cpu_template, max_private_mib } =
+        patch;
+    let changed = MachineConfig {
+        vcpu_count: vcpu_count.unwrap_or(config.vcpu_count),
+        mem_size_mib: mem_size_mib.unwrap_or(config.mem_size_mib),
+        smt: smt.unwrap_or(config.smt),
+        track_dirty_pages: track_dirty_pages.unwrap_or(config.track_dirty_pages),
+        huge_pages: huge_pages.unwrap_or(config.huge_pages),
+        cpu_template: cpu_template.or(config.cpu_template),
+        max_private_mib: max_private_mib.unwrap_or(config.max_private_mib),
+    };
+    check_machine(&changed)?;
+    Ok(changed)
+}
+
+/// What can be changed of the vCPUs and the memory of a VM that was started: its limit, if it is to be changed.
+pub fn check_machine_update(patch: MachinePatch) -> Result<Option<Option<u64>>, ConfigError> {
+    let MachinePatch { vcpu_count, mem_size_mib, smt, track_dirty_pages, huge_pages, cpu_template, max_private_mib } =
+        patch;
+    let fixed = [
+        ("vcpu_count", vcpu_count.is_some()),
+        ("mem_size_mib", mem_size_mib.is_some()),
+        ("smt", smt.is_some()),
+        ("track_dirty_pages", track_dirty_pages.is_some()),
+        ("huge_pages", huge_pages.is_some()),
+        ("cpu_template", cpu_template.is_some()),
+    ];
+    if let Some((field, _)) = fixed.into_iter().find(|(_, given)| *given) {
+        return Err(ConfigError::Fixed { field });
+    }
+    check_max_private(max_private_mib.flatten())?;
+    Ok(max_private_mib)
+}
+
+fn refuse_if(given: bool, field: &str, remedy: &'static str) -> Result<(), ConfigError> {
+    if given { Err(ConfigError::NotOffered { field: field.to_owned(), remedy }) } else { Ok(()) }
+}
+
+/// Checks that nothing is asked for that is not offered at all.
+fn check_offered(fields: [(&str, &NotOffered); 4]) -> Result<(), ConfigError> {
+    fields.into_iter().try_for_each(|(field, value)| refuse_if(value.is_some(), field, "leave it out, or say null"))
 }
 
 /// Checks the limit of private memory.
@@ -217,7 +296,9 @@ pub fn check_network(interfaces: &[NetworkInterface]) -> Result<(), ConfigError>
         return Err(ConfigError::TooManyInterfaces(interfaces.len()));
     }
     for (i, interface) in interfaces.iter().enumerate() {
-        let NetworkInterface { iface_id, host_dev_name: tap, guest_mac, rx_rate_limiter, tx_rate_limiter } = interface;
+        let NetworkInterface { iface_id, host_dev_name: tap, guest_mac, rx_rate_limiter, tx_rate_limiter, mtu } =
+            interface;
+        refuse_if(mtu.is_some(), &format!("network interface {iface_id}: mtu"), "leave it out; the guest can set one")?;
         check_id("network-interfaces.iface_id", iface_id)?;
         // What the kernel would refuse, or take for a pattern, and what ends the name on a command line.
         let plain = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%' | ',');
@@ -257,12 +338,21 @@ pub fn check_entropy(entropy: &Entropy) -> Result<(), ConfigError> {
 
 /// Checks where the console leads.
 pub fn check_serial(serial: Option<&Serial>) -> Result<Place, ConfigError> {
-    match serial.map(|Serial { serial_out_path, pty }| (serial_out_path, *pty)) {
-        None | Some((None, false)) => Ok(Place::Stdio),
-        Some((None, true)) => Ok(Place::Pty),
-        Some((Some(path), false)) => Ok(Place::File(path.clone())),
-        Some((Some(_), true)) => Err(ConfigError::TwoConsoles),
+    let Some(Serial { serial_out_path, pty, rate_limiter }) = serial else { return Ok(Place::Stdio) };
+    refuse_if(rate_limiter.is_some(), "serial.rate_limiter", "leave it out; a console file is bounded in size")?;
+    match (serial_out_path, pty) {
+        (None, false) => Ok(Place::Stdio),
+        (None, true) => Ok(Place::Pty),
+        (Some(path), false) => Ok(Place::File(path.clone())),
+        (Some(_), true) => Err(ConfigError::TwoConsoles),
     }
+}
+
+/// Checks the balloon of a guest of so much memory.
+pub fn check_balloon_config(balloon: &Balloon, memory_mib: u64) -> Result<(), ConfigError> {
+    let remedy = "leave it out; free_page_reporting gives free memory back unasked";
+    refuse_if(balloon.free_page_hinting, "balloon.free_page_hinting", remedy)?;
+    check_balloon(balloon.amount_mib, memory_mib)
 }
 
 /// Checks how large the balloon of a guest of so much memory shall be.
@@ -284,6 +374,7 @@ pub fn check_drive(drive: &Drive) -> Result<(), ConfigError> {
     let Drive { drive_id: id, is_root_device, is_read_only, partuuid, io_engine, rate_limiter, .. } = drive;
     check_id("drives.drive_id", id)?;
     check_rate(&format!("drives.{id}.rate_limiter"), rate_limiter.as_ref())?;
+    refuse_if(drive.socket.is_some(), &format!("drives.{id}.socket"), "use path_on_host; there is no vhost-user")?;
     if *io_engine == IoEngine::Async {
         return Err(DriveError::Async(id.clone()).into());
     }
@@ -337,17 +428,40 @@ pub fn check_drives(drives: &[Drive]) -> Result<(), ConfigError> {
     }
 }
 
-/// The new bound of the overlay of one of these disks, in MiB, which is all that can be changed of a disk.
-pub fn check_drive_update(update: &DriveUpdate, drives: &[Drive]) -> Result<u64, ConfigError> {
-    let DriveUpdate { drive_id, path_on_host, max_overlay_mib } = update;
+/// One of these disks with its bounds changed, which is all that can be changed of a disk.
+pub fn with_drive_update(drives: &[Drive], update: &DriveUpdate) -> Result<Drive, ConfigError> {
+    let DriveUpdate { drive_id, path_on_host, max_overlay_mib, rate_limiter } = update;
     let drive = drives.iter().find(|drive| drive.drive_id == *drive_id);
-    let drive = drive.ok_or_else(|| DriveError::Unknown(drive_id.clone()))?;
-    match max_overlay_mib {
-        _ if path_on_host.is_some() => Err(DriveError::Path(drive_id.clone()).into()),
-        None => Err(DriveError::NoChange(drive_id.clone()).into()),
-        // What a disk cannot be configured with it cannot be changed to: a snapshot records it, and a restore checks it.
-        Some(mib) => check_drive(&Drive { max_overlay_mib: Some(*mib), ..drive.clone() }).map(|()| *mib),
+    let mut drive = drive.ok_or_else(|| DriveError::Unknown(drive_id.clone()))?.clone();
+    if path_on_host.is_some() {
+        return Err(DriveError::Path(drive_id.clone()).into());
     }
+    if max_overlay_mib.is_none() && rate_limiter.is_none() {
+        return Err(DriveError::NoChange(drive_id.clone()).into());
+    }
+    drive.max_overlay_mib = max_overlay_mib.unwrap_or(drive.max_overlay_mib);
+    drive.rate_limiter = updated(drive.rate_limiter, *rate_limiter);
+    // What a disk cannot be configured with it cannot be changed to: a snapshot records it, and a restore checks it.
+    check_drive(&drive)?;
+    Ok(drive)
+}
+
+/// One of these network interfaces with its bounds changed, which is all that can be changed of one.
+pub fn with_network_update(
+    interfaces: &[NetworkInterface],
+    update: &NetworkUpdate,
+) -> Result<NetworkInterface, ConfigError> {
+    let NetworkUpdate { iface_id, rx_rate_limiter, tx_rate_limiter } = update;
+    let interface = interfaces.iter().find(|interface| interface.iface_id == *iface_id);
+    let mut interface = interface.ok_or_else(|| ConfigError::NoInterface(iface_id.clone()))?.clone();
+    interface.rx_rate_limiter = updated(interface.rx_rate_limiter, *rx_rate_limiter);
+    interface.tx_rate_limiter = updated(interface.tx_rate_limiter, *tx_rate_limiter);
+    check_network(std::slice::from_ref(&interface))?;
+    Ok(interface)
+}
+
+fn updated(limiter: Option<RateLimiter>, update: Option<RateLimiter>) -> Option<RateLimiter> {
+    update.map_or(limiter, |update| Some(limiter.unwrap_or_default().updated(update)))
 }
 
 /// Checks that there is a place for each device.
@@ -358,10 +472,37 @@ pub fn check_places(plan: &DevicePlan) -> Result<(), ConfigError> {
     }
 }
 
+/// Checks that there will be a place for each device that is configured so far.
+pub fn check_room(config: &VmConfig) -> Result<(), ConfigError> {
+    let VmConfig { vsock, drives, network_interfaces: network, entropy, balloon, .. } = config;
+    let (vsock, drives, network) = (vsock.clone(), drives.clone(), network.clone());
+    check_places(&DevicePlan { vsock, drives, network, entropy: *entropy, balloon: *balloon })
+}
+
 /// Checks a whole configuration.
 pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
-    let VmConfig { boot_source, machine_config, vsock, drives, network_interfaces: network, entropy, balloon, serial } =
-        config;
+    let VmConfig {
+        boot_source,
+        machine_config,
+        vsock,
+        drives,
+        network_interfaces: network,
+        entropy,
+        balloon,
+        serial,
+        logger: _,
+        metrics: _,
+        cpu_config,
+        mmds_config,
+        pmem,
+        memory_hotplug,
+    } = config;
+    check_offered([
+        ("cpu-config", cpu_config),
+        ("mmds-config", mmds_config),
+        ("pmem", pmem),
+        ("memory-hotplug", memory_hotplug),
+    ])?;
     let source = boot_source.as_ref().ok_or(ConfigError::NoKernel)?;
     let kernel = check_boot_source(source)?;
     check_machine(machine_config)?;
@@ -369,7 +510,7 @@ pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
     check_network(network)?;
     entropy.as_ref().map(check_entropy).transpose()?;
     check_serial(serial.as_ref())?;
-    balloon.map_or(Ok(()), |balloon| check_balloon(balloon.amount_mib, machine_config.mem_size_mib))?;
+    balloon.map_or(Ok(()), |balloon| check_balloon_config(&balloon, machine_config.mem_size_mib))?;
     check_drives(drives)?;
     let mut drives = drives.clone();
     // Stable: the others keep their order.
@@ -400,7 +541,7 @@ pub fn check_id(field: &'static str, id: &str) -> Result<(), ConfigError> {
 pub fn check_rate(field: &str, rate: Option<&RateLimiter>) -> Result<(), ConfigError> {
     let RateLimiter { bandwidth, ops } = rate.copied().unwrap_or_default();
     for (part, bucket) in [("bandwidth", bandwidth), ("ops", ops)] {
-        if bucket.is_some_and(|TokenBucket { size, refill_time, .. }| size == 0 || refill_time == 0) {
+        if bucket.is_some_and(|TokenBucket { size, refill_time, .. }| (size == 0) != (refill_time == 0)) {
             return Err(ConfigError::Rate(format!("{field}.{part}")));
         }
     }
@@ -412,7 +553,13 @@ mod tests {
     use super::*;
 
     fn balloon(amount_mib: u64) -> Balloon {
-        Balloon { amount_mib, deflate_on_oom: true, stats_polling_interval_s: 1, free_page_reporting: true }
+        Balloon {
+            amount_mib,
+            deflate_on_oom: true,
+            stats_polling_interval_s: 1,
+            free_page_reporting: true,
+            free_page_hinting: false,
+        }
     }
 
     fn interface(iface_id: &str, tap: &str, mac: Option<&str>) -> NetworkInterface {
@@ -422,14 +569,20 @@ mod tests {
             guest_mac: mac.map(|mac| mac.parse().unwrap()),
             rx_rate_limiter: None,
             tx_rate_limiter: None,
+            mtu: None,
         }
     }
 
     fn good() -> VmConfig {
         VmConfig {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
-            machine_config: MachineConfig { vcpu_count: 8, mem_size_mib: 8, max_private_mib: Some(4) },
-            vsock: Some(Vsock { guest_cid: 3, uds_path: "/run/v".into() }),
+            machine_config: MachineConfig {
+                vcpu_count: 8,
+                mem_size_mib: 8,
+                max_private_mib: Some(4),
+                ..Default::default()
+            },
+            vsock: Some(Vsock { guest_cid: 3, uds_path: "/run/v".into(), vsock_id: None }),
             drives: vec![drive("data"), Drive { is_root_device: true, ..drive("root") }, drive("more")],
             network_interfaces: vec![
                 interface("eth0", "tap0", Some("06:00:ac:10:00:02")),
@@ -438,6 +591,7 @@ mod tests {
             entropy: Some(Entropy::default()),
             serial: None,
             balloon: Some(balloon(8)),
+            ..Default::default()
         }
     }
 
@@ -481,14 +635,21 @@ mod tests {
 
     #[test]
     fn only_the_bound_of_an_overlay_can_be_changed() {
-        let update =
-            |path_on_host, max_overlay_mib| DriveUpdate { drive_id: "a".into(), path_on_host, max_overlay_mib };
-        let check = |update: &DriveUpdate| check_drive_update(update, &[drive("b"), drive("a")]);
-        assert_eq!(check(&update(None, Some(7))), Ok(7));
+        let update = |path_on_host, mib: Option<u64>| DriveUpdate {
+            drive_id: "a".into(),
+            path_on_host,
+            max_overlay_mib: mib.map(Some),
+            rate_limiter: None,
+        };
+        let check = |update: &DriveUpdate| with_drive_update(&[drive("b"), drive("a")], update);
+        assert_eq!(check(&update(None, Some(7))), Ok(Drive { max_overlay_mib: Some(7), ..drive("a") }));
+        let bounded = [Drive { max_overlay_mib: Some(7), ..drive("a") }];
+        let lifted = DriveUpdate { max_overlay_mib: Some(None), ..update(None, None) };
+        assert_eq!(with_drive_update(&bounded, &lifted), Ok(drive("a")));
         assert_eq!(check(&update(None, None)), Err(DriveError::NoChange("a".into()).into()));
         assert_eq!(check(&update(None, Some(0))), Err(DriveError::NoOverlay("a".into()).into()));
         assert_eq!(check(&update(Some("/x".into()), Some(7))), Err(DriveError::Path("a".into()).into()));
-        let refused = |drives: &[Drive]| check_drive_update(&update(None, Some(7)), drives).unwrap_err();
+        let refused = |drives: &[Drive]| with_drive_update(drives, &update(None, Some(7))).unwrap_err();
         assert_eq!(refused(&[drive("b")]), DriveError::Unknown("a".into()).into());
         let sealed = Drive { is_read_only: true, ..drive("a") };
         assert_eq!(refused(&[sealed]), DriveError::ReadOnly("a".into(), "max_overlay_mib").into());
@@ -519,7 +680,8 @@ mod tests {
         let initrd = with(|c| c.boot_source.as_mut().unwrap().initrd_path = Some("i".into()));
         assert_eq!(initrd, ConfigError::EmbeddedInitrd);
         assert_eq!(with(|c| c.vsock.as_mut().unwrap().guest_cid = 2), ConfigError::GuestCid(2));
-        let consoles = with(|c| c.serial = Some(Serial { serial_out_path: Some("f".into()), pty: true }));
+        let consoles =
+            with(|c| c.serial = Some(Serial { serial_out_path: Some("f".into()), pty: true, rate_limiter: None }));
         assert_eq!(consoles, ConfigError::TwoConsoles);
         let large = with(|c| c.balloon = Some(balloon(9)));
         assert_eq!(large, ConfigError::Balloon { amount_mib: 9, memory_mib: 8 });

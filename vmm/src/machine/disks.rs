@@ -114,6 +114,7 @@ fn configured(saved: &DriveDevice, other_path: Option<&Path>, dir: &Path) -> Dri
         rate_limiter: saved.rate_limit.map(record::rate_limiter),
         overlay: !saved.is_read_only,
         max_overlay_mib: saved.max_overlay_mib,
+        socket: None,
     }
 }
 
@@ -225,6 +226,7 @@ fn describe(drive: &Drive, size_bytes: u64, image: Option<ImageFacts>) -> io::Re
         rate_limiter,
         overlay: _,
         max_overlay_mib,
+        socket: _,
     } = drive;
     Ok(DriveDevice {
         drive_id: drive_id.clone(),

@@ -36,7 +36,7 @@ use crate::memory::uffd::PageServer;
 use crate::notice::Notifier;
 use crate::vcpu::state::StateShape;
 use crate::vcpu::{self, Brake, Buses, Vcpu, VcpuError};
-use api_spec::devices::BalloonStatistics;
+use api_spec::devices::{BalloonStatistics, Drive, NetworkInterface};
 use config::DevicePlan;
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::sync::Arc;
@@ -110,12 +110,25 @@ impl Machine {
         self.devices.balloon.as_ref().map(|slot| lock(&slot.device).statistics())
     }
 
-    /// Sets the bound of a disk's overlay, in MiB, if there is such a disk.
-    pub fn set_max_overlay(&mut self, drive_id: &str, mib: u64) {
+    /// Gives the disk of this name the bounds that are said here.
+    pub fn set_drive_bounds(&mut self, bounded: Drive) {
         let mut drives = self.plan.drives.iter_mut().zip(&self.devices.drives);
-        if let Some((drive, slot)) = drives.find(|(drive, _)| drive.drive_id == drive_id) {
-            drive.max_overlay_mib = Some(mib);
-            lock(&slot.device).set_max_overlay(mib);
+        if let Some((drive, slot)) = drives.find(|(drive, _)| drive.drive_id == bounded.drive_id) {
+            let mut device = lock(&slot.device);
+            device.set_max_overlay(bounded.max_overlay_mib);
+            if drive.rate_limiter != bounded.rate_limiter {
+                device.set_rate(bounded.rate_limiter.as_ref());
+            }
+            *drive = bounded;
+        }
+    }
+
+    /// Gives the network interface of this name the bounds that are said here.
+    pub fn set_network_bounds(&mut self, bounded: NetworkInterface) {
+        let mut interfaces = self.plan.network.iter_mut().zip(&self.devices.network);
+        if let Some((interface, slot)) = interfaces.find(|(interface, _)| interface.iface_id == bounded.iface_id) {
+            lock(&slot.device).set_rates(bounded.rx_rate_limiter.as_ref(), bounded.tx_rate_limiter.as_ref());
+            *interface = bounded;
         }
     }
 

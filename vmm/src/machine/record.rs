@@ -10,7 +10,7 @@ use snapshot::manifest::{self, BalloonDevice, Devices, EntropyDevice, NetworkDev
 pub fn devices(plan: &DevicePlan) -> Devices {
     let DevicePlan { vsock, drives: _, network, entropy, balloon } = plan;
     Devices {
-        vsock: vsock.as_ref().map(|Vsock { guest_cid, uds_path }| VsockDevice {
+        vsock: vsock.as_ref().map(|Vsock { guest_cid, uds_path, vsock_id: _ }| VsockDevice {
             guest_cid: (*guest_cid).into(),
             uds_path: uds_path.to_string_lossy().into_owned(),
         }),
@@ -18,12 +18,13 @@ pub fn devices(plan: &DevicePlan) -> Devices {
         network: network.iter().map(network_device).collect(),
         entropy: entropy.map(|Entropy { rate_limiter }| EntropyDevice { rate_limit: rate_limiter.map(rate_limit) }),
         balloon: balloon.map(
-            |Balloon { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting }| BalloonDevice {
-                amount_mib,
-                deflate_on_oom,
-                stats_polling_interval_s,
-                free_page_reporting,
-            },
+            |Balloon {
+                 amount_mib,
+                 deflate_on_oom,
+                 stats_polling_interval_s,
+                 free_page_reporting,
+                 free_page_hinting: _,
+             }| BalloonDevice { amount_mib, deflate_on_oom, stats_polling_interval_s, free_page_reporting },
         ),
     }
 }
@@ -36,6 +37,7 @@ pub fn plan(devices: &Devices) -> Result<DevicePlan, MacError> {
             // One that is too large is none that a guest may have, as a check of the plan says.
             guest_cid: u32::try_from(*guest_cid).unwrap_or(u32::MAX),
             uds_path: uds_path.into(),
+            vsock_id: None,
         }),
         drives: Vec::new(),
         network: network.iter().map(network_interface).collect::<Result<_, _>>()?,
@@ -48,13 +50,14 @@ pub fn plan(devices: &Devices) -> Result<DevicePlan, MacError> {
                 deflate_on_oom,
                 stats_polling_interval_s,
                 free_page_reporting,
+                free_page_hinting: false,
             },
         ),
     })
 }
 
 fn network_device(interface: &NetworkInterface) -> NetworkDevice {
-    let NetworkInterface { iface_id, host_dev_name, guest_mac, rx_rate_limiter, tx_rate_limiter } = interface;
+    let NetworkInterface { iface_id, host_dev_name, guest_mac, rx_rate_limiter, tx_rate_limiter, mtu: _ } = interface;
     NetworkDevice {
         iface_id: iface_id.clone(),
         host_dev_name: host_dev_name.clone(),
@@ -72,6 +75,7 @@ fn network_interface(device: &NetworkDevice) -> Result<NetworkInterface, MacErro
         guest_mac: guest_mac.as_deref().map(str::parse).transpose()?,
         rx_rate_limiter: rx_rate_limit.map(rate_limiter),
         tx_rate_limiter: tx_rate_limit.map(rate_limiter),
+        mtu: None,
     })
 }
 
@@ -83,7 +87,8 @@ pub fn rate_limit(limiter: RateLimiter) -> RateLimit {
         refill_ms: refill_time,
     };
     let RateLimiter { bandwidth, ops } = limiter;
-    RateLimit { bandwidth: bandwidth.map(bucket), ops: ops.map(bucket) }
+    let bound = |config: Option<TokenBucket>| config.filter(TokenBucket::is_bound).map(bucket);
+    RateLimit { bandwidth: bound(bandwidth), ops: bound(ops) }
 }
 
 /// The bound that a manifest speaks of.
@@ -111,7 +116,7 @@ mod tests {
         ];
         for limit in limits {
             let plan = DevicePlan {
-                vsock: Some(Vsock { guest_cid: 7, uds_path: "run/v".into() }),
+                vsock: Some(Vsock { guest_cid: 7, uds_path: "run/v".into(), vsock_id: None }),
                 drives: Vec::new(),
                 network: [None, Some("06:00:ac:10:00:02".parse().unwrap())]
                     .map(|guest_mac| NetworkInterface {
@@ -120,6 +125,7 @@ mod tests {
                         guest_mac,
                         rx_rate_limiter: Some(limit),
                         tx_rate_limiter: None,
+                        mtu: None,
                     })
                     .to_vec(),
                 entropy: Some(Entropy { rate_limiter: Some(limit) }),
@@ -128,6 +134,7 @@ mod tests {
                     deflate_on_oom: true,
                     stats_polling_interval_s: 2,
                     free_page_reporting: true,
+                    free_page_hinting: false,
                 }),
             };
             assert_eq!(super::plan(&devices(&plan)), Ok(plan));

@@ -1,7 +1,7 @@
 //! May this be done now? Pure: threads and sockets ask here.
 
 use crate::api::Request;
-use api_spec::vm::VmState;
+use api_spec::vm::{Action, ActionType, VmState};
 
 /// Where a VM stands, as far as requests are concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +44,15 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
         | Request::Config
         | Request::GetMachineConfig
         | Request::GetBalloon
-        | Request::SnapshotStatus => Ok(()),
+        | Request::SnapshotStatus
+        | Request::GetMetrics
+        | Request::PutLogger(_)
+        | Request::PatchMachineConfig(_)
+        | Request::Declined(_) => Ok(()),
+        Request::Action(Action { action_type }) => match action_type {
+            ActionType::InstanceStart => refuse_if(started, NotNow::Started),
+            ActionType::FlushMetrics | ActionType::SendCtrlAltDel => Ok(()),
+        },
         Request::PutMachineConfig(_)
         | Request::PutBootSource(_)
         | Request::PutVsock(_)
@@ -53,18 +61,20 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
         | Request::PutNetworkInterface(_)
         | Request::PutEntropy(_)
         | Request::PutBalloon(_)
-        | Request::Action(_) => refuse_if(started, NotNow::Started),
+        | Request::PutMetrics(_) => refuse_if(started, NotNow::Started),
         Request::SnapshotLoad(_) => {
             refuse_if(started, NotNow::Started)?;
             refuse_if(phase == Phase::NotStarted { configured: true }, NotNow::Configured)
         }
         Request::PatchVm(_)
-        | Request::PatchMachineConfig(_)
         | Request::PatchDrive(_)
+        | Request::PatchNetworkInterface(_)
+        | Request::GetStats
+        | Request::GetMemoryMap(_)
         | Request::PatchBalloon(_)
         | Request::GetBalloonStatistics
         | Request::PatchBalloonStatistics(_) => refuse_if(!started, NotNow::NotStarted),
-        Request::SnapshotCreate(_) => {
+        Request::SnapshotCreate(_) | Request::SaveVm(_) => {
             refuse_if(!started, NotNow::NotStarted)?;
             refuse_if(writing, NotNow::Writing)
         }
@@ -82,47 +92,54 @@ pub fn changes(phase: Phase, wanted: VmState) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate};
+    use crate::api::http::Message;
+    use crate::api::router;
+    use api_spec::operations::{OPERATIONS, Operation, When};
     use api_spec::snapshot::SnapshotCreate;
-    use api_spec::vm::{Action, ActionType, BootSource, MachineConfig, MachinePatch, VmPatch, Vsock};
+    use api_spec::vm::VmPatch;
     use proptest::prelude::*;
 
     fn create() -> Request {
-        let snapshot_path = "s".into();
-        Request::SnapshotCreate(SnapshotCreate {
-            snapshot_path,
-            snapshot_type: Default::default(),
-            mem_file_path: None,
-        })
+        Request::SnapshotCreate(SnapshotCreate::of("s".into()))
+    }
+
+    /// Each call as its example says, and what else there is to say by it.
+    fn calls() -> Vec<(Request, When)> {
+        let route = |operation: &Operation, body: &str| {
+            let path = operation.path.replace("{drive_id}", "root").replace("{iface_id}", "eth0");
+            let message = Message { method: operation.method.into(), path, body: body.into(), keep_alive: true };
+            (router::route(&message).unwrap(), operation.when)
+        };
+        let examples = OPERATIONS.iter().map(|operation| {
+            let body = operation.body.as_ref().map_or("", |body| body.example);
+            route(operation, body)
+        });
+        let commands = OPERATIONS.iter().flat_map(|operation| {
+            operation.commands.iter().filter_map(move |command| Some(route(operation, command.body?)))
+        });
+        examples.chain(commands).collect()
     }
 
     fn requests() -> impl Strategy<Value = Request> {
-        prop::sample::select(vec![
-            Request::Info,
-            Request::Version,
-            Request::Config,
-            Request::GetMachineConfig,
-            Request::SnapshotStatus,
-            Request::PutMachineConfig(MachineConfig::default()),
-            Request::PutBootSource(BootSource::default()),
-            Request::PutVsock(Vsock { guest_cid: 3, uds_path: "v".into() }),
-            Request::PutSerial(Default::default()),
-            Request::PutDrive(serde_json::from_str(r#"{"drive_id":"a","path_on_host":"d"}"#).unwrap()),
-            Request::PatchDrive(serde_json::from_str(r#"{"drive_id":"a","max_overlay_mib":5}"#).unwrap()),
-            Request::PutNetworkInterface(serde_json::from_str(r#"{"iface_id":"e","host_dev_name":"t"}"#).unwrap()),
-            Request::PutEntropy(Default::default()),
-            Request::PutBalloon(serde_json::from_str(r#"{"amount_mib":1}"#).unwrap()),
-            Request::GetBalloon,
-            Request::PatchBalloon(BalloonUpdate { amount_mib: 1 }),
-            Request::GetBalloonStatistics,
-            Request::PatchBalloonStatistics(BalloonStatisticsUpdate { stats_polling_interval_s: 1 }),
-            Request::Action(Action { action_type: ActionType::InstanceStart }),
-            Request::PatchVm(VmPatch { state: VmState::Paused }),
-            Request::PatchVm(VmPatch { state: VmState::Resumed }),
-            Request::PatchMachineConfig(MachinePatch { max_private_mib: None }),
-            create(),
-            Request::SnapshotLoad(serde_json::from_str(r#"{"snapshot_path":"s"}"#).unwrap()),
-        ])
+        prop::sample::select(calls().into_iter().map(|(request, _)| request).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn calls_are_taken_when_the_document_says_so() {
+        let fresh = Phase::NotStarted { configured: false };
+        for (request, when) in calls() {
+            let taken = [fresh, Phase::NotStarted { configured: true }, Phase::Paused, Phase::Running]
+                .map(|phase| may(&request, phase, false).is_ok());
+            let expected = match (when, &request) {
+                (_, Request::Action(Action { action_type: ActionType::InstanceStart })) => [true, true, false, false],
+                // What is not offered is told by name whenever it is asked for.
+                (When::Always | When::Never, _) => [true; 4],
+                (When::BeforeStart, _) => [true, true, false, false],
+                (When::Fresh, _) => [true, false, false, false],
+                (When::AfterStart, _) => [false, false, true, true],
+            };
+            assert_eq!(taken, expected, "{request:?}");
+        }
     }
 
     fn phases() -> impl Strategy<Value = Phase> {
@@ -144,7 +161,8 @@ mod tests {
             | Request::PutNetworkInterface(_)
             | Request::PutEntropy(_)
             | Request::PutBalloon(_) => Phase::NotStarted { configured: true },
-            Request::Action(_) | Request::PatchVm(VmPatch { state: VmState::Resumed }) => Phase::Running,
+            Request::Action(Action { action_type: ActionType::InstanceStart })
+            | Request::PatchVm(VmPatch { state: VmState::Resumed }) => Phase::Running,
             Request::SnapshotLoad(_) | Request::PatchVm(VmPatch { state: VmState::Paused }) => Phase::Paused,
             _ => phase,
         }

@@ -265,7 +265,13 @@ impl Balloon {
 
 /// The features that a configuration offers.
 fn offered(config: &devices::Balloon) -> u64 {
-    let devices::Balloon { amount_mib: _, deflate_on_oom, stats_polling_interval_s, free_page_reporting } = *config;
+    let devices::Balloon {
+        amount_mib: _,
+        deflate_on_oom,
+        stats_polling_interval_s,
+        free_page_reporting,
+        free_page_hinting: _,
+    } = *config;
     let feature = |is_offered, bit| if is_offered { bit } else { 0 };
     VERSION_1
         | EVENT_IDX

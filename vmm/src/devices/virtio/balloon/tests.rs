@@ -38,7 +38,13 @@ const WRITE: u16 = 2;
 const OLD: u8 = 0x11;
 
 fn config() -> devices::Balloon {
-    devices::Balloon { amount_mib: 2, deflate_on_oom: true, stats_polling_interval_s: 1, free_page_reporting: true }
+    devices::Balloon {
+        amount_mib: 2,
+        deflate_on_oom: true,
+        stats_polling_interval_s: 1,
+        free_page_reporting: true,
+        free_page_hinting: false,
+    }
 }
 
 /// The driver's side of a queue, without event indices.
@@ -243,6 +249,7 @@ fn what_is_offered_follows_the_configuration() {
         deflate_on_oom: false,
         stats_polling_interval_s: 0,
         free_page_reporting: false,
+        free_page_hinting: false,
     };
     assert_eq!(features(plain), VERSION_1 | EVENT_IDX);
     assert_eq!(features(config()), VERSION_1 | EVENT_IDX | STATS_VQ | REPORTING | 1 << 2);

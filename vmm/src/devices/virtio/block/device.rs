@@ -176,9 +176,17 @@ impl Block {
         self.limits.size
     }
 
-    /// Sets the bound of the overlay, in MiB. A guest that waits for room goes on when it is resumed.
-    pub fn set_max_overlay(&mut self, mib: u64) {
-        self.config.max_overlay_mib = Some(mib);
+    /// Sets the bound of the overlay, in MiB, or takes it away. A guest that waits for room goes on when it is resumed.
+    pub fn set_max_overlay(&mut self, mib: Option<u64>) {
+        self.config.max_overlay_mib = mib;
+    }
+
+    /// Sets other bounds of the guest's reads and writes, from now on, also for a request that waits.
+    pub fn set_rate(&mut self, limiter: Option<&RateLimiter>) {
+        self.rate = Rate::new(limiter, Instant::now());
+        if self.gate == Gate::Limited {
+            self.timer.set(Some(Duration::ZERO));
+        }
     }
 
     /// What a snapshot needs of the disk. The guest must stand still, and the device's state be saved.

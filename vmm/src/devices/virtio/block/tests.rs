@@ -546,12 +546,12 @@ fn a_full_overlay_pauses_the_guest_and_the_request_waits() {
 
     rig.resume();
     assert!(rig.halts.try_recv().is_ok(), "nothing has changed");
-    lock(&rig.block).set_max_overlay(2);
+    lock(&rig.block).set_max_overlay(Some(2));
     rig.resume();
     assert_eq!((rig.take_used(), rig.status_of(0)), (Some((0, 1)), 0));
     assert_eq!(rig.get(4096, 512), [3; 512]);
     // Space that is given back can be used again.
-    lock(&rig.block).set_max_overlay(1);
+    lock(&rig.block).set_max_overlay(Some(1));
     assert_eq!(rig.ranges(DISCARD, &[(0, 2048, 0)]), 0);
     assert_eq!(rig.put(5000, &[4; 512]), 0);
 }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use api_spec::devices::NetworkInterface;
+use api_spec::devices::{NetworkInterface, RateLimiter};
 use api_spec::mac::MacAddr;
 use rustix::io::Errno;
 use virtio_bindings::virtio_net::{
@@ -217,6 +217,15 @@ impl Net {
             active: None,
             restored: false,
         })))
+    }
+
+    /// Sets other bounds of what the guest receives and sends, from now on, also for frames that wait.
+    pub fn set_rates(&mut self, rx: Option<&RateLimiter>, tx: Option<&RateLimiter>) {
+        let now = Instant::now();
+        (self.rx_rate, self.tx_rate) = (Rate::new(rx, now), Rate::new(tx, now));
+        if self.waiting.rx || self.waiting.tx {
+            self.alarm.set(Some(Duration::ZERO));
+        }
     }
 
     /// Moves what is due, and what had to wait; what then still has to is left to the alarm.

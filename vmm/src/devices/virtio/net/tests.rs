@@ -64,6 +64,7 @@ fn config(mac: &str) -> NetworkInterface {
         guest_mac: Some(mac.parse().unwrap()),
         rx_rate_limiter: None,
         tx_rate_limiter: None,
+        mtu: None,
     }
 }
 

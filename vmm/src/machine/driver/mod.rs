@@ -1,27 +1,27 @@
 //! The one owner of the VM, on the event loop's thread: requests, notices, signals and the page server's fate all end up
-//! here, one at a time.
+//! here, one at a time. `answers` is what each request does.
+
+mod answers;
 
 use super::Machine;
 use super::boot::{BootError, boot};
 use super::config::{self, ConfigError};
 use super::private::PrivateWatch;
-use super::requests::{self, NotNow, Phase};
+use super::requests::{NotNow, Phase};
 use super::restore::{RestoreError, restore};
-use super::snapshot::{self, Job, SnapshotError};
+use super::snapshot::{Job, SnapshotError};
 use super::wiring::Outside;
 use crate::api::server::{Pending, Server};
 use crate::api::{Request, Response};
 use crate::console::{Console, ConsoleError, Input, Pty};
 use crate::devices::alarm::Alarm;
-use crate::memory::layout::MAX_MIB;
 use crate::notice::{self, Halt, Notice, Notices, Notifier};
 use crate::vcpu::{GuestEnd, VcpuError};
 use api_spec::agent::Level;
-use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate, Serial};
+use api_spec::devices::Serial;
+use api_spec::operations::Operation;
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus};
-use api_spec::vm::{
-    Action, ActionType, InstanceInfo, InstanceState, MachinePatch, Readiness, Version, VmConfig, VmPatch, VmState,
-};
+use api_spec::vm::{Readiness, VmConfig};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -50,6 +50,8 @@ pub enum Ending {
     PowerOff,
     /// The process was asked to end.
     Signal,
+    /// The guest was saved, and is to go on some other time.
+    Saved,
 }
 
 /// Why a vmm failed.
@@ -111,6 +113,10 @@ enum RequestError {
     Limit(io::Error),
     #[error("the guest cannot go on. {0}")]
     Halt(Halt),
+    #[error("SendCtrlAltDel is not offered, as guests have no keyboard; ask the guest's agent to power it off")]
+    NoKeyboard,
+    #[error("{} {}: {} is not offered", .0.method, .0.path, .0.summary)]
+    Declined(&'static Operation),
 }
 
 /// What to do first.
@@ -147,6 +153,13 @@ fn loop_error(e: event_manager::Error) -> RunError {
     RunError::Loop(e.to_string())
 }
 
+/// A snapshot after which the vmm ends.
+#[derive(Clone, Copy, Debug)]
+struct Save {
+    /// The guest is to go on if it fails.
+    was_running: bool,
+}
+
 /// The one owner of the VM.
 struct Driver {
     id: String,
@@ -168,6 +181,8 @@ struct Driver {
     job: Option<Job>,
     /// Who waits for it; nobody, once it is complete and only its layers are being folded.
     waiting: Option<Pending>,
+    /// That is to be the end of the vmm.
+    save: Option<Save>,
     /// The snapshot that is to be taken when that is over.
     next: Option<(SnapshotCreate, Pending)>,
     status: SnapshotStatus,
@@ -201,6 +216,7 @@ impl Driver {
             private: PrivateWatch::new(notifier.clone()),
             job: None,
             waiting: None,
+            save: None,
             next: None,
             status: SnapshotStatus::default(),
             api,
@@ -307,78 +323,6 @@ impl Driver {
         Ok(())
     }
 
-    fn create_snapshot(&mut self, create: &SnapshotCreate, from: Pending) -> Result<(), RequestError> {
-        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-        match snapshot::create(machine, create, self.readiness, self.notifier.clone(), &self.signals) {
-            Ok(job) => {
-                self.job = Some(job);
-                self.waiting = Some(from);
-                self.status = SnapshotStatus { state: SnapshotState::Writing, ..Default::default() };
-                Ok(())
-            }
-            Err(e) => {
-                let (state, error) = (SnapshotState::Failed, Some(e.to_string()));
-                self.status = SnapshotStatus { state, error, ..Default::default() };
-                Err(e.into())
-            }
-        }
-    }
-
-    fn patch_vm(&mut self, patch: VmPatch) -> Result<(), RequestError> {
-        // If a snapshot has brought it to a standstill meanwhile, this is the end of it.
-        if self.halting.is_some() && self.phase() == Phase::Paused {
-            self.go_on_halting();
-        }
-        let changes = requests::changes(self.phase(), patch.state);
-        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-        match patch.state {
-            _ if !changes => {}
-            VmState::Paused => {
-                machine.pause()?;
-                self.private.stop();
-            }
-            VmState::Resumed => {
-                if let Some(halt) = self.private.reached() {
-                    return Err(RequestError::Halt(halt));
-                }
-                machine.resume();
-                self.private.start();
-                self.halt = None;
-            }
-        }
-        Ok(())
-    }
-
-    fn patch_balloon(&mut self, update: BalloonUpdate) -> Result<(), RequestError> {
-        let BalloonUpdate { amount_mib } = update;
-        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-        config::check_balloon(amount_mib, machine.memory_bytes() >> 20)?;
-        if !machine.set_balloon(amount_mib) {
-            return Err(RequestError::NoBalloon);
-        }
-        self.config.balloon = machine.plan().balloon;
-        Ok(())
-    }
-
-    fn patch_balloon_statistics(&mut self, update: BalloonStatisticsUpdate) -> Result<(), RequestError> {
-        let BalloonStatisticsUpdate { stats_polling_interval_s } = update;
-        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-        let balloon = machine.plan().balloon.ok_or(RequestError::NoBalloon)?;
-        config::check_interval(balloon.stats_polling_interval_s, stats_polling_interval_s)?;
-        machine.set_balloon_interval(stats_polling_interval_s);
-        self.config.balloon = machine.plan().balloon;
-        Ok(())
-    }
-
-    fn patch_machine(&mut self, patch: MachinePatch) -> Result<(), RequestError> {
-        let MachinePatch { max_private_mib } = patch;
-        config::check_max_private(max_private_mib)?;
-        self.private.set_limit(max_private_mib).map_err(RequestError::Limit)?;
-        self.config.machine_config.max_private_mib = max_private_mib;
-        self.look_at_private_memory();
-        Ok(())
-    }
-
     /// Looks at the private memory of a running guest, pauses it if that has reached its limit, and has it watched if not.
     fn look_at_private_memory(&mut self) {
         if self.phase() != Phase::Running || self.halting.is_some() {
@@ -387,122 +331,6 @@ impl Driver {
             self.halt(halt);
         } else {
             self.private.start();
-        }
-    }
-
-    /// Answers a request; `None` if the answer comes later.
-    fn answer(&mut self, request: Request, from: Pending) -> Option<Response> {
-        let writing = self.waiting.is_some() || self.next.is_some();
-        let outcome = requests::may(&request, self.phase(), writing)
-            .map_err(RequestError::from)
-            .and_then(|()| self.obey(request, from));
-        match outcome {
-            Ok(response) => response,
-            Err(e) => Some(Response::fault(400, &e.to_string())),
-        }
-    }
-
-    /// Does what a legal request asks for.
-    fn obey(&mut self, request: Request, from: Pending) -> Result<Option<Response>, RequestError> {
-        let done = Ok(Some(Response::done()));
-        match request {
-            Request::Info => Ok(Some(Response::document(&self.info()))),
-            Request::Version => {
-                let version = Version { firecracker_version: env!("CARGO_PKG_VERSION").into() };
-                Ok(Some(Response::document(&version)))
-            }
-            Request::Config => Ok(Some(Response::document(&self.config))),
-            Request::GetMachineConfig => Ok(Some(Response::document(&self.config.machine_config))),
-            Request::SnapshotStatus => Ok(Some(Response::document(&self.status))),
-            Request::PutMachineConfig(machine) => {
-                config::check_machine(&machine)?;
-                self.configure(|config| config.machine_config = machine);
-                done
-            }
-            Request::PatchMachineConfig(patch) => self.patch_machine(patch).and(done),
-            Request::PutBootSource(source) => {
-                config::check_boot_source(&source)?;
-                self.configure(|config| config.boot_source = Some(source));
-                done
-            }
-            Request::PutVsock(vsock) => {
-                config::check_vsock(&vsock)?;
-                self.configure(|config| config.vsock = Some(vsock));
-                done
-            }
-            Request::PutNetworkInterface(interface) => {
-                let interfaces = config::with_interface(&self.config.network_interfaces, interface)?;
-                self.configure(|config| config.network_interfaces = interfaces);
-                done
-            }
-            Request::PutEntropy(entropy) => {
-                config::check_entropy(&entropy)?;
-                self.configure(|config| config.entropy = Some(entropy));
-                done
-            }
-            Request::PutSerial(serial) => {
-                config::check_serial(Some(&serial))?;
-                // No part of what is booted: a snapshot can be loaded all the same.
-                self.config.serial = Some(serial);
-                done
-            }
-            Request::PutDrive(drive) => {
-                let drives = config::with_drive(&self.config.drives, drive)?;
-                self.configure(|config| config.drives = drives);
-                done
-            }
-            Request::PatchDrive(update) => {
-                let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-                let mib = config::check_drive_update(&update, &machine.plan().drives)?;
-                machine.set_max_overlay(&update.drive_id, mib);
-                self.config.drives = machine.plan().drives.clone();
-                done
-            }
-            Request::PutBalloon(balloon) => {
-                // How much memory there is may be said later; starting checks again.
-                config::check_balloon(balloon.amount_mib, MAX_MIB)?;
-                self.configure(|config| config.balloon = Some(balloon));
-                done
-            }
-            Request::GetBalloon => {
-                Ok(Some(Response::document(self.config.balloon.as_ref().ok_or(RequestError::NoBalloon)?)))
-            }
-            Request::PatchBalloon(update) => self.patch_balloon(update).and(done),
-            Request::GetBalloonStatistics => {
-                let statistics = self.machine.as_ref().and_then(Machine::balloon_statistics);
-                Ok(Some(Response::document(&statistics.ok_or(RequestError::NoBalloon)?)))
-            }
-            Request::PatchBalloonStatistics(update) => self.patch_balloon_statistics(update).and(done),
-            Request::Action(Action { action_type: ActionType::InstanceStart }) => self.boot().and(done),
-            Request::PatchVm(patch) => self.patch_vm(patch).and(done),
-            Request::SnapshotLoad(load) => self.load(&load).and(done),
-            Request::SnapshotCreate(create) if self.job.is_some() => {
-                self.next = Some((create, from));
-                self.status = SnapshotStatus { state: SnapshotState::Writing, ..Default::default() };
-                Ok(None)
-            }
-            Request::SnapshotCreate(create) => self.create_snapshot(&create, from).and(Ok(None)),
-        }
-    }
-
-    fn configure(&mut self, change: impl FnOnce(&mut VmConfig)) {
-        change(&mut self.config);
-        self.configured = true;
-    }
-
-    fn info(&self) -> InstanceInfo {
-        InstanceInfo {
-            id: self.id.clone(),
-            state: match self.phase() {
-                Phase::NotStarted { .. } => InstanceState::NotStarted,
-                Phase::Paused => InstanceState::Paused,
-                Phase::Running => InstanceState::Running,
-            },
-            vmm_version: env!("CARGO_PKG_VERSION").into(),
-            app_name: "Coppice".into(),
-            readiness: self.readiness,
-            console: self.pty.as_ref().map(|pty| pty.path.clone()),
-            pause_reason: self.halt.as_ref().map(Halt::to_string),
         }
     }
 
@@ -620,6 +448,7 @@ impl Driver {
             self.status.total_us
         );
         self.respond(from, &response, ops);
+        self.saved(self.status.state == SnapshotState::Done);
     }
 
     fn on_layers_folded(&mut self, ops: &mut EventOps) {
@@ -631,6 +460,7 @@ impl Driver {
             && let Err(e) = self.create_snapshot(&create, from)
         {
             self.respond(from, &Response::fault(400, &e.to_string()), ops);
+            self.saved(false);
         }
     }
 

@@ -1,0 +1,276 @@
+//! What each request does.
+
+use super::{Driver, RequestError, Save};
+use crate::api::server::Pending;
+use crate::api::{Request, Response};
+use crate::machine::Machine;
+use crate::machine::config;
+use crate::machine::requests::{self, NotNow, Phase};
+use crate::machine::snapshot;
+use crate::memory::layout::MAX_MIB;
+use crate::notice::Halt;
+use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate, DriveUpdate, NetworkUpdate};
+use api_spec::error::ErrorBody;
+use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus};
+use api_spec::vm::{
+    Action, ActionType, InstanceInfo, InstanceState, MachinePatch, Version, VmConfig, VmPatch, VmSave, VmState,
+};
+
+impl Driver {
+    /// Answers a request; `None` if the answer comes later.
+    pub(super) fn answer(&mut self, request: Request, from: Pending) -> Option<Response> {
+        let writing = self.waiting.is_some() || self.next.is_some();
+        let starts = matches!(request, Request::Action(Action { action_type: ActionType::InstanceStart }));
+        let outcome = requests::may(&request, self.phase(), writing)
+            .map_err(RequestError::from)
+            .and_then(|()| self.obey(request, from));
+        match outcome {
+            Ok(response) => response,
+            Err(e) => {
+                // Whoever starts a VM may have configured it in many steps, and over some time.
+                let config = (starts && self.machine.is_none()).then(|| Box::new(self.config.clone()));
+                Some(Response::refusal(400, &ErrorBody { fault_message: e.to_string(), config }))
+            }
+        }
+    }
+
+    /// Does what a legal request asks for.
+    fn obey(&mut self, request: Request, from: Pending) -> Result<Option<Response>, RequestError> {
+        let document = match request {
+            Request::Info => Response::document(&self.info()),
+            Request::Version => Response::document(&Version { firecracker_version: env!("CARGO_PKG_VERSION").into() }),
+            Request::Config => Response::document(&self.config),
+            Request::GetMachineConfig => Response::document(&self.config.machine_config),
+            Request::SnapshotStatus => Response::document(&self.status),
+            Request::GetBalloon => Response::document(self.config.balloon.as_ref().ok_or(RequestError::NoBalloon)?),
+            Request::GetBalloonStatistics => {
+                let statistics = self.machine.as_ref().and_then(Machine::balloon_statistics);
+                Response::document(&statistics.ok_or(RequestError::NoBalloon)?)
+            }
+            Request::GetStats | Request::GetMemoryMap(_) | Request::GetMetrics => todo!(),
+            Request::SnapshotCreate(create) => return self.ask_for_snapshot(create, from).map(|()| None),
+            Request::SaveVm(save) => return self.save(save, from).map(|()| None),
+            change => return self.change(change).map(|()| Some(Response::done())),
+        };
+        Ok(Some(document))
+    }
+
+    /// Does what a legal request asks for that has nothing to tell.
+    fn change(&mut self, request: Request) -> Result<(), RequestError> {
+        match request {
+            Request::PutMachineConfig(machine) => {
+                config::check_machine(&machine)?;
+                self.configure(|config| config.machine_config = machine)
+            }
+            Request::PatchMachineConfig(patch) => self.patch_machine(patch),
+            Request::PutBootSource(source) => {
+                config::check_boot_source(&source)?;
+                self.configure(|config| config.boot_source = Some(source))
+            }
+            Request::PutVsock(vsock) => {
+                config::check_vsock(&vsock)?;
+                self.configure(|config| config.vsock = Some(vsock))
+            }
+            Request::PutDrive(drive) => {
+                let drives = config::with_drive(&self.config.drives, drive)?;
+                self.configure(|config| config.drives = drives)
+            }
+            Request::PutNetworkInterface(interface) => {
+                let interfaces = config::with_interface(&self.config.network_interfaces, interface)?;
+                self.configure(|config| config.network_interfaces = interfaces)
+            }
+            Request::PutEntropy(entropy) => {
+                config::check_entropy(&entropy)?;
+                self.configure(|config| config.entropy = Some(entropy))
+            }
+            Request::PutBalloon(balloon) => {
+                // How much memory there is may be said later; starting checks again.
+                config::check_balloon_config(&balloon, MAX_MIB)?;
+                self.configure(|config| config.balloon = Some(balloon))
+            }
+            Request::PutSerial(serial) => {
+                config::check_serial(Some(&serial))?;
+                // No part of what is booted: a snapshot can be loaded all the same.
+                self.config.serial = Some(serial);
+                Ok(())
+            }
+            Request::PutLogger(_) | Request::PutMetrics(_) => todo!(),
+            Request::PatchDrive(update) => self.patch_drive(&update),
+            Request::PatchNetworkInterface(update) => self.patch_network(&update),
+            Request::PatchBalloon(update) => self.patch_balloon(update),
+            Request::PatchBalloonStatistics(update) => self.patch_balloon_statistics(update),
+            Request::Action(Action { action_type }) => match action_type {
+                ActionType::InstanceStart => self.boot(),
+                ActionType::FlushMetrics => todo!(),
+                ActionType::SendCtrlAltDel => Err(RequestError::NoKeyboard),
+            },
+            Request::PatchVm(patch) => self.patch_vm(patch),
+            Request::SnapshotLoad(load) => self.load(&load),
+            Request::Declined(operation) => Err(RequestError::Declined(operation)),
+            // Those that are answered with more than that they were done.
+            Request::Info
+            | Request::Version
+            | Request::Config
+            | Request::GetMachineConfig
+            | Request::GetBalloon
+            | Request::GetBalloonStatistics
+            | Request::SnapshotStatus
+            | Request::GetStats
+            | Request::GetMemoryMap(_)
+            | Request::GetMetrics
+            | Request::SnapshotCreate(_)
+            | Request::SaveVm(_) => Ok(()),
+        }
+    }
+
+    /// Changes the configuration of a VM that is still to be booted, unless that leaves a device without a place.
+    fn configure(&mut self, change: impl FnOnce(&mut VmConfig)) -> Result<(), RequestError> {
+        let mut config = self.config.clone();
+        change(&mut config);
+        config::check_room(&config)?;
+        self.config = config;
+        self.configured = true;
+        Ok(())
+    }
+
+    fn patch_machine(&mut self, patch: MachinePatch) -> Result<(), RequestError> {
+        if self.machine.is_none() {
+            let machine = config::with_machine(&self.config.machine_config, patch)?;
+            return self.configure(|config| config.machine_config = machine);
+        }
+        if let Some(max_private_mib) = config::check_machine_update(patch)? {
+            self.private.set_limit(max_private_mib).map_err(RequestError::Limit)?;
+            self.config.machine_config.max_private_mib = max_private_mib;
+            self.look_at_private_memory();
+        }
+        Ok(())
+    }
+
+    fn patch_drive(&mut self, update: &DriveUpdate) -> Result<(), RequestError> {
+        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+        let drive = config::with_drive_update(&machine.plan().drives, update)?;
+        machine.set_drive_bounds(drive);
+        self.config.drives = machine.plan().drives.clone();
+        Ok(())
+    }
+
+    fn patch_network(&mut self, update: &NetworkUpdate) -> Result<(), RequestError> {
+        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+        let interface = config::with_network_update(&machine.plan().network, update)?;
+        machine.set_network_bounds(interface);
+        self.config.network_interfaces = machine.plan().network.clone();
+        Ok(())
+    }
+
+    /// Takes a snapshot, now or when the background part of the one before is over.
+    fn ask_for_snapshot(&mut self, create: SnapshotCreate, from: Pending) -> Result<(), RequestError> {
+        if self.job.is_none() {
+            return self.create_snapshot(&create, from);
+        }
+        self.next = Some((create, from));
+        self.status = SnapshotStatus { state: SnapshotState::Writing, ..Default::default() };
+        Ok(())
+    }
+
+    /// Has the guest stand still, and takes a snapshot after which the vmm ends.
+    fn save(&mut self, save: VmSave, from: Pending) -> Result<(), RequestError> {
+        let VmSave { snapshot_path } = save;
+        let was_running = self.phase() == Phase::Running;
+        self.patch_vm(VmPatch { state: VmState::Paused })?;
+        self.save = Some(Save { was_running });
+        let asked = self.ask_for_snapshot(SnapshotCreate::of(snapshot_path), from);
+        if asked.is_err() {
+            self.saved(false);
+        }
+        asked
+    }
+
+    /// The snapshot after which the vmm was to end is complete, or has failed. Then the guest goes on.
+    pub(super) fn saved(&mut self, complete: bool) {
+        let Some(Save { was_running }) = self.save.take() else { return };
+        if complete {
+            self.end(Ok(super::Ending::Saved));
+        } else if was_running && let Err(e) = self.patch_vm(VmPatch { state: VmState::Resumed }) {
+            tracing::error!("the guest could not be saved, and does not go on: {e}");
+        }
+    }
+
+    pub(super) fn create_snapshot(&mut self, create: &SnapshotCreate, from: Pending) -> Result<(), RequestError> {
+        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+        match snapshot::create(machine, create, self.readiness, self.notifier.clone(), &self.signals) {
+            Ok(job) => {
+                self.job = Some(job);
+                self.waiting = Some(from);
+                self.status = SnapshotStatus { state: SnapshotState::Writing, ..Default::default() };
+                Ok(())
+            }
+            Err(e) => {
+                let (state, error) = (SnapshotState::Failed, Some(e.to_string()));
+                self.status = SnapshotStatus { state, error, ..Default::default() };
+                Err(e.into())
+            }
+        }
+    }
+
+    fn patch_vm(&mut self, patch: VmPatch) -> Result<(), RequestError> {
+        // If a snapshot has brought it to a standstill meanwhile, this is the end of it.
+        if self.halting.is_some() && self.phase() == Phase::Paused {
+            self.go_on_halting();
+        }
+        let changes = requests::changes(self.phase(), patch.state);
+        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+        match patch.state {
+            _ if !changes => {}
+            VmState::Paused => {
+                machine.pause()?;
+                self.private.stop();
+            }
+            VmState::Resumed => {
+                if let Some(halt) = self.private.reached() {
+                    return Err(RequestError::Halt(halt));
+                }
+                machine.resume();
+                self.private.start();
+                self.halt = None;
+            }
+        }
+        Ok(())
+    }
+
+    fn patch_balloon(&mut self, update: BalloonUpdate) -> Result<(), RequestError> {
+        let BalloonUpdate { amount_mib } = update;
+        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+        config::check_balloon(amount_mib, machine.memory_bytes() >> 20)?;
+        if !machine.set_balloon(amount_mib) {
+            return Err(RequestError::NoBalloon);
+        }
+        self.config.balloon = machine.plan().balloon;
+        Ok(())
+    }
+
+    fn patch_balloon_statistics(&mut self, update: BalloonStatisticsUpdate) -> Result<(), RequestError> {
+        let BalloonStatisticsUpdate { stats_polling_interval_s } = update;
+        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+        let balloon = machine.plan().balloon.ok_or(RequestError::NoBalloon)?;
+        config::check_interval(balloon.stats_polling_interval_s, stats_polling_interval_s)?;
+        machine.set_balloon_interval(stats_polling_interval_s);
+        self.config.balloon = machine.plan().balloon;
+        Ok(())
+    }
+
+    pub(super) fn info(&self) -> InstanceInfo {
+        InstanceInfo {
+            id: self.id.clone(),
+            state: match self.phase() {
+                Phase::NotStarted { .. } => InstanceState::NotStarted,
+                Phase::Paused => InstanceState::Paused,
+                Phase::Running => InstanceState::Running,
+            },
+            vmm_version: env!("CARGO_PKG_VERSION").into(),
+            app_name: "Coppice".into(),
+            readiness: self.readiness,
+            console: self.pty.as_ref().map(|pty| pty.path.clone()),
+            pause_reason: self.halt.as_ref().map(Halt::to_string),
+        }
+    }
+}
