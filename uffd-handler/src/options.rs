@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::logging::{Level, Settings};
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -34,6 +35,8 @@ pub struct Options {
     pub ready_fd: Option<RawFd>,
     /// End when the parent process ends.
     pub end_with_parent: bool,
+    /// What to log.
+    pub log: Settings,
 }
 
 /// What a command line asks for.
@@ -70,6 +73,7 @@ impl Command {
         use lexopt::prelude::*;
         let (mut socket, mut snapshots, mut metrics, mut ready_fd) = (None, Vec::new(), None, None);
         let mut end_with_parent = false;
+        let log = Settings::new(Level::Info, "uffd-handler");
         let mut parser = lexopt::Parser::from_args(args);
         while let Some(arg) = parser.next()? {
             match arg {
@@ -90,7 +94,7 @@ impl Command {
             return Err(UsageError::Missing("--snapshot"));
         }
         let socket = socket.ok_or(UsageError::Missing("--socket"))?;
-        Ok(Command::Serve(Options { socket, snapshots, metrics, ready_fd, end_with_parent }))
+        Ok(Command::Serve(Options { socket, snapshots, metrics, ready_fd, end_with_parent, log }))
     }
 }
 
@@ -117,6 +121,7 @@ mod tests {
             metrics: Some("m".into()),
             ready_fd: Some(5),
             end_with_parent: false,
+            log: Settings::new(Level::Info, "uffd-handler"),
         };
         let line = "--socket s --snapshot a --snapshot=b/snap.json --metrics m --ready-fd 5";
         assert_eq!(parse(line), Ok(Command::Serve(options)));
