@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
+use uffd_handler::logging::{Level, Settings};
 use uffd_handler::{Options, client};
 
 const SIZE: usize = 128 << 20;
@@ -36,6 +37,7 @@ fn main() -> Result<()> {
                 metrics: None,
                 ready_fd: None,
                 end_with_parent: false,
+                log: Settings::new(Level::Info, "page_cost"),
             })?)
         }
         _ => Err("no arguments are wanted".into()),

@@ -46,6 +46,9 @@ use std::path::PathBuf;
 /// Why the page server could not start, or had to stop.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
+    /// There is no log.
+    #[error(transparent)]
+    Log(#[from] logging::LogError),
     /// There is no userfaultfd to be had.
     #[error(transparent)]
     Uffd(#[from] uffd::UffdError),
@@ -79,9 +82,10 @@ impl RunError {
     }
 }
 
-/// Serves until SIGTERM or SIGINT. Must be called while the process has one thread: signals are blocked, the umask is
+/// Starts the log, and serves until SIGTERM or SIGINT. Must be called while the process has one thread: signals are blocked, the umask is
 /// changed for a moment.
 pub fn run(options: &Options) -> Result<(), RunError> {
+    logging::start(options.log.clone())?;
     drop(uffd::create_user_only()?);
     if options.end_with_parent {
         process::end_with_parent().map_err(RunError::Setup)?;

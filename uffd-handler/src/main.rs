@@ -1,7 +1,7 @@
 //! The page server as a program of its own.
 
 use std::process::ExitCode;
-use uffd_handler::logging::{self, last_words};
+use uffd_handler::logging::last_words;
 use uffd_handler::{Command, USAGE};
 
 const NAME: &str = "uffd-handler";
@@ -18,7 +18,6 @@ fn main() -> ExitCode {
         Command::Help => print!("{USAGE}"),
         Command::Version => println!("uffd-handler {}", env!("CARGO_PKG_VERSION")),
         Command::Serve(options) => {
-            logging::start(log::LevelFilter::Info);
             if let Err(error) = uffd_handler::run(&options) {
                 last_words(NAME, &error);
                 return ExitCode::from(error.exit_code());

@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::logging::{Level, Settings};
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -15,6 +16,9 @@ Usage: uffd-handler --socket PATH --snapshot SNAPSHOT [--snapshot SNAPSHOT]... [
   --metrics PATH       Unix socket that gives the counters, as JSON, to whoever connects
   --ready-fd N         write one byte to descriptor N, and close it, when the socket listens
   --end-with-parent    end, as on SIGTERM, when the process that started this one ends
+  --log-level LEVEL    off, error, warn, info, debug or trace (default `info`)
+  --log-format FORMAT  `human` (default), or `json`: one object a line
+  --log-file PATH      where the log goes, instead of standard error: a file, FIFO or terminal
   --help               print this
   --version            print the version
 
@@ -34,6 +38,8 @@ pub struct Options {
     pub ready_fd: Option<RawFd>,
     /// End when the parent process ends.
     pub end_with_parent: bool,
+    /// What to log.
+    pub log: Settings,
 }
 
 /// What a command line asks for.
@@ -70,6 +76,7 @@ impl Command {
         use lexopt::prelude::*;
         let (mut socket, mut snapshots, mut metrics, mut ready_fd) = (None, Vec::new(), None, None);
         let mut end_with_parent = false;
+        let mut log = Settings::new(Level::Info, "uffd-handler");
         let mut parser = lexopt::Parser::from_args(args);
         while let Some(arg) = parser.next()? {
             match arg {
@@ -78,6 +85,9 @@ impl Command {
                 Long("metrics") => once(&mut metrics, "--metrics", parser.value()?.into())?,
                 Long("ready-fd") => once(&mut ready_fd, "--ready-fd", parser.value()?.parse()?)?,
                 Long("end-with-parent") => end_with_parent = true,
+                Long("log-level") => log.level = parser.value()?.parse()?,
+                Long("log-format") => log.format = parser.value()?.parse()?,
+                Long("log-file") => once(&mut log.path, "--log-file", parser.value()?.into())?,
                 Long("help") | Short('h') => return Ok(Command::Help),
                 Long("version") => return Ok(Command::Version),
                 other => return Err(other.unexpected().into()),
@@ -90,7 +100,7 @@ impl Command {
             return Err(UsageError::Missing("--snapshot"));
         }
         let socket = socket.ok_or(UsageError::Missing("--socket"))?;
-        Ok(Command::Serve(Options { socket, snapshots, metrics, ready_fd, end_with_parent }))
+        Ok(Command::Serve(Options { socket, snapshots, metrics, ready_fd, end_with_parent, log }))
     }
 }
 
@@ -104,6 +114,7 @@ fn once<T>(slot: &mut Option<T>, name: &'static str, value: T) -> Result<(), Usa
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::logging::Format;
 
     fn parse(line: &str) -> Result<Command, String> {
         Command::parse(line.split_whitespace().map(OsString::from)).map_err(|error| error.to_string())
@@ -117,8 +128,14 @@ mod tests {
             metrics: Some("m".into()),
             ready_fd: Some(5),
             end_with_parent: false,
+            log: Settings {
+                format: Format::Json,
+                path: Some("l".into()),
+                ..Settings::new(Level::Debug, "uffd-handler")
+            },
         };
-        let line = "--socket s --snapshot a --snapshot=b/snap.json --metrics m --ready-fd 5";
+        let line = "--socket s --snapshot a --snapshot=b/snap.json --metrics m --ready-fd 5 \
+            --log-level debug --log-format json --log-file l";
         assert_eq!(parse(line), Ok(Command::Serve(options)));
         assert_eq!(parse("--socket s --help"), Ok(Command::Help));
     }
@@ -131,6 +148,9 @@ mod tests {
             ("--socket s --socket t --snapshot a", "twice"),
             ("--socket s --snapshot a --ready-fd 1", "3 or more"),
             ("--socket s --snapshot a --ready-fd x", "invalid"),
+            ("--socket s --snapshot a --log-level loud", "a level is"),
+            ("--socket s --snapshot a --log-format xml", "a format is"),
+            ("--socket s --snapshot a --log-file l --log-file m", "twice"),
             ("--socket s --snapshot a more", "more"),
             ("--sockets s", "--sockets"),
         ] {

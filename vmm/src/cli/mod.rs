@@ -53,6 +53,9 @@ pub enum CliError {
         /// What is wrong, and where.
         source: serde_json::Error,
     },
+    /// The log.
+    #[error(transparent)]
+    Log(#[from] logging::LogError),
     /// The VM.
     #[error(transparent)]
     Run(#[from] RunError),
@@ -118,10 +121,7 @@ pub fn run(command: Command) -> Result<i32, CliError> {
             export_guest(&path).map_err(write)?;
             Ok(DONE)
         }
-        Command::PageServer(options) => {
-            logging::start(log::LevelFilter::Info);
-            Ok(uffd_handler::run(&options).map(|()| DONE)?)
-        }
+        Command::PageServer(options) => Ok(uffd_handler::run(&options).map(|()| DONE)?),
         Command::Verify { path, json } => {
             let report = snapshot::verify::verify(&path)?;
             print(&if json { to_json(&report) } else { report.to_string() })
@@ -150,8 +150,8 @@ fn print(text: &str) -> Result<i32, CliError> {
 }
 
 fn run_vm(options: RunOptions) -> Result<i32, CliError> {
-    logging::start(options.log_level);
-    let RunOptions { id, api_sock, config, restore, console, log_level: _, end_with_parent } = options;
+    let RunOptions { id, api_sock, config, restore, console, log_level, end_with_parent } = options;
+    logging::start(logging::Settings::new(log_level, &*id))?;
     if end_with_parent {
         uffd_handler::process::end_with_parent().map_err(RunError::Setup)?;
     }

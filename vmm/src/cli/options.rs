@@ -1,10 +1,10 @@
 //! What a command line asks for. Pure.
 
 use crate::demo::DemoOptions;
+use crate::logging::Level;
 use api_spec::devices::Serial;
 use api_spec::mac::MacError;
 use api_spec::snapshot::{DriveOverride, MemBackend, MemBackendType, NetworkOverride, SnapshotLoad, VsockOverride};
-use log::LevelFilter;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -38,7 +38,7 @@ Options:
   --api-sock PATH        Unix socket of the REST API; created, mode 0600, removed at the end
   --id NAME              the VM's name in the API (default `anonymous-instance`)
   --end-with-parent      end, as on SIGTERM, when the process that started this one ends
-  --log-level LEVEL      error, warn, info, debug or trace (default `warn`); the log goes to standard error
+  --log-level LEVEL      off, error, warn, info, debug or trace (default `warn`); the log goes to standard error
   --help (-h), --version (-V)
 
 Ends with 0 when the guest has powered its machine off, or on SIGTERM, SIGINT or SIGHUP, 1 on failure, 2 on bad usage, 3
@@ -60,7 +60,7 @@ pub struct RunOptions {
     /// Where the guest's console leads.
     pub console: Option<Serial>,
     /// What to log.
-    pub log_level: LevelFilter,
+    pub log_level: Level,
     /// End when the parent process ends.
     pub end_with_parent: bool,
 }
@@ -189,7 +189,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         config: None,
         restore: None,
         console: None,
-        log_level: LevelFilter::Warn,
+        log_level: Level::Warn,
         end_with_parent: false,
     };
     let (mut snapshot, mut uffd, mut vsock) = (None, None, None);
@@ -221,7 +221,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             Long("id") => options.id = parser.value()?.string()?,
             Long("end-with-parent") => options.end_with_parent = true,
             Long("log-level") => {
-                options.log_level = value(&mut parser, "--log-level", "error, warn, info, debug or trace")?;
+                options.log_level = value(&mut parser, "--log-level", "off, error, warn, info, debug or trace")?;
             }
             Long("help") | Short('h') => return Ok(Command::Help(USAGE)),
             Long("version") | Short('V') => return Ok(Command::Version),

@@ -1,6 +1,5 @@
 //! How a virtio device interrupts the guest, and how it tells that it has failed.
 
-use log::Level;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -53,12 +52,10 @@ impl Interrupt {
     pub fn fail(&self, device: &str, reason: &dyn std::fmt::Display) {
         if !self.failed.swap(true, Ordering::SeqCst) {
             // A driver can do this in a loop; what it does first is worth a line, the rest would only fill a disk.
-            let level = if self.failures.fetch_add(1, Ordering::Relaxed) < LOGGED_FAILURES {
-                Level::Error
-            } else {
-                Level::Debug
-            };
-            log::log!(level, "{device}: stopped until the guest's driver resets it: {reason}");
+            match self.failures.fetch_add(1, Ordering::Relaxed) {
+                ..LOGGED_FAILURES => tracing::error!("{device}: stopped until the guest's driver resets it: {reason}"),
+                _ => tracing::debug!("{device}: stopped until the guest's driver resets it: {reason}"),
+            }
             self.raise(CONFIG_CHANGED);
         }
     }
