@@ -2,17 +2,18 @@
 
 mod options;
 
-pub use options::{Command, LoadOptions, RunOptions, USAGE, UsageError};
+pub use options::{Command, LoadOptions, ProcessStart, RunOptions, USAGE, UsageError};
 
 use crate::demo::{self, DemoError};
 use crate::doctor;
 use crate::loader::{EMBEDDED_GUEST, LoadError};
 use crate::logging;
 use crate::machine::boot::BootError;
-use crate::machine::driver::{self, Ending, RunError, Start};
+use crate::machine::driver::{self, Ending, RunError, Setup, Start};
 use crate::machine::restore::RestoreError;
 use crate::memory::uffd::UffdError;
 use crate::vcpu::GuestEnd;
+use api_spec::logger::MetricsSink;
 use api_spec::vm::VmConfig;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -53,6 +54,9 @@ pub enum CliError {
         /// What is wrong, and where.
         source: serde_json::Error,
     },
+    /// A snapshot that cannot be read.
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::load::LoadError),
     /// The log.
     #[error(transparent)]
     Log(#[from] logging::LogError),
@@ -122,6 +126,11 @@ pub fn run(command: Command) -> Result<i32, CliError> {
             Ok(DONE)
         }
         Command::PageServer(options) => Ok(uffd_handler::run(&options).map(|()| DONE)?),
+        Command::SnapshotVersion => print(&format!("v{}\n", snapshot::FORMAT_VERSION)),
+        Command::DescribeSnapshot(path) => {
+            let snapshot = snapshot::load::open(&path)?;
+            print(&format!("v{}\n", snapshot.manifest().format_version))
+        }
         Command::Verify { path, json } => {
             let report = snapshot::verify::verify(&path)?;
             print(&if json { to_json(&report) } else { report.to_string() })
@@ -150,8 +159,22 @@ fn print(text: &str) -> Result<i32, CliError> {
 }
 
 fn run_vm(options: RunOptions) -> Result<i32, CliError> {
-    let RunOptions { id, api_sock, config, restore, console, log_level, end_with_parent } = options;
-    logging::start(logging::Settings::new(log_level, &*id))?;
+    let RunOptions {
+        id,
+        api_sock,
+        config,
+        restore,
+        console,
+        no_api,
+        max_body,
+        log,
+        metrics_path,
+        boot_timer,
+        process_start,
+        reset_is_done,
+        end_with_parent,
+    } = options;
+    logging::start(log)?;
     if end_with_parent {
         uffd_handler::process::end_with_parent().map_err(RunError::Setup)?;
     }
@@ -160,8 +183,12 @@ fn run_vm(options: RunOptions) -> Result<i32, CliError> {
         (None, Some(load)) => Start::Restore(load.request()),
         (None, None) => Start::Api,
     };
-    Ok(match driver::run(id, api_sock.as_deref(), console, start)? {
+    let metrics = metrics_path.map(|metrics_path| MetricsSink { metrics_path, ..Default::default() });
+    let api = api_sock.filter(|_| !no_api);
+    let setup = Setup { id, api, max_body, console, metrics, boot_timer, process_start };
+    Ok(match driver::run(setup, start)? {
         Ending::PowerOff | Ending::Signal | Ending::Saved => DONE,
+        Ending::Reset if reset_is_done => DONE,
         Ending::Reset => GUEST_RESET,
     })
 }
