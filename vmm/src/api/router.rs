@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     fn message(method: &str, path: &str, body: &str) -> Message {
-        Message { method: method.into(), path: path.into(), body: body.into(), keep_alive: true }
+        Message { method: method.into(), path: path.into(), body: body.into(), ..Message::default() }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::requests::{self, NotNow, Phase};
 use super::restore::{RestoreError, restore};
 use super::snapshot::{self, Job, SnapshotError};
 use super::wiring::Outside;
+use crate::api::http::Limits;
 use crate::api::server::{Pending, Server};
 use crate::api::{Request, Response};
 use crate::console::{Console, ConsoleError, Input, Pty};
@@ -184,7 +185,7 @@ struct Driver {
 impl Driver {
     fn new(id: String, api: Option<&Path>) -> Result<Self, RunError> {
         let signals = Signals::catch()?;
-        let api = api.map(Server::listen).transpose()?;
+        let api = api.map(|path| Server::listen(path, Limits::default())).transpose()?;
         let (notifier, notices) = notice::channel()?;
         let reset = EventFd::new(EFD_NONBLOCK)?;
         Ok(Driver {
