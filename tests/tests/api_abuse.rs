@@ -31,6 +31,9 @@ struct Case {
     last: Option<&'static [u16]>,
 }
 
+/// Makes a case of some kind.
+type Make = fn(&mut Random) -> Case;
+
 fn case(last: u16, bytes: Vec<u8>) -> Case {
     let at = REFUSALS.iter().position(|status| *status == last).expect("a status that is documented");
     Case { bytes, requests: 1, last: Some(&REFUSALS[at..=at]) }
@@ -308,7 +311,7 @@ fn thousands_of_requests_that_nobody_should_make_change_nothing() {
     let deaf = api.clone();
     slow.push(thread::spawn(move || be_deaf(&deaf)));
 
-    let kinds: [(&str, fn(&mut Random) -> Case); 8] = [
+    let kinds: [(&str, Make); 8] = [
         ("truncated", truncated),
         ("oversized", oversized),
         ("not text", not_text),

@@ -210,19 +210,18 @@ impl Server {
         // Winding it again takes its tick back. Reading it could block: this event may be older than the last winding.
         self.ticking = false;
         let crowded = !self.accepting;
-        let (gone, late): (Vec<_>, Vec<_>) = {
-            let of = |which: &dyn Fn(&Client) -> bool| {
-                self.clients.iter().filter(|(_, client)| which(client)).map(|(id, _)| *id).collect()
-            };
-            (of(&|client| client.is_deaf() || (crowded && client.is_silent())), of(&Client::is_late))
+        let who = |which: &dyn Fn(&Client) -> bool| -> Vec<ClientId> {
+            self.clients.iter().filter(|(_, client)| which(client)).map(|(id, _)| *id).collect()
         };
+        let gone = who(&|client| client.is_deaf() || (crowded && client.is_silent()));
+        let late = who(&Client::is_late);
         for id in gone {
             self.close(id, ops);
         }
         for id in late {
-            let request = self.number();
             if let Some(client) = self.clients.get_mut(&id) {
-                client.refuse(request, 408, &format!("the request was not complete within {REQUEST_TIME:?}"));
+                self.requests += 1;
+                client.refuse(self.requests, 408, &format!("the request was not complete within {REQUEST_TIME:?}"));
                 self.go_on(id, ops);
             }
         }
@@ -247,12 +246,6 @@ impl Server {
             let _ = ops.remove(Events::empty(&client.stream));
         }
         self.look_at_queue(ops);
-    }
-
-    /// Gives a request its number.
-    fn number(&mut self) -> u64 {
-        self.requests += 1;
-        self.requests
     }
 
     /// Takes the requests that are complete, answers those that are no requests, sends what can be sent.
