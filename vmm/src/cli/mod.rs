@@ -197,5 +197,5 @@ fn read_config(path: &Path) -> Result<VmConfig, CliError> {
     let read = |source| CliError::ReadConfig { path: path.to_owned(), source };
     let mut text = Vec::new();
     File::open(path).map_err(read)?.take(MAX_CONFIG).read_to_end(&mut text).map_err(read)?;
-    serde_json::from_slice(&text).map_err(|source| CliError::BadConfig { path: path.to_owned(), source })
+    api_spec::strict::from_slice(&text).map_err(|source| CliError::BadConfig { path: path.to_owned(), source })
 }

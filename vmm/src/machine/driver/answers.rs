@@ -3,6 +3,7 @@
 use super::{Driver, RequestError, Save, change_log};
 use crate::api::server::Pending;
 use crate::api::{Request, Response};
+use crate::logging;
 use crate::machine::Machine;
 use crate::machine::config;
 use crate::machine::requests::{self, NotNow, Phase};
@@ -20,6 +21,7 @@ use api_spec::vm::{
 impl Driver {
     /// Answers a request; `None` if the answer comes later.
     pub(super) fn answer(&mut self, request: Request, from: Pending) -> Option<Response> {
+        let _span = logging::request_span(from.request).entered();
         let writing = self.waiting.is_some() || self.next.is_some();
         let starts = matches!(request, Request::Action(Action { action_type: ActionType::InstanceStart }));
         let outcome = requests::may(&request, self.phase(), writing)

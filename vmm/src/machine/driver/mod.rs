@@ -11,6 +11,7 @@ use super::requests::{NotNow, Phase};
 use super::restore::{RestoreError, restore};
 use super::snapshot::{Job, SnapshotError};
 use super::wiring::Outside;
+use crate::api::http::Limits;
 use crate::api::server::{Pending, Server};
 use crate::api::{Request, Response};
 use crate::cli::ProcessStart;
@@ -40,6 +41,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 /// waits for a page; and when it tries again.
 const HALT_PATIENCE: Duration = Duration::from_millis(100);
 const HALT_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long clients have, at the end of the process, to take their answers.
+const LAST_ANSWERS: Duration = Duration::from_millis(200);
 
 /// Anything that the event loop serves.
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
@@ -167,6 +171,7 @@ pub fn run(setup: Setup, start: Start) -> Result<Ending, RunError> {
     loop {
         let (arrivals, ending) = crate::devices::lock(&driver).take_news();
         if let Some(ending) = ending {
+            crate::devices::lock(&driver).take_leave();
             return ending;
         }
         for subscriber in arrivals {
@@ -250,7 +255,8 @@ struct Driver {
 impl Driver {
     fn new(setup: &Setup) -> Result<Self, RunError> {
         let signals = Signals::catch()?;
-        let api = setup.api.as_deref().map(Server::listen).transpose()?;
+        let limits = setup.max_body.map_or(Limits::default(), |max_body| Limits { max_body });
+        let api = setup.api.as_deref().map(|path| Server::listen(path, limits)).transpose()?;
         let (notifier, notices) = notice::channel()?;
         let reset = EventFd::new(EFD_NONBLOCK)?;
         Ok(Driver {
@@ -319,6 +325,14 @@ impl Driver {
 
     fn end(&mut self, ending: Result<Ending, RunError>) {
         self.ending.get_or_insert(ending);
+    }
+
+    /// Nobody is left without an answer when the process ends.
+    fn take_leave(&mut self) {
+        if let Some(api) = &mut self.api {
+            api.refuse_pending("the vmm is ending, and what was asked for is given up");
+            api.flush(LAST_ANSWERS);
+        }
     }
 
     fn phase(&self) -> Phase {
