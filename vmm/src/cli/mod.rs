@@ -4,6 +4,7 @@ mod options;
 
 pub use options::{Command, LoadOptions, ProcessStart, RunOptions, USAGE, UsageError};
 
+use crate::bench;
 use crate::demo::{self, DemoError};
 use crate::doctor;
 use crate::loader::{EMBEDDED_GUEST, LoadError};
@@ -69,6 +70,9 @@ pub enum CliError {
     /// The demonstration.
     #[error(transparent)]
     Demo(#[from] DemoError),
+    /// A benchmark.
+    #[error(transparent)]
+    Bench(#[from] bench::BenchError),
     /// A snapshot that is not in order.
     #[error(transparent)]
     Verify(#[from] snapshot::verify::VerifyError),
@@ -101,6 +105,7 @@ impl CliError {
             CliError::Run(RunError::Guest(GuestEnd::Panic)) => GUEST_PANICKED,
             CliError::PageServer(e) => e.exit_code().into(),
             CliError::Demo(e) if e.host_cannot() => HOST_CANNOT,
+            CliError::Bench(e) if e.host_cannot() => HOST_CANNOT,
             _ => FAILED,
         }
     }
@@ -115,6 +120,10 @@ pub fn run(command: Command) -> Result<i32, CliError> {
         Command::Version => print(&format!("vmm {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Run(options) => run_vm(options),
         Command::Demo(options) => Ok(demo::run(&options).map(|()| DONE)?),
+        Command::BenchApi(options) => {
+            let report = bench::api::run(&options)?;
+            print(&if options.json { to_json(&report) } else { report.to_string() })
+        }
         Command::Doctor { json } => {
             let report = doctor::run();
             print(&if json { to_json(&report) } else { report.to_string() })?;

@@ -1,5 +1,6 @@
 //! What a command line asks for. Pure.
 
+use crate::bench;
 use crate::demo::DemoOptions;
 use crate::logging::{Level, Settings};
 use crate::machine::config::check_id;
@@ -18,6 +19,7 @@ Usage: vmm --config FILE [options]            boot what the file describes
        vmm --restore SNAPSHOT [options]       restore a snapshot (its directory or its snap.json)
        vmm --api-sock PATH [options]          wait for instructions over HTTP
        vmm demo [options]                     boot, snapshot, and restore clones; see `vmm demo --help`
+       vmm bench api [options]                measure the REST API; see `vmm bench --help`
        vmm doctor [--json]                    say what this host can do, with remedies
        vmm guest export FILE                  write the embedded guest's kernel, for other VMMs to boot
        vmm snapshot verify SNAPSHOT [--json]  check every byte of a snapshot
@@ -160,6 +162,8 @@ pub enum Command {
     Run(RunOptions),
     /// Run the demonstration.
     Demo(DemoOptions),
+    /// Measure the API.
+    BenchApi(bench::api::Options),
     /// Print the version of the snapshot format.
     SnapshotVersion,
     /// Print the version of a snapshot's format.
@@ -215,6 +219,7 @@ impl Command {
         let rest = args.get(1..).unwrap_or_default().to_vec();
         match args.first().and_then(|first| first.to_str()) {
             Some("demo") => parse_demo(rest),
+            Some("bench") => parse_bench(rest),
             Some("doctor") => parse_doctor(rest),
             Some("guest") => parse_guest(rest),
             Some("snapshot") => parse_snapshot(rest),
@@ -227,6 +232,7 @@ impl Command {
     /// The command whose `--help` says more about these arguments.
     pub fn help_for(args: &[OsString]) -> &'static str {
         match args.first().and_then(|first| first.to_str()) {
+            Some("bench") => "vmm bench --help",
             Some("demo") => "vmm demo --help",
             Some("uffd-handler") => "vmm uffd-handler --help",
             _ => "vmm --help",
@@ -422,6 +428,27 @@ fn parse_demo(args: Vec<OsString>) -> Result<Command, UsageError> {
     Ok(Command::Demo(options))
 }
 
+fn parse_bench(args: Vec<OsString>) -> Result<Command, UsageError> {
+    use lexopt::prelude::*;
+    let (mut options, mut what) = (bench::api::Options::default(), None);
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("calls") => options.calls = value(&mut parser, "--calls", "a number")?,
+            Long("starts") => options.starts = value(&mut parser, "--starts", "a number")?,
+            Long("json") => options.json = true,
+            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
+            Value(value) if what.is_none() => what = Some(value),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    if what.as_deref() != Some(OsStr::new("api")) {
+        return Err(UsageError::Missing("`bench` takes `api`"));
+    }
+    options.check().map_err(lexopt::Error::from)?;
+    Ok(Command::BenchApi(options))
+}
+
 fn parse_doctor(args: Vec<OsString>) -> Result<Command, UsageError> {
     use lexopt::prelude::*;
     let mut json = false;
@@ -581,6 +608,10 @@ mod tests {
             "guest export --json f",
             "guest export --unknown",
             "snapshot verify",
+            "bench",
+            "bench disks",
+            "bench api --calls 0",
+            "bench api --starts 1001",
             "demo --clones 0",
             "demo --memory 1",
             "demo --memory 64 --working-set 64",
