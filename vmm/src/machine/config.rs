@@ -31,7 +31,7 @@ pub enum ConfigError {
         remedy: &'static str,
     },
     /// No change at all.
-    #[error("machine-config: nothing to change was given")]
+    #[error("machine-config: nothing to change was given; once a VM was started, max_private_mib can be changed")]
     NoChange,
     /// It was settled when the VM was started.
     #[error("machine-config.{field} cannot be changed once a VM was started; max_private_mib can")]
