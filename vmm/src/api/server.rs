@@ -6,6 +6,7 @@
 use super::http::{self, Delivery, Limits, MAX_HEAD, Parsed, Parser};
 use super::router::route;
 use super::{Request, Response};
+use crate::logging::request_span;
 use event_manager::{EventOps, Events};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::BTreeMap;
@@ -391,14 +392,15 @@ impl Client {
 
     /// Answers what is no request; there is no telling where the next one would begin.
     fn refuse(&mut self, request: u64, status: u16, reason: &str) {
-        tracing::debug!("request {request}: {status}: {}", reason.escape_debug());
+        request_span(request).in_scope(|| tracing::debug!("{status}: {}", reason.escape_debug()));
         self.queue(&Response::fault(status, reason), Delivery { request, keep_alive: false, without_body: false });
     }
 
     fn answer(&mut self, asked: &Asked, response: &Response) {
         let Asked { request, method, path, keep_alive, since } = asked;
         let (status, path) = (response.status, path.escape_debug());
-        tracing::debug!("request {request}: {method} {path}: {status} in {} us", since.elapsed().as_micros());
+        let took = since.elapsed().as_micros();
+        request_span(*request).in_scope(|| tracing::debug!("{method} {path}: {status} in {took} us"));
         let without_body = method == "HEAD";
         self.queue(response, Delivery { request: *request, keep_alive: *keep_alive, without_body });
     }
