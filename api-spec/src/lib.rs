@@ -4,6 +4,7 @@
 //! - [`handshake`]: vmm and page server, over a Unix stream socket; and the page server's counters
 //! - [`operations`]: the calls of the vmm's REST API; [`vm`], [`devices`], [`snapshot`], [`logger`], [`stats`], [`error`],
 //!   [`mac`]: its documents
+//! - [`openapi`]: the published document of that API; [`strict`] reads documents as it has them
 //! - [`client`]: blocking clients of the agent, the REST API and the page server's metrics
 
 #![cfg_attr(not(feature = "std"), no_std)]
@@ -30,6 +31,8 @@ pub mod operations;
 pub mod snapshot;
 #[cfg(feature = "std")]
 pub mod stats;
+#[cfg(feature = "std")]
+pub mod strict;
 #[cfg(feature = "std")]
 pub mod vm;
 

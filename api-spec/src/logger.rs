@@ -82,7 +82,7 @@ pub enum LogFormat {
 }
 
 /// Body of `PUT /metrics`: where counters are written, as a line of JSON, every minute, at `FlushMetrics`, and at the end.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MetricsSink {
     /// A file that lines are appended to, or a FIFO.

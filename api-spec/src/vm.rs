@@ -145,9 +145,11 @@ pub enum CpuTemplate {
     V1N1,
 }
 
-/// Body of `PATCH /machine-config`: the fields to change; the others stay. After the start only `max_private_mib` can.
+/// Body of `PATCH /machine-config`: the fields to change, at least one; the others stay. After the start only
+/// `max_private_mib` can be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(extend("minProperties" = 1))]
 pub struct MachinePatch {
     /// Number of vCPUs, 1 to 8.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -3,12 +3,14 @@
 //!
 //! - [`binaries`]: finds the programs under test, and refuses stale ones
 //! - [`host`]: what this host offers; [`require!`](crate::require) skips a test that needs more, and says so
+//! - [`http`]: what a client of the API should not say, and what it is answered
 //! - [`place`]: a directory of its own for each test
 //! - [`process`]: processes that always end, with what they said shown when a test fails
 //! - [`vm`]: boots, restores, snapshots and commands VMs
 //! - [`page_server`]: starts page servers
 //! - [`linux`]: Linux guests, and what they say on their consoles
 //! - [`agent`]: talks to the agent in a guest
+//! - [`random`]: numbers that look random and are the same each time
 //! - [`template`]: a snapshot with known contents, and the one check that holds after every step of a guest's life
 //! - [`procfs`]: what the kernel says about a process
 //!
@@ -17,11 +19,13 @@
 pub mod agent;
 pub mod binaries;
 pub mod host;
+pub mod http;
 pub mod linux;
 pub mod page_server;
 pub mod place;
 pub mod process;
 pub mod procfs;
+pub mod random;
 pub mod template;
 pub mod vm;
 
@@ -30,6 +34,7 @@ pub use linux::Linux;
 pub use page_server::PageServer;
 pub use place::Place;
 pub use process::Process;
+pub use random::Random;
 pub use template::{Template, TemplateOptions};
 pub use test_skip::skip_test;
 pub use vm::{Boot, Restore, Vm};

@@ -50,6 +50,11 @@ pub fn memory(pid: u32, is_wanted: impl Fn(&str) -> bool) -> Memory {
     memory
 }
 
+/// Memory of process `pid` that is its own and is not its guest's, in KiB.
+pub fn rss_kib(pid: u32) -> u64 {
+    memory(pid, |name| !name.starts_with("/memfd:")).anonymous_kib
+}
+
 /// Memory of process `pid` that is its own and comes from no file (`RssAnon`), or from shared memory such as a memfd
 /// (`RssShmem`), in KiB.
 pub fn resident(pid: u32, kind: &str) -> u64 {

@@ -128,3 +128,19 @@ fn a_snapshot_is_verified_by_command() {
     let report: Value = serde_json::from_str(&done.stdout).expect("one JSON document");
     assert_eq!((&report["vcpus"], &report["memory_bytes"]), (&Value::from(1), &Value::from(32 << 20)));
 }
+
+#[test]
+fn the_benchmark_of_the_api_prints_one_document() {
+    require!(Kvm);
+    let place = Place::new();
+    let done = run_vmm(&place, "bench", &["bench", "api", "--calls", "20", "--starts", "2", "--json"]);
+    assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+    let report: serde_json::Value = serde_json::from_str(&done.stdout).expect("one document");
+    for spread in ["get_info", "socket_round_trip", "start_to_connection"] {
+        let [min, p50, max] = ["min_us", "p50_us", "max_us"].map(|field| report[spread][field].as_f64().expect(field));
+        assert!(0.0 < min && min <= p50 && p50 <= max, "{spread}: {report}");
+    }
+    assert_eq!((&report["calls"], &report["starts"]), (&20.into(), &2.into()));
+    let table = run_vmm(&place, "table", &["bench", "api", "--calls", "20", "--starts", "1"]);
+    assert!(table.code() == 0 && table.stdout.contains("GET / on a running VM"), "{table:?}");
+}

@@ -1,5 +1,6 @@
-//! What this host is, as snapshots record it.
+//! What this host is, as snapshots record it, and as reports tell it.
 
+use serde::Serialize;
 use snapshot::compat::HostFacts;
 use snapshot::manifest::Cpu;
 use std::arch::x86_64::__cpuid;
@@ -33,6 +34,30 @@ fn cpu() -> Cpu {
         String::new()
     };
     Cpu { vendor, family, model, stepping: signature & 0xf, brand }
+}
+
+/// A host in a few words, for reports.
+#[derive(Clone, Debug, Serialize)]
+pub struct Host {
+    /// CPU.
+    pub cpu: String,
+    /// Number of CPUs.
+    pub cpus: usize,
+    /// Kernel release.
+    pub kernel: String,
+    /// Whether its KVM emulates ring 0.
+    pub ring0_emulated: bool,
+}
+
+/// This host in a few words.
+pub fn summary() -> Host {
+    let facts = facts();
+    Host {
+        cpu: if facts.cpu.brand.is_empty() { facts.cpu.vendor } else { facts.cpu.brand },
+        cpus: std::thread::available_parallelism().map_or(1, usize::from),
+        kernel: facts.kernel,
+        ring0_emulated: crate::vcpu::ring0_is_emulated(),
+    }
 }
 
 #[cfg(test)]

@@ -5,12 +5,13 @@
 
 pub mod api;
 pub mod arch;
+pub mod bench;
+pub mod children;
 pub mod cli;
 pub mod console;
 pub mod demo;
 pub mod devices;
 pub mod doctor;
-
 pub mod host;
 pub mod kvm;
 pub mod loader;

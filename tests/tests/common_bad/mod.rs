@@ -13,7 +13,9 @@ mod vsock;
 
 use std::path::Path;
 use std::process::Command;
+pub use tests::Random;
 use tests::process::Finished;
+pub use tests::procfs::rss_kib;
 use tests::{Place, Process, binaries};
 
 /// Failed.
@@ -91,27 +93,3 @@ macro_rules! skip {
     }};
 }
 pub(crate) use skip;
-
-/// Numbers that look random and are the same each time (SplitMix64).
-pub struct Random(u64);
-
-impl Random {
-    pub fn new(seed: u64) -> Self {
-        Random(seed)
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(1);
-        api_spec::agent::pattern::mix(self.0)
-    }
-
-    /// One below `end`.
-    pub fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-}
-
-/// Memory of a process of its own, in KiB.
-pub fn rss_kib(pid: u32) -> u64 {
-    tests::procfs::memory(pid, |name| !name.starts_with("/memfd:")).anonymous_kib
-}

@@ -5,49 +5,14 @@ use api_spec::vm::InstanceState;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::Duration;
+use tests::http::{connect, request, say, status};
 use tests::template::Facts;
-use tests::{Boot, Place, Process, Vm, binaries, require};
-
-/// Says something to the API and nothing more; what it answers until it closes the connection.
-#[track_caller]
-fn say(api: &Path, bytes: &[u8]) -> String {
-    let mut stream = api_spec::client::unix::connect(api, tests::PATIENCE).expect("the API takes connections");
-    stream.set_read_timeout(Some(tests::PATIENCE)).expect("a socket takes a timeout");
-    stream.set_write_timeout(Some(tests::PATIENCE)).expect("a socket takes a timeout");
-    // It may close before it has heard all.
-    let _ = stream.write_all(bytes);
-    let _ = stream.shutdown(Shutdown::Write);
-    let mut answer = Vec::new();
-    match stream.read_to_end(&mut answer) {
-        Ok(_) => {}
-        Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => {}
-        Err(e) => panic!("{e}: no answer to {:?}", String::from_utf8_lossy(&bytes[..bytes.len().min(200)])),
-    }
-    String::from_utf8_lossy(&answer).into_owned()
-}
-
-/// The status of the first answer.
-fn status(answer: &str) -> u16 {
-    answer.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3)?.parse().ok()).unwrap_or(0)
-}
-
-fn request(method: &str, path: &str, body: &[u8]) -> Vec<u8> {
-    let head = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", body.len());
-    [head.as_bytes(), body].concat()
-}
+use tests::vm::waiting;
+use tests::{Boot, Place, require};
 
 const PUTS: [&str; 7] =
     ["/machine-config", "/boot-source", "/vsock", "/balloon", "/actions", "/snapshot/create", "/snapshot/load"];
-
-fn fresh(place: &Place) -> Vm {
-    let api = place.join("fresh.api");
-    let process = Process::start(place, "fresh", binaries::vmm(), |vmm| {
-        vmm.arg("--api-sock").arg(&api);
-    });
-    Vm { process, name: "fresh".into(), vsock: place.join("fresh.vsock"), api }
-}
 
 #[test]
 fn malformed_requests_are_refused_and_the_guest_goes_on() {
@@ -72,17 +37,23 @@ fn malformed_requests_are_refused_and_the_guest_goes_on() {
         (400, head("bad header")),
         (400, head("Content-Length: -1")),
         (400, head("Content-Length: 1e3")),
-        (400, head("Content-Length: 99999999999999999999999999")),
         (400, head("Content-Length: 1\r\nContent-Length: 2")),
-        (411, head("Transfer-Encoding: chunked")),
+        (400, head("Content-Length: 1\r\nTransfer-Encoding: chunked")),
+        (400, b"GET / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n".to_vec()),
+        (400, [&head("Transfer-Encoding: chunked")[..], b"x\r\n"].concat()),
+        (400, b"GET /%ff HTTP/1.1\r\n\r\n".to_vec()),
+        (417, head("Expect: a miracle")),
+        (501, head("Transfer-Encoding: gzip, chunked")),
         (413, head("Content-Length: 51201")),
         (413, head("Content-Length: 18446744073709551615")),
+        (413, head("Content-Length: 99999999999999999999999999")),
+        (413, [&head("Transfer-Encoding: chunked")[..], b"c801\r\n"].concat()),
         (431, head(&format!("X: {long}"))),
         (431, format!("GET /{long} HTTP/1.1\r\n\r\n").into_bytes()),
-        (431, head("X: y\r\n".repeat(40).trim_end())),
+        (431, head("X: y\r\n".repeat(70).trim_end())),
         (404, request("GET", "/nothing", b"")),
         (404, request("GET", "/../../etc/passwd", b"")),
-        (404, request("GET", "http://vm/", b"")),
+        (404, request("GET", "http://vm/nothing", b"")),
         (405, request("DELETE", "/vm", b"")),
         (405, request("BREW", "/", b"")),
         (405, request("PUT", "/", b"{}")),
@@ -137,11 +108,56 @@ fn malformed_requests_are_refused_and_the_guest_goes_on() {
 }
 
 #[test]
+fn requests_may_be_written_in_all_the_ways_that_http_has() {
+    let place = Place::new();
+    let mut vm = waiting(&place, "fresh");
+    vm.api();
+    let get = |line: &str, headers: &str| format!("{line}\r\n{headers}\r\n").into_bytes();
+    let chunked = |body: &str| {
+        let line = "PUT /machine-config HTTP/1.1";
+        get(line, &format!("Transfer-Encoding: chunked\r\n\r\n{body}0\r\nX: y\r\n"))
+    };
+    let heard = |bytes: &[u8]| tests::http::answers(&say(&vm.api, bytes));
+    let statuses = |bytes: &[u8]| heard(bytes).iter().map(|answer| answer.status).collect::<Vec<_>>();
+    for line in
+        ["GET / HTTP/1.1", "GET / HTTP/1.0", "GET /?a=b HTTP/1.1", "GET http://vm HTTP/1.1", "GET /%76ersion HTTP/1.1"]
+    {
+        assert_eq!(statuses(&get(line, "")), [200], "{line}");
+    }
+    assert_eq!(statuses(&chunked("c\r\n{\"vcpu_count\r\n4;x=y\r\n\":2}\r\n")), [204]);
+    assert_eq!(statuses(&chunked("1\r\n{\r\n")), [400], "a body that is understood, and is no JSON");
+    let old = [get("GET / HTTP/1.0", "Connection: x, keep-alive\r\n"), get("GET / HTTP/1.0", "")].concat();
+    assert_eq!(statuses(&old.repeat(2)), [200, 200], "the second one closes the connection");
+    let numbers: Vec<u64> = heard(&get("GET / HTTP/1.1", "").repeat(3))
+        .iter()
+        .map(|answer| answer.header("x-request-id").and_then(|number| number.parse().ok()).expect("it has a number"))
+        .collect();
+    assert!(numbers[0] > 8 && numbers == [numbers[0], numbers[0] + 1, numbers[0] + 2], "{numbers:?}");
+    // The answer to `HEAD` is the head of an answer, which another may follow.
+    let said = say(&vm.api, &[get("HEAD / HTTP/1.1", ""), get("GET / HTTP/1.1", "")].concat());
+    let (head, rest) = said.split_once("\r\n\r\n").expect("a head");
+    assert!(status(head) == 405 && !head.contains("\r\nContent-Length: 0"), "{said}");
+    assert_eq!(status(rest), 200, "{said}");
+    // Who asks for leave to send a body gets it, and then an answer.
+    let mut patient = connect(&vm.api);
+    patient
+        .write_all(b"PUT /machine-config HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 16\r\n\r\n")
+        .expect("there is room");
+    let mut leave = [0; 25];
+    patient.read_exact(&mut leave).expect("it gives leave");
+    assert_eq!(&leave, b"HTTP/1.1 100 Continue\r\n\r\n");
+    patient.write_all(br#"{"vcpu_count":1}"#).expect("there is room");
+    patient.shutdown(Shutdown::Write).expect("it is connected");
+    assert_eq!(status(&tests::http::hear(&mut patient)), 204);
+    no_panic(&vm.stop().stderr);
+}
+
+#[test]
 fn requests_out_of_order_are_refused_by_name() {
     require!(Kvm);
     let template = tests::Template::make(tests::TemplateOptions { vcpus: 1, memory_mib: 16, working_set_mib: 1 });
     let place = &template.place;
-    let mut vm = fresh(place);
+    let mut vm = waiting(place, "fresh");
     vm.api();
     let api = vm.api.clone();
     let load = serde_json::json!({ "snapshot_path": template.snapshot, "vsock_override": { "uds_path": vm.vsock } });
@@ -204,7 +220,7 @@ fn requests_out_of_order_are_refused_by_name() {
     template.facts.check(&mut vm.agent());
     vm.stop();
 
-    let mut vm = fresh(place);
+    let mut vm = waiting(place, "fresh");
     vm.api();
     accepts("PUT", "/boot-source", r#"{"embedded_guest":true}"#);
     refuses("PUT", "/snapshot/load", &load, "boot configuration was given already");
@@ -221,7 +237,7 @@ fn requests_out_of_order_are_refused_by_name() {
 fn a_boot_that_fails_leaves_nothing_and_can_be_tried_again() {
     require!(Kvm);
     let place = Place::new();
-    let mut vm = fresh(&place);
+    let mut vm = waiting(&place, "fresh");
     vm.api();
     let (api, vsock) = (vm.api.clone(), vm.vsock.clone());
     let put = |path: &str, body: String| status(&say(&api, &request("PUT", path, body.as_bytes())));
@@ -247,7 +263,7 @@ fn clients_that_say_nothing_read_nothing_or_come_in_crowds_hold_nobody_up() {
     let place = Place::new();
     let (mut vm, mut agent) = Boot::new(&place).memory_mib(16).ready("guest");
     let facts = Facts::gather(&mut agent, 1);
-    let connect = || api_spec::client::unix::connect(&vm.api, tests::PATIENCE).expect("the API takes connections");
+    let connect = || connect(&vm.api);
     let before = rss_kib(vm.process.pid());
 
     // One that asks and asks, and never reads.
@@ -262,7 +278,6 @@ fn clients_that_say_nothing_read_nothing_or_come_in_crowds_hold_nobody_up() {
     facts.check(&mut agent);
     // Pipelined, and read.
     let mut pipelined: UnixStream = connect();
-    pipelined.set_read_timeout(Some(tests::PATIENCE)).expect("a socket takes a timeout");
     pipelined.write_all(&request("GET", "/version", b"").repeat(50)).expect("there is room");
     pipelined.shutdown(Shutdown::Write).expect("it is connected");
     let mut answers = String::new();

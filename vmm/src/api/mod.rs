@@ -4,17 +4,20 @@
 //!   socket --server--> bytes --http--> Message --router--> Request --> the driver, which owns the VM
 //! ```
 //!
-//! [`http`] and [`router`] are pure; [`server`] does the I/O on the event loop's thread.
+//! [`http`], [`response`] and [`router`] are pure; [`server`] does the I/O on the event loop's thread.
 
+mod chunked;
 pub mod http;
+pub mod response;
 pub mod router;
 pub mod server;
+
+pub use response::{ContentType, Response};
 
 use api_spec::devices::{
     Balloon, BalloonStatisticsUpdate, BalloonUpdate, Drive, DriveUpdate, Entropy, NetworkInterface, NetworkUpdate,
     Serial,
 };
-use api_spec::error::ErrorBody;
 use api_spec::logger::{Logger, MetricsSink};
 use api_spec::operations::Operation;
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad};
@@ -86,41 +89,4 @@ pub enum Request {
     SnapshotLoad(SnapshotLoad),
     /// `GET /snapshot/status`
     SnapshotStatus,
-}
-
-/// An answer: a status and a JSON body, or none.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Response {
-    /// HTTP status.
-    pub status: u16,
-    /// JSON body; empty with status 204.
-    pub body: Vec<u8>,
-}
-
-impl Response {
-    /// 204: done, nothing to say.
-    pub fn done() -> Self {
-        Response { status: 204, body: Vec::new() }
-    }
-
-    /// 200 with a document.
-    pub fn document(document: &impl serde::Serialize) -> Self {
-        match serde_json::to_vec(document) {
-            Ok(mut body) => {
-                body.push(b'\n');
-                Response { status: 200, body }
-            }
-            Err(e) => Response::fault(500, &format!("cannot encode the answer: {e}")),
-        }
-    }
-
-    /// An error with its message.
-    pub fn fault(status: u16, message: &str) -> Self {
-        Response::refusal(status, &ErrorBody { fault_message: message.to_owned(), config: None })
-    }
-
-    /// An error.
-    pub fn refusal(status: u16, error: &ErrorBody) -> Self {
-        Response { status, body: serde_json::to_vec(error).unwrap_or_default() }
-    }
 }

@@ -5,6 +5,7 @@ use super::{Request, Response};
 use api_spec::devices::{Drive, DriveUpdate, NetworkInterface, NetworkUpdate};
 use api_spec::operations::{self, When};
 use api_spec::stats::MemoryMapQuery;
+use api_spec::strict;
 use serde::de::DeserializeOwned;
 
 /// The request that `message` is, or the answer that it gets at once.
@@ -55,7 +56,7 @@ pub fn route(message: &Message) -> Result<Request, Response> {
 }
 
 fn body<T: DeserializeOwned>(message: &Message) -> Result<T, Response> {
-    serde_json::from_slice(&message.body).map_err(|e| {
+    strict::from_slice(&message.body).map_err(|e| {
         Response::fault(400, &format!("{} {}: the body is not what it should be: {e}", message.method, message.path))
     })
 }
@@ -79,7 +80,8 @@ fn unknown(method: &str, path: &str) -> Response {
     if methods.is_empty() {
         return Response::fault(404, &format!("there is no {path} here"));
     }
-    Response::fault(405, &format!("{path} does not take {method}; it takes {}", methods.join(", ")))
+    let methods = methods.join(", ");
+    Response::fault(405, &format!("{path} does not take {method}; it takes {methods}")).with_header("Allow", methods)
 }
 
 #[cfg(test)]
@@ -88,7 +90,7 @@ mod tests {
     use api_spec::operations::{OPERATIONS, Operation};
 
     fn message(method: &str, path: &str, body: &str) -> Message {
-        Message { method: method.into(), path: path.into(), body: body.into(), keep_alive: true }
+        Message { method: method.into(), path: path.into(), body: body.into(), ..Message::default() }
     }
 
     /// A call as its example says.

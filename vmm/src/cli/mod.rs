@@ -2,18 +2,20 @@
 
 mod options;
 
-pub use options::{Command, LoadOptions, RunOptions, USAGE, UsageError};
+pub use options::{Command, LoadOptions, ProcessStart, RunOptions, USAGE, UsageError};
 
+use crate::bench;
 use crate::demo::{self, DemoError};
 use crate::doctor;
 use crate::loader::{EMBEDDED_GUEST, LoadError};
 use crate::logging;
 use crate::machine::backend::BackendError;
 use crate::machine::boot::BootError;
-use crate::machine::driver::{self, Ending, RunError, Start};
+use crate::machine::driver::{self, Ending, RunError, Setup, Start};
 use crate::machine::restore::RestoreError;
 use crate::memory::uffd::UffdError;
 use crate::vcpu::GuestEnd;
+use api_spec::logger::MetricsSink;
 use api_spec::vm::VmConfig;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -54,6 +56,9 @@ pub enum CliError {
         /// What is wrong, and where.
         source: serde_json::Error,
     },
+    /// A snapshot that cannot be read.
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::load::LoadError),
     /// The log.
     #[error(transparent)]
     Log(#[from] logging::LogError),
@@ -66,6 +71,9 @@ pub enum CliError {
     /// The demonstration.
     #[error(transparent)]
     Demo(#[from] DemoError),
+    /// A benchmark.
+    #[error(transparent)]
+    Bench(#[from] bench::BenchError),
     /// A snapshot that is not in order.
     #[error(transparent)]
     Verify(#[from] snapshot::verify::VerifyError),
@@ -100,6 +108,7 @@ impl CliError {
             CliError::Run(RunError::Guest(GuestEnd::Panic)) => GUEST_PANICKED,
             CliError::PageServer(e) => e.exit_code().into(),
             CliError::Demo(e) if e.host_cannot() => HOST_CANNOT,
+            CliError::Bench(e) if e.host_cannot() => HOST_CANNOT,
             _ => FAILED,
         }
     }
@@ -114,6 +123,10 @@ pub fn run(command: Command) -> Result<i32, CliError> {
         Command::Version => print(&format!("vmm {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Run(options) => run_vm(options),
         Command::Demo(options) => Ok(demo::run(&options).map(|()| DONE)?),
+        Command::BenchApi(options) => {
+            let report = bench::api::run(&options)?;
+            print(&if options.json { to_json(&report) } else { report.to_string() })
+        }
         Command::Doctor { json } => {
             let report = doctor::run();
             print(&if json { to_json(&report) } else { report.to_string() })?;
@@ -125,6 +138,11 @@ pub fn run(command: Command) -> Result<i32, CliError> {
             Ok(DONE)
         }
         Command::PageServer(options) => Ok(uffd_handler::run(&options).map(|()| DONE)?),
+        Command::SnapshotVersion => print(&format!("v{}\n", snapshot::FORMAT_VERSION)),
+        Command::DescribeSnapshot(path) => {
+            let snapshot = snapshot::load::open(&path)?;
+            print(&format!("v{}\n", snapshot.manifest().format_version))
+        }
         Command::Verify { path, json } => {
             let report = snapshot::verify::verify(&path)?;
             print(&if json { to_json(&report) } else { report.to_string() })
@@ -153,8 +171,22 @@ fn print(text: &str) -> Result<i32, CliError> {
 }
 
 fn run_vm(options: RunOptions) -> Result<i32, CliError> {
-    let RunOptions { id, api_sock, config, restore, console, log_level, end_with_parent } = options;
-    logging::start(logging::Settings::new(log_level, &*id))?;
+    let RunOptions {
+        id,
+        api_sock,
+        config,
+        restore,
+        console,
+        no_api,
+        max_body,
+        log,
+        metrics_path,
+        boot_timer,
+        process_start,
+        reset_is_done,
+        end_with_parent,
+    } = options;
+    logging::start(log)?;
     if end_with_parent {
         uffd_handler::process::end_with_parent().map_err(RunError::Setup)?;
     }
@@ -163,8 +195,12 @@ fn run_vm(options: RunOptions) -> Result<i32, CliError> {
         (None, Some(load)) => Start::Restore(load.request()),
         (None, None) => Start::Api,
     };
-    Ok(match driver::run(id, api_sock.as_deref(), console, start)? {
+    let metrics = metrics_path.map(|metrics_path| MetricsSink { metrics_path, ..Default::default() });
+    let api = api_sock.filter(|_| !no_api);
+    let setup = Setup { id, api, max_body, console, metrics, boot_timer, process_start };
+    Ok(match driver::run(setup, start)? {
         Ending::PowerOff | Ending::Signal | Ending::Saved => DONE,
+        Ending::Reset if reset_is_done => DONE,
         Ending::Reset => GUEST_RESET,
     })
 }
@@ -173,5 +209,5 @@ fn read_config(path: &Path) -> Result<VmConfig, CliError> {
     let read = |source| CliError::ReadConfig { path: path.to_owned(), source };
     let mut text = Vec::new();
     File::open(path).map_err(read)?.take(MAX_CONFIG).read_to_end(&mut text).map_err(read)?;
-    serde_json::from_slice(&text).map_err(|source| CliError::BadConfig { path: path.to_owned(), source })
+    api_spec::strict::from_slice(&text).map_err(|source| CliError::BadConfig { path: path.to_owned(), source })
 }

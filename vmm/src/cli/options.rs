@@ -1,7 +1,9 @@
 //! What a command line asks for. Pure.
 
+use crate::bench;
 use crate::demo::DemoOptions;
-use crate::logging::Level;
+use crate::logging::{Level, Settings};
+use crate::machine::config::check_id;
 use api_spec::devices::Serial;
 use api_spec::mac::MacError;
 use api_spec::snapshot::{DriveOverride, MemBackend, MemBackendType, NetworkOverride, SnapshotLoad, VsockOverride};
@@ -17,13 +19,14 @@ Usage: vmm --config FILE [options]            boot what the file describes
        vmm --restore SNAPSHOT [options]       restore a snapshot (its directory or its snap.json)
        vmm --api-sock PATH [options]          wait for instructions over HTTP
        vmm demo [options]                     boot, snapshot, and restore clones; see `vmm demo --help`
+       vmm bench api [options]                measure the REST API; see `vmm bench --help`
        vmm doctor [--json]                    say what this host can do, with remedies
        vmm guest export FILE                  write the embedded guest's kernel, for other VMMs to boot
        vmm snapshot verify SNAPSHOT [--json]  check every byte of a snapshot
        vmm uffd-handler [options]             run the page server; see `vmm uffd-handler --help`
 
 Options:
-  --config FILE          the machine, as JSON (`--config-file` means the same)
+  --config FILE          the machine, as JSON
   --restore SNAPSHOT     the snapshot to restore
   --uffd PATH            with --restore: take memory from the page server that listens there
   --uffd-mode MODE       with --uffd: `shared` (default), or `copy` for a page server of Firecracker's protocol
@@ -38,12 +41,34 @@ Options:
   --api-sock PATH        Unix socket of the REST API; created, mode 0600, removed at the end
   --id NAME              the VM's name in the API (default `anonymous-instance`)
   --end-with-parent      end, as on SIGTERM, when the process that started this one ends
-  --log-level LEVEL      off, error, warn, info, debug or trace (default `warn`); the log goes to standard error
+  --log-level LEVEL      off, error, warn, info, debug or trace (default `warn`)
+  --log-file PATH        where the log goes: a file that lines are appended to, or a FIFO (default: standard error)
+  --log-format FORMAT    `human` (default), or `json`: an object a line
   --help (-h), --version (-V)
 
+Options by which Firecracker's clients start it:
+  --config-file FILE     as --config, but a guest that resets its machine ends the vmm with 0, as there
+  --no-api               with --config or --config-file: no API, whatever --api-sock says
+  --level LEVEL, --log-path PATH
+                         as --log-level and --log-file
+  --show-level           lines of the log tell their level; they do anyway
+  --show-log-origin      lines of the log tell the place in the source that they come from
+  --module PATH          log only what comes from this module, such as `vmm::api`
+  --metrics-path PATH    where counters are written, as by `PUT /metrics`
+  --boot-timer           log the time until the guest writes 123 to address 0xc0000000 (at level `info`, which is then the default)
+  --http-api-max-payload-size N
+                         longest body that the API takes, in bytes (default 51200)
+  --start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N
+                         when and at what cost this process was started, for the counters
+  --no-seccomp           taken; no filter is installed yet
+  --snapshot-version     print the version of the snapshot format
+  --describe-snapshot SNAPSHOT
+                         print the version of a snapshot's format
+--seccomp-filter, --metadata, --mmds-size-limit and --enable-pci are about what is not offered, and refused.
+
 Ends with 0 when the guest has powered its machine off, or on SIGTERM, SIGINT or SIGHUP, 1 on failure, 2 on bad usage, 3
-when the guest's kernel has panicked and said so (pvpanic), 4 when the guest has reset its machine (a reboot), and 77 if
-this host cannot run microVMs.
+when the guest's kernel has panicked and said so (pvpanic), 4 when the guest has reset its machine (a reboot; 0 if it was
+started over the API or by --config-file), and 77 if this host cannot run microVMs.
 ";
 
 /// How to run a VM.
@@ -59,10 +84,33 @@ pub struct RunOptions {
     pub restore: Option<LoadOptions>,
     /// Where the guest's console leads.
     pub console: Option<Serial>,
-    /// What to log.
-    pub log_level: Level,
+    /// No API, whatever is said of its socket.
+    pub no_api: bool,
+    /// Longest body that the API takes, in bytes, if that was said.
+    pub max_body: Option<usize>,
+    /// What to log, how and where.
+    pub log: Settings,
+    /// Where counters are written.
+    pub metrics_path: Option<PathBuf>,
+    /// Tell how long the guest took to boot.
+    pub boot_timer: bool,
+    /// What whoever started this process says of that.
+    pub process_start: ProcessStart,
+    /// A reset of the guest's machine is an end like any other.
+    pub reset_is_done: bool,
     /// End when the parent process ends.
     pub end_with_parent: bool,
+}
+
+/// When this process was started, and at what cost, as its parent says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProcessStart {
+    /// Wall clock at its start, in microseconds since 1970.
+    pub time_us: Option<u64>,
+    /// CPU time that it had had then, in microseconds.
+    pub cpu_us: Option<u64>,
+    /// CPU time of its parent for it, in microseconds.
+    pub parent_cpu_us: Option<u64>,
 }
 
 /// What to restore.
@@ -117,6 +165,12 @@ pub enum Command {
     Run(RunOptions),
     /// Run the demonstration.
     Demo(DemoOptions),
+    /// Measure the API.
+    BenchApi(bench::api::Options),
+    /// Print the version of the snapshot format.
+    SnapshotVersion,
+    /// Print the version of a snapshot's format.
+    DescribeSnapshot(PathBuf),
     /// Examine the host.
     Doctor {
         /// Print JSON.
@@ -153,6 +207,9 @@ pub enum UsageError {
     /// An option that makes sense with another only.
     #[error("{0} makes sense with {1} only")]
     Needs(&'static str, &'static str),
+    /// Something that Firecracker has and this program does not.
+    #[error("{0} is not offered: {1}")]
+    NotOffered(&'static str, &'static str),
 }
 
 impl Command {
@@ -162,6 +219,7 @@ impl Command {
         let rest = args.get(1..).unwrap_or_default().to_vec();
         match args.first().and_then(|first| first.to_str()) {
             Some("demo") => parse_demo(rest),
+            Some("bench") => parse_bench(rest),
             Some("doctor") => parse_doctor(rest),
             Some("guest") => parse_guest(rest),
             Some("snapshot") => parse_snapshot(rest),
@@ -174,6 +232,7 @@ impl Command {
     /// The command whose `--help` says more about these arguments.
     pub fn help_for(args: &[OsString]) -> &'static str {
         match args.first().and_then(|first| first.to_str()) {
+            Some("bench") => "vmm bench --help",
             Some("demo") => "vmm demo --help",
             Some("uffd-handler") => "vmm uffd-handler --help",
             _ => "vmm --help",
@@ -181,24 +240,41 @@ impl Command {
     }
 }
 
+/// The VM's name unless it is given another.
+const DEFAULT_ID: &str = "anonymous-instance";
+const LEVELS: &str = "off, error, warn, info, debug or trace";
+const MICROSECONDS: &str = "a number of microseconds";
+const NO_METADATA: &str = "there is no metadata service; the guest's agent can be told what it needs";
+
 fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
     use lexopt::prelude::*;
     let mut options = RunOptions {
-        id: "anonymous-instance".into(),
+        id: DEFAULT_ID.into(),
         api_sock: None,
         config: None,
         restore: None,
         console: None,
-        log_level: Level::Warn,
+        no_api: false,
+        max_body: None,
+        log: Settings::new(Level::Warn, DEFAULT_ID),
+        metrics_path: None,
+        boot_timer: false,
+        process_start: ProcessStart::default(),
+        reset_is_done: false,
         end_with_parent: false,
     };
+    let mut level = None;
     let (mut snapshot, mut uffd, mut copy, mut vsock) = (None, None, None, None);
     let (mut drives, mut taps) = (Vec::new(), Vec::new());
     let (mut paused, mut same_generation, mut max_private_mib) = (false, false, None);
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
         match arg {
-            Long("config" | "config-file") => options.config = Some(parser.value()?.into()),
+            Long("config") => options.config = Some(parser.value()?.into()),
+            Long("config-file") => {
+                options.config = Some(parser.value()?.into());
+                options.reset_is_done = true;
+            }
             Long("restore") => snapshot = Some(PathBuf::from(parser.value()?)),
             Long("uffd") => uffd = Some(PathBuf::from(parser.value()?)),
             Long("uffd-mode") => match parser.value()?.string()?.as_str() {
@@ -218,16 +294,49 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             }
             Long("api-sock") => options.api_sock = Some(parser.value()?.into()),
             Long("console") => options.console = Some(console(parser.value()?)),
-            Long("id") => options.id = parser.value()?.string()?,
-            Long("end-with-parent") => options.end_with_parent = true,
-            Long("log-level") => {
-                options.log_level = value(&mut parser, "--log-level", "off, error, warn, info, debug or trace")?;
+            Long("no-api") => options.no_api = true,
+            Long("http-api-max-payload-size") => {
+                options.max_body = Some(value(&mut parser, "--http-api-max-payload-size", "a number of bytes")?);
             }
+            Long("id") => {
+                options.id = parser.value()?.string()?;
+                check_id("--id", &options.id).map_err(|e| lexopt::Error::from(e.to_string()))?;
+            }
+            Long("end-with-parent") => options.end_with_parent = true,
+            Long("log-level") => level = Some(value(&mut parser, "--log-level", LEVELS)?),
+            Long("level") => level = Some(value(&mut parser, "--level", LEVELS)?),
+            Long("log-file" | "log-path") => options.log.path = Some(parser.value()?.into()),
+            Long("log-format") => options.log.format = value(&mut parser, "--log-format", "human or json")?,
+            Long("show-level") => options.log.show_level = true,
+            Long("show-log-origin") => options.log.show_origin = true,
+            Long("module") => options.log.module = Some(parser.value()?.string()?),
+            Long("metrics-path") => options.metrics_path = Some(parser.value()?.into()),
+            Long("boot-timer") => options.boot_timer = true,
+            Long("start-time-us") => {
+                options.process_start.time_us = Some(value(&mut parser, "--start-time-us", MICROSECONDS)?);
+            }
+            Long("start-time-cpu-us") => {
+                options.process_start.cpu_us = Some(value(&mut parser, "--start-time-cpu-us", MICROSECONDS)?);
+            }
+            Long("parent-cpu-time-us") => {
+                options.process_start.parent_cpu_us = Some(value(&mut parser, "--parent-cpu-time-us", MICROSECONDS)?);
+            }
+            Long("no-seccomp") => {}
+            Long("seccomp-filter") => return Err(UsageError::NotOffered("--seccomp-filter", "no filter is installed")),
+            Long("metadata") => return Err(UsageError::NotOffered("--metadata", NO_METADATA)),
+            Long("mmds-size-limit") => return Err(UsageError::NotOffered("--mmds-size-limit", NO_METADATA)),
+            Long("enable-pci") => {
+                return Err(UsageError::NotOffered("--enable-pci", "devices are virtio-mmio; leave it out"));
+            }
+            Long("snapshot-version") => return Ok(Command::SnapshotVersion),
+            Long("describe-snapshot") => return Ok(Command::DescribeSnapshot(parser.value()?.into())),
             Long("help") | Short('h') => return Ok(Command::Help(USAGE)),
             Long("version") | Short('V') => return Ok(Command::Version),
             other => return Err(other.unexpected().into()),
         }
     }
+    options.log.level = level.unwrap_or(if options.boot_timer { Level::Info } else { Level::Warn });
+    options.log.id = options.id.clone();
     let only_with_restore = [
         ("--uffd", uffd.is_some()),
         ("--vsock", vsock.is_some()),
@@ -261,6 +370,11 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             }
         }
     }
+    if options.no_api && options.config.is_none() {
+        return Err(UsageError::Needs("--no-api", "--config or --config-file"));
+    }
+    // Whoever starts a VM over the API knows Firecracker's exit codes.
+    options.reset_is_done |= options.config.is_none() && options.restore.is_none();
     if options.config.is_none() && options.restore.is_none() && options.api_sock.is_none() {
         return Err(UsageError::Missing("one of --config, --restore and --api-sock must be given"));
     }
@@ -324,6 +438,27 @@ fn parse_demo(args: Vec<OsString>) -> Result<Command, UsageError> {
     }
     options.check().map_err(|e| lexopt::Error::from(e.to_string()))?;
     Ok(Command::Demo(options))
+}
+
+fn parse_bench(args: Vec<OsString>) -> Result<Command, UsageError> {
+    use lexopt::prelude::*;
+    let (mut options, mut what) = (bench::api::Options::default(), None);
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("calls") => options.calls = value(&mut parser, "--calls", "a number")?,
+            Long("starts") => options.starts = value(&mut parser, "--starts", "a number")?,
+            Long("json") => options.json = true,
+            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
+            Value(value) if what.is_none() => what = Some(value),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    if what.as_deref() != Some(OsStr::new("api")) {
+        return Err(UsageError::Missing("`bench` takes `api`"));
+    }
+    options.check().map_err(lexopt::Error::from)?;
+    Ok(Command::BenchApi(options))
 }
 
 fn parse_doctor(args: Vec<OsString>) -> Result<Command, UsageError> {
@@ -417,6 +552,33 @@ mod tests {
     }
 
     #[test]
+    fn the_flags_of_existing_clients_are_taken() {
+        let line = "--api-sock a --id vm-1 --level Warning --log-path l --show-level --show-log-origin --module vmm::api \
+                    --metrics-path m --no-seccomp --boot-timer --http-api-max-payload-size 1000 --start-time-us 1 \
+                    --start-time-cpu-us 2 --parent-cpu-time-us 3";
+        let Ok(Command::Run(options)) = parse(line) else { panic!() };
+        let log = Settings {
+            path: Some("l".into()),
+            show_origin: true,
+            module: Some("vmm::api".into()),
+            ..Settings::new(Level::Warn, "vm-1")
+        };
+        assert_eq!((options.log, options.metrics_path), (log, Some("m".into())));
+        assert!(options.boot_timer && options.reset_is_done && options.max_body == Some(1000));
+        let start = ProcessStart { time_us: Some(1), cpu_us: Some(2), parent_cpu_us: Some(3) };
+        assert_eq!(options.process_start, start);
+        let Ok(Command::Run(options)) = parse("--config-file c --no-api --api-sock a --boot-timer") else { panic!() };
+        assert!(options.no_api && options.reset_is_done);
+        assert_eq!(options.log.level, Level::Info, "it is there to be seen");
+        for ours in ["--config c", "--restore s --api-sock a"] {
+            let Ok(Command::Run(options)) = parse(ours) else { panic!() };
+            assert!(!options.reset_is_done, "{ours}");
+        }
+        assert_eq!(parse("--snapshot-version").unwrap(), Command::SnapshotVersion);
+        assert_eq!(parse("--describe-snapshot s").unwrap(), Command::DescribeSnapshot("s".into()));
+    }
+
+    #[test]
     fn taps_are_named_interface_by_interface() {
         let line = "--restore s --tap eth0=tap1 --tap eth1=tap2,06:00:00:00:00:01";
         let Ok(Command::Run(options)) = parse(line) else { panic!() };
@@ -445,6 +607,17 @@ mod tests {
             "--restore a --uffd b --uffd-mode other",
             "--restore a --uffd-mode copy",
             "--nonsense",
+            "--api-sock a --no-api",
+            "--api-sock a --id a/b",
+            "--api-sock a --level loud",
+            "--api-sock a --log-format xml",
+            "--api-sock a --http-api-max-payload-size -1",
+            "--api-sock a --enable-pci",
+            "--api-sock a --metadata m",
+            "--api-sock a --mmds-size-limit 5",
+            "--api-sock a --seccomp-filter f",
+            "--api-sock a --start-time-us soon",
+            "--describe-snapshot",
             "--config a --tap eth0=tap1",
             "--restore a --tap eth0",
             "--restore a --tap eth0=tap1,",
@@ -454,6 +627,10 @@ mod tests {
             "guest export --json f",
             "guest export --unknown",
             "snapshot verify",
+            "bench",
+            "bench disks",
+            "bench api --calls 0",
+            "bench api --starts 1001",
             "demo --clones 0",
             "demo --memory 1",
             "demo --memory 64 --working-set 64",

@@ -1,10 +1,10 @@
 //! The demonstration: boots a guest, snapshots it, starts the page server, restores clones, talks to each of them, and
 //! checks everything that it claims. It drives ordinary `vmm` processes from outside, as any service would.
 
-mod children;
 mod report;
 mod smaps;
 
+use crate::children::{Child, ChildError, Children};
 use crate::machine::config;
 use crate::memory::layout;
 use api_spec::agent::pattern::Checksum;
@@ -15,7 +15,6 @@ use api_spec::client::{AgentClient, RestClient, metrics};
 use api_spec::handshake::Metrics;
 use api_spec::snapshot::{SnapshotCreate, SnapshotStatus};
 use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
-use children::{Child, Children};
 use report::{CloneReport, Report};
 use std::collections::HashSet;
 use std::hash::Hash;
@@ -125,16 +124,9 @@ pub enum DemoError {
     /// Sockets would not fit.
     #[error("{0} is too long a path for the sockets that are made in it; name a shorter one with --dir, or set TMPDIR")]
     LongDirectory(PathBuf),
-    /// A process ended that should not have.
-    #[error("{name} ended ({status}): {last_words}")]
-    Ended {
-        /// Which process.
-        name: String,
-        /// Its exit status.
-        status: std::process::ExitStatus,
-        /// The last line of its log.
-        last_words: String,
-    },
+    /// A process ended that should not have, or did not start.
+    #[error(transparent)]
+    Child(#[from] ChildError),
     /// A guest.
     #[error("{name}: {source}")]
     Agent {
@@ -173,7 +165,7 @@ pub enum DemoError {
 impl DemoError {
     /// Whether this host cannot run microVMs at all.
     pub fn host_cannot(&self) -> bool {
-        matches!(self, DemoError::Ended { status, .. } if status.code() == Some(crate::cli::HOST_CANNOT))
+        matches!(self, DemoError::Child(e) if e.host_cannot())
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the demonstration found out, as a table and as JSON.
 
 use super::DemoOptions;
-use crate::host;
+use crate::host::{self, Host};
 use api_spec::handshake::Metrics;
 use api_spec::snapshot::SnapshotStatus;
 use serde::Serialize;
@@ -37,19 +37,6 @@ pub struct Report {
     pub checks: usize,
     /// How many of them did not hold.
     pub checks_failed: usize,
-}
-
-/// A host.
-#[derive(Clone, Debug, Serialize)]
-pub struct Host {
-    /// CPU.
-    pub cpu: String,
-    /// Number of CPUs.
-    pub cpus: usize,
-    /// Kernel release.
-    pub kernel: String,
-    /// Whether its KVM emulates ring 0.
-    pub ring0_emulated: bool,
 }
 
 /// What was found out about one clone.
@@ -108,13 +95,6 @@ impl Report {
         total: Duration,
     ) -> Self {
         let ms = |duration: Duration| (duration.as_secs_f64() * 1e6).round() / 1e3;
-        let facts = host::facts();
-        let host = Host {
-            cpu: if facts.cpu.brand.is_empty() { facts.cpu.vendor } else { facts.cpu.brand },
-            cpus: std::thread::available_parallelism().map_or(1, usize::from),
-            kernel: facts.kernel,
-            ring0_emulated: crate::vcpu::ring0_is_emulated(),
-        };
         let mut report = Report {
             boot_ms: ms(boot),
             snapshot_pause_us: snapshot.pause_us,
@@ -122,7 +102,7 @@ impl Report {
             memory_mib: options.memory_mib,
             working_set_mib: options.working_set_mib,
             vcpus: options.vcpus,
-            host,
+            host: host::summary(),
             clones,
             image_digest_unchanged,
             store_pages: metrics.stores.iter().map(|store| store.filled_pages).sum(),

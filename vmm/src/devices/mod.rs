@@ -8,6 +8,7 @@
 //! | `i8042.rs` | the keyboard controller, of which only the reset line exists |
 //! | `power.rs` | the registers that power the machine off |
 //! | `pvpanic.rs` | the port by which a kernel says that it has panicked |
+//! | `boot_timer.rs` | tells how long a guest took to boot, on request |
 //! | `rate.rs` | bounds of a device's traffic |
 //! | `alarm.rs` | has a device take its turn after some time |
 //! | `virtio/mod.rs` | what a virtio device is to its transport |
@@ -29,6 +30,7 @@
 //! has written.
 
 pub mod alarm;
+pub mod boot_timer;
 pub mod bus;
 pub mod i8042;
 pub mod output;

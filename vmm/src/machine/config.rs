@@ -30,6 +30,9 @@ pub enum ConfigError {
         /// What to do.
         remedy: &'static str,
     },
+    /// No change at all.
+    #[error("machine-config: nothing to change was given; once a VM was started, max_private_mib can be changed")]
+    NoChange,
     /// It was settled when the VM was started.
     #[error("machine-config.{field} cannot be changed once a VM was started; max_private_mib can")]
     Fixed {
@@ -234,6 +237,7 @@ pub fn with_machine(config: &MachineConfig, patch: MachinePatch) -> Result<Machi
         cpu_template: cpu_template.or(config.cpu_template),
         max_private_mib: max_private_mib.unwrap_or(config.max_private_mib),
     };
+    check_change(patch)?;
     check_machine(&changed)?;
     Ok(changed)
 }
@@ -253,8 +257,13 @@ pub fn check_machine_update(patch: MachinePatch) -> Result<Option<Option<u64>>, 
     if let Some((field, _)) = fixed.into_iter().find(|(_, given)| *given) {
         return Err(ConfigError::Fixed { field });
     }
+    check_change(patch)?;
     check_max_private(max_private_mib.flatten())?;
     Ok(max_private_mib)
+}
+
+fn check_change(patch: MachinePatch) -> Result<(), ConfigError> {
+    if patch == MachinePatch::default() { Err(ConfigError::NoChange) } else { Ok(()) }
 }
 
 fn refuse_if(given: bool, field: &str, remedy: &'static str) -> Result<(), ConfigError> {

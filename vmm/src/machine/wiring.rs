@@ -7,6 +7,7 @@
 //! | pvpanic | port 0x505 | none |
 //! | sleep registers | ports 0x600 and 0x601 | none |
 //! | virtio-mmio devices, as far as there are: vsock, disks (the root disk first), network interfaces, entropy, balloon | from 0xd000_0000, 4 KiB each | from GSI 5, up to 22 |
+//! | boot timer, on request | 0xc000_0000 | none |
 //! | generation id | its page of memory | GSI 23, through the ACPI event device |
 //!
 //! A guest finds them in the ACPI tables ([`crate::arch::acpi`]). Virtio-mmio devices are also named on the kernel command
@@ -20,6 +21,7 @@
 use super::config::DevicePlan;
 use super::driver::Subscriber;
 use crate::arch::acpi::VirtioMmio;
+use crate::devices::boot_timer::{self, BootTimer};
 use crate::devices::bus::{Bus, BusDevice, BusError};
 use crate::devices::i8042::{self, I8042};
 use crate::devices::lock;
@@ -113,6 +115,8 @@ pub struct Outside {
     pub reset: EventFd,
     /// Signals that ask the process to end.
     pub signals: Signals,
+    /// Tell how long a guest that is booted takes for it.
+    pub boot_timer: bool,
 }
 
 /// The devices of a machine.
@@ -215,7 +219,7 @@ pub fn wire(
     saved: Option<&DeviceState>,
     outside: Outside,
 ) -> Result<Devices, WireError> {
-    let Outside { notifier, console, reset, signals: _ } = outside;
+    let Outside { notifier, console, reset, signals: _, boot_timer } = outside;
     let DevicePlan { vsock, drives, network, entropy, balloon } = plan;
     let mut pio = Bus::ports();
     let serial = wire_serial(vm, &mut pio, saved, console)?;
@@ -228,7 +232,11 @@ pub fn wire(
         check_saved(plan, saved)?;
     }
     let memory = ram.memory();
-    let mut virtio = Virtio { vm, memory, mmio: Bus::memory(), devices: Vec::new(), subscribers: Vec::new() };
+    let mut mmio = Bus::memory();
+    if boot_timer && saved.is_none() {
+        mmio.insert(boot_timer::BASE, boot_timer::LEN, shared(BootTimer::start()))?;
+    }
+    let mut virtio = Virtio { vm, memory, mmio, devices: Vec::new(), subscribers: Vec::new() };
     let vsock = vsock.as_ref().map(|config| {
         let saved = saved.and_then(|saved| saved.vsock.as_ref());
         virtio.add_vsock(config, saved, notifier.clone())

@@ -1,8 +1,9 @@
 //! What each request does.
 
-use super::{Driver, RequestError, Save};
+use super::{Driver, RequestError, Save, change_log};
 use crate::api::server::Pending;
 use crate::api::{Request, Response};
+use crate::logging;
 use crate::machine::Machine;
 use crate::machine::config;
 use crate::machine::requests::{self, NotNow, Phase};
@@ -11,6 +12,7 @@ use crate::memory::layout::MAX_MIB;
 use crate::notice::Halt;
 use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate, DriveUpdate, NetworkUpdate};
 use api_spec::error::ErrorBody;
+use api_spec::logger::Logger;
 use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus};
 use api_spec::vm::{
     Action, ActionType, InstanceInfo, InstanceState, MachinePatch, Version, VmConfig, VmPatch, VmSave, VmState,
@@ -19,6 +21,7 @@ use api_spec::vm::{
 impl Driver {
     /// Answers a request; `None` if the answer comes later.
     pub(super) fn answer(&mut self, request: Request, from: Pending) -> Option<Response> {
+        let _span = logging::request_span(from.request).entered();
         let writing = self.waiting.is_some() || self.next.is_some();
         let starts = matches!(request, Request::Action(Action { action_type: ActionType::InstanceStart }));
         let outcome = requests::may(&request, self.phase(), writing)
@@ -94,7 +97,8 @@ impl Driver {
                 self.config.serial = Some(serial);
                 Ok(())
             }
-            Request::PutLogger(_) | Request::PutMetrics(_) => todo!(),
+            Request::PutLogger(logger) => self.put_logger(logger),
+            Request::PutMetrics(_) => todo!(),
             Request::PatchDrive(update) => self.patch_drive(&update),
             Request::PatchNetworkInterface(update) => self.patch_network(&update),
             Request::PatchBalloon(update) => self.patch_balloon(update),
@@ -130,6 +134,21 @@ impl Driver {
         config::check_room(&config)?;
         self.config = config;
         self.configured = true;
+        Ok(())
+    }
+
+    fn put_logger(&mut self, logger: Logger) -> Result<(), RequestError> {
+        change_log(&logger)?;
+        let Logger { log_path, level, show_level, show_log_origin, module, format } = logger;
+        let known = self.config.logger.take().unwrap_or_default();
+        self.config.logger = Some(Logger {
+            log_path: log_path.or(known.log_path),
+            level: level.or(known.level),
+            show_level: show_level.or(known.show_level),
+            show_log_origin: show_log_origin.or(known.show_log_origin),
+            module: module.or(known.module),
+            format: format.or(known.format),
+        });
         Ok(())
     }
 

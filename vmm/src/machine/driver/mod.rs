@@ -11,21 +11,25 @@ use super::requests::{NotNow, Phase};
 use super::restore::{RestoreError, restore};
 use super::snapshot::{Job, SnapshotError};
 use super::wiring::Outside;
+use crate::api::http::Limits;
 use crate::api::server::{Pending, Server};
 use crate::api::{Request, Response};
+use crate::cli::ProcessStart;
 use crate::console::{Console, ConsoleError, Input, Pty};
 use crate::devices::alarm::Alarm;
+use crate::logging::{self, LogError};
 use crate::notice::{self, Halt, Notice, Notices, Notifier};
 use crate::vcpu::{GuestEnd, VcpuError};
 use api_spec::agent::Level;
 use api_spec::devices::Serial;
+use api_spec::logger::{LogFormat, LogLevel, Logger, MetricsSink};
 use api_spec::operations::Operation;
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus};
 use api_spec::vm::{Readiness, VmConfig};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use uffd_handler::listener::ListenError;
@@ -37,6 +41,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 /// waits for a page; and when it tries again.
 const HALT_PATIENCE: Duration = Duration::from_millis(100);
 const HALT_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long clients have, at the end of the process, to take their answers.
+const LAST_ANSWERS: Duration = Duration::from_millis(200);
 
 /// Anything that the event loop serves.
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
@@ -72,6 +79,9 @@ pub enum RunError {
     /// The console.
     #[error(transparent)]
     Console(#[from] ConsoleError),
+    /// The log.
+    #[error(transparent)]
+    Log(#[from] LogError),
     /// Boot.
     #[error(transparent)]
     Boot(#[from] BootError),
@@ -111,6 +121,8 @@ enum RequestError {
     NoBalloon,
     #[error("cannot keep a limit of private memory: {0}")]
     Limit(io::Error),
+    #[error("logger.log_path: {0}")]
+    Log(#[from] LogError),
     #[error("the guest cannot go on. {0}")]
     Halt(Halt),
     #[error("SendCtrlAltDel is not offered, as guests have no keyboard; ask the guest's agent to power it off")]
@@ -130,16 +142,36 @@ pub enum Start {
     Restore(SnapshotLoad),
 }
 
-/// Runs a vmm until it ends. `console` is where the guest's console leads, if that was said on the command line.
-pub fn run(id: String, api: Option<&Path>, console: Option<Serial>, start: Start) -> Result<Ending, RunError> {
+/// What a command line says of a vmm, whatever it starts.
+#[derive(Clone, Debug, Default)]
+pub struct Setup {
+    /// The VM's name.
+    pub id: String,
+    /// Where the API listens, if anywhere.
+    pub api: Option<PathBuf>,
+    /// Longest body that the API takes, in bytes, if that was said.
+    pub max_body: Option<usize>,
+    /// Where the guest's console leads, whatever a configuration says.
+    pub console: Option<Serial>,
+    /// Where counters are written, whatever a configuration says.
+    pub metrics: Option<MetricsSink>,
+    /// Tell how long a guest that is booted takes for it.
+    pub boot_timer: bool,
+    /// What whoever started this process says of that.
+    pub process_start: ProcessStart,
+}
+
+/// Runs a vmm until it ends.
+pub fn run(setup: Setup, start: Start) -> Result<Ending, RunError> {
     uffd_handler::raise_descriptor_limit();
     let mut manager = EventManager::<Subscriber>::new().map_err(loop_error)?;
-    let driver = Arc::new(Mutex::new(Driver::new(id, api)?));
+    let driver = Arc::new(Mutex::new(Driver::new(&setup)?));
     manager.add_subscriber(driver.clone());
-    crate::devices::lock(&driver).start(start, console)?;
+    crate::devices::lock(&driver).start(start, setup)?;
     loop {
         let (arrivals, ending) = crate::devices::lock(&driver).take_news();
         if let Some(ending) = ending {
+            crate::devices::lock(&driver).take_leave();
             return ending;
         }
         for subscriber in arrivals {
@@ -153,6 +185,29 @@ fn loop_error(e: event_manager::Error) -> RunError {
     RunError::Loop(e.to_string())
 }
 
+/// Changes what is logged, how and where, as a request or a configuration says.
+fn change_log(logger: &Logger) -> Result<(), LogError> {
+    let Logger { log_path, level, show_level, show_log_origin, module, format } = logger.clone();
+    logging::change(logging::Change {
+        path: log_path,
+        level: level.map(|level| match level {
+            LogLevel::Off => logging::Level::Off,
+            LogLevel::Error => logging::Level::Error,
+            LogLevel::Warning => logging::Level::Warn,
+            LogLevel::Info => logging::Level::Info,
+            LogLevel::Debug => logging::Level::Debug,
+            LogLevel::Trace => logging::Level::Trace,
+        }),
+        format: format.map(|format| match format {
+            LogFormat::Human => logging::Format::Human,
+            LogFormat::Json => logging::Format::Json,
+        }),
+        show_level,
+        show_origin: show_log_origin,
+        module,
+    })
+}
+
 /// A snapshot after which the vmm ends.
 #[derive(Clone, Copy, Debug)]
 struct Save {
@@ -163,6 +218,7 @@ struct Save {
 /// The one owner of the VM.
 struct Driver {
     id: String,
+    boot_timer: bool,
     config: VmConfig,
     configured: bool,
     machine: Option<Machine>,
@@ -197,13 +253,15 @@ struct Driver {
 }
 
 impl Driver {
-    fn new(id: String, api: Option<&Path>) -> Result<Self, RunError> {
+    fn new(setup: &Setup) -> Result<Self, RunError> {
         let signals = Signals::catch()?;
-        let api = api.map(Server::listen).transpose()?;
+        let limits = setup.max_body.map_or(Limits::default(), |max_body| Limits { max_body });
+        let api = setup.api.as_deref().map(|path| Server::listen(path, limits)).transpose()?;
         let (notifier, notices) = notice::channel()?;
         let reset = EventFd::new(EFD_NONBLOCK)?;
         Ok(Driver {
-            id,
+            id: setup.id.clone(),
+            boot_timer: setup.boot_timer,
             config: VmConfig::default(),
             configured: false,
             machine: None,
@@ -229,13 +287,19 @@ impl Driver {
         })
     }
 
-    /// `console` stands above what a configuration says.
-    fn start(&mut self, start: Start, console: Option<Serial>) -> Result<(), RunError> {
+    /// What the command line says stands above what a configuration says.
+    fn start(&mut self, start: Start, setup: Setup) -> Result<(), RunError> {
+        let Setup { console, metrics, .. } = setup;
         self.config.serial = console.clone();
+        self.config.metrics = metrics.clone();
         match start {
             Start::Api => Ok(()),
             Start::Boot(config) => {
-                self.config = VmConfig { serial: console.or(config.serial.clone()), ..config };
+                if let Some(logger) = &config.logger {
+                    change_log(logger)?;
+                }
+                let (serial, metrics) = (console.or(config.serial.clone()), metrics.or(config.metrics.clone()));
+                self.config = VmConfig { serial, metrics, ..config };
                 self.boot().map_err(|e| match e {
                     RequestError::Config(e) => RunError::Config(e),
                     RequestError::Console(e) => RunError::Console(e),
@@ -263,6 +327,14 @@ impl Driver {
         self.ending.get_or_insert(ending);
     }
 
+    /// Nobody is left without an answer when the process ends.
+    fn take_leave(&mut self) {
+        if let Some(api) = &mut self.api {
+            api.refuse_pending("the vmm is ending, and what was asked for is given up");
+            api.flush(LAST_ANSWERS);
+        }
+    }
+
     fn phase(&self) -> Phase {
         match &self.machine {
             None => Phase::NotStarted { configured: self.configured },
@@ -277,7 +349,8 @@ impl Driver {
         let (console, input, pty) = Console::open(&place)?.into_parts();
         let setup = RequestError::Setup;
         let (reset, signals) = (self.reset.try_clone().map_err(setup)?, self.signals.try_clone().map_err(setup)?);
-        Ok((Outside { notifier: self.notifier.clone(), console, reset, signals }, input, pty))
+        let (notifier, boot_timer) = (self.notifier.clone(), self.boot_timer);
+        Ok((Outside { notifier, console, reset, signals, boot_timer }, input, pty))
     }
 
     fn adopt(&mut self, machine: Machine, input: Input, pty: Option<Pty>) {

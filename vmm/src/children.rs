@@ -1,13 +1,47 @@
-//! The processes of the demonstration. None of them outlives it, however it ends.
+//! Processes of this same program that a demonstration or a benchmark starts. None of them outlives it, however it ends.
 
-use super::{DemoError, io_error};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::File;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
+
+/// Why a process is not what it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum ChildError {
+    /// A file, or the process itself.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done.
+        what: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It ended and should not have.
+    #[error("{name} ended ({status}): {last_words}")]
+    Ended {
+        /// Which process.
+        name: String,
+        /// Its exit status.
+        status: ExitStatus,
+        /// The last line of its log.
+        last_words: String,
+    },
+}
+
+impl ChildError {
+    /// Whether this host cannot run microVMs at all.
+    pub fn host_cannot(&self) -> bool {
+        matches!(self, ChildError::Ended { status, .. } if status.code() == Some(crate::cli::HOST_CANNOT))
+    }
+}
+
+fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> ChildError {
+    let what = what.into();
+    move |source| ChildError::Io { what, source }
+}
 
 /// Starts processes of this same program.
 pub struct Children {
@@ -26,13 +60,13 @@ const LAST_ORDERS: Duration = Duration::from_secs(2);
 
 impl Children {
     /// Finds this program.
-    pub fn new() -> Result<Self, DemoError> {
+    pub fn new() -> Result<Self, ChildError> {
         let program = std::env::current_exe().map_err(io_error("cannot find this program's own file"))?;
         Ok(Children { program })
     }
 
     /// Starts this program with the arguments that `arguments` adds; its log goes to `log`.
-    pub fn start(&self, name: &str, log: &Path, arguments: impl FnOnce(&mut Command)) -> Result<Child, DemoError> {
+    pub fn start(&self, name: &str, log: &Path, arguments: impl FnOnce(&mut Command)) -> Result<Child, ChildError> {
         let log_file = File::create(log).map_err(io_error(format!("cannot write {}", log.display())))?;
         let mut command = Command::new(&self.program);
         arguments(&mut command);
@@ -52,13 +86,13 @@ impl Child {
     }
 
     /// An error with the last line of the log, if the process has ended.
-    pub fn check_alive(&mut self) -> Result<(), DemoError> {
+    pub fn check_alive(&mut self) -> Result<(), ChildError> {
         let status = self.process.try_wait().map_err(io_error(format!("cannot look after {}", self.name)))?;
         let Some(status) = status else { return Ok(()) };
         let log = std::fs::read_to_string(&self.log).unwrap_or_default();
         let last = log.lines().last().unwrap_or("its log is empty");
         let last_words = last.strip_prefix("vmm: ").unwrap_or(last).to_owned();
-        Err(DemoError::Ended { name: self.name.clone(), status, last_words })
+        Err(ChildError::Ended { name: self.name.clone(), status, last_words })
     }
 
     /// Asks the process to end, without waiting for it.

@@ -1,0 +1,189 @@
+//! How long a call of the REST API takes, and how soon after its start a vmm can be called.
+
+use super::{BenchError, Spread};
+use crate::children::{Child, Children};
+use crate::host::{self, Host};
+use api_spec::client::RestClient;
+use api_spec::vm::{BootSource, InstanceInfo, InstanceState, MachineConfig, VmConfig};
+use serde::Serialize;
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// How long anything may take that takes milliseconds.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How often to try whether a vmm can be called.
+const AGAIN: Duration = Duration::from_micros(50);
+/// How many calls come before those that count.
+const WARM_UP: u32 = 100;
+/// About how long a request and its answer are, in bytes.
+const REQUEST: usize = 36;
+const ANSWER: usize = 260;
+
+/// What to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Number of calls.
+    pub calls: u32,
+    /// Number of processes to start.
+    pub starts: u32,
+    /// Print JSON.
+    pub json: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { calls: 5000, starts: 20, json: false }
+    }
+}
+
+impl Options {
+    /// Whether the values make sense.
+    pub fn check(&self) -> Result<(), String> {
+        match self {
+            Options { calls: 0 | 1_000_001.., .. } => Err(format!("--calls {}: must be 1 to 1000000", self.calls)),
+            Options { starts: 0 | 1001.., .. } => Err(format!("--starts {}: must be 1 to 1000", self.starts)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What was found out.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// This host.
+    pub host: Host,
+    /// `GET /` on a running VM, over a connection that stays open.
+    pub get_info: Spread,
+    /// As many bytes there and back between two threads over a Unix socket, and nothing else.
+    pub socket_round_trip: Spread,
+    /// Median of the first, divided by that of the second.
+    pub ratio: f64,
+    /// From before a process was started until its API took a connection.
+    pub start_to_connection: Spread,
+    /// Number of calls.
+    pub calls: u32,
+    /// Number of processes.
+    pub starts: u32,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Host { cpu, cpus, kernel, ring0_emulated } = &self.host;
+        let emulated = if *ring0_emulated { ", KVM emulates ring 0" } else { "" };
+        writeln!(f, "host  {cpu}, {cpus} CPUs, Linux {kernel}{emulated}\n")?;
+        writeln!(f, "{:<34} {:>9} {:>9} {:>9} {:>9}  us", "", "min", "p50", "p99", "max")?;
+        for (name, Spread { min_us, p50_us, p99_us, max_us }) in [
+            ("GET / on a running VM", self.get_info),
+            ("as many bytes over a socket", self.socket_round_trip),
+            ("process start until a connection", self.start_to_connection),
+        ] {
+            writeln!(f, "{name:<34} {min_us:>9.1} {p50_us:>9.1} {p99_us:>9.1} {max_us:>9.1}")?;
+        }
+        writeln!(
+            f,
+            "\nGET / takes {:.1} times what the socket alone does ({} calls, {} starts)",
+            self.ratio, self.calls, self.starts
+        )
+    }
+}
+
+/// Measures.
+pub fn run(options: &Options) -> Result<Report, BenchError> {
+    let dir = TempDir::new().map_err(io_error("cannot make a temporary directory"))?;
+    let children = Children::new()?;
+    let start_to_connection = measure_starts(&children, dir.path(), options.starts)?;
+    let get_info = measure_calls(&children, dir.path(), options.calls)?;
+    let socket_round_trip = measure_socket(options.calls).map_err(io_error("cannot measure a socket"))?;
+    let ratio = get_info.p50_us / socket_round_trip.p50_us.max(0.1);
+    let Options { calls, starts, json: _ } = *options;
+    let ratio = (ratio * 10.0).round() / 10.0;
+    Ok(Report { host: host::summary(), get_info, socket_round_trip, ratio, start_to_connection, calls, starts })
+}
+
+fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> BenchError {
+    move |source| BenchError::Io { what, source }
+}
+
+/// Tries until a vmm's API takes a connection.
+fn connect(child: &mut Child, api: &Path) -> Result<RestClient, BenchError> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match RestClient::connect(api, PATIENCE) {
+            Ok(client) => return Ok(client),
+            Err(_) if Instant::now() < deadline => std::thread::sleep(AGAIN),
+            Err(source) => return Err(BenchError::Api { what: "the vmm cannot be called", source }),
+        }
+        child.check_alive()?;
+    }
+}
+
+fn measure_starts(children: &Children, dir: &Path, starts: u32) -> Result<Spread, BenchError> {
+    let mut durations = Vec::new();
+    for number in 0..starts {
+        let api = dir.join(format!("start-{number}.sock"));
+        let before = Instant::now();
+        let mut child = children.start("vmm", &dir.join("start.log"), |vmm| {
+            vmm.arg("--api-sock").arg(&api);
+        })?;
+        connect(&mut child, &api)?;
+        durations.push(before.elapsed());
+    }
+    Ok(Spread::of(durations))
+}
+
+fn measure_calls(children: &Children, dir: &Path, calls: u32) -> Result<Spread, BenchError> {
+    let (config, api) = (dir.join("vm.json"), dir.join("vm.sock"));
+    let document = VmConfig {
+        boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
+        machine_config: MachineConfig::default(),
+        ..Default::default()
+    };
+    let text = serde_json::to_vec(&document).map_err(io::Error::from);
+    text.and_then(|text| std::fs::write(&config, text)).map_err(io_error("cannot write a configuration"))?;
+    let mut child = children.start("guest", &dir.join("vm.log"), |vmm| {
+        vmm.arg("--config").arg(&config).arg("--api-sock").arg(&api);
+    })?;
+    let mut client = connect(&mut child, &api)?;
+    let mut ask = || client.get::<InstanceInfo>("/").map_err(|source| BenchError::Api { what: "GET /", source });
+    let deadline = Instant::now() + PATIENCE;
+    while ask()?.state != InstanceState::Running {
+        if Instant::now() > deadline {
+            return Err(BenchError::Late("the guest does not run", PATIENCE));
+        }
+        std::thread::sleep(AGAIN);
+    }
+    measure(calls, || ask().map(drop))
+}
+
+/// Two threads, one of which answers what the other asks.
+fn measure_socket(calls: u32) -> io::Result<Spread> {
+    let (mut here, mut there) = UnixStream::pair()?;
+    let answering = std::thread::Builder::new().name("echo".into()).spawn(move || {
+        let mut request = [0; REQUEST];
+        while there.read_exact(&mut request).is_ok() && there.write_all(&[0; ANSWER]).is_ok() {}
+    })?;
+    let spread = measure(calls, || {
+        here.write_all(&[0; REQUEST])?;
+        here.read_exact(&mut [0; ANSWER])
+    });
+    drop(here);
+    let _ = answering.join();
+    spread
+}
+
+fn measure<E>(times: u32, mut call: impl FnMut() -> Result<(), E>) -> Result<Spread, E> {
+    for _ in 0..WARM_UP {
+        call()?;
+    }
+    let mut durations = Vec::new();
+    for _ in 0..times {
+        let before = Instant::now();
+        call()?;
+        durations.push(before.elapsed());
+    }
+    Ok(Spread::of(durations))
+}

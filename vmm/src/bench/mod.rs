@@ -1,0 +1,94 @@
+//! Benchmarks: what anyone can measure on a machine of their own. They drive ordinary `vmm` processes from outside, and
+//! give each figure beside one of the same machine and run that it can be judged by.
+
+pub mod api;
+
+use crate::children::ChildError;
+use api_spec::client::rest::RestError;
+use serde::Serialize;
+use std::io;
+use std::time::Duration;
+
+/// What `vmm bench --help` prints.
+pub const USAGE: &str = "\
+Measures, on this machine, and prints what it found. Leave the machine alone meanwhile.
+
+Usage: vmm bench api [options]   how long calls of the REST API take, and how soon it can be called
+
+  --calls N   how many calls on one connection, 1 to 1000000 (default 5000)
+  --starts N  how many processes to start, 1 to 1000 (default 20)
+  --json      print one JSON document instead of a table
+
+Ends with 0, 1 on failure, 2 on bad usage, and 77 if this host cannot run microVMs.
+";
+
+/// Why a benchmark failed.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// A process.
+    #[error(transparent)]
+    Child(#[from] ChildError),
+    /// The API of a vmm.
+    #[error("{what}: {source}")]
+    Api {
+        /// What was being done.
+        what: &'static str,
+        /// What went wrong.
+        source: RestError,
+    },
+    /// A file, a socket, a thread.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A process does not do what it should in time.
+    #[error("{0} within {1:?}")]
+    Late(&'static str, Duration),
+}
+
+impl BenchError {
+    /// Whether this host cannot run microVMs at all.
+    pub fn host_cannot(&self) -> bool {
+        matches!(self, BenchError::Child(e) if e.host_cannot())
+    }
+}
+
+/// How some durations are spread, in microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Spread {
+    /// The shortest.
+    pub min_us: f64,
+    /// Half of them are no longer.
+    pub p50_us: f64,
+    /// 99 of 100 are no longer.
+    pub p99_us: f64,
+    /// The longest.
+    pub max_us: f64,
+}
+
+impl Spread {
+    /// The spread of these durations, of which there must be one at least.
+    fn of(mut durations: Vec<Duration>) -> Self {
+        durations.sort_unstable();
+        let last = durations.len().saturating_sub(1);
+        let at = |share: usize| durations.get((last * share).div_ceil(100)).copied().unwrap_or_default();
+        let us = |duration: Duration| (duration.as_secs_f64() * 1e7).round() / 10.0;
+        Spread { min_us: us(at(0)), p50_us: us(at(50)), p99_us: us(at(99)), max_us: us(at(100)) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spread_is_taken_from_the_right_places() {
+        let spread = Spread::of((1..=201).rev().map(Duration::from_micros).collect());
+        assert_eq!(spread, Spread { min_us: 1.0, p50_us: 101.0, p99_us: 199.0, max_us: 201.0 });
+        let one = Spread::of(vec![Duration::from_nanos(1_250)]);
+        assert_eq!((one.min_us, one.p50_us, one.p99_us, one.max_us), (1.3, 1.3, 1.3, 1.3));
+    }
+}
