@@ -13,7 +13,9 @@
 //! ```
 //!
 //! At any step the server may answer [`Reply::Refused`] and close. Either side closing tells the other that it is gone.
-//! A first byte `[` instead of `{` is the copy-mode message of Firecracker-style clients, which is another protocol.
+//!
+//! **Copy mode** is another protocol, that of Firecracker: the client sends one JSON array of [`CopyRegion`] (no line end), with
+//! its userfaultfd, and nothing more is said in either direction. So a first byte `[` instead of `{` tells the two apart.
 
 use serde::{Deserialize, Serialize};
 
@@ -49,6 +51,22 @@ pub struct Region {
     pub offset: u64,
     /// Size of the client's pages there, in bytes.
     pub page_size: u64,
+}
+
+/// One range of guest memory, as the message of copy mode lists it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopyRegion {
+    /// The range. `offset` is the sum of the sizes before it, which is its place in the memory file.
+    #[serde(flatten)]
+    pub region: Region,
+    /// `page_size` once more, in bytes, under the deprecated name that older page servers look for.
+    pub page_size_kib: u64,
+}
+
+impl From<Region> for CopyRegion {
+    fn from(region: Region) -> Self {
+        CopyRegion { region, page_size_kib: region.page_size }
+    }
 }
 
 /// The client's second message, sent with its userfaultfd.
@@ -122,4 +140,20 @@ pub struct SessionMetrics {
     pub pages_filled: u64,
     /// Events whose page was in the store already, so that a wake-up was the whole answer.
     pub already_present: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_copy_mode_message_is_firecrackers() {
+        let region = Region { base_host_virt_addr: 1 << 40, size: 8192, offset: 4096, page_size: 4096 };
+        let json = serde_json::to_value([CopyRegion::from(region)]).unwrap();
+        let expected = serde_json::json!([{
+            "base_host_virt_addr": 1u64 << 40, "size": 8192, "offset": 4096, "page_size": 4096, "page_size_kib": 4096
+        }]);
+        assert_eq!(json, expected);
+        assert_eq!(serde_json::from_value::<Vec<CopyRegion>>(json).unwrap(), [region.into()]);
+    }
 }

@@ -7,10 +7,11 @@ use crate::dir::FileError;
 use crate::load::Snapshot;
 use crate::stamp::Stamp;
 use crate::{CHUNK_BYTES, file};
+use rustix::fs::{Mode, OFlags};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
 
 /// Why a memory image cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +31,42 @@ pub enum ImageError {
     )]
     Damaged {
         /// The memory image.
+        path: PathBuf,
+        /// Where the chunk begins, in bytes.
+        offset: u64,
+    },
+    /// A file that is offered in the place of the memory image cannot be opened.
+    #[error("cannot open {path}: {source}")]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// It is no file.
+    #[error("{path} is not a regular file; name the snapshot's memory file, or a copy of it")]
+    NotRegular {
+        /// The file.
+        path: PathBuf,
+    },
+    /// It has another length.
+    #[error(
+        "{path} has {found} bytes and the snapshot's memory {expected}: it is of another snapshot, or was cut short"
+    )]
+    OtherSize {
+        /// The file.
+        path: PathBuf,
+        /// Its length, in bytes.
+        found: u64,
+        /// That of the memory image, in bytes.
+        expected: u64,
+    },
+    /// It holds something else.
+    #[error(
+        "{path} is not the snapshot's memory: it differs in the chunk at offset {offset:#x}; it is of another snapshot, was changed, or was copied badly"
+    )]
+    OtherMemory {
+        /// The file.
         path: PathBuf,
         /// Where the chunk begins, in bytes.
         offset: u64,
@@ -227,6 +264,39 @@ pub fn ensure_trusted(snapshot: &Snapshot) -> Result<Trust, ImageError> {
     let bytes = MemoryImage::open(snapshot)?.check_file(Err)?;
     stamp(snapshot, &now)?;
     Ok(Trust { file, basis: Basis::Verified { bytes } })
+}
+
+/// Makes sure that the file at `path` holds the memory of the snapshot, for the same case. If it is the snapshot's own memory
+/// file, by whatever name, that is [`ensure_trusted`]; any other is read and checked each time.
+pub fn ensure_same(snapshot: &Snapshot, path: &Path) -> Result<Trust, ImageError> {
+    let unreadable = |source: io::Error| ImageError::Read { path: path.to_owned(), offset: 0, source };
+    // NONBLOCK: opening a FIFO must not wait for a writer. It means nothing for regular files.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let opened = rustix::fs::open(path, flags, Mode::empty());
+    let file = opened.map(File::from).map_err(|e| ImageError::Open { path: path.to_owned(), source: e.into() })?;
+    let (metadata, own) = (file.metadata().map_err(unreadable)?, snapshot.memory_file().metadata());
+    if !metadata.is_file() {
+        return Err(ImageError::NotRegular { path: path.to_owned() });
+    }
+    if own.is_ok_and(|own| (own.dev(), own.ino()) == (metadata.dev(), metadata.ino())) {
+        return ensure_trusted(snapshot);
+    }
+    let memory = &snapshot.manifest().memory;
+    let (found, expected) = (metadata.len(), memory.size_bytes);
+    if found != expected {
+        return Err(ImageError::OtherSize { path: path.to_owned(), found, expected });
+    }
+    let before = Stamp::of(&file, &memory.root).map_err(unreadable)?;
+    let own = MemoryImage::open(snapshot)?;
+    let image = MemoryImage { file, path: path.to_owned(), ..own };
+    let bytes = image.check_file(|differs| match differs {
+        ImageError::Damaged { path, offset } => Err(ImageError::OtherMemory { path, offset }),
+        other => Err(other),
+    })?;
+    if Stamp::of(&image.file, &memory.root).map_err(unreadable)? != before {
+        return Err(ImageError::Changed { path: image.path });
+    }
+    Ok(Trust { file: image.file, basis: Basis::Verified { bytes } })
 }
 
 /// Stamps an image that was found right, if it is still as it was before the check. A stamp that cannot be written

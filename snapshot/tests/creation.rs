@@ -5,7 +5,7 @@ mod common;
 
 use common::*;
 use snapshot::create::{BytesSource, CreateError, FileSource, MemorySource, Staging};
-use snapshot::image::{Basis, ensure_trusted};
+use snapshot::image::{Basis, ensure_same, ensure_trusted};
 use snapshot::load;
 use snapshot::manifest::MemoryRegion;
 use std::fs::{self, File};
@@ -313,4 +313,96 @@ fn a_limit_on_file_size_leaves_nothing() {
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}
+
+/// Begins a snapshot whose memory file is to have a second name, and completes it.
+fn create_with_link(target: &Path, link: &Path) -> Result<(), CreateError> {
+    let mut staging = Staging::begin(target)?;
+    staging.link_memory(link)?;
+    let digest = staging.write_memory(&mut BytesSource::new(&memory()), &NEVER)?;
+    let facts = facts(&mut staging);
+    staging.commit(digest, facts, &state(1)).map(drop)
+}
+
+#[test]
+fn the_memory_file_can_have_a_second_name() {
+    // The kernel's clock for files may tick as slowly as every 10 ms.
+    let let_file_times_pass = || std::thread::sleep(std::time::Duration::from_millis(25));
+    let root = tempfile::tempdir().unwrap();
+    let (target, link) = (root.path().join("snap"), root.path().join("mem"));
+    create_with_link(&target, &link).unwrap();
+    assert_eq!(names(root.path()), ["mem", "snap"]);
+    assert_eq!(fs::read(&link).unwrap(), memory());
+    assert_eq!(fs::metadata(&link).unwrap().ino(), fs::metadata(target.join("mem.bin")).unwrap().ino());
+    let basis = || ensure_trusted(&snapshot::load::open(&target).unwrap()).unwrap().basis;
+    assert_eq!(basis(), Basis::Stamp, "the stamp knows of it");
+    let by_link = ensure_same(&snapshot::load::open(&target).unwrap(), &link).unwrap();
+    assert_eq!(by_link.basis, Basis::Stamp, "it is the same file");
+    // Fewer names, other times: it is checked once more.
+    let_file_times_pass();
+    fs::remove_file(&link).unwrap();
+    let_file_times_pass();
+    assert!(matches!(basis(), Basis::Verified { .. }));
+    assert_eq!(basis(), Basis::Stamp);
+    snapshot::verify::verify(&target).unwrap();
+}
+
+#[test]
+fn a_second_name_that_cannot_be_had_leaves_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let target = root.path().join("snap");
+    fs::write(root.path().join("there"), b"mine").unwrap();
+    let elsewhere = Path::new("/dev/shm/coppice-test-link");
+    for (link, word) in [
+        (root.path().join("there"), "exists already"),
+        (target.clone(), "is also snapshot_path"),
+        (root.path().join("none/mem"), "No such file"),
+        (root.path().join("there/mem"), "Not a directory"),
+        (root.path().join(".."), "mem_file_path"),
+        (elsewhere.to_owned(), "file system"),
+    ] {
+        let other_fs = link == elsewhere;
+        if other_fs
+            && rustix::fs::stat("/dev/shm").map(|s| s.st_dev).ok()
+                == rustix::fs::stat(root.path()).map(|s| s.st_dev).ok()
+        {
+            continue;
+        }
+        let refused = create_with_link(&target, &link).unwrap_err().to_string();
+        assert!(refused.starts_with("mem_file_path ") && refused.contains(word), "{refused}");
+        assert_eq!(names(root.path()), ["there"], "{}", link.display());
+    }
+    assert!(!elsewhere.exists());
+    assert_eq!(fs::read(root.path().join("there")).unwrap(), b"mine");
+}
+
+#[test]
+fn a_snapshot_that_fails_takes_its_second_name_along() {
+    let root = tempfile::tempdir().unwrap();
+    let (target, link) = (root.path().join("snap"), root.path().join("mem"));
+    let begin = || {
+        let mut staging = Staging::begin(&target).unwrap();
+        staging.link_memory(&link).unwrap();
+        let digest = staging.write_memory(&mut BytesSource::new(&memory()), &NEVER).unwrap();
+        let facts = facts(&mut staging);
+        (staging, digest, facts)
+    };
+    // Somebody takes the snapshot's name meanwhile.
+    let (staging, digest, taken) = begin();
+    fs::write(&target, b"").unwrap();
+    let refused = staging.commit(digest, taken, &state(1)).unwrap_err();
+    assert!(matches!(refused, CreateError::Exists { .. }), "{refused}");
+    assert_eq!(names(root.path()), ["snap"]);
+    fs::remove_file(&target).unwrap();
+    // Or that of the link.
+    let (staging, digest, taken) = begin();
+    fs::write(&link, b"mine").unwrap();
+    let refused = staging.commit(digest, taken, &state(1)).unwrap_err();
+    assert!(matches!(refused, CreateError::LinkExists { .. }), "{refused}");
+    assert_eq!(names(root.path()), ["mem"]);
+    assert_eq!(fs::read(&link).unwrap(), b"mine");
+    // Or it is given up.
+    fs::remove_file(&link).unwrap();
+    drop(begin());
+    assert_eq!(names(root.path()), [""; 0]);
 }

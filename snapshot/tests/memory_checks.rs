@@ -4,7 +4,7 @@
 mod common;
 
 use common::*;
-use snapshot::image::{Basis, ImageError, MemoryImage, ensure_trusted};
+use snapshot::image::{Basis, ImageError, MemoryImage, ensure_same, ensure_trusted};
 use snapshot::load;
 use snapshot::verify::{VerifyError, verify};
 use std::fs::{self, File, Permissions};
@@ -160,4 +160,44 @@ fn a_stamp_that_cannot_be_read_or_is_of_other_memory_means_nothing() {
         assert!(matches!(basis(&sample.dir), Basis::Verified { .. }), "{stamp}");
         assert_eq!(basis(&sample.dir), Basis::Stamp);
     }
+}
+
+#[test]
+fn memory_in_another_place_is_the_snapshots_or_is_refused() {
+    let sample = Sample::new();
+    let snapshot = load::open(&sample.dir).unwrap();
+    let beside = |name: &str| sample.root.path().join(name);
+    let same = |path: &Path| ensure_same(&snapshot, path).map(|trust| trust.basis);
+    assert_eq!(same(&sample.path("mem.bin")).unwrap(), Basis::Stamp, "its own");
+    std::os::unix::fs::symlink(sample.path("mem.bin"), beside("by-link")).unwrap();
+    assert_eq!(same(&beside("by-link")).unwrap(), Basis::Stamp);
+
+    let copy = beside("copy");
+    fs::write(&copy, memory()).unwrap();
+    for _ in 0..2 {
+        assert!(matches!(same(&copy).unwrap(), Basis::Verified { .. }), "no stamp is made of it");
+    }
+    let trusted = ensure_same(&snapshot, &copy).unwrap();
+    assert_eq!(trusted.file.metadata().unwrap().len(), memory().len() as u64);
+    for at in [0, 2 * CHUNK + 9, memory().len() - 1] {
+        let mut bytes = memory();
+        bytes[at] ^= 0x40;
+        fs::write(&copy, bytes).unwrap();
+        match same(&copy) {
+            Err(ImageError::OtherMemory { offset, path }) => {
+                assert_eq!((offset, path), ((at / CHUNK * CHUNK) as u64, copy.clone()));
+            }
+            other => panic!("byte {at}: {other:?}"),
+        }
+    }
+    fs::write(&copy, &memory()[1..]).unwrap();
+    assert!(matches!(same(&copy), Err(ImageError::OtherSize { .. })));
+
+    let fifo = beside("fifo");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RUSR).unwrap();
+    for none in [&fifo, Path::new("/dev/zero"), sample.root.path()] {
+        assert!(matches!(same(none), Err(ImageError::NotRegular { .. })), "{}", none.display());
+    }
+    assert!(matches!(same(&beside("absent")), Err(ImageError::Open { .. })));
+    assert!(!beside("mem.stamp").exists());
 }

@@ -171,7 +171,7 @@ pub fn waiting(place: &Place, name: &str) -> Vm {
 pub struct Restore<'a> {
     place: &'a Place,
     snapshot: PathBuf,
-    page_server: Option<PathBuf>,
+    page_server: Option<MemBackend>,
     paused: bool,
     same_generation: bool,
     max_private_mib: Option<u64>,
@@ -207,7 +207,14 @@ impl<'a> Restore<'a> {
 
     /// Its memory comes from the page server at this socket.
     pub fn uffd_at(mut self, socket: &Path) -> Self {
-        self.page_server = Some(socket.to_owned());
+        self.page_server =
+            Some(MemBackend { backend_path: socket.to_owned(), backend_type: MemBackendType::UffdShared });
+        self
+    }
+
+    /// Its memory is copied by the page server at this socket.
+    pub fn copied_from(mut self, socket: &Path) -> Self {
+        self.page_server = Some(MemBackend { backend_path: socket.to_owned(), backend_type: MemBackendType::Uffd });
         self
     }
 
@@ -273,8 +280,11 @@ impl<'a> Restore<'a> {
     fn command(self, name: &str, vsock: PathBuf, api: PathBuf) -> Vm {
         let process = Process::start(self.place, name, binaries::vmm(), |vmm| {
             vmm.arg("--restore").arg(self.snapshot.join("snap.json")).arg("--api-sock").arg(&api);
-            if let Some(socket) = &self.page_server {
-                vmm.arg("--uffd").arg(socket);
+            if let Some(MemBackend { backend_path, backend_type }) = &self.page_server {
+                vmm.arg("--uffd").arg(backend_path);
+                vmm.args(
+                    (*backend_type == MemBackendType::Uffd).then_some(["--uffd-mode", "copy"]).into_iter().flatten(),
+                );
             }
             for DriveOverride { drive_id, path_on_host } in &self.drives {
                 vmm.arg("--drive").arg(format!("{drive_id}={}", path_on_host.display()));
@@ -300,10 +310,8 @@ impl<'a> Restore<'a> {
             vmm.arg("--api-sock").arg(&api);
         });
         let mut vm = Vm { process, name: name.to_owned(), vsock, api };
-        let backend =
-            |path: &PathBuf| MemBackend { backend_path: path.clone(), backend_type: MemBackendType::UffdShared };
         let document = SnapshotLoad {
-            mem_backend: self.page_server.as_ref().map(backend),
+            mem_backend: self.page_server,
             resume_vm: !self.paused,
             drive_overrides: self.drives,
             vsock_override: self.recorded_vsock.is_none().then(|| VsockOverride { uds_path: vm.vsock.clone() }),

@@ -3,11 +3,16 @@
 //! ```text
 //!   greet() -> Greeted { store }    map the store privately, register the ranges with a userfaultfd, then
 //!   Greeted::attach() -> UnixStream keep it open for the life of the guest; its end means that the server is gone
+//!
+//!   hand_over() -> UnixStream       the same in copy mode: there is no store, and no answer; its end means nothing
 //! ```
 
+use crate::process::unread_by_peer;
 use crate::socket::{Passed, receive};
 use api_spec::client::unix;
-use api_spec::handshake::{Attach, HELLO_DEADLINE_MS, Hello, MAX_MESSAGE, REPLY_DEADLINE_MS, Region, Reply};
+use api_spec::handshake::{
+    Attach, CopyRegion, HELLO_DEADLINE_MS, Hello, MAX_MESSAGE, REPLY_DEADLINE_MS, Region, Reply,
+};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -20,19 +25,24 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens there.
-    #[error("cannot connect: {0}; is it running? `uffd-handler --socket PATH --snapshot SNAPSHOT` starts one")]
+    #[error("cannot connect: {0}; is it running? `uffd-handler --socket PATH --snapshot SNAPSHOT` starts ours")]
     Connect(io::Error),
     /// It said no.
     #[error("refused: {0}")]
     Refused(String),
     /// It does not answer.
     #[error(
-        "no answer to the {0} message in time; a Firecracker-style handler stays silent like this, since it speaks copy mode (--uffd-mode copy), which is not offered yet"
+        "no answer to the {0} message in time; a Firecracker-style handler stays silent like this, since it speaks copy mode: `--uffd-mode copy`, or `backend_type` `Uffd` over the API"
     )]
     Silent(&'static str),
     /// It hung up.
     #[error("it closed the connection during the handshake")]
     Closed,
+    /// It leaves the message of copy mode where it is.
+    #[error(
+        "it is there, but has not taken the userfaultfd within {REPLY_DEADLINE_MS} ms: it does not accept connections, or does not read from them"
+    )]
+    NotTaken,
     /// It answered something else.
     #[error("its answer makes no sense here: {0}")]
     Unexpected(String),
@@ -72,6 +82,38 @@ impl Greeted {
             (Reply::Serving, None) => Ok(self.stream),
             (other, _) => Err(unexpected(other)),
         }
+    }
+}
+
+/// Copy mode: connects and hands over the userfaultfd with which the regions are registered, of which the caller keeps its
+/// own. Returns when the server has taken them, which is all that it does: it never answers.
+pub fn hand_over(path: &Path, regions: &[Region], uffd: &Uffd) -> Result<UnixStream, ClientError> {
+    let patience = Duration::from_millis(REPLY_DEADLINE_MS);
+    let deadline = Instant::now() + patience;
+    let stream = unix::connect(path, patience).map_err(ClientError::Connect)?;
+    stream.set_write_timeout(Some(patience))?;
+    let regions: Vec<CopyRegion> = regions.iter().copied().map(CopyRegion::from).collect();
+    let message = serde_json::to_vec(&regions).map_err(io::Error::from)?;
+    let sent = stream.send_with_fd(&message[..], uffd.as_raw_fd());
+    // A message as short as this goes as a whole, or not at all.
+    sent.map_err(|error| sending(io::Error::from_raw_os_error(error.errno())))?;
+    while !is_taken(&stream)? {
+        if Instant::now() >= deadline {
+            return Err(ClientError::NotTaken);
+        }
+        std::thread::sleep(LOOK_AGAIN);
+    }
+    Ok(stream)
+}
+
+/// How often to look whether a message was taken.
+const LOOK_AGAIN: Duration = Duration::from_micros(100);
+
+/// Whether the other end has read all that was sent to it. An end that was closed before it had is an error.
+fn is_taken(stream: &UnixStream) -> Result<bool, ClientError> {
+    match stream.take_error()? {
+        Some(error) => Err(sending(error)),
+        None => Ok(unread_by_peer(stream)? == 0),
     }
 }
 

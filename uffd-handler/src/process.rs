@@ -102,6 +102,31 @@ pub fn peer_pidfd<S: AsFd>(socket: &S) -> Option<OwnedFd> {
     owned(fd).ok()
 }
 
+/// As [`peer_pidfd`], by number where the kernel has no better way; `None` also if that process cannot be seen from here, or
+/// has ended: another one may have taken its part since, and it tells nothing of that.
+pub fn living_peer<S: AsFd>(socket: &S) -> Option<OwnedFd> {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use rustix::process::{Pid, PidfdFlags, pidfd_open};
+    let by_number = || {
+        let pid = Pid::from_raw(peer_credentials(socket).ok()?.pid as i32)?;
+        pidfd_open(pid, PidfdFlags::empty()).ok()
+    };
+    let peer = peer_pidfd(socket).or_else(by_number)?;
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let lives = poll(&mut [PollFd::new(&peer, PollFlags::IN)], Some(&now)) == Ok(0);
+    lives.then_some(peer)
+}
+
+/// How many bytes that were sent on a Unix socket the other end has not read yet, as the kernel reckons; 0 if it has all.
+pub fn unread_by_peer<S: AsFd>(socket: &S) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: TIOCOUTQ writes one `int`, which `bytes` is.
+    if unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &mut bytes) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(usize::try_from(bytes).unwrap_or_default())
+}
+
 /// Plain data that `getsockopt` may fill with anything.
 trait Plain: Copy {}
 impl Plain for libc::ucred {}
@@ -142,5 +167,17 @@ mod tests {
         let (near, _far) = UnixStream::pair().unwrap();
         let cred = peer_credentials(&near).unwrap();
         assert_eq!(cred, Credentials { pid: std::process::id(), uid: rustix::process::getuid().as_raw() });
+        assert!(living_peer(&near).is_some());
+    }
+
+    #[test]
+    fn what_the_other_end_has_read_is_known() {
+        use std::io::Read;
+        let (mut near, mut far) = UnixStream::pair().unwrap();
+        assert_eq!(unread_by_peer(&near).unwrap(), 0);
+        near.write_all(b"some bytes").unwrap();
+        assert!(unread_by_peer(&near).unwrap() > 0);
+        assert_eq!(far.read(&mut [0; 100]).unwrap(), 10);
+        assert_eq!(unread_by_peer(&near).unwrap(), 0);
     }
 }

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
-use userfaultfd::{Uffd, UffdBuilder};
+use userfaultfd::{FeatureFlags, Uffd, UffdBuilder};
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
 /// Whose faults a userfaultfd catches.
@@ -59,23 +59,28 @@ pub enum AdoptError {
 
 /// Makes a userfaultfd (close-on-exec, non-blocking) that also catches kernel-mode faults, as KVM needs.
 pub fn create() -> Result<Uffd, UffdError> {
-    create_for(Faults::UserAndKernel)
+    create_for(Faults::UserAndKernel, FeatureFlags::empty())
+}
+
+/// As [`create`], with features that the kernel must have.
+pub fn create_with(features: FeatureFlags) -> Result<Uffd, UffdError> {
+    create_for(Faults::UserAndKernel, features)
 }
 
 /// Makes a userfaultfd (close-on-exec, non-blocking) for user-mode faults, which needs no privilege.
 ///
 /// A kernel-mode access to a missing page of a range registered with it fails instead of waiting.
 pub fn create_user_only() -> Result<Uffd, UffdError> {
-    create_for(Faults::User)
+    create_for(Faults::User, FeatureFlags::empty())
 }
 
-fn create_for(faults: Faults) -> Result<Uffd, UffdError> {
-    let made =
-        UffdBuilder::new().close_on_exec(true).non_blocking(true).user_mode_only(faults == Faults::User).create();
-    match made {
+fn create_for(faults: Faults, features: FeatureFlags) -> Result<Uffd, UffdError> {
+    let mut builder = UffdBuilder::new();
+    builder.close_on_exec(true).non_blocking(true).user_mode_only(faults == Faults::User).require_features(features);
+    match builder.create() {
         Ok(uffd) => Ok(uffd),
         // The device is there but closed to us; the system call may yet be open.
-        Err(userfaultfd::Error::OpenDevUserfaultfd(device)) => create_by_syscall(faults)
+        Err(userfaultfd::Error::OpenDevUserfaultfd(device)) => create_by_syscall(faults, features)
             .map_err(|call| describe(&format!("/dev/userfaultfd: {device}; system call: {call}"), Some(&call))),
         Err(other) => Err(describe(&other.to_string(), None)),
     }
@@ -110,7 +115,7 @@ mod request {
     vmm_sys_util::ioctl_iowr_nr!(UFFDIO_API, 0xAA, 0x3F, super::UffdioApi);
 }
 
-fn create_by_syscall(faults: Faults) -> io::Result<Uffd> {
+fn create_by_syscall(faults: Faults, features: FeatureFlags) -> io::Result<Uffd> {
     let user_only = if faults == Faults::User { UFFD_USER_MODE_ONLY } else { 0 };
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | user_only;
     // SAFETY: the call takes flags and no pointer; it can only return a new descriptor or fail.
@@ -120,7 +125,7 @@ fn create_by_syscall(faults: Faults) -> io::Result<Uffd> {
     }
     // SAFETY: the kernel has just made this descriptor for us and nobody else knows its number.
     let uffd = unsafe { Uffd::from_raw_fd(fd as libc::c_int) };
-    let mut api = UffdioApi { api: UFFD_API, features: 0, ioctls: 0 };
+    let mut api = UffdioApi { api: UFFD_API, features: features.bits(), ioctls: 0 };
     // SAFETY: UFFDIO_API reads and writes one `uffdio_api`, which is what `api` is laid out as.
     if unsafe { ioctl_with_mut_ref(&uffd, request::UFFDIO_API(), &mut api) } < 0 {
         return Err(io::Error::last_os_error());
@@ -159,7 +164,7 @@ mod tests {
 
     #[test]
     fn the_system_call_makes_what_the_device_makes() {
-        match create_by_syscall(Faults::User) {
+        match create_by_syscall(Faults::User, FeatureFlags::EVENT_REMOVE) {
             // Not `into_raw_fd`: in this version of the crate that closes the descriptor it returns.
             Ok(uffd) => assert!(adopt(uffd.as_fd().try_clone_to_owned().unwrap()).is_ok()),
             Err(error) => println!("skipped: no userfaultfd here: {error}"),

@@ -1,9 +1,11 @@
 //! Each part of saved state, set to something that no reset gives, survives saving and loading into another VM.
 
-use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_VCPUEVENT_VALID_NMI_PENDING};
+use kvm_bindings::{KVM_CLOCK_REALTIME, KVM_MP_STATE_HALTED, KVM_VCPUEVENT_VALID_NMI_PENDING};
 use kvm_ioctls::{Kvm, VmFd};
-use snapshot::state::{Msr, VcpuState, VmState};
+use snapshot::state::{ClockState, Msr, VcpuState, VmState};
+use std::time::{SystemTime, UNIX_EPOCH};
 use test_skip::skip;
+use vmm::kvm::state::{Clock, VmStateError};
 use vmm::kvm::{self, Vm};
 use vmm::memory::GuestRam;
 use vmm::vcpu::state::{self, StateShape};
@@ -46,7 +48,7 @@ fn vm_round_trip(change: impl FnOnce(&VmFd, &mut VmState)) -> Option<(VmState, V
     let mut saved = kvm::state::save(&vm.fd).unwrap();
     change(&vm.fd, &mut saved);
     let (_kvm, _ram, other, _) = machine()?;
-    kvm::state::load(&other.fd, &saved).unwrap();
+    kvm::state::load(&other.fd, &saved, Clock::GoesOn).unwrap();
     Some((saved, kvm::state::save(&other.fd).unwrap()))
 }
 
@@ -292,6 +294,26 @@ fn clock_goes_on_from_where_it_stood() {
     assert!(got.clock.clock - put.clock.clock < 60_000_000_000, "nothing was added for the time in between");
 }
 
+/// The clock is the snapshot's, advanced by the time since then, on hosts that can.
+#[test]
+fn clock_catches_up_with_the_time_that_has_passed() {
+    const SECOND: u64 = 1_000_000_000;
+    let Some((_kvm, _ram, vm, _)) = machine() else { return };
+    let mut saved = kvm::state::save(&vm.fd).unwrap();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
+    saved.clock = ClockState { clock: 1 << 50, realtime: now - 1000 * SECOND, flags: KVM_CLOCK_REALTIME, host_tsc: 0 };
+    match kvm::state::load(&vm.fd, &saved, Clock::CatchesUp) {
+        Ok(()) => {}
+        Err(VmStateError::ClockRealtime) => return skip("this host's KVM cannot advance clocks; Linux 5.16 can"),
+        Err(e) => panic!("{e}"),
+    }
+    let passed = kvm::state::save(&vm.fd).unwrap().clock.clock - (1 << 50);
+    assert!((1000 * SECOND..1060 * SECOND).contains(&passed), "{passed} ns");
+    saved.clock.flags = 0;
+    let refused = kvm::state::load(&vm.fd, &saved, Clock::CatchesUp).unwrap_err().to_string();
+    assert!(refused.starts_with("clock_realtime: "), "{refused}");
+}
+
 #[test]
 fn interrupt_controllers() {
     let change = |vm: &VmFd, state: &mut VmState| {
@@ -310,5 +332,5 @@ fn foreign_interrupt_controllers_are_refused() {
     let Some((_kvm, _ram, vm, _)) = machine() else { return };
     let mut saved = kvm::state::save(&vm.fd).unwrap();
     saved.irqchips[2].chip_id = 9;
-    assert!(kvm::state::load(&vm.fd, &saved).is_err());
+    assert!(kvm::state::load(&vm.fd, &saved, Clock::GoesOn).is_err());
 }

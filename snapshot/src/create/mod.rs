@@ -6,13 +6,15 @@
 //!   write_memory          mem.bin, chunk by chunk; may take long, may be cancelled
 //!   write_disk, ...       disk-ID.img and disk-ID.map, as often as there are disks to hold; the same
 //!        |
-//!   commit                mem.b3, state.bin, snap.json, stamps; sync; rename to NAME; sync the parent
+//!   commit                mem.b3, state.bin, snap.json; a second name for mem.bin, if one is wanted; stamps; sync;
+//!                         rename to NAME; sync the parent
 //! ```
 //!
 //! A [`Staging`] that is dropped before `commit` has succeeded removes what it has written. What a killed process left
 //! behind is found by its lock being free, and removed by the next `begin` for the same target.
 
 mod disk;
+mod link;
 mod source;
 mod staging;
 
@@ -85,6 +87,28 @@ pub enum CreateError {
         path: PathBuf,
         /// What the disk takes, in bytes.
         needed_bytes: u64,
+    },
+    /// Something is where the memory file was to have its second name.
+    #[error("mem_file_path {path} exists already; nothing is overwritten: remove it or choose another name")]
+    LinkExists {
+        /// The second name.
+        path: PathBuf,
+    },
+    /// It is the name of the snapshot as well.
+    #[error("mem_file_path {path} is also snapshot_path, which becomes a directory; choose another name")]
+    LinkIsTarget {
+        /// The second name.
+        path: PathBuf,
+    },
+    /// The memory file cannot have that second name.
+    #[error(
+        "mem_file_path {path}: {source}; it becomes a second name (a hard link) of the snapshot's memory file, so it must be on the file system of snapshot_path, in a directory that exists; or leave it out"
+    )]
+    Link {
+        /// The second name.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
     },
     /// A disk cannot be read.
     #[error("cannot read the disk {drive_id} at offset {offset:#x}: {source}")]

@@ -1,5 +1,6 @@
 //! The directory in which a snapshot comes about.
 
+use super::link::Link;
 use super::{Cancel, CreateError, MemorySource};
 use crate::chunk::{ZeroDigests, is_zero};
 use crate::compat::HostFacts;
@@ -32,6 +33,8 @@ pub struct Staging {
     target: Vec<u8>,
     /// Files of `dir` that must be on disk before it has its name.
     unsynced: Vec<(String, File)>,
+    /// The second name that the memory file is to have.
+    link: Option<Link>,
     /// Whether `dir` is a finished snapshot and no longer ours to remove.
     done: bool,
 }
@@ -96,7 +99,19 @@ impl Staging {
         }
         remove_leftovers(&parent, name);
         let (staging_name, dir) = make_locked(&parent, name)?;
-        Ok(Staging { parent, dir, name: staging_name, target: name.to_owned(), unsynced: Vec::new(), done: false })
+        let (target, unsynced) = (name.to_owned(), Vec::new());
+        Ok(Staging { parent, dir, name: staging_name, target, unsynced, link: None, done: false })
+    }
+
+    /// Has the memory file also get the name `path`, once the snapshot is complete. It must not exist, and lie on the same file
+    /// system, in a directory that exists. What stands in the way of that is said here, as far as it can be known.
+    pub fn link_memory(&mut self, path: &Path) -> Result<(), CreateError> {
+        let link = Link::plan(path, &self.dir)?;
+        if link.is(&self.parent, &self.target) {
+            return Err(CreateError::LinkIsTarget { path: link.path().to_owned() });
+        }
+        self.link = Some(link);
+        Ok(())
     }
 
     pub(super) fn dir(&self) -> &Dir {
@@ -146,8 +161,6 @@ impl Staging {
         for (name, file) in &self.unsynced {
             file.sync_all().map_err(|e| self.write_error(name, memory.data_bytes, e))?;
         }
-        let stamp = Stamp::of(&memory.file, &manifest.memory.root)
-            .map_err(|e| self.write_error(file::MEMORY, memory.data_bytes, e))?;
         for drive in &manifest.devices.drives {
             let Some(held) = &drive.held else { continue };
             let Some((name, file)) = self.unsynced.iter().find(|(name, _)| *name == held.file) else { continue };
@@ -159,10 +172,16 @@ impl Staging {
             (file::DIGESTS, memory.digests.as_slice()),
             (file::STATE, &state_bytes),
             (file::MANIFEST, &manifest.to_json()),
-            (file::STAMP, &stamp.to_json()),
         ] {
             self.dir.write_file(name, contents).map_err(|e| self.write_error(name, memory.data_bytes, e))?;
         }
+        // As late as can be, since it is seen at once; but a link changes what the stamp tells of the file.
+        if let Some(link) = &mut self.link {
+            link.make(&self.dir)?;
+        }
+        let stamp = Stamp::of(&memory.file, &manifest.memory.root)
+            .and_then(|stamp| self.dir.write_file(file::STAMP, &stamp.to_json()));
+        stamp.map_err(|e| self.write_error(file::STAMP, memory.data_bytes, e))?;
         self.dir.sync().map_err(|e| self.write_error(".", memory.data_bytes, e))?;
         self.publish()?;
         Ok(manifest)
@@ -184,6 +203,9 @@ impl Staging {
         }
         self.parent.sync().map_err(|source| CreateError::Write { path: target, source })?;
         self.done = true;
+        if let Some(link) = self.link.take() {
+            link.keep();
+        }
         Ok(())
     }
 

@@ -35,7 +35,7 @@ fn options_that_make_no_sense_are_named() {
         bad_usage(&format!("--config a {option}"), &["makes sense with --restore only"]);
         bad_usage(&format!("--api-sock a {option}"), &["makes sense with --restore only"]);
     }
-    bad_usage("--restore a --uffd b --uffd-mode copy", &["copy is not offered yet"]);
+    bad_usage("--restore a --uffd-mode copy", &["--uffd-mode", "--uffd"]);
     bad_usage("--restore a --uffd b --uffd-mode x", &["--uffd-mode x"]);
     bad_usage("guest", &["export FILE"]);
     bad_usage("guest export", &["export FILE"]);

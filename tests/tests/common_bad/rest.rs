@@ -192,7 +192,7 @@ fn requests_out_of_order_are_refused_by_name() {
     );
     bad_load(
         serde_json::json!({"snapshot_path": given, "mem_backend": {"backend_type": "Uffd", "backend_path": "u"}}),
-        "copy mode",
+        "cannot connect",
     );
     bad_load(
         serde_json::json!({"snapshot_path": given, "mem_backend": {"backend_type": "UffdShared", "backend_path": "u"}}),
@@ -216,7 +216,7 @@ fn requests_out_of_order_are_refused_by_name() {
     }
     accepts("PATCH", "/vm", r#"{"state":"Resumed"}"#);
     refuses("PUT", "/snapshot/create", r#"{"snapshot_path":"s","snapshot_type":"Diff"}"#, "Diff");
-    refuses("PUT", "/snapshot/create", r#"{"snapshot_path":"s","mem_file_path":"m"}"#, "mem_file_path");
+    refuses("PUT", "/snapshot/create", r#"{"snapshot_path":"s","mem_file_path":"s"}"#, "mem_file_path");
     template.facts.check(&mut vm.agent());
     vm.stop();
 

@@ -9,6 +9,7 @@ use crate::demo::{self, DemoError};
 use crate::doctor;
 use crate::loader::{EMBEDDED_GUEST, LoadError};
 use crate::logging;
+use crate::machine::backend::BackendError;
 use crate::machine::boot::BootError;
 use crate::machine::driver::{self, Ending, RunError, Setup, Start};
 use crate::machine::restore::RestoreError;
@@ -99,7 +100,9 @@ impl CliError {
                 HOST_CANNOT
             }
             CliError::Run(RunError::Boot(BootError::Load(LoadError::Ring0Emulated(_)))) => HOST_CANNOT,
-            CliError::Run(RunError::Restore(RestoreError::Uffd(UffdError::Create(e)))) if e.host_cannot() => {
+            CliError::Run(RunError::Restore(RestoreError::Backend(BackendError::Uffd(UffdError::Create(e)))))
+                if e.host_cannot() =>
+            {
                 HOST_CANNOT
             }
             CliError::Run(RunError::Guest(GuestEnd::Panic)) => GUEST_PANICKED,

@@ -29,7 +29,7 @@ Options:
   --config FILE          the machine, as JSON
   --restore SNAPSHOT     the snapshot to restore
   --uffd PATH            with --restore: take memory from the page server that listens there
-  --uffd-mode MODE       with --uffd: `shared` (default); `copy` is not offered yet
+  --uffd-mode MODE       with --uffd: `shared` (default), or `copy` for a page server of Firecracker's protocol
   --vsock PATH           with --restore: the Unix socket of the vsock device, instead of the snapshot's own
   --drive ID=PATH        with --restore: the image of the disk ID is at PATH; once for each disk
   --tap IFACE=DEV[,MAC]  with --restore: the tap device, and the MAC address, of a network interface, instead of the
@@ -120,6 +120,8 @@ pub struct LoadOptions {
     pub snapshot: PathBuf,
     /// The page server's socket.
     pub uffd: Option<PathBuf>,
+    /// The page server speaks Firecracker's protocol.
+    pub copy: bool,
     /// Other places of disk images.
     pub drives: Vec<DriveOverride>,
     /// The vsock device's socket.
@@ -137,7 +139,8 @@ pub struct LoadOptions {
 impl LoadOptions {
     /// The request that means the same over the API.
     pub fn request(&self) -> SnapshotLoad {
-        let uffd = |path: &PathBuf| MemBackend { backend_path: path.clone(), backend_type: MemBackendType::UffdShared };
+        let backend_type = if self.copy { MemBackendType::Uffd } else { MemBackendType::UffdShared };
+        let uffd = |path: &PathBuf| MemBackend { backend_path: path.clone(), backend_type };
         SnapshotLoad {
             mem_backend: self.uffd.as_ref().map(uffd),
             resume_vm: !self.paused,
@@ -207,9 +210,6 @@ pub enum UsageError {
     /// Something that Firecracker has and this program does not.
     #[error("{0} is not offered: {1}")]
     NotOffered(&'static str, &'static str),
-    /// A mode that this program does not have.
-    #[error("--uffd-mode copy is not offered yet: use a page server of the shared protocol (`uffd-handler`)")]
-    CopyMode,
 }
 
 impl Command {
@@ -264,7 +264,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         end_with_parent: false,
     };
     let mut level = None;
-    let (mut snapshot, mut uffd, mut vsock) = (None, None, None);
+    let (mut snapshot, mut uffd, mut copy, mut vsock) = (None, None, None, None);
     let (mut drives, mut taps) = (Vec::new(), Vec::new());
     let (mut paused, mut same_generation, mut max_private_mib) = (false, false, None);
     let mut parser = lexopt::Parser::from_args(args);
@@ -278,8 +278,8 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             Long("restore") => snapshot = Some(PathBuf::from(parser.value()?)),
             Long("uffd") => uffd = Some(PathBuf::from(parser.value()?)),
             Long("uffd-mode") => match parser.value()?.string()?.as_str() {
-                "shared" => {}
-                "copy" => return Err(UsageError::CopyMode),
+                "shared" => copy = Some(false),
+                "copy" => copy = Some(true),
                 other => {
                     return Err(lexopt::Error::from(format!("--uffd-mode {other}: must be `shared` or `copy`")).into());
                 }
@@ -346,11 +346,23 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         ("--same-generation", same_generation),
         ("--max-private-mib", max_private_mib.is_some()),
     ];
+    if copy.is_some() && uffd.is_none() {
+        return Err(UsageError::Needs("--uffd-mode", "--uffd"));
+    }
     match (snapshot, &options.config) {
         (Some(_), Some(_)) => return Err(UsageError::Conflict("--config", "--restore")),
         (Some(snapshot), None) => {
-            options.restore =
-                Some(LoadOptions { snapshot, uffd, drives, vsock, taps, paused, same_generation, max_private_mib });
+            options.restore = Some(LoadOptions {
+                snapshot,
+                uffd,
+                copy: copy == Some(true),
+                drives,
+                vsock,
+                taps,
+                paused,
+                same_generation,
+                max_private_mib,
+            });
         }
         (None, _) => {
             if let Some((option, _)) = only_with_restore.into_iter().find(|(_, given)| *given) {
@@ -527,6 +539,12 @@ mod tests {
         let backend = request.mem_backend.unwrap();
         assert_eq!((backend.backend_type, backend.backend_path), (MemBackendType::UffdShared, "/run/uffd.sock".into()));
         assert!(request.resume_vm && request.new_generation && request.drive_overrides.is_empty());
+        for (mode, expected) in [("shared", MemBackendType::UffdShared), ("copy", MemBackendType::Uffd)] {
+            let Ok(Command::Run(options)) = parse(&format!("--restore s --uffd u --uffd-mode {mode}")) else {
+                panic!()
+            };
+            assert_eq!(options.restore.unwrap().request().mem_backend.unwrap().backend_type, expected);
+        }
         let Ok(Command::Run(options)) = parse("--restore s --drive a=/b=c --drive d=e") else { panic!() };
         let drives = options.restore.unwrap().request().drive_overrides;
         let drive = |id: &str, path: &str| DriveOverride { drive_id: id.into(), path_on_host: path.into() };
@@ -586,7 +604,8 @@ mod tests {
             "--restore a --drive b",
             "--restore a --drive =b",
             "--restore a --drive b=",
-            "--restore a --uffd b --uffd-mode copy",
+            "--restore a --uffd b --uffd-mode other",
+            "--restore a --uffd-mode copy",
             "--nonsense",
             "--api-sock a --no-api",
             "--api-sock a --id a/b",

@@ -3,10 +3,10 @@
 #![allow(unsafe_code)]
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+    KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
     kvm_pit_channel_state, kvm_pit_state2,
 };
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{Cap, VmFd};
 use snapshot::state::{ClockState, IrqchipState, PitChannel, PitState, VmState};
 
 const CONTROLLERS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
@@ -29,6 +29,25 @@ pub enum VmStateError {
         "the snapshot's interrupt controllers are {0:?}; a VM has one each of {CONTROLLERS:?}, {CHIP_LEN} bytes long"
     )]
     Controllers(Vec<(u32, usize)>),
+    /// A clock that cannot catch up, since nobody knows when it stood still.
+    #[error(
+        "clock_realtime: the snapshot does not say when its clock was saved, since KVM on its host did not (its clock source was not the TSC, or its kernel older than 5.16); leave clock_realtime out"
+    )]
+    NoRealtime,
+    /// A clock that cannot catch up here.
+    #[error(
+        "clock_realtime: KVM on this host cannot advance a clock by the time that has passed; Linux 5.16 and newer can"
+    )]
+    ClockRealtime,
+}
+
+/// How the guest's monotonic clock (kvmclock) goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clock {
+    /// From where it stood.
+    GoesOn,
+    /// Advanced by the time that has passed since then, as the host's time of day has it.
+    CatchesUp,
 }
 
 fn step(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmStateError {
@@ -53,14 +72,18 @@ pub fn save(vm: &VmFd) -> Result<VmState, VmStateError> {
 }
 
 /// Loads the state of a VM whose vCPUs have never run.
-pub fn load(vm: &VmFd, state: &VmState) -> Result<(), VmStateError> {
+pub fn load(vm: &VmFd, state: &VmState, how: Clock) -> Result<(), VmStateError> {
     let VmState { pit, clock, irqchips } = state;
     let ids: Vec<_> = irqchips.iter().map(|chip| (chip.chip_id, chip.chip.len())).collect();
     if ids != CONTROLLERS.map(|id| (id, CHIP_LEN)) {
         return Err(VmStateError::Controllers(ids));
     }
     vm.set_pit2(&load_pit(pit)).map_err(step("loading the interval timer"))?;
-    vm.set_clock(&load_clock(clock)).map_err(step("loading the clock"))?;
+    let clock = match how {
+        Clock::GoesOn => load_clock(clock),
+        Clock::CatchesUp => load_clock_to_catch_up(clock, vm.check_extension_int(Cap::AdjustClock))?,
+    };
+    vm.set_clock(&clock).map_err(step("loading the clock"))?;
     for IrqchipState { chip_id, chip } in irqchips {
         let mut to = kvm_irqchip { chip_id: *chip_id, ..Default::default() };
         // SAFETY: as in `save`; any bytes are valid for it.
@@ -80,6 +103,18 @@ fn save_clock(data: &kvm_clock_data) -> ClockState {
 fn load_clock(state: &ClockState) -> kvm_clock_data {
     let ClockState { clock, flags: _, realtime: _, host_tsc: _ } = *state;
     kvm_clock_data { clock, ..Default::default() }
+}
+
+/// The same, but KVM adds the time that has passed since `realtime`. `features` is what it can do with clocks.
+fn load_clock_to_catch_up(state: &ClockState, features: i32) -> Result<kvm_clock_data, VmStateError> {
+    if state.flags & KVM_CLOCK_REALTIME == 0 {
+        return Err(VmStateError::NoRealtime);
+    }
+    // A kernel that only knows the capability by name gives 1.
+    if features as u32 & KVM_CLOCK_REALTIME == 0 {
+        return Err(VmStateError::ClockRealtime);
+    }
+    Ok(kvm_clock_data { flags: KVM_CLOCK_REALTIME, realtime: state.realtime, ..load_clock(state) })
 }
 
 fn save_pit(pit: &kvm_pit_state2) -> PitState {
@@ -155,5 +190,20 @@ fn load_channel(channel: &PitChannel) -> kvm_pit_channel_state {
         bcd,
         gate,
         count_load_time,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_catches_up_only_where_the_time_is_known_and_kvm_can() {
+        let saved = ClockState { clock: 5, flags: KVM_CLOCK_REALTIME | 2, realtime: 7, host_tsc: 9 };
+        let data = load_clock_to_catch_up(&saved, 14).unwrap();
+        assert_eq!((data.clock, data.flags, data.realtime, data.host_tsc), (5, KVM_CLOCK_REALTIME, 7, 0));
+        assert!(matches!(load_clock_to_catch_up(&saved, 1), Err(VmStateError::ClockRealtime)));
+        let nameless = ClockState { flags: 2, ..saved };
+        assert!(matches!(load_clock_to_catch_up(&nameless, 14), Err(VmStateError::NoRealtime)));
     }
 }

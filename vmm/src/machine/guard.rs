@@ -1,4 +1,4 @@
-//! Looks after a vmm whose memory a page server provides: its event loop itself may be waiting for a page.
+//! Looks after a vmm whose memory a page server provides, in either mode: its event loop itself may be waiting for a page.
 //!
 //! No guest reads wrong bytes meanwhile: the vmm holds its own descriptor of the userfaultfd, so pages that were not
 //! delivered stay unreadable; and before the process ends, and that descriptor with it, guest memory is taken away, so
@@ -13,6 +13,7 @@ use crate::notice::{Notice, Notifier};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use std::io;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -40,10 +41,11 @@ pub fn watch(
 ) -> io::Result<()> {
     let memory = ram.memory().clone();
     std::thread::Builder::new().name("guard".into()).spawn(move || {
-        // The server says nothing more; whatever makes the connection readable is its end.
-        let mut sources = [PollFd::new(&server.connection, PollFlags::IN), PollFd::new(&signals, PollFlags::IN)];
+        let (gone, released, ends) = (&server.sign, &server.released, &signals);
+        let mut sources =
+            [gone.as_fd(), released.as_fd(), ends.as_fd()].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         while let Err(Errno::INTR) = poll(&mut sources, None) {}
-        let [server_gone, _] = sources.map(|source| !source.revents().is_empty());
+        let [server_gone, ..] = sources.map(|source| !source.revents().is_empty());
         if server.is_released() {
             return;
         }

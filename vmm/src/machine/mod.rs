@@ -11,12 +11,14 @@
 //!
 //! - [`config`], [`requests`]: what can be built, and what is legal when (pure)
 //! - [`boot`], [`restore`], [`snapshot`]: the three long constructions, each readable from top to bottom
+//! - [`backend`]: where the memory of a restored guest comes from
 //! - [`wiring`]: devices and their places; [`disks`]: what lies behind the drives
 //! - [`driver`]: the one owner of all this, on the event loop
 //! - `record`: how a snapshot records the configuration of devices (pure)
 //! - `private`: watches over what the guest has of its own
 //! - `guard`: ends the process when the event loop cannot
 
+pub mod backend;
 pub mod boot;
 pub mod config;
 pub mod disks;

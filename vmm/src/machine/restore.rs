@@ -1,6 +1,7 @@
 //! Restore: snapshot -> memory (and the page server's word that it serves) -> VM -> state -> devices -> vCPUs,
 //! standing still.
 
+use super::backend::{Backend, BackendError};
 use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
 use super::disks::{self, RestoreDisksError};
@@ -8,21 +9,17 @@ use super::wiring::{self, Outside, WireError};
 use super::{Machine, guard, record, start_vcpus};
 use crate::devices::virtio::block::Disk;
 use crate::host;
-use crate::kvm::state::VmStateError;
+use crate::kvm::state::{Clock, VmStateError};
 use crate::kvm::{self, KvmError};
 use crate::memory::layout;
-use crate::memory::uffd::{self, PageServer, UffdError};
-use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
 use api_spec::devices::NetworkInterface;
 use api_spec::mac::MacError;
-use api_spec::snapshot::{MemBackend, MemBackendType, NetworkOverride, SnapshotLoad, VsockOverride};
+use api_spec::snapshot::{NetworkOverride, SnapshotLoad, VsockOverride};
 use snapshot::compat::Mismatch;
-use snapshot::image::{ImageError, ensure_trusted};
 use snapshot::load::{LoadError, Snapshot};
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use vm_memory::GuestMemoryError;
@@ -47,21 +44,6 @@ pub enum RestoreError {
     /// It is of a machine that this program does not build.
     #[error("the snapshot has {0} vCPUs; this program runs 1 to {MAX_VCPUS}")]
     Vcpus(u32),
-    /// Something was asked for that this program does not have.
-    #[error(
-        "mem_backend.backend_type `Uffd` (copy mode) is not offered yet; use `UffdShared` with our page server, or `File`"
-    )]
-    CopyMode,
-    /// A memory file that is not the snapshot's.
-    #[error(
-        "mem_backend.backend_path {given} is not the snapshot's memory file {expected}; leave mem_backend out to use that"
-    )]
-    OtherMemory {
-        /// What was asked for.
-        given: PathBuf,
-        /// What the snapshot has.
-        expected: PathBuf,
-    },
     /// Another host side for a device that is not there.
     #[error("vsock_override: the snapshot has no vsock device")]
     NoVsock,
@@ -96,18 +78,12 @@ pub enum RestoreError {
     /// A MAC address in the snapshot that none can be.
     #[error("the snapshot's network interfaces: {0}; the snapshot was not written by this program")]
     Mac(#[from] MacError),
-    /// The memory file.
+    /// Where memory comes from.
     #[error(transparent)]
-    Image(#[from] ImageError),
-    /// The page server.
-    #[error(transparent)]
-    Uffd(#[from] UffdError),
+    Backend(#[from] BackendError),
     /// The page server cannot be watched.
     #[error("cannot watch the page server: {0}; limits on open files or processes may be reached (ulimit -n, -u)")]
     Guard(std::io::Error),
-    /// Guest memory.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -144,6 +120,7 @@ pub enum RestoreError {
 
 /// Builds a machine from a snapshot. Its vCPUs stand still.
 pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, RestoreError> {
+    let backend = Backend::of(request)?;
     let snapshot = snapshot::load::open(&request.snapshot_path)?;
     check(&snapshot)?;
     let (plan, disks) = devices(&snapshot, request)?;
@@ -151,12 +128,13 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
 
     let Outside { notifier, signals, .. } = &outside;
     let ending = Arc::<AtomicBool>::default();
-    let (ram, page_server) = memory(&snapshot, request.mem_backend.as_ref())?;
+    let (ram, page_server) = backend.map(&snapshot)?;
     if let Some(server) = &page_server {
         // Before anything touches guest memory and may have to wait.
         let signals = signals.try_clone().map_err(RestoreError::Guard)?;
         let watch = server.watch().map_err(RestoreError::Guard)?;
         guard::watch(watch, &ram, signals, notifier.clone(), ending.clone()).map_err(RestoreError::Guard)?;
+        server.wait_until_it_serves(&ram).map_err(BackendError::from)?;
     }
     let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
     let state = snapshot.state();
@@ -164,7 +142,8 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
         let fail = |source| RestoreError::VcpuState { vcpu: number, source };
         crate::vcpu::state::load(vcpu, &vm.fd, saved, number == 0).map_err(fail)?;
     }
-    kvm::state::load(&vm.fd, &state.vm)?;
+    let clock = if request.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn };
+    kvm::state::load(&vm.fd, &state.vm, clock)?;
     // Guest memory may have been touched already, since KVM writes the wall clock where an MSR tells it to; the guard and
     // the page server have been at work from the start.
     if request.new_generation {
@@ -229,36 +208,4 @@ fn override_network(interfaces: &mut [NetworkInterface], overrides: &[NetworkOve
         interface.guest_mac = guest_mac.or(interface.guest_mac);
     }
     check(interfaces, "network_overrides")
-}
-
-/// Maps the snapshot's memory, from its own file or from a page server.
-fn memory(snapshot: &Snapshot, backend: Option<&MemBackend>) -> Result<(GuestRam, Option<PageServer>), RestoreError> {
-    let memory = &snapshot.manifest().memory;
-    let regions = memory.regions.clone();
-    match backend {
-        Some(MemBackend { backend_type: MemBackendType::Uffd, .. }) => Err(RestoreError::CopyMode),
-        Some(MemBackend { backend_type: MemBackendType::UffdShared, backend_path }) => {
-            let (ram, server) = uffd::connect(backend_path, &memory.root, regions)?;
-            Ok((ram, Some(server)))
-        }
-        Some(MemBackend { backend_type: MemBackendType::File, backend_path }) => {
-            let expected = snapshot.dir().join(&memory.file);
-            if !same_file(backend_path, &expected) {
-                return Err(RestoreError::OtherMemory { given: backend_path.clone(), expected });
-            }
-            file_backed(snapshot)
-        }
-        None => file_backed(snapshot),
-    }
-}
-
-fn file_backed(snapshot: &Snapshot) -> Result<(GuestRam, Option<PageServer>), RestoreError> {
-    let trusted = ensure_trusted(snapshot)?;
-    Ok((GuestRam::private_view(&trusted.file, snapshot.manifest().memory.regions.clone())?, None))
-}
-
-fn same_file(a: &std::path::Path, b: &std::path::Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let id = |path| std::fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
-    id(a).is_some() && id(a) == id(b)
 }

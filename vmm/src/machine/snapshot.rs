@@ -41,9 +41,6 @@ pub enum SnapshotError {
     /// Something was asked for that this program does not have.
     #[error("snapshot_type `Diff` is not offered yet; use `Full`")]
     Diff,
-    /// Something was asked for that this program does otherwise.
-    #[error("mem_file_path is not taken here: memory is part of the snapshot directory `snapshot_path`; leave it out")]
-    MemFilePath,
     /// vCPUs.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
@@ -143,10 +140,10 @@ pub fn create(
     if request.snapshot_type == SnapshotType::Diff {
         return Err(SnapshotError::Diff);
     }
-    if request.mem_file_path.is_some() {
-        return Err(SnapshotError::MemFilePath);
-    }
     let mut staging = Staging::begin(&request.snapshot_path)?;
+    if let Some(path) = &request.mem_file_path {
+        staging.link_memory(path)?;
+    }
     let facts = facts(machine, readiness);
 
     let was_running = machine.is_running();

@@ -16,8 +16,10 @@
 //! - A frozen image that is still being written is read through its file, which is sealed, not through the view.
 //! - Nothing waits. Faults on a page server's pages may be pending on the range: they are answered as before, since the
 //!   kernel wakes by address and does not look at what is mapped there ([`super::uffd`]), and then find the anonymous
-//!   memory. Removal events are not asked for. No page of anonymous memory is ever put into the server's store, also
-//!   not if the guest's memory is taken away ([`super::cut_off`]) just before a discard puts some of it back.
+//!   memory. No page of anonymous memory is ever put into the server's store, also not if the guest's memory is taken away
+//!   ([`super::cut_off`]) just before a discard puts some of it back.
+//! - In copy mode the server's answer to such a fault fails, as nothing is registered there any more, and wakes nobody: that is
+//!   done here. What is registered is never advised away: that would wait until the server has read of it.
 
 use super::pagemap::Pagemap;
 use super::ranges::RangeSet;
@@ -29,6 +31,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
+use userfaultfd::Uffd;
 use vm_memory::{GuestMemoryBackend, GuestRegionMmap};
 
 /// Once so many runs of a view's pages were replaced one by one, short ones are left alone. Each may take two more of the
@@ -49,6 +52,8 @@ pub(super) struct Discarded {
     /// How often a run was begun: what bounds the number of mappings. Runs that have grown together count as before, as
     /// the kernel cannot always join their mappings.
     begun: usize,
+    /// In copy mode, what faults on the pages may be waiting for.
+    waker: Option<Arc<Uffd>>,
 }
 
 /// What became of pages that were to be discarded.
@@ -147,7 +152,12 @@ impl Part<'_> {
             Some(blank) => blank,
             None => discarded.blank.insert(mmap::Blank::new()?),
         };
-        blank.put(&self.mapped.get_mmap(), self.bytes())?;
+        let put = blank.put(&self.mapped.get_mmap(), self.bytes());
+        if let Some(uffd) = &discarded.waker {
+            // Also after a failure, which may have come half-way.
+            self.wake(uffd);
+        }
+        put?;
         discarded.pages.insert(place);
         discarded.begun += usize::from(begins);
         if begins && discarded.begun == MANY_RUNS {
@@ -155,9 +165,23 @@ impl Part<'_> {
         }
         Ok(true)
     }
+
+    /// Has whoever waits for a page of this part look again at what is there.
+    fn wake(&self, uffd: &Uffd) {
+        let Range { start, end } = self.bytes();
+        let addr = self.mapped.get_mmap().as_ptr().wrapping_add(start as usize);
+        if let Err(e) = uffd.wake(addr.cast(), (end - start) as usize) {
+            tracing::warn!("cannot wake those who wait for pages that the guest gave back: {e}");
+        }
+    }
 }
 
 impl Discarded {
+    /// Nothing yet, of memory whose faults wait for this.
+    pub(super) fn waking(uffd: Arc<Uffd>) -> Self {
+        Discarded { waker: Some(uffd), ..Discarded::default() }
+    }
+
     /// Whether a run of so many pages may be begun.
     fn may_begin(&self, pages: u64) -> bool {
         self.begun < if pages < LONG_RUN { MANY_RUNS } else { MAX_RUNS }
@@ -493,6 +517,42 @@ mod tests {
         uffd.wake(addr as *mut _, len).unwrap();
         assert_eq!(byte(&ram, 50), 0, "and nobody waits there any more");
         assert_eq!(fstat(&store).unwrap().st_blocks, 0, "the store has no page by that");
+    }
+
+    /// Copy mode: nobody but the vmm itself can wake a fault that waits on a range when it is discarded.
+    #[test]
+    fn in_copy_mode_a_fault_that_waits_is_woken_by_the_discard() {
+        let uffd = match uffd_handler::uffd::create_user_only() {
+            Ok(uffd) => Arc::new(uffd),
+            Err(e) => return test_skip::skip(e.to_string()),
+        };
+        let ram = GuestRam::copied_into(uffd.clone(), layout::ram_regions(SIZE)).unwrap();
+        let (region, addr) = ram.mappings().next().unwrap();
+        uffd.register(addr.cast(), region.size_bytes as usize).unwrap();
+        let read = |page: u64| {
+            let memory = ram.memory().clone();
+            std::thread::spawn(move || {
+                let mut bytes = [1u8; 8];
+                memory.get_slice(GuestAddress(page * PAGE_SIZE), 8).unwrap().copy_to(&mut bytes);
+                bytes
+            })
+        };
+        let (given, kept) = (read(40), read(50));
+        for _ in 0..2 {
+            let event = next_event(&uffd);
+            assert!(matches!(event, userfaultfd::Event::Pagefault { .. }), "{event:?}");
+        }
+        assert_eq!(ram.discarder().discard(32..48), all(16));
+        assert_eq!(given.join().unwrap(), [0; 8]);
+        assert_eq!(byte(&ram, 47), 0, "and nobody waits there any more");
+        assert!(!kept.is_finished(), "what was not given back is still waited for");
+        // Again: it is anonymous already, and no event is made of that.
+        fill(&ram, 32..48, NEW);
+        assert_eq!(ram.discarder().discard(32..48), all(16));
+        assert_eq!(byte(&ram, 40), 0);
+        assert!(uffd.read_event().unwrap().is_none());
+        assert_eq!(ram.discarder().discard(48..64), all(16));
+        assert_eq!(kept.join().unwrap(), [0; 8]);
     }
 
     fn next_event(uffd: &userfaultfd::Uffd) -> userfaultfd::Event {

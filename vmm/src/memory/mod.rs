@@ -3,7 +3,7 @@
 //! - [`layout`]: which guest-physical addresses are RAM (pure)
 //! - [`limit`]: how much of it may be the guest's own (pure)
 //! - [`freeze`]: turns the RAM of a booted guest into an immutable image without copying it
-//! - [`uffd`]: a view whose pages a page server provides
+//! - [`uffd`]: memory whose pages a page server provides: a view of its store, or anonymous memory that it copies pages into
 //! - [`discard`]: pages that the guest gives back; [`ranges`] records which (pure), `pagemap` knows which were written since
 //! - `mmap`: the system calls that change mappings
 
@@ -22,6 +22,7 @@ use snapshot::manifest::MemoryRegion;
 use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex};
+use userfaultfd::Uffd;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap,
@@ -65,7 +66,8 @@ pub enum MemoryError {
 enum Backing {
     /// The guest was booted here and writes straight into this file, which becomes the image when it is frozen.
     Own(File),
-    /// The guest has a private view over an immutable image, but for what it has discarded.
+    /// The guest has a private view over an immutable image, or a copy that is being made of one, but for what it has
+    /// discarded.
     Image(Discarded),
 }
 
@@ -86,14 +88,21 @@ impl GuestRam {
         ftruncate(&fd, size).map_err(create)?;
         let file = File::from(fd);
         let regions = layout::ram_regions(size);
-        let memory = map(&file, &regions, libc::MAP_SHARED)?;
+        let memory = map(Some(&file), &regions, libc::MAP_SHARED)?;
         Ok(GuestRam { memory, regions, backing: Arc::new(Mutex::new(Backing::Own(file))) })
     }
 
     /// A private view over an image: what the guest writes stays its own.
     pub fn private_view(image: &File, regions: Vec<MemoryRegion>) -> Result<Self, MemoryError> {
-        let memory = map(image, &regions, libc::MAP_PRIVATE)?;
+        let memory = map(Some(image), &regions, libc::MAP_PRIVATE)?;
         Ok(GuestRam { memory, regions, backing: Arc::new(Mutex::new(Backing::Image(Discarded::default()))) })
+    }
+
+    /// Anonymous memory, to be registered with `uffd` before its first access, into which somebody copies an image: each page
+    /// before the guest has it.
+    pub fn copied_into(uffd: Arc<Uffd>, regions: Vec<MemoryRegion>) -> Result<Self, MemoryError> {
+        let memory = map(None, &regions, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)?;
+        Ok(GuestRam { memory, regions, backing: Arc::new(Mutex::new(Backing::Image(Discarded::waking(uffd)))) })
     }
 
     /// The memory, for devices and loaders.
@@ -126,18 +135,20 @@ pub fn cut_off(memory: &GuestMemory) {
     }
 }
 
-/// Maps `regions` of `file`, reserving nothing and kept out of core dumps and child processes.
-fn map(file: &File, regions: &[MemoryRegion], sharing: i32) -> Result<GuestMemory, MemoryError> {
-    let file = Arc::new(file.try_clone().map_err(|source| MemoryError::Create { size: 0, source })?);
+/// Maps `regions` of `file`, or of no file, reserving nothing and kept out of core dumps and child processes.
+fn map(file: Option<&File>, regions: &[MemoryRegion], sharing: i32) -> Result<GuestMemory, MemoryError> {
+    let file = file.map(File::try_clone).transpose().map_err(|source| MemoryError::Create { size: 0, source })?;
+    let file = file.map(Arc::new);
     let mapped = regions
         .iter()
         .map(|region| {
-            let mapping = MmapRegionBuilder::new(region.size_bytes as usize)
+            let mut builder = MmapRegionBuilder::new(region.size_bytes as usize)
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(sharing | libc::MAP_NORESERVE)
-                .with_file_offset(FileOffset::from_arc(file.clone(), region.offset))
-                .build()
-                .map_err(|source| MemoryError::Map { size: region.size_bytes, source })?;
+                .with_mmap_flags(sharing | libc::MAP_NORESERVE);
+            if let Some(file) = &file {
+                builder = builder.with_file_offset(FileOffset::from_arc(file.clone(), region.offset));
+            }
+            let mapping = builder.build().map_err(|source| MemoryError::Map { size: region.size_bytes, source })?;
             mmap::keep_private(&mapping).map_err(MemoryError::Advise)?;
             GuestRegionMmap::new(mapping, GuestAddress(region.guest_addr))
                 .ok_or(MemoryError::Regions(GuestRegionCollectionError::MemoryRegionOverlap))

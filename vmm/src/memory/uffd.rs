@@ -1,26 +1,37 @@
-//! A view whose pages a page server provides.
+//! Memory whose pages a page server provides.
 //!
 //! ```text
-//!   greet -> (the store) -> map it privately -> register with a userfaultfd -> attach -> (the server serves)
+//!   shared mode   greet -> (the store) -> map it privately -> register with a userfaultfd -> attach -> (the server serves)
+//!   copy mode     map anonymous memory -> register with a userfaultfd -> hand it over -> (a page comes: the server serves)
 //! ```
 //!
 //! Every range is registered before its first access and stays registered: a hole of the store that is read through an
-//! unregistered mapping would become a zero page for every clone.
+//! unregistered mapping would become a zero page for every clone, and a page of anonymous memory would be zeros for this one.
+//!
+//! Copy mode is Firecracker's protocol. In it the server never says anything. It has taken its job when it has read the one
+//! message, and does it when the first page has come; it may close the connection at any time after that, so what tells of
+//! its end is that of its process.
 
+use super::layout::GENERATION_PAGE;
 use super::{GuestRam, MemoryError, PAGE_SIZE};
 use api_spec::handshake::{Hello, Region, VERSION};
-use rustix::fs::{SealFlags, fcntl_get_seals, fstat};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_get_seals, fstat, memfd_create};
 use rustix::io::fcntl_dupfd_cloexec;
 use snapshot::manifest::MemoryRegion;
 use std::fs::File;
 use std::io;
 use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
 use uffd_handler::client::{self, ClientError};
-use userfaultfd::Uffd;
+use uffd_handler::process::living_peer;
+use userfaultfd::{FeatureFlags, Uffd};
+use vm_memory::{Bytes, GuestAddress};
 
 /// Why a page server could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +70,22 @@ pub enum UffdError {
     /// A range could not be registered.
     #[error("cannot register guest RAM with userfaultfd: {0}; faults on shared memory need Linux 4.11 or newer")]
     Register(userfaultfd::Error),
+    /// Copy mode: it has taken the userfaultfd, and no page comes of that.
+    #[error(
+        "page server at {path}: it has taken the userfaultfd but has not delivered the first page within {waited_s} s{}; does it serve this snapshot's memory, and in copy mode?",
+        if *.closed { " and has closed the connection" } else { "" }
+    )]
+    NoPage {
+        /// Its socket.
+        path: PathBuf,
+        /// How long that was waited for, in seconds.
+        waited_s: u64,
+        /// It has closed the connection, which it may.
+        closed: bool,
+    },
+    /// Copy mode: the first page cannot be read.
+    #[error("cannot read the first page of guest RAM: {0}")]
+    FirstPage(io::Error),
     /// No memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -76,15 +103,39 @@ pub enum UffdError {
 pub struct PageServer {
     path: PathBuf,
     connection: UnixStream,
-    /// This guest needs the server no more.
-    released: Arc<AtomicBool>,
-    uffd: Uffd,
+    mode: Mode,
+    /// Readable once this guest needs the server no more.
+    released: OwnedFd,
+    uffd: Arc<Uffd>,
+}
+
+#[derive(Debug)]
+enum Mode {
+    Shared,
+    /// With what becomes readable at the end of the server's process. Without that the end of the connection has to do: the
+    /// process that listens cannot be told from here, or has left the serving to another.
+    Copy(Option<OwnedFd>),
 }
 
 /// Lowest number of the connection's descriptor: above those of the VM and its vCPUs.
 const CONNECTION_FD_MIN: i32 = 128;
+/// How long the first page may take in copy mode: the server may copy all of the memory before it looks at a fault.
+const FIRST_PAGE: Duration = Duration::from_secs(60);
+/// And once the server has closed the connection, which is what one does that wants nothing of copy mode.
+const FIRST_PAGE_CLOSED: Duration = Duration::from_secs(5);
 
 impl PageServer {
+    fn new(path: &Path, connection: UnixStream, mode: Mode, uffd: Arc<Uffd>) -> io::Result<Self> {
+        let connection = fcntl_dupfd_cloexec(&connection, CONNECTION_FD_MIN)?.into();
+        Ok(PageServer {
+            path: path.to_owned(),
+            connection,
+            mode,
+            released: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            uffd,
+        })
+    }
+
     /// Where the server listens.
     pub fn path(&self) -> &Path {
         &self.path
@@ -92,8 +143,59 @@ impl PageServer {
 
     /// What a thread needs to notice that the server is gone.
     pub fn watch(&self) -> io::Result<Watch> {
-        let (path, released) = (self.path.clone(), self.released.clone());
-        Ok(Watch { path, connection: self.connection.try_clone()?, released })
+        let sign = match &self.mode {
+            Mode::Copy(Some(process)) => process.try_clone()?,
+            Mode::Copy(None) | Mode::Shared => self.connection.try_clone()?.into(),
+        };
+        Ok(Watch { path: self.path.clone(), sign, released: self.released.try_clone()? })
+    }
+
+    /// Waits until the server has shown that it serves: in copy mode, until it has delivered a page. In shared mode it has
+    /// said so.
+    ///
+    /// If that fails, the memory can no longer be used.
+    pub fn wait_until_it_serves(&self, ram: &GuestRam) -> Result<(), UffdError> {
+        if matches!(self.mode, Mode::Shared) {
+            return Ok(());
+        }
+        let outcome = self.wait_for_first_page(ram);
+        if outcome.is_err() {
+            self.let_go(ram);
+        }
+        outcome
+    }
+
+    /// The page that is waited for is one that a restore touches anyway. It is the kernel that reads it: in a thread which
+    /// that holds up, since no wait for a page ends by itself, and which outlives the loss of the memory.
+    fn wait_for_first_page(&self, ram: &GuestRam) -> Result<(), UffdError> {
+        let (memory, (sender, came)) = (ram.memory().clone(), mpsc::channel());
+        let reader = move || {
+            let read =
+                memfd_create("coppice-first-page", MemfdFlags::CLOEXEC).map_err(io::Error::from).and_then(|fd| {
+                    let read = memory.write_volatile_to(GuestAddress(GENERATION_PAGE), &mut File::from(fd), 8);
+                    read.map(drop).map_err(io::Error::other)
+                });
+            let _ = sender.send(read); // Nobody waits any more if it took too long.
+        };
+        std::thread::Builder::new().name("first-page".into()).spawn(reader).map_err(UffdError::FirstPage)?;
+        let (began, mut closed_at) = (Instant::now(), None);
+        loop {
+            match came.recv_timeout(Duration::from_millis(20)) {
+                Ok(read) => return read.map_err(UffdError::FirstPage),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(UffdError::FirstPage(io::Error::other("the thread that reads it panicked")));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if closed_at.is_none() && has_hung_up(&self.connection) {
+                closed_at = Some(Instant::now());
+            }
+            let late = closed_at.is_some_and(|at| at.elapsed() >= FIRST_PAGE_CLOSED) || began.elapsed() >= FIRST_PAGE;
+            if late {
+                let (path, waited_s) = (self.path.clone(), began.elapsed().as_secs());
+                return Err(UffdError::NoPage { path, waited_s, closed: closed_at.is_some() });
+            }
+        }
     }
 
     /// Lets go of everybody who still waits for a page of `ram`, so that the VM can be closed whatever the server does.
@@ -110,8 +212,9 @@ impl PageServer {
 
 impl Drop for PageServer {
     fn drop(&mut self) {
-        self.released.store(true, Ordering::SeqCst);
-        // A watch holds the connection too.
+        // There is room for it: it is written once.
+        let _ = rustix::io::write(&self.released, &1u64.to_ne_bytes());
+        // A watch may hold the connection too.
         let _ = self.connection.shutdown(Shutdown::Both);
     }
 }
@@ -121,16 +224,27 @@ impl Drop for PageServer {
 pub struct Watch {
     /// Where the server listens.
     pub path: PathBuf,
-    /// Becomes readable when the server is gone, or not needed any more: the server says nothing more.
-    pub connection: UnixStream,
-    released: Arc<AtomicBool>,
+    /// Becomes readable when the server is gone: it says nothing more. Also when it is not needed any more, in shared mode.
+    pub sign: OwnedFd,
+    /// Becomes readable when the server is not needed any more.
+    pub released: OwnedFd,
 }
 
 impl Watch {
     /// Whether the server is not needed any more.
     pub fn is_released(&self) -> bool {
-        self.released.load(Ordering::SeqCst)
+        poll_now(&self.released, PollFlags::IN)
     }
+}
+
+fn has_hung_up(connection: &UnixStream) -> bool {
+    // That is told unasked.
+    poll_now(connection, PollFlags::empty())
+}
+
+fn poll_now(fd: &impl AsFd, events: PollFlags) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::from_borrowed_fd(fd.as_fd(), events)], Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
 /// Asks the page server at `path` for the image with this root digest and maps its store as guest RAM.
@@ -141,21 +255,41 @@ pub fn connect(path: &Path, image: &str, regions: Vec<MemoryRegion>) -> Result<(
     let size = regions.iter().map(|r| r.size_bytes).sum();
     let hello = Hello { version: VERSION, image: image.to_owned(), size };
     // Made first: see `PageServer` about its number.
-    let uffd = uffd_handler::uffd::create()?;
+    let uffd = Arc::new(uffd_handler::uffd::create()?);
     let greeted = client::greet(path, &hello).map_err(failed)?;
     let store = File::from(greeted.store.try_clone().map_err(|e| failed(e.into()))?);
     check_size(path, &store, size)?;
 
     let ram = GuestRam::private_view(&store, regions)?;
-    for (region, addr) in ram.mappings() {
-        uffd.register(addr.cast(), region.size_bytes as usize).map_err(UffdError::Register)?;
-    }
-
-    let ranges = ram.mappings().map(|(region, addr)| describe(region, addr)).collect();
+    let ranges = register(&uffd, &ram)?;
     let connection = greeted.attach(ranges, &uffd).map_err(failed)?;
-    let connection =
-        fcntl_dupfd_cloexec(&connection, CONNECTION_FD_MIN).map_err(|e| failed(io::Error::from(e).into()))?;
-    Ok((ram, PageServer { path: path.to_owned(), connection: connection.into(), released: Arc::default(), uffd }))
+    let server = PageServer::new(path, connection, Mode::Shared, uffd).map_err(|e| failed(e.into()))?;
+    Ok((ram, server))
+}
+
+/// Has the page server at `path` copy pages into anonymous memory: which image, it knows itself.
+///
+/// When this returns, it has taken the userfaultfd; see [`PageServer::wait_until_it_serves`].
+pub fn connect_in_copy_mode(path: &Path, regions: Vec<MemoryRegion>) -> Result<(GuestRam, PageServer), UffdError> {
+    let failed = |source| UffdError::Server { path: path.to_owned(), source };
+    // Made first: see `PageServer` about its number. Servers of this protocol rely on the feature, though no event comes here.
+    let uffd = Arc::new(uffd_handler::uffd::create_with(FeatureFlags::EVENT_REMOVE)?);
+    let ram = GuestRam::copied_into(uffd.clone(), regions)?;
+    let ranges = register(&uffd, &ram)?;
+    let connection = client::hand_over(path, &ranges, &uffd).map_err(failed)?;
+    let mode = Mode::Copy(living_peer(&connection));
+    let server = PageServer::new(path, connection, mode, uffd).map_err(|e| failed(e.into()))?;
+    Ok((ram, server))
+}
+
+/// Registers all of RAM, which nobody has accessed yet, and says where that is.
+fn register(uffd: &Uffd, ram: &GuestRam) -> Result<Vec<Region>, UffdError> {
+    ram.mappings()
+        .map(|(region, addr)| {
+            uffd.register(addr.cast(), region.size_bytes as usize).map_err(UffdError::Register)?;
+            Ok(describe(region, addr))
+        })
+        .collect()
 }
 
 /// A store that is shorter than it says, or becomes so, would end the guest with SIGBUS.
