@@ -15,6 +15,8 @@ pub struct Message {
     pub method: String,
     /// Path, as sent.
     pub path: String,
+    /// What follows the path's `?`, as sent; empty if there is none.
+    pub query: String,
     /// Body; empty if there is none.
     pub body: Vec<u8>,
     /// Whether the client wants the connection to stay open.
@@ -58,9 +60,12 @@ pub fn parse(bytes: &[u8]) -> Parsed {
     let Some(body) = bytes.get(head..end) else {
         return Parsed::Partial { expect_continue: framing.expect_continue && bytes.len() == head };
     };
+    let target = request.path.unwrap_or_default();
+    let (path, query) = target.split_once('?').unwrap_or((target, ""));
     let message = Message {
         method: request.method.unwrap_or_default().to_owned(),
-        path: request.path.unwrap_or_default().to_owned(),
+        path: path.to_owned(),
+        query: query.to_owned(),
         body: body.to_vec(),
         keep_alive: framing.keep_alive,
     };
@@ -122,7 +127,8 @@ pub fn encode(response: &Response, keep_alive: bool) -> Vec<u8> {
     let mut bytes = format!("HTTP/1.1 {} {reason}\r\nServer: coppice\r\nConnection: {connection}\r\n", response.status)
         .into_bytes();
     if !response.body.is_empty() {
-        bytes.extend(format!("Content-Type: application/json\r\nContent-Length: {}\r\n", response.body.len()).bytes());
+        let (kind, len) = (response.content_type, response.body.len());
+        bytes.extend(format!("Content-Type: {kind}\r\nContent-Length: {len}\r\n").bytes());
     } else if response.status != 204 {
         bytes.extend(b"Content-Length: 0\r\n");
     }

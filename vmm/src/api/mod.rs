@@ -88,19 +88,26 @@ pub enum Request {
     SnapshotStatus,
 }
 
-/// An answer: a status and a JSON body, or none.
+/// What a JSON body is.
+const JSON: &str = "application/json";
+/// What plain text is: that of counters, which Prometheus knows by this.
+const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// An answer: a status and a body, or none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Response {
     /// HTTP status.
     pub status: u16,
-    /// JSON body; empty with status 204.
+    /// What the body is.
+    pub content_type: &'static str,
+    /// Body; empty with status 204.
     pub body: Vec<u8>,
 }
 
 impl Response {
     /// 204: done, nothing to say.
     pub fn done() -> Self {
-        Response { status: 204, body: Vec::new() }
+        Response { status: 204, content_type: JSON, body: Vec::new() }
     }
 
     /// 200 with a document.
@@ -108,10 +115,15 @@ impl Response {
         match serde_json::to_vec(document) {
             Ok(mut body) => {
                 body.push(b'\n');
-                Response { status: 200, body }
+                Response { status: 200, content_type: JSON, body }
             }
             Err(e) => Response::fault(500, &format!("cannot encode the answer: {e}")),
         }
+    }
+
+    /// 200 with plain text.
+    pub fn text(text: String) -> Self {
+        Response { status: 200, content_type: TEXT, body: text.into_bytes() }
     }
 
     /// An error with its message.
@@ -121,6 +133,6 @@ impl Response {
 
     /// An error.
     pub fn refusal(status: u16, error: &ErrorBody) -> Self {
-        Response { status, body: serde_json::to_vec(error).unwrap_or_default() }
+        Response { status, content_type: JSON, body: serde_json::to_vec(error).unwrap_or_default() }
     }
 }

@@ -3,6 +3,7 @@
 use super::http::{self, Parsed};
 use super::router::route;
 use super::{Request, Response};
+use api_spec::stats::ApiStats;
 use event_manager::{EventOps, Events};
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
@@ -21,8 +22,8 @@ const MAX_CLIENTS: usize = 32;
 const SILENCE: Duration = Duration::from_secs(1);
 /// How often silent clients are looked for while others wait.
 const TICK: Duration = Duration::from_millis(250);
-/// How many bytes of answers may wait for a client that does not read them.
-const MAX_UNSENT: usize = 256 * 1024;
+/// How many bytes of answers may wait for a client that does not read them: the longest answer, a map of memory, fits.
+const MAX_UNSENT: usize = 1 << 20;
 
 /// Names the client to whom an answer is due.
 pub type ClientId = RawFd;
@@ -36,6 +37,7 @@ pub struct Server {
     timer: TimerFd,
     /// Counts clients ever accepted, so that an answer that comes late never reaches a later client on the same number.
     accepted: u64,
+    stats: ApiStats,
 }
 
 /// Who is to get an answer that comes later.
@@ -70,7 +72,18 @@ impl Server {
             path: path.to_owned(),
             source: error.into(),
         })?;
-        Ok(Server { listener: Listener::bind(path)?, clients: BTreeMap::new(), timer, accepted: 0 })
+        Ok(Server {
+            listener: Listener::bind(path)?,
+            clients: BTreeMap::new(),
+            timer,
+            accepted: 0,
+            stats: ApiStats::default(),
+        })
+    }
+
+    /// What it was asked.
+    pub fn stats(&self) -> ApiStats {
+        self.stats
     }
 
     /// The listening socket.
@@ -113,6 +126,7 @@ impl Server {
         let Some(client) = self.clients.get_mut(&to.id).filter(|client| client.serial == to.serial) else {
             return Vec::new();
         };
+        self.stats.refused += u64::from(response.status >= 400);
         client.waiting = false;
         client.heard = Instant::now();
         client.queue(response, to.keep_alive);
@@ -190,8 +204,13 @@ impl Server {
                     }
                     break;
                 }
-                Parsed::Bad(status, reason) => client.queue(&Response::fault(status, &reason), false),
+                Parsed::Bad(status, reason) => {
+                    self.stats.requests += 1;
+                    self.stats.refused += 1;
+                    client.queue(&Response::fault(status, &reason), false);
+                }
                 Parsed::Complete(message, used) => {
+                    self.stats.requests += 1;
                     client.received.drain(..used);
                     match route(&message) {
                         Ok(request) => {
@@ -199,7 +218,10 @@ impl Server {
                             let pending = Pending { id, serial: client.serial, keep_alive: message.keep_alive };
                             requests.push((pending, request));
                         }
-                        Err(response) => client.queue(&response, message.keep_alive),
+                        Err(response) => {
+                            self.stats.refused += 1;
+                            client.queue(&response, message.keep_alive);
+                        }
                     }
                 }
             }

@@ -107,7 +107,13 @@ mod tests {
     fn calls() -> Vec<(Request, When)> {
         let route = |operation: &Operation, body: &str| {
             let path = operation.path.replace("{drive_id}", "root").replace("{iface_id}", "eth0");
-            let message = Message { method: operation.method.into(), path, body: body.into(), keep_alive: true };
+            let message = Message {
+                method: operation.method.into(),
+                path,
+                query: String::new(),
+                body: body.into(),
+                keep_alive: true,
+            };
             (router::route(&message).unwrap(), operation.when)
         };
         let examples = OPERATIONS.iter().map(|operation| {
