@@ -1,7 +1,8 @@
 //! The one owner of the VM, on the event loop's thread: requests, notices, signals and the page server's fate all end up
-//! here, one at a time. `answers` is what each request does.
+//! here, one at a time. `answers` is what each request does; `counters`, what is told of what the VM has done.
 
 mod answers;
+mod counters;
 
 use super::Machine;
 use super::boot::{BootError, boot};
@@ -15,19 +16,24 @@ use crate::api::server::{Pending, Server};
 use crate::api::{Request, Response};
 use crate::console::{Console, ConsoleError, Input, Pty};
 use crate::devices::alarm::Alarm;
+use crate::memory::kinds::StartError;
 use crate::notice::{self, Halt, Notice, Notices, Notifier};
+use crate::stats::process::process;
+use crate::stats::scan::Scanner;
+use crate::stats::sink::{Metrics, MetricsError};
 use crate::vcpu::{GuestEnd, VcpuError};
 use api_spec::agent::Level;
 use api_spec::devices::Serial;
 use api_spec::operations::Operation;
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus};
+use api_spec::stats::Latencies;
 use api_spec::vm::{Readiness, VmConfig};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use uffd_handler::listener::ListenError;
 use uffd_handler::process::Signals;
 use vmm_sys_util::epoll::EventSet;
@@ -78,6 +84,9 @@ pub enum RunError {
     /// Restore.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// Where counters are written.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     /// The guest.
     #[error("{0}")]
     Guest(GuestEnd),
@@ -111,6 +120,12 @@ enum RequestError {
     NoBalloon,
     #[error("cannot keep a limit of private memory: {0}")]
     Limit(io::Error),
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error("guest memory cannot be looked at: {0}")]
+    Scan(io::Error),
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     #[error("the guest cannot go on. {0}")]
     Halt(Halt),
     #[error("SendCtrlAltDel is not offered, as guests have no keyboard; ask the guest's agent to power it off")]
@@ -186,6 +201,10 @@ struct Driver {
     /// The snapshot that is to be taken when that is over.
     next: Option<(SnapshotCreate, Pending)>,
     status: SnapshotStatus,
+    latencies: Latencies,
+    scanner: Scanner,
+    /// Where counters are written.
+    metrics: Metrics,
     api: Option<Server>,
     notifier: Notifier,
     notices: Notices,
@@ -198,6 +217,8 @@ struct Driver {
 
 impl Driver {
     fn new(id: String, api: Option<&Path>) -> Result<Self, RunError> {
+        // The process began no later than now.
+        process();
         let signals = Signals::catch()?;
         let api = api.map(Server::listen).transpose()?;
         let (notifier, notices) = notice::channel()?;
@@ -219,6 +240,9 @@ impl Driver {
             save: None,
             next: None,
             status: SnapshotStatus::default(),
+            latencies: Latencies::default(),
+            scanner: Scanner::new(notifier.clone()),
+            metrics: Metrics::new()?,
             api,
             notifier,
             notices,
@@ -234,8 +258,10 @@ impl Driver {
         self.config.serial = console.clone();
         match start {
             Start::Api => Ok(()),
-            Start::Boot(config) => {
+            Start::Boot(mut config) => {
+                let metrics = config.metrics.take();
                 self.config = VmConfig { serial: console.or(config.serial.clone()), ..config };
+                metrics.map_or(Ok(()), |sink| self.set_metrics(sink))?;
                 self.boot().map_err(|e| match e {
                     RequestError::Config(e) => RunError::Config(e),
                     RequestError::Console(e) => RunError::Console(e),
@@ -260,7 +286,10 @@ impl Driver {
     }
 
     fn end(&mut self, ending: Result<Ending, RunError>) {
-        self.ending.get_or_insert(ending);
+        if self.ending.is_none() {
+            self.flush_metrics_unasked();
+            self.ending = Some(ending);
+        }
     }
 
     fn phase(&self) -> Phase {
@@ -300,17 +329,20 @@ impl Driver {
     }
 
     fn boot(&mut self) -> Result<(), RequestError> {
+        let start = Instant::now();
         let plan = config::plan(&self.config)?;
         self.private.set_limit(self.config.machine_config.max_private_mib).map_err(RequestError::Limit)?;
         let (outside, input, pty) = self.outside()?;
         let mut machine = boot(&plan, outside)?;
         machine.resume();
+        self.latencies.boot_us = counters::us_since(start);
         self.adopt(machine, input, pty);
         tracing::info!("booted: {} vCPUs, {} MiB", plan.vcpus, plan.memory_bytes >> 20);
         Ok(())
     }
 
     fn load(&mut self, load: &SnapshotLoad) -> Result<(), RequestError> {
+        let start = Instant::now();
         config::check_max_private(load.max_private_mib)?;
         self.private.set_limit(load.max_private_mib).map_err(RequestError::Limit)?;
         let (outside, input, pty) = self.outside()?;
@@ -318,6 +350,7 @@ impl Driver {
         if load.resume_vm {
             machine.resume();
         }
+        self.latencies.load_us = counters::us_since(start);
         self.config.machine_config.max_private_mib = load.max_private_mib;
         self.adopt(machine, input, pty);
         Ok(())
@@ -381,6 +414,7 @@ impl Driver {
             Notice::PageServerGone(path) => self.end(Err(RunError::PageServerGone(path))),
             Notice::SnapshotWritten => self.on_snapshot_written(ops),
             Notice::LayersFolded => self.on_layers_folded(ops),
+            Notice::Scanned(scanned) => self.on_scanned(scanned, ops),
         }
     }
 
@@ -437,6 +471,10 @@ impl Driver {
     fn on_snapshot_written(&mut self, ops: &mut EventOps) {
         let (Some(job), Some(from)) = (&self.job, self.waiting.take()) else { return };
         self.status = job.status();
+        if self.status.state == SnapshotState::Done {
+            self.latencies.snapshot_pause_us = Some(self.status.pause_us);
+            self.latencies.snapshot_total_us = Some(self.status.total_us);
+        }
         let response = match &self.status.error {
             None => Response::done(),
             Some(error) => Response::fault(400, error),
@@ -478,6 +516,7 @@ impl MutEventSubscriber for Driver {
             self.reset.as_raw_fd(),
             self.signals.as_raw_fd(),
             self.retry.as_raw_fd(),
+            self.metrics.as_raw_fd(),
         ];
         sources.extend(self.api.iter().flat_map(Server::sources));
         for fd in sources {
@@ -500,6 +539,8 @@ impl MutEventSubscriber for Driver {
             self.end(Ok(Ending::Signal));
         } else if fd == self.retry.as_raw_fd() {
             self.go_on_halting();
+        } else if fd == self.metrics.as_raw_fd() {
+            self.flush_metrics_unasked();
         } else {
             self.take_notices(ops);
         }
