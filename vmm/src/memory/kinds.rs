@@ -96,9 +96,20 @@ impl Kinds {
         pagemap: &Pagemap,
         cancelled: &AtomicBool,
     ) -> Result<MemoryMap, ScanError> {
+        self.map_pages(query, MAX_MAP_PAGES, pagemap, cancelled)
+    }
+
+    /// As [`Kinds::map`], of `most` pages at most.
+    fn map_pages(
+        &self,
+        query: MemoryMapQuery,
+        most: u64,
+        pagemap: &Pagemap,
+        cancelled: &AtomicBool,
+    ) -> Result<MemoryMap, ScanError> {
         let MemoryMapQuery { start, max_runs } = query;
         let mut map = MemoryMap::default();
-        let mut left = MAX_MAP_PAGES;
+        let mut left = most;
         let next = self.each_page(start, pagemap, cancelled, |addr, kind| {
             let fits = left > 0 && push(&mut map.runs, max_runs, addr, kind);
             left = left.saturating_sub(1);
@@ -182,7 +193,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     const SIZE: u64 = 8 << 20;
-    const GO_ON: AtomicBool = AtomicBool::new(false);
+    static GO_ON: AtomicBool = AtomicBool::new(false);
 
     #[test]
     fn an_entry_says_of_which_kind_a_page_is() {
@@ -266,6 +277,9 @@ mod tests {
             assert_eq!(runs, whole.runs, "{max_runs}");
         }
         assert_eq!(map(4 * PAGE_SIZE, 1000).runs[0].size_bytes, 2 * PAGE_SIZE, "within a run");
+        let query = MemoryMapQuery { start: 2 * PAGE_SIZE, max_runs: 1000 };
+        let part = kinds.map_pages(query, 5, &pagemap, &GO_ON).unwrap();
+        assert_eq!((part.runs.len(), part.next), (3, Some(7 * PAGE_SIZE)), "no more pages than that");
     }
 
     #[test]
