@@ -19,4 +19,5 @@ pub mod logging;
 pub mod machine;
 pub mod memory;
 pub mod notice;
+pub mod stats;
 pub mod vcpu;

@@ -1,5 +1,6 @@
 //! What threads and devices tell the owner of the machine.
 
+use crate::stats::scan::Scanned;
 use crate::vcpu::GuestEnd;
 use api_spec::agent::Level;
 use std::io;
@@ -51,6 +52,8 @@ pub enum Notice {
     SnapshotWritten,
     /// The background part of a snapshot is over: the disks' layers are folded, as far as that went.
     LayersFolded,
+    /// Guest memory was looked at for somebody.
+    Scanned(Scanned),
 }
 
 /// Sends notices from any thread.

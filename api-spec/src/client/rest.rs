@@ -50,6 +50,11 @@ impl RestClient {
         serde_json::from_slice(&body).map_err(|e| RestError::Answer(e.to_string()))
     }
 
+    /// `GET path`: the text of the answer, whatever it is.
+    pub fn get_text(&mut self, path: &str) -> Result<String, RestError> {
+        String::from_utf8(self.call("GET", path, &[])?).map_err(|e| RestError::Answer(e.to_string()))
+    }
+
     /// `PUT path` with a document.
     pub fn put(&mut self, path: &str, document: &impl Serialize) -> Result<(), RestError> {
         self.send("PUT", path, document)

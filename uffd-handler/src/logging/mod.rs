@@ -7,7 +7,7 @@ mod record;
 mod sink;
 
 use record::{Record, Said, one_line};
-use sink::Sink;
+pub use sink::Sink;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fmt::{self, Debug, Display};
@@ -198,11 +198,11 @@ impl Change {
     }
 }
 
-/// Why the log cannot be what it should be.
+/// Why lines cannot go where they should.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// It cannot be opened.
-    #[error("cannot open {path} for the log: {source}")]
+    #[error("cannot open {path} to append lines to it: {source}")]
     Open {
         /// The file.
         path: PathBuf,
@@ -210,7 +210,7 @@ pub enum LogError {
         source: io::Error,
     },
     /// It is a disk, which lines would destroy.
-    #[error("{0} is no place for a log: give a file, a FIFO or a terminal")]
+    #[error("{0} is no place for lines: give a file, a FIFO or a terminal")]
     NoPlace(PathBuf),
 }
 

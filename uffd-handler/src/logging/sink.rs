@@ -1,4 +1,4 @@
-//! Where the lines of the log go.
+//! Where lines go: those of the log, and those of others.
 
 use super::LogError;
 use std::fs::{self, File, OpenOptions};
@@ -11,7 +11,7 @@ use std::path::Path;
 /// What was opened by its path never blocks: whoever reads a FIFO may be slow, or not there. A line that does not fit is
 /// lost, and counted. A FIFO may take part of a line that is longer than `PIPE_BUF`, and a disk may get full in the
 /// midst of one: the rest then goes ahead of the next line.
-pub(super) struct Sink {
+pub struct Sink {
     out: Box<dyn Write + Send>,
     /// What is still to be written of a line that was begun.
     rest: Vec<u8>,
@@ -47,8 +47,8 @@ impl Sink {
         }
     }
 
-    /// Whether the line is written, or will be.
-    fn put_whole(&mut self, line: &str) -> bool {
+    /// Writes a line as [`Sink::put`] does, of which the caller counts those that are lost. Whether it is written, or will be.
+    pub fn put_whole(&mut self, line: &str) -> bool {
         let written = write_some(&mut *self.out, &self.rest);
         self.rest.drain(..written);
         if !self.rest.is_empty() {

@@ -181,7 +181,7 @@ fn a_change_is_made_whole_or_not_at_all() {
             ..Change::default()
         };
         let error = rig.logger.change(bad).unwrap_err().to_string();
-        assert!(error.contains("none/log for the log: No such file"), "{error}");
+        assert!(error.contains("none/log to append lines to it: No such file"), "{error}");
         assert_eq!(rig.logger.in_force().settings, before);
         warn!("still");
         rig.change(Change { path: Some(other.clone()), show_level: Some(true), ..Change::default() });

@@ -8,12 +8,18 @@ use api_spec::stats::MemoryMapQuery;
 use api_spec::strict;
 use serde::de::DeserializeOwned;
 
+/// How many runs a map of memory may have.
+const MAX_RUNS: std::ops::RangeInclusive<u32> = 1..=10_000;
+
 /// The request that `message` is, or the answer that it gets at once.
 pub fn route(message: &Message) -> Result<Request, Response> {
     let (method, path) = (message.method.as_str(), message.path.as_str());
     let (operation, name) = operations::find(method, path).ok_or_else(|| unknown(method, path))?;
     if operation.when == When::Never {
         return Ok(Request::Declined(operation));
+    }
+    if let Some(query) = message.query.as_deref().filter(|query| operation.query.is_none() && !query.is_empty()) {
+        return Err(Response::fault(400, &format!("{method} {path} takes no query; there is `?{query}`")));
     }
     match operation.id {
         "getInfo" => Ok(Request::Info),
@@ -71,8 +77,36 @@ fn named<T: DeserializeOwned>(message: &Message, name: &str, own: impl Fn(&T) ->
     Err(Response::fault(400, &text))
 }
 
-fn query(_message: &Message) -> Result<MemoryMapQuery, Response> {
-    Ok(MemoryMapQuery::default())
+fn query(message: &Message) -> Result<MemoryMapQuery, Response> {
+    memory_map_query(message.query.as_deref().unwrap_or_default())
+        .map_err(|reason| Response::fault(400, &format!("{} {}: {reason}", message.method, message.path)))
+}
+
+/// What a query says of a map of memory: `start` and `max_runs`, each once at most, as decimal numbers.
+fn memory_map_query(query: &str) -> Result<MemoryMapQuery, String> {
+    let mut said = [("start", None), ("max_runs", None)];
+    for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
+        let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+        let Some((_, number)) = said.iter_mut().find(|(known, _)| *known == name) else {
+            return Err(format!("unknown parameter `{name}`, expected `start` or `max_runs`"));
+        };
+        // Not `+5`, which `parse` would take.
+        let parsed = value.parse::<u64>().ok().filter(|_| value.bytes().all(|b| b.is_ascii_digit()));
+        let parsed = parsed.ok_or_else(|| format!("{name} is `{value}`; it must be a decimal number below 2^64"))?;
+        if number.replace(parsed).is_some() {
+            return Err(format!("{name} is there twice"));
+        }
+    }
+    let [(_, start), (_, max_runs)] = said;
+    let default = MemoryMapQuery::default();
+    let max_runs = match max_runs {
+        None => default.max_runs,
+        Some(runs) => u32::try_from(runs)
+            .ok()
+            .filter(|runs| MAX_RUNS.contains(runs))
+            .ok_or_else(|| format!("max_runs is {runs}; it may be {} to {}", MAX_RUNS.start(), MAX_RUNS.end()))?,
+    };
+    Ok(MemoryMapQuery { start: start.unwrap_or(default.start), max_runs })
 }
 
 fn unknown(method: &str, path: &str) -> Response {
@@ -88,6 +122,7 @@ fn unknown(method: &str, path: &str) -> Response {
 mod tests {
     use super::*;
     use api_spec::operations::{OPERATIONS, Operation};
+    use proptest::prelude::*;
 
     fn message(method: &str, path: &str, body: &str) -> Message {
         Message { method: method.into(), path: path.into(), body: body.into(), ..Message::default() }
@@ -170,6 +205,56 @@ mod tests {
                 let path = format!("{start}{nameless}");
                 assert!(matches!(put(&path, body), Err(Response { status: 404, .. })), "{path}");
             }
+        }
+    }
+
+    #[test]
+    fn a_query_is_taken_where_there_is_one() {
+        let with = |path: &str, query: &str| {
+            route(&Message { query: Some(query.into()), ..message("GET", path, "") })
+                .map_err(|refused| (refused.status, String::from_utf8_lossy(&refused.body).into_owned()))
+        };
+        let Ok(Request::GetMemoryMap(query)) = with("/vm/memory-map", "max_runs=7&start=4096") else { panic!() };
+        assert_eq!(query, MemoryMapQuery { start: 4096, max_runs: 7 });
+        for (path, query, words) in [
+            ("/vm/memory-map", "stop=1", "`stop`"),
+            ("/vm/memory-map", "start", "start is ``"),
+            ("/vm/memory-map", "start=0x1000", "start is `0x1000`"),
+            ("/vm/memory-map", "start=%31", "start is `%31`"),
+            ("/vm/memory-map", "max_runs=0", "max_runs is 0; it may be 1 to 10000"),
+            ("/vm/memory-map", "max_runs=4294967297", "max_runs is 4294967297"),
+            ("/vm/memory-map", "start=1&start=1", "start is there twice"),
+            ("/vm/stats", "start=1", "takes no query"),
+            ("/", "a", "`?a`"),
+        ] {
+            let (status, text) = with(path, query).unwrap_err();
+            assert!(status == 400 && text.contains(words) && text.contains(path), "{path}?{query}: {text}");
+        }
+    }
+
+    #[test]
+    fn the_document_says_what_the_query_may_be() {
+        let (operation, _) = operations::find("GET", "/vm/memory-map").unwrap();
+        let schema = api_spec::openapi::schema(operation.query.as_ref().unwrap());
+        let runs = &schema["schema"]["properties"]["max_runs"];
+        assert_eq!((&runs["minimum"], &runs["maximum"]), (&(*MAX_RUNS.start()).into(), &(*MAX_RUNS.end()).into()));
+    }
+
+    proptest! {
+        #[test]
+        fn no_query_makes_parsing_panic(query in "[a-z_=&0-9+%-]{0,40}|\\PC*") {
+            let _ = memory_map_query(&query);
+        }
+
+        #[test]
+        fn a_query_is_what_was_said(start in prop::option::of(any::<u64>()), runs in prop::option::of(MAX_RUNS), swap: bool) {
+            let mut parts: Vec<String> = start.map(|n| format!("start={n}")).into_iter().collect();
+            parts.extend(runs.map(|n| format!("max_runs={n}")));
+            if swap {
+                parts.reverse();
+            }
+            let query = memory_map_query(&parts.join("&"));
+            prop_assert_eq!(query, Ok(MemoryMapQuery { start: start.unwrap_or(0), max_runs: runs.unwrap_or(1000) }));
         }
     }
 

@@ -7,6 +7,7 @@ use super::http::{self, Delivery, Limits, MAX_HEAD, Parsed, Parser};
 use super::router::route;
 use super::{Request, Response};
 use crate::logging::request_span;
+use api_spec::stats::ApiStats;
 use event_manager::{EventOps, Events};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::BTreeMap;
@@ -49,6 +50,8 @@ pub struct Server {
     ticking: bool,
     /// Requests so far, each of which has its number.
     requests: u64,
+    /// How many of them were refused.
+    refused: u64,
 }
 
 /// Who is to get an answer that comes later.
@@ -99,7 +102,21 @@ impl Server {
             source: error.into(),
         })?;
         let listener = Listener::bind(path)?;
-        Ok(Server { listener, limits, clients: BTreeMap::new(), accepting: true, timer, ticking: false, requests: 0 })
+        Ok(Server {
+            listener,
+            limits,
+            clients: BTreeMap::new(),
+            accepting: true,
+            timer,
+            ticking: false,
+            requests: 0,
+            refused: 0,
+        })
+    }
+
+    /// What it was asked.
+    pub fn stats(&self) -> ApiStats {
+        ApiStats { requests: self.requests, refused: self.refused }
     }
 
     /// The listening socket.
@@ -140,6 +157,7 @@ impl Server {
     pub fn respond(&mut self, to: Pending, response: &Response, ops: &mut EventOps) -> Vec<(Pending, Request)> {
         let Some(client) = self.clients.get_mut(&to.client) else { return Vec::new() };
         let Some(asked) = client.asked.take_if(|asked| asked.request == to.request) else { return Vec::new() };
+        self.refused += u64::from(response.status >= 400);
         client.answer(&asked, response);
         self.go_on(to.client, ops)
     }
@@ -269,6 +287,7 @@ impl Server {
                 }
                 Parsed::Bad(status, reason) => {
                     self.requests += 1;
+                    self.refused += 1;
                     client.refuse(self.requests, status, &reason);
                 }
                 Parsed::Complete(message) => {
@@ -286,7 +305,10 @@ impl Server {
                             requests.push((Pending { client: id, request: asked.request }, request));
                             client.asked = Some(asked);
                         }
-                        Err(response) => client.answer(&asked, &response),
+                        Err(response) => {
+                            self.refused += 1;
+                            client.answer(&asked, &response);
+                        }
                     }
                 }
             }

@@ -2,7 +2,7 @@
 
 mod options;
 
-pub use options::{Command, LoadOptions, ProcessStart, RunOptions, USAGE, UsageError};
+pub use options::{Command, LoadOptions, RunOptions, USAGE, UsageError};
 
 use crate::bench;
 use crate::demo::{self, DemoError};

@@ -4,6 +4,7 @@ use crate::bench;
 use crate::demo::DemoOptions;
 use crate::logging::{Level, Settings};
 use crate::machine::config::check_id;
+use crate::stats::process::ProcessStart;
 use api_spec::devices::Serial;
 use api_spec::mac::MacError;
 use api_spec::snapshot::{DriveOverride, MemBackend, MemBackendType, NetworkOverride, SnapshotLoad, VsockOverride};
@@ -100,17 +101,6 @@ pub struct RunOptions {
     pub reset_is_done: bool,
     /// End when the parent process ends.
     pub end_with_parent: bool,
-}
-
-/// When this process was started, and at what cost, as its parent says.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ProcessStart {
-    /// Wall clock at its start, in microseconds since 1970.
-    pub time_us: Option<u64>,
-    /// CPU time that it had had then, in microseconds.
-    pub cpu_us: Option<u64>,
-    /// CPU time of its parent for it, in microseconds.
-    pub parent_cpu_us: Option<u64>,
 }
 
 /// What to restore.
@@ -313,13 +303,15 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             Long("metrics-path") => options.metrics_path = Some(parser.value()?.into()),
             Long("boot-timer") => options.boot_timer = true,
             Long("start-time-us") => {
-                options.process_start.time_us = Some(value(&mut parser, "--start-time-us", MICROSECONDS)?);
+                options.process_start.start_time_us = Some(value(&mut parser, "--start-time-us", MICROSECONDS)?);
             }
             Long("start-time-cpu-us") => {
-                options.process_start.cpu_us = Some(value(&mut parser, "--start-time-cpu-us", MICROSECONDS)?);
+                options.process_start.start_time_cpu_us =
+                    Some(value(&mut parser, "--start-time-cpu-us", MICROSECONDS)?);
             }
             Long("parent-cpu-time-us") => {
-                options.process_start.parent_cpu_us = Some(value(&mut parser, "--parent-cpu-time-us", MICROSECONDS)?);
+                options.process_start.parent_cpu_time_us =
+                    Some(value(&mut parser, "--parent-cpu-time-us", MICROSECONDS)?);
             }
             Long("no-seccomp") => {}
             Long("seccomp-filter") => return Err(UsageError::NotOffered("--seccomp-filter", "no filter is installed")),
@@ -565,7 +557,7 @@ mod tests {
         };
         assert_eq!((options.log, options.metrics_path), (log, Some("m".into())));
         assert!(options.boot_timer && options.reset_is_done && options.max_body == Some(1000));
-        let start = ProcessStart { time_us: Some(1), cpu_us: Some(2), parent_cpu_us: Some(3) };
+        let start = ProcessStart { start_time_us: Some(1), start_time_cpu_us: Some(2), parent_cpu_time_us: Some(3) };
         assert_eq!(options.process_start, start);
         let Ok(Command::Run(options)) = parse("--config-file c --no-api --api-sock a --boot-timer") else { panic!() };
         assert!(options.no_api && options.reset_is_done);

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use api_spec::stats::ConsoleStats;
 use snapshot::state::SerialState;
 use vm_superio::Trigger;
 use vm_superio::serial::{Error as UartError, SerialEvents, SerialState as UartState};
@@ -18,7 +19,7 @@ pub const LEN: u64 = 8;
 /// Interrupt line.
 pub const IRQ: u32 = 4;
 
-type Uart = vm_superio::Serial<Irq, Arc<Lost>, Box<dyn Write + Send>>;
+type Uart = vm_superio::Serial<Irq, Arc<Counts>, Box<dyn Write + Send>>;
 
 /// What goes wrong with the serial port.
 #[derive(Debug, thiserror::Error)]
@@ -41,15 +42,20 @@ impl Trigger for Irq {
     }
 }
 
-/// Counts the bytes that the output would not take.
+/// Counts the bytes that the output has taken, and those that it would not take.
 #[derive(Default)]
-struct Lost(AtomicU64);
+struct Counts {
+    written: AtomicU64,
+    lost: AtomicU64,
+}
 
-impl SerialEvents for Lost {
+impl SerialEvents for Counts {
     fn buffer_read(&self) {}
-    fn out_byte(&self) {}
+    fn out_byte(&self) {
+        self.written.fetch_add(1, Ordering::Relaxed);
+    }
     fn tx_lost_byte(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+        self.lost.fetch_add(1, Ordering::Relaxed);
     }
     fn in_buffer_empty(&self) {}
 }
@@ -57,7 +63,7 @@ impl SerialEvents for Lost {
 /// The serial port.
 pub struct Serial {
     uart: Uart,
-    lost: Arc<Lost>,
+    counts: Arc<Counts>,
 }
 
 impl Serial {
@@ -66,8 +72,8 @@ impl Serial {
     /// What the guest writes goes to `out` on the vCPU's thread, so `out` must not block: wrap what might in
     /// [`Output`](super::output::Output). Bytes that it refuses are counted and dropped.
     pub fn new(irq: EventFd, out: Box<dyn Write + Send>) -> Self {
-        let lost = Arc::<Lost>::default();
-        Serial { uart: Uart::with_events(Irq(irq), lost.clone(), out), lost }
+        let counts = Arc::<Counts>::default();
+        Serial { uart: Uart::with_events(Irq(irq), counts.clone(), out), counts }
     }
 
     /// A serial port that goes on where `state` was saved. The guest's interrupt controller must be restored before,
@@ -98,9 +104,9 @@ impl Serial {
             scratch,
             in_buffer,
         };
-        let lost = Arc::<Lost>::default();
-        match Uart::from_state(&state, Irq(irq), lost.clone(), out) {
-            Ok(uart) => Ok(Serial { uart, lost }),
+        let counts = Arc::<Counts>::default();
+        match Uart::from_state(&state, Irq(irq), counts.clone(), out) {
+            Ok(uart) => Ok(Serial { uart, counts }),
             Err(UartError::Trigger(error) | UartError::IOError(error)) => Err(SerialError::Interrupt(error)),
             Err(UartError::FullFifo) => Err(SerialError::InBuffer(waiting)),
         }
@@ -144,9 +150,12 @@ impl Serial {
         }
     }
 
-    /// How many bytes of output were dropped.
-    pub fn lost(&self) -> u64 {
-        self.lost.0.load(Ordering::Relaxed)
+    /// How many bytes of output were taken, and how many were dropped.
+    pub fn stats(&self) -> ConsoleStats {
+        ConsoleStats {
+            written_bytes: self.counts.written.load(Ordering::Relaxed),
+            lost_bytes: self.counts.lost.load(Ordering::Relaxed),
+        }
     }
 }
 
@@ -219,6 +228,7 @@ mod tests {
         let mut serial = Serial::new(irq.try_clone().unwrap(), Box::new(out.clone()));
         serial.write(DATA, b"hello");
         assert_eq!(*out.0.lock().unwrap(), b"hello");
+        assert_eq!(serial.stats(), ConsoleStats { written_bytes: 5, lost_bytes: 0 });
 
         serial.write(INTERRUPT_ENABLE, &[1]);
         let _ = irq.read();
@@ -241,7 +251,7 @@ mod tests {
     fn refused_output_is_counted_and_never_blocks() {
         let mut serial = Serial::new(event(), Box::new(Refusing));
         serial.write(DATA, &[b'x'; 1000]);
-        assert_eq!(serial.lost(), 1000);
+        assert_eq!(serial.stats(), ConsoleStats { written_bytes: 0, lost_bytes: 1000 });
     }
 
     #[test]

@@ -34,11 +34,13 @@ pub mod wiring;
 use crate::devices::lock;
 use crate::devices::virtio::block::overlay::Folded;
 use crate::memory::GuestRam;
+use crate::memory::kinds::Kinds;
 use crate::memory::uffd::PageServer;
 use crate::notice::Notifier;
 use crate::vcpu::state::StateShape;
 use crate::vcpu::{self, Brake, Buses, Vcpu, VcpuError};
 use api_spec::devices::{BalloonStatistics, Drive, NetworkInterface};
+use api_spec::stats::VmStats;
 use config::DevicePlan;
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::sync::Arc;
@@ -110,6 +112,23 @@ impl Machine {
     /// Where the balloon stands, if there is one.
     pub fn balloon_statistics(&self) -> Option<BalloonStatistics> {
         self.devices.balloon.as_ref().map(|slot| lock(&slot.device).statistics())
+    }
+
+    /// What tells of which kind the pages of guest memory are.
+    pub fn memory_kinds(&self) -> Kinds {
+        self.ram.kinds()
+    }
+
+    /// Puts in what vCPUs and devices have done.
+    pub fn count(&self, stats: &mut VmStats) {
+        let Devices { serial, vsock, network, entropy, balloon, drives, .. } = &self.devices;
+        stats.vcpus = self.vcpus.iter().map(Vcpu::stats).collect();
+        stats.drives = drives.iter().map(|slot| lock(&slot.device).stats()).collect();
+        stats.network_interfaces = network.iter().map(|slot| lock(&slot.device).stats()).collect();
+        stats.vsock = vsock.as_ref().map(|slot| lock(&slot.device).stats());
+        stats.entropy = entropy.as_ref().map(|slot| lock(&slot.device).stats());
+        stats.balloon = balloon.as_ref().map(|slot| lock(&slot.device).stats());
+        stats.console = lock(serial).stats();
     }
 
     /// Gives the disk of this name the bounds that are said here.

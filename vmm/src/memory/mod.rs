@@ -5,14 +5,16 @@
 //! - [`freeze`]: turns the RAM of a booted guest into an immutable image without copying it
 //! - [`uffd`]: memory whose pages a page server provides: a view of its store, or anonymous memory that it copies pages into
 //! - [`discard`]: pages that the guest gives back; [`ranges`] records which (pure), `pagemap` knows which were written since
+//! - [`kinds`]: which pages are loaded, and which of them are shared
 //! - `mmap`: the system calls that change mappings
 
 pub mod discard;
 pub mod freeze;
+pub mod kinds;
 pub mod layout;
 pub mod limit;
 mod mmap;
-mod pagemap;
+pub mod pagemap;
 pub mod ranges;
 pub mod uffd;
 

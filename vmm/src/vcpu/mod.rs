@@ -11,11 +11,15 @@
 //! A vCPU stops only where `KVM_RUN` returns EINTR: by then KVM has completed the I/O instruction of the exit before, so
 //! the registers are whole. While it stands still its file descriptor is free for the owner of the machine to save from.
 
+mod counts;
 mod exit;
 mod run_page;
 pub mod state;
 
 pub use exit::{GuestEnd, ring0_is_emulated};
+
+use api_spec::stats::VcpuStats;
+use counts::Counts;
 
 use crate::devices::bus::Bus;
 use crate::notice::{Notice, Notifier};
@@ -67,6 +71,7 @@ struct Shared {
     talk: Mutex<(Goal, Doing)>,
     changed: Condvar,
     exit: ImmediateExit,
+    counts: Counts,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -145,7 +150,13 @@ impl Vcpu {
         let exit = ImmediateExit::of(&fd).map_err(VcpuError::Start)?;
         let fd = Arc::new(Mutex::new(fd));
         let talk = Mutex::new((Goal::Pause, Doing::Standing));
-        let shared = Arc::new(Shared { talk, changed: Condvar::new(), exit, thread: Mutex::new(None) });
+        let shared = Arc::new(Shared {
+            talk,
+            changed: Condvar::new(),
+            exit,
+            counts: Counts::default(),
+            thread: Mutex::new(None),
+        });
         let thread = Thread { number, fd: fd.clone(), shared: shared.clone(), buses, notifier };
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{number}"))
@@ -163,6 +174,11 @@ impl Vcpu {
     /// Lets the vCPU run.
     pub fn run(&self) {
         self.shared.set_goal(Goal::Run);
+    }
+
+    /// What the vCPU has done.
+    pub fn stats(&self) -> VcpuStats {
+        self.shared.counts.read()
     }
 
     /// What stops the vCPU from another thread.
@@ -263,30 +279,44 @@ impl Thread {
     fn run_guest(&self) -> Option<GuestEnd> {
         let mut vcpu = self.fd.lock().unwrap_or_else(PoisonError::into_inner);
         state::note_pause(&vcpu);
+        let counts = &self.shared.counts;
         loop {
             let end = match vcpu.run() {
                 Ok(VcpuExit::IoOut(port, data)) => {
+                    counts.io_out.add();
                     self.buses.pio.write(port.into(), data);
                     None
                 }
                 Ok(VcpuExit::IoIn(port, data)) => {
+                    counts.io_in.add();
                     self.buses.pio.read(port.into(), data);
                     None
                 }
                 Ok(VcpuExit::MmioWrite(addr, data)) => {
+                    counts.mmio_write.add();
                     self.buses.mmio.write(addr, data);
                     None
                 }
                 Ok(VcpuExit::MmioRead(addr, data)) => {
+                    counts.mmio_read.add();
                     self.buses.mmio.read(addr, data);
                     None
                 }
-                Ok(VcpuExit::Shutdown) => Some(GuestEnd::TripleFault { vcpu: self.number }),
-                Ok(VcpuExit::InternalError) => Some(self.internal_error(&mut vcpu)),
-                Ok(VcpuExit::Intr) => None,
-                Ok(other) => Some(self.unexpected(format!("KVM exit {other:?}"))),
+                Ok(VcpuExit::Intr) => {
+                    counts.interrupted.add();
+                    None
+                }
+                Ok(other) => {
+                    counts.other.add();
+                    match other {
+                        VcpuExit::Shutdown => Some(GuestEnd::TripleFault { vcpu: self.number }),
+                        VcpuExit::InternalError => Some(self.internal_error(&mut vcpu)),
+                        other => Some(self.unexpected(format!("KVM exit {other:?}"))),
+                    }
+                }
                 Err(e) => match e.errno() {
                     libc::EINTR => {
+                        counts.interrupted.add();
                         self.shared.exit.set(false);
                         // The flag is cleared before the goal is read: whoever sets the flag has set the goal before.
                         if self.shared.goal() != Goal::Run {
@@ -300,6 +330,7 @@ impl Thread {
                 },
             };
             if end.is_some() {
+                counts.failures.add();
                 return end;
             }
         }

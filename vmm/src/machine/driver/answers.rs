@@ -1,5 +1,6 @@
 //! What each request does.
 
+use super::counters::us_since;
 use super::{Driver, RequestError, Save, change_log};
 use crate::api::server::Pending;
 use crate::api::{Request, Response};
@@ -17,6 +18,7 @@ use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus};
 use api_spec::vm::{
     Action, ActionType, InstanceInfo, InstanceState, MachinePatch, Version, VmConfig, VmPatch, VmSave, VmState,
 };
+use std::time::Instant;
 
 impl Driver {
     /// Answers a request; `None` if the answer comes later.
@@ -50,7 +52,9 @@ impl Driver {
                 let statistics = self.machine.as_ref().and_then(Machine::balloon_statistics);
                 Response::document(&statistics.ok_or(RequestError::NoBalloon)?)
             }
-            Request::GetStats | Request::GetMemoryMap(_) | Request::GetMetrics => todo!(),
+            Request::GetStats => return self.get_stats(from),
+            Request::GetMemoryMap(query) => return self.get_memory_map(query, from),
+            Request::GetMetrics => return self.get_metrics(from),
             Request::SnapshotCreate(create) => return self.ask_for_snapshot(create, from).map(|()| None),
             Request::SaveVm(save) => return self.save(save, from).map(|()| None),
             change => return self.change(change).map(|()| Some(Response::done())),
@@ -98,14 +102,14 @@ impl Driver {
                 Ok(())
             }
             Request::PutLogger(logger) => self.put_logger(logger),
-            Request::PutMetrics(_) => todo!(),
+            Request::PutMetrics(sink) => Ok(self.set_metrics(sink)?),
             Request::PatchDrive(update) => self.patch_drive(&update),
             Request::PatchNetworkInterface(update) => self.patch_network(&update),
             Request::PatchBalloon(update) => self.patch_balloon(update),
             Request::PatchBalloonStatistics(update) => self.patch_balloon_statistics(update),
             Request::Action(Action { action_type }) => match action_type {
                 ActionType::InstanceStart => self.boot(),
-                ActionType::FlushMetrics => todo!(),
+                ActionType::FlushMetrics => Ok(self.flush_metrics()?),
                 ActionType::SendCtrlAltDel => Err(RequestError::NoKeyboard),
             },
             Request::PatchVm(patch) => self.patch_vm(patch),
@@ -241,14 +245,18 @@ impl Driver {
         match patch.state {
             _ if !changes => {}
             VmState::Paused => {
+                let start = Instant::now();
                 machine.pause()?;
+                self.latencies.pause_us = us_since(start);
                 self.private.stop();
             }
             VmState::Resumed => {
                 if let Some(halt) = self.private.reached() {
                     return Err(RequestError::Halt(halt));
                 }
+                let start = Instant::now();
                 machine.resume();
+                self.latencies.resume_us = us_since(start);
                 self.private.start();
                 self.halt = None;
             }

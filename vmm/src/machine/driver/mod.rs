@@ -1,7 +1,8 @@
 //! The one owner of the VM, on the event loop's thread: requests, notices, signals and the page server's fate all end up
-//! here, one at a time. `answers` is what each request does.
+//! here, one at a time. `answers` is what each request does; `counters`, what is told of what the VM has done.
 
 mod answers;
+mod counters;
 
 use super::Machine;
 use super::boot::{BootError, boot};
@@ -14,24 +15,28 @@ use super::wiring::Outside;
 use crate::api::http::Limits;
 use crate::api::server::{Pending, Server};
 use crate::api::{Request, Response};
-use crate::cli::ProcessStart;
 use crate::console::{Console, ConsoleError, Input, Pty};
 use crate::devices::alarm::Alarm;
 use crate::logging::{self, LogError};
+use crate::memory::kinds::StartError;
 use crate::notice::{self, Halt, Notice, Notices, Notifier};
+use crate::stats::process::{self, ProcessStart};
+use crate::stats::scan::Scanner;
+use crate::stats::sink::{Metrics, MetricsError};
 use crate::vcpu::{GuestEnd, VcpuError};
 use api_spec::agent::Level;
 use api_spec::devices::Serial;
 use api_spec::logger::{LogFormat, LogLevel, Logger, MetricsSink};
 use api_spec::operations::Operation;
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus};
+use api_spec::stats::Latencies;
 use api_spec::vm::{Readiness, VmConfig};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use uffd_handler::listener::ListenError;
 use uffd_handler::process::Signals;
 use vmm_sys_util::epoll::EventSet;
@@ -88,6 +93,9 @@ pub enum RunError {
     /// Restore.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// Where counters are written.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     /// The guest.
     #[error("{0}")]
     Guest(GuestEnd),
@@ -123,6 +131,12 @@ enum RequestError {
     Limit(io::Error),
     #[error("logger.log_path: {0}")]
     Log(#[from] LogError),
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error("guest memory cannot be looked at: {0}")]
+    Scan(io::Error),
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     #[error("the guest cannot go on. {0}")]
     Halt(Halt),
     #[error("SendCtrlAltDel is not offered, as guests have no keyboard; ask the guest's agent to power it off")]
@@ -242,6 +256,10 @@ struct Driver {
     /// The snapshot that is to be taken when that is over.
     next: Option<(SnapshotCreate, Pending)>,
     status: SnapshotStatus,
+    latencies: Latencies,
+    scanner: Scanner,
+    /// Where counters are written.
+    metrics: Metrics,
     api: Option<Server>,
     notifier: Notifier,
     notices: Notices,
@@ -254,6 +272,8 @@ struct Driver {
 
 impl Driver {
     fn new(setup: &Setup) -> Result<Self, RunError> {
+        // The process began no later than now.
+        process::started(setup.process_start);
         let signals = Signals::catch()?;
         let limits = setup.max_body.map_or(Limits::default(), |max_body| Limits { max_body });
         let api = setup.api.as_deref().map(|path| Server::listen(path, limits)).transpose()?;
@@ -277,6 +297,9 @@ impl Driver {
             save: None,
             next: None,
             status: SnapshotStatus::default(),
+            latencies: Latencies::default(),
+            scanner: Scanner::new(notifier.clone()),
+            metrics: Metrics::new()?,
             api,
             notifier,
             notices,
@@ -291,15 +314,20 @@ impl Driver {
     fn start(&mut self, start: Start, setup: Setup) -> Result<(), RunError> {
         let Setup { console, metrics, .. } = setup;
         self.config.serial = console.clone();
-        self.config.metrics = metrics.clone();
+        metrics.map_or(Ok(()), |sink| self.set_metrics(sink))?;
         match start {
             Start::Api => Ok(()),
-            Start::Boot(config) => {
+            Start::Boot(mut config) => {
                 if let Some(logger) = &config.logger {
                     change_log(logger)?;
                 }
-                let (serial, metrics) = (console.or(config.serial.clone()), metrics.or(config.metrics.clone()));
-                self.config = VmConfig { serial, metrics, ..config };
+                let metrics = config.metrics.take().filter(|_| self.config.metrics.is_none());
+                self.config = VmConfig {
+                    serial: console.or(config.serial.clone()),
+                    metrics: self.config.metrics.take(),
+                    ..config
+                };
+                metrics.map_or(Ok(()), |sink| self.set_metrics(sink))?;
                 self.boot().map_err(|e| match e {
                     RequestError::Config(e) => RunError::Config(e),
                     RequestError::Console(e) => RunError::Console(e),
@@ -324,7 +352,10 @@ impl Driver {
     }
 
     fn end(&mut self, ending: Result<Ending, RunError>) {
-        self.ending.get_or_insert(ending);
+        if self.ending.is_none() {
+            self.flush_metrics_unasked();
+            self.ending = Some(ending);
+        }
     }
 
     /// Nobody is left without an answer when the process ends.
@@ -373,17 +404,20 @@ impl Driver {
     }
 
     fn boot(&mut self) -> Result<(), RequestError> {
+        let start = Instant::now();
         let plan = config::plan(&self.config)?;
         self.private.set_limit(self.config.machine_config.max_private_mib).map_err(RequestError::Limit)?;
         let (outside, input, pty) = self.outside()?;
         let mut machine = boot(&plan, outside)?;
         machine.resume();
+        self.latencies.boot_us = counters::us_since(start);
         self.adopt(machine, input, pty);
         tracing::info!("booted: {} vCPUs, {} MiB", plan.vcpus, plan.memory_bytes >> 20);
         Ok(())
     }
 
     fn load(&mut self, load: &SnapshotLoad) -> Result<(), RequestError> {
+        let start = Instant::now();
         config::check_max_private(load.max_private_mib)?;
         self.private.set_limit(load.max_private_mib).map_err(RequestError::Limit)?;
         let (outside, input, pty) = self.outside()?;
@@ -391,6 +425,7 @@ impl Driver {
         if load.resume_vm {
             machine.resume();
         }
+        self.latencies.load_us = counters::us_since(start);
         self.config.machine_config.max_private_mib = load.max_private_mib;
         self.adopt(machine, input, pty);
         Ok(())
@@ -454,6 +489,7 @@ impl Driver {
             Notice::PageServerGone(path) => self.end(Err(RunError::PageServerGone(path))),
             Notice::SnapshotWritten => self.on_snapshot_written(ops),
             Notice::LayersFolded => self.on_layers_folded(ops),
+            Notice::Scanned(scanned) => self.on_scanned(scanned, ops),
         }
     }
 
@@ -510,6 +546,10 @@ impl Driver {
     fn on_snapshot_written(&mut self, ops: &mut EventOps) {
         let (Some(job), Some(from)) = (&self.job, self.waiting.take()) else { return };
         self.status = job.status();
+        if self.status.state == SnapshotState::Done {
+            self.latencies.snapshot_pause_us = Some(self.status.pause_us);
+            self.latencies.snapshot_total_us = Some(self.status.total_us);
+        }
         let response = match &self.status.error {
             None => Response::done(),
             Some(error) => Response::fault(400, error),
@@ -551,6 +591,7 @@ impl MutEventSubscriber for Driver {
             self.reset.as_raw_fd(),
             self.signals.as_raw_fd(),
             self.retry.as_raw_fd(),
+            self.metrics.as_raw_fd(),
         ];
         sources.extend(self.api.iter().flat_map(Server::sources));
         for fd in sources {
@@ -573,6 +614,8 @@ impl MutEventSubscriber for Driver {
             self.end(Ok(Ending::Signal));
         } else if fd == self.retry.as_raw_fd() {
             self.go_on_halting();
+        } else if fd == self.metrics.as_raw_fd() {
+            self.flush_metrics_unasked();
         } else {
             self.take_notices(ops);
         }

@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api_spec::devices::{self, BalloonStatistics};
+use api_spec::stats::BalloonStats;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -125,6 +126,7 @@ pub struct Balloon {
     /// How many pages the driver says are in the balloon.
     pub(super) actual: u32,
     pub(super) statistics: Statistics,
+    stats: BalloonStats,
     /// The vCPUs have not started after a restore: the guest's memory is left alone.
     pub(super) restored: bool,
     /// Something was left in the queues when the device was saved.
@@ -147,6 +149,7 @@ impl Balloon {
             accepted: 0,
             actual: 0,
             statistics: Statistics::default(),
+            stats: BalloonStats::default(),
             restored: false,
             pending: false,
             active: None,
@@ -173,6 +176,12 @@ impl Balloon {
             actual_mib: u64::from(self.actual) / PAGES_PER_MIB,
             ..Default::default()
         })
+    }
+
+    /// What the balloon has done, and where it stands.
+    pub fn stats(&self) -> BalloonStats {
+        let (target_mib, actual_mib) = (self.config.amount_mib, u64::from(self.actual) / PAGES_PER_MIB);
+        BalloonStats { target_mib, actual_mib, ..self.stats }
     }
 
     /// How large the balloon shall be, in pages. A configuration that was checked fits.
@@ -223,7 +232,8 @@ impl Balloon {
         }
         let Some(active) = &mut self.active else { return false };
         let Some(&role) = active.roles.get(queue) else { return false };
-        let mut work = Work { active, discarder: &self.discarder, statistics: &mut self.statistics };
+        let (statistics, stats) = (&mut self.statistics, &mut self.stats);
+        let mut work = Work { active, discarder: &self.discarder, statistics, stats };
         match work.turn(queue, role, turn) {
             Ok(more) => {
                 if more {
@@ -361,6 +371,7 @@ struct Work<'a> {
     active: &'a mut Active,
     discarder: &'a Discarder,
     statistics: &'a mut Statistics,
+    stats: &'a mut BalloonStats,
 }
 
 impl Work<'_> {
@@ -368,9 +379,15 @@ impl Work<'_> {
     fn turn(&mut self, queue: usize, role: Role, turn: u64) -> Result<bool, Broken> {
         let mut outcome = Outcome::default();
         let more = match role {
-            Role::Reporting => self.take_reports(queue, turn, &mut outcome)?,
-            Role::Inflate | Role::Deflate | Role::Statistics => self.take_buffers(queue, role, turn, &mut outcome)?,
+            Role::Reporting => self.take_reports(queue, turn, &mut outcome),
+            Role::Inflate | Role::Deflate | Role::Statistics => self.take_buffers(queue, role, turn, &mut outcome),
         };
+        // What was done before the driver broke a rule was done.
+        let discarded = outcome.discarded * PAGE_SIZE;
+        self.stats.discarded_bytes += discarded;
+        self.stats.reported_bytes += if role == Role::Reporting { discarded } else { 0 };
+        self.stats.kept_bytes += outcome.kept * PAGE_SIZE;
+        let more = more?;
         self.active.rings.interrupt()?;
         if outcome.outside > 0 {
             tracing::debug!("balloon: {} pages that the guest gave back are not RAM", outcome.outside);
@@ -384,6 +401,12 @@ impl Work<'_> {
             let Active { rings, buffer, .. } = &mut *self.active;
             let next = rings.next(queue, |chain| buffer.load(chain, Direction::FromDriver))?;
             let Some((head, ())) = next else { return Ok(false) };
+            match role {
+                Role::Inflate => self.stats.inflations += 1,
+                Role::Deflate => self.stats.deflations += 1,
+                Role::Statistics => self.stats.updates += 1,
+                Role::Reporting => {}
+            }
             let cost = if role == Role::Inflate { self.inflate(outcome)? } else { 0 };
             done += cost.max(BUFFER_COST);
             // Given back after its pages were discarded, as the guest may use them from then on.
@@ -409,6 +432,7 @@ impl Work<'_> {
                     let next = rings.next(queue, |chain| buffer.load(chain, Direction::ToDriver))?;
                     let Some((head, ())) = next else { return Ok(false) };
                     left = left.saturating_sub(BUFFER_COST);
+                    self.stats.reports += 1;
                     let mut rest: Vec<_> = buffer.pieces().map(|(addr, len)| pages::within(addr.0, len)).collect();
                     rest.reverse();
                     Report { head, rest }

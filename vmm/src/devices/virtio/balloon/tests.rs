@@ -267,6 +267,9 @@ fn pages_go_into_the_balloon_and_come_out_again() {
     assert_eq!(lock(&rig.balloon).statistics().actual_pages, 6);
     assert!(rig.hand_over(DEFLATE, &[600, 601]));
     assert!(!rig.has_failed());
+    let stats = lock(&rig.balloon).stats();
+    assert_eq!((stats.target_mib, stats.inflations, stats.deflations, stats.reports), (2, 1, 1, 0));
+    assert_eq!(stats.discarded_bytes, 5 * PAGE_SIZE);
 
     lock(&rig.balloon).set_target(3);
     rig.transport.config_changed();
@@ -287,6 +290,8 @@ fn free_pages_are_discarded_whole() {
     rig.run();
     assert_eq!(rig.take_used(3), Some((0, 0)));
     assert_eq!([300, 301, 302, 399, 400, 415, 416].map(|page| rig.byte(page)), [OLD, 0, OLD, OLD, 0, 0, OLD]);
+    let stats = lock(&rig.balloon).stats();
+    assert_eq!((stats.reports, stats.reported_bytes, stats.discarded_bytes), (1, 17 * PAGE_SIZE, 17 * PAGE_SIZE));
     assert!(!rig.has_failed());
 }
 
@@ -371,6 +376,7 @@ fn statistics_go_back_and_forth() {
     assert_eq!(lock(&rig.balloon).statistics().free_memory, Some(2000));
     rig.put_statistics(6, 3000);
     assert_eq!(rig.take_used(STATISTICS), Some((5, 0)), "one is kept at a time");
+    assert_eq!(lock(&rig.balloon).stats().updates, 3);
     assert!(!rig.has_failed());
 }
 

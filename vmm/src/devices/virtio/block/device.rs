@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use api_spec::devices::RateLimiter;
+use api_spec::stats::DriveStats;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -105,6 +106,7 @@ pub struct Block {
     active: Option<Active>,
     disk: Disk,
     rate: Rate,
+    stats: DriveStats,
     halt: HaltSink,
     complaints: Complaints,
     /// The data at hand.
@@ -158,12 +160,18 @@ impl Block {
             gate: Gate::Open,
             active: None,
             rate: Rate::new(config.rate_limiter.as_ref(), Instant::now()),
+            stats: DriveStats { drive_id: config.id.clone(), ..Default::default() },
             complaints: Complaints::default(),
             bounce: Vec::new(),
             config,
             disk,
             halt,
         })))
+    }
+
+    /// What the disk has done.
+    pub fn stats(&self) -> DriveStats {
+        DriveStats { overlay_bytes: self.disk.private_bytes(), ..self.stats.clone() }
     }
 
     /// The name of the disk.
@@ -248,6 +256,7 @@ impl Block {
     /// Waits for the rate limit.
     fn limit(&mut self, wait: Duration) {
         self.gate = Gate::Limited;
+        self.stats.throttled += 1;
         self.timer.set(Some(wait));
     }
 
@@ -291,6 +300,7 @@ impl Block {
             match self.handle(&chain).map_err(|error| QueueBroken::Chain(0, error))? {
                 Outcome::Done { status, written, cost } => {
                     spent += cost;
+                    self.stats.errors += u64::from(status != Status::Ok);
                     let room = answer.len() - 1;
                     answer.write(rings.mem(), room, &[status as u8]).map_err(|e| QueueBroken::Chain(0, e))?;
                     // The length is that of what was written without a gap from the beginning.
@@ -333,12 +343,35 @@ impl Block {
             return Ok(refusal);
         }
         match self.perform(request, &segments, chain) {
-            Ok(written) => Ok(Outcome::Done { status: Status::Ok, written, cost }),
+            Ok(written) => {
+                self.count(request, &segments);
+                Ok(Outcome::Done { status: Status::Ok, written, cost })
+            }
             Err(Fault::Chain(error)) => Err(error),
             Err(Fault::Host(error)) => {
                 self.complaints.say(Instant::now(), &self.config.id, &error);
                 Ok(Outcome::Done { status: Status::IoError, written: 0, cost })
             }
+        }
+    }
+
+    /// Counts a request that was done.
+    fn count(&mut self, request: Request, segments: &[Segment]) {
+        let stats = &mut self.stats;
+        let (requests, bytes) = match request {
+            Request::Read { len, .. } => (&mut stats.reads, Some((&mut stats.read_bytes, len))),
+            Request::Write { len, .. } => (&mut stats.writes, Some((&mut stats.written_bytes, len))),
+            Request::WriteZeroes { .. } => {
+                let len = segments.iter().map(|segment| segment.len).sum();
+                (&mut stats.writes, Some((&mut stats.written_bytes, len)))
+            }
+            Request::Flush => (&mut stats.flushes, None),
+            Request::Discard { .. } => (&mut stats.discards, None),
+            Request::GetId => return,
+        };
+        *requests += 1;
+        if let Some((sum, len)) = bytes {
+            *sum += len;
         }
     }
 

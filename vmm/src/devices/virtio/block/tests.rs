@@ -10,6 +10,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 
 use api_spec::devices::{RateLimiter, TokenBucket};
+use api_spec::stats::DriveStats;
 use event_manager::{EventManager, SubscriberOps};
 use proptest::prelude::*;
 use snapshot::state::DriveState;
@@ -314,6 +315,36 @@ fn what_was_written_is_read_over_split_descriptors() {
 }
 
 #[test]
+fn what_was_done_is_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut rig = Rig::new(overlay(&image(&dir)));
+    rig.get(3, 4096);
+    rig.put(8, &[7; 8192]);
+    rig.ranges(WRITE_ZEROES, &[(64, 8, 0)]);
+    rig.ranges(DISCARD, &[(8, 8, 0), (16, 8, 0)]);
+    rig.ask(FLUSH, 0, 0, false, 1);
+    rig.ask(GET_ID, 0, 20, true, 1);
+    for _ in 0..2 {
+        assert_ne!(rig.put(2047, &[9; 1024]), 0, "beyond the end");
+    }
+    assert_ne!(rig.ask(99, 0, 0, false, 1).0, 0, "no such request");
+    let stats = lock(&rig.block).stats();
+    assert!(stats.overlay_bytes <= 8192 + 4096, "{stats:?}");
+    let expected = DriveStats {
+        drive_id: "root".into(),
+        reads: 1,
+        writes: 2,
+        flushes: 1,
+        discards: 1,
+        read_bytes: 4096,
+        written_bytes: 8192 + 4096,
+        errors: 3,
+        ..Default::default()
+    };
+    assert_eq!(DriveStats { overlay_bytes: 0, ..stats }, expected);
+}
+
+#[test]
 fn a_raw_disk_is_the_image() {
     let dir = tempfile::tempdir().unwrap();
     let path = image(&dir);
@@ -523,6 +554,7 @@ fn the_rate_limit_holds_requests_back_until_the_timer() {
         }
     }
     assert!((0..3).all(|n| rig.status_of(n) == 0));
+    assert!(lock(&rig.block).stats().throttled >= 2, "two had to wait");
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use api_spec::devices::{NetworkInterface, RateLimiter};
 use api_spec::mac::MacAddr;
+use api_spec::stats::NetworkStats;
 use rustix::io::Errno;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
@@ -138,16 +139,17 @@ impl Cable {
     }
 
     /// Hands a frame to the host. One that it does not take is lost, as on any network: it has no room, is down, or finds
-    /// something wrong with the frame.
-    fn send(&mut self, frame: &[u8]) {
+    /// something wrong with the frame. Says whether the host has taken it.
+    fn send(&mut self, frame: &[u8]) -> bool {
         if self.lost {
-            return;
+            return false;
         }
         match rustix::io::write(self.link.as_fd(), frame) {
             Err(error) if is_gone(error) => self.lose(&error),
             Err(error) => tracing::debug!("{}: a frame of {} bytes is dropped: {error}", self.name, frame.len()),
-            Ok(_) => {}
+            Ok(_) => return true,
         }
+        false
     }
 
     /// Tells the link what the guest understands, unless it knows: it costs a lock that all interfaces of the host share. A
@@ -188,6 +190,7 @@ pub struct Net {
     pub(super) watched: bool,
     rx_rate: Rate,
     tx_rate: Rate,
+    stats: NetworkStats,
     /// What had to wait for the alarm.
     waiting: Due,
     /// The features that the driver has accepted.
@@ -212,11 +215,17 @@ impl Net {
             watched: false,
             rx_rate: Rate::new(config.rx_rate_limiter.as_ref(), now),
             tx_rate: Rate::new(config.tx_rate_limiter.as_ref(), now),
+            stats: NetworkStats { iface_id: config.iface_id.clone(), ..Default::default() },
             waiting: Due::default(),
             features: 0,
             active: None,
             restored: false,
         })))
+    }
+
+    /// What the interface has done.
+    pub fn stats(&self) -> NetworkStats {
+        self.stats.clone()
     }
 
     /// Sets other bounds of what the guest receives and sends, from now on, also for frames that wait.
@@ -251,8 +260,8 @@ impl Net {
     /// What moving frames needs, if any may be moved.
     fn work(&mut self) -> Option<Work<'_>> {
         let active = self.active.as_mut().filter(|_| !self.restored)?;
-        let Net { cable, features, rx_rate, tx_rate, .. } = self;
-        Some(Work { active, cable, features: *features, rx_rate, tx_rate })
+        let Net { cable, features, rx_rate, tx_rate, stats, .. } = self;
+        Some(Work { active, cable, features: *features, rx_rate, tx_rate, stats })
     }
 
     /// Whether the event loop should wait for frames of the host: not while one already waits for the guest.
@@ -358,6 +367,7 @@ struct Work<'a> {
     features: u64,
     rx_rate: &'a mut Rate,
     tx_rate: &'a mut Rate,
+    stats: &'a mut NetworkStats,
 }
 
 impl Work<'_> {
@@ -387,14 +397,23 @@ impl Work<'_> {
                 && limited
             {
                 rings.put_back(TX);
+                self.stats.tx_throttled += 1;
                 return Ok(Some(wait));
             }
+            let mut sent = false;
             // Of one that is too long nobody looks at a byte.
             if let Some(frame) = outgoing.get_mut(..usize::try_from(buffer.len()).unwrap_or(usize::MAX)) {
                 buffer.read(rings.mem(), 0, frame).map_err(|error| QueueBroken::Chain(TX, error))?;
                 if frame::admit(frame, Sender::Guest, Offloads::of_guest(self.features)) {
-                    self.cable.send(frame);
+                    sent = self.cable.send(frame);
                 }
+            }
+            match sent {
+                true => {
+                    self.stats.tx_frames += 1;
+                    self.stats.tx_bytes += buffer.len() - HEADER_LEN as u64;
+                }
+                false => self.stats.tx_dropped += 1,
             }
             rings.used(TX, head, 0)?;
         }
@@ -416,6 +435,7 @@ impl Work<'_> {
             let Some(held) = &mut self.active.held else { return Ok(None) };
             if !held.paid {
                 if let Err(wait) = self.rx_rate.take((held.len - HEADER_LEN) as u64, Instant::now()) {
+                    self.stats.rx_throttled += 1;
                     return Ok(Some(wait));
                 }
                 held.paid = true;
@@ -424,9 +444,14 @@ impl Work<'_> {
             let delivery = self.active.deliver(len, mergeable)?;
             chains += self.active.spread.len();
             match delivery {
-                Delivery::Done => self.active.held = None,
+                Delivery::Done => {
+                    self.stats.rx_frames += 1;
+                    self.stats.rx_bytes += (len - HEADER_LEN) as u64;
+                    self.active.held = None;
+                }
                 Delivery::Never => {
                     tracing::debug!("{}: a frame of {len} bytes is dropped: the guest has no room", self.cable.name);
+                    self.stats.rx_dropped += 1;
                     self.active.held = None;
                 }
                 Delivery::Later => break,
@@ -445,6 +470,7 @@ impl Work<'_> {
                 self.active.held = Some(Held { len, paid: false });
                 return;
             }
+            self.stats.rx_dropped += 1;
         }
     }
 }

@@ -295,6 +295,8 @@ fn runts_and_giants_are_dropped_both_ways() {
     }
     rig.run();
     assert_eq!(rig.used(RX), None);
+    let stats = lock(&rig.device).stats();
+    assert_eq!([stats.rx_dropped, stats.tx_dropped, stats.rx_frames, stats.tx_frames], [5, 5, 0, 0]);
     // The longest and the shortest pass.
     for len in [MAX_LEN, HEADER_LEN + 14] {
         rig.send(&frame(len, 1), &[]);
@@ -488,6 +490,9 @@ fn rate_limits_make_frames_wait() {
         sent.len() == 4 && received.len() == 4
     });
     assert!(sent == frames && received == frames, "all come, in order");
+    let stats = lock(&rig.device).stats();
+    assert_eq!([stats.rx_frames, stats.rx_bytes, stats.tx_frames, stats.tx_bytes], [4, 400, 4, 400]);
+    assert!(stats.rx_throttled > 0 && stats.tx_throttled > 0 && stats.rx_dropped + stats.tx_dropped == 0, "{stats:?}");
 }
 
 #[test]

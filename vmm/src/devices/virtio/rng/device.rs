@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use api_spec::devices::RateLimiter;
+use api_spec::stats::EntropyStats;
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -58,6 +59,7 @@ pub struct Rng {
     pub(super) event: Arc<EventFd>,
     pub(super) alarm: Alarm,
     rate: Rate,
+    stats: EntropyStats,
     pub(super) active: Option<Active>,
     /// Between a restore and the first resume, when the device leaves guest memory alone: whether requests were left in
     /// the queue.
@@ -73,9 +75,15 @@ impl Rng {
             event: EventFd::new(EFD_NONBLOCK).map(Arc::new).map_err(RngError::Events)?,
             alarm: Alarm::new().map_err(RngError::Events)?,
             rate: Rate::new(limit, Instant::now()),
+            stats: EntropyStats::default(),
             active: None,
             restored: None,
         })))
+    }
+
+    /// What the device has done.
+    pub fn stats(&self) -> EntropyStats {
+        self.stats
     }
 
     /// Has the event thread look at the queue.
@@ -88,7 +96,7 @@ impl Rng {
         let Some(active) = self.active.as_mut().filter(|_| self.restored.is_none()) else {
             return self.alarm.set(None);
         };
-        match active.serve(&mut self.rate) {
+        match active.serve(&mut self.rate, &mut self.stats) {
             Ok(again) => self.alarm.set(again),
             Err(reason) => {
                 active.rings.fail("entropy", &reason);
@@ -100,13 +108,13 @@ impl Rng {
 
 impl Active {
     /// Serves requests. The result is when there is more to do, if there is.
-    fn serve(&mut self, rate: &mut Rate) -> Result<Option<Duration>, Stop> {
-        let again = self.fill_buffers(rate)?;
+    fn serve(&mut self, rate: &mut Rate, stats: &mut EntropyStats) -> Result<Option<Duration>, Stop> {
+        let again = self.fill_buffers(rate, stats)?;
         self.rings.interrupt()?;
         Ok(again)
     }
 
-    fn fill_buffers(&mut self, rate: &mut Rate) -> Result<Option<Duration>, Stop> {
+    fn fill_buffers(&mut self, rate: &mut Rate, stats: &mut EntropyStats) -> Result<Option<Duration>, Stop> {
         let Active { rings, buffer } = self;
         for _ in 0..BATCH {
             let Some((head, ())) = rings.next(REQUESTS, |chain| buffer.load(chain, Direction::ToDriver))? else {
@@ -115,9 +123,12 @@ impl Active {
             let len = buffer.len().min(MAX_REQUEST);
             if let Err(wait) = rate.take(len, Instant::now()) {
                 rings.put_back(REQUESTS);
+                stats.throttled += 1;
                 return Ok(Some(wait));
             }
             fill(buffer, rings.mem(), len)?;
+            stats.requests += 1;
+            stats.bytes += len;
             rings.used(REQUESTS, head, len as u32)?;
         }
         Ok(Some(Duration::ZERO))

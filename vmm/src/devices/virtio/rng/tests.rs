@@ -135,6 +135,9 @@ fn a_rate_limit_makes_requests_wait() {
     });
     driver.run();
     assert_eq!(driver.used(0), None);
+    let stats = lock(&driver.device).stats();
+    assert_eq!((stats.requests, stats.bytes), (6, 600));
+    assert!(stats.throttled > 0);
 }
 
 #[test]

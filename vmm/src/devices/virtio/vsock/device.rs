@@ -15,6 +15,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use api_spec::stats::VsockStats;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
@@ -124,6 +125,11 @@ impl Vsock {
     /// The path on which the device listens for clients.
     pub fn uds_path(&self) -> PathBuf {
         self.listener.path().into()
+    }
+
+    /// What the device has done.
+    pub fn stats(&self) -> VsockStats {
+        self.muxer.stats()
     }
 
     /// Has the event thread look at the queues and the sockets.

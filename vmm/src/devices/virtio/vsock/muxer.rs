@@ -11,6 +11,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
 use api_spec::agent::READY_PORT;
+use api_spec::stats::VsockStats;
 use vmm_sys_util::epoll::EventSet;
 
 use super::connection::{Connection, Fate, Ports, Received};
@@ -74,6 +75,7 @@ pub struct Muxer {
     /// Sockets of streams that are over.
     closed: Vec<UnixStream>,
     scratch: Vec<u8>,
+    stats: VsockStats,
 }
 
 impl Muxer {
@@ -91,7 +93,13 @@ impl Muxer {
             changed: HashSet::new(),
             closed: Vec::new(),
             scratch: vec![0; super::connection::BUFFER],
+            stats: VsockStats::default(),
         }
+    }
+
+    /// What has gone through here.
+    pub fn stats(&self) -> VsockStats {
+        VsockStats { connections: self.links.len() as u64, ..self.stats }
     }
 
     /// Whether the guest may believe that there is a stream.
@@ -128,6 +136,7 @@ impl Muxer {
         let ports = connection.ports();
         let link = Link { connection, host, hung_up: false, told_end: false, told_deaf: false, in_ring: false };
         self.links.insert(ports, link);
+        self.stats.opened += 1;
         self.settle(ports);
     }
 
@@ -160,6 +169,8 @@ impl Muxer {
 
     /// Takes in a packet from the guest. `listener` knows where the host's ports are.
     pub fn receive(&mut self, header: &Header, payload: &[u8], listener: &HostSocket) {
+        self.stats.tx_packets += 1;
+        self.stats.tx_bytes += payload.len() as u64;
         if header.src_cid != self.guest_cid {
             return; // An answer would not arrive.
         }
@@ -291,6 +302,15 @@ impl Muxer {
 
     /// The next packet for the guest, with at most `room` bytes of payload.
     pub fn next_packet(&mut self, room: usize, payload: &mut Vec<u8>) -> Option<Header> {
+        let packet = self.take_packet(room, payload);
+        if packet.is_some() {
+            self.stats.rx_packets += 1;
+            self.stats.rx_bytes += payload.len() as u64;
+        }
+        packet
+    }
+
+    fn take_packet(&mut self, room: usize, payload: &mut Vec<u8>) -> Option<Header> {
         payload.clear();
         if let Some(reset) = self.resets.pop_front() {
             return Some(reset);

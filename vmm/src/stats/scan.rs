@@ -1,0 +1,110 @@
+//! Looks at guest memory for whoever asks, on a thread of its own: a large guest takes a while, and the event loop has other
+//! work. Whoever has asked is answered when [`Notice::Scanned`] has come.
+
+use crate::api::server::Pending;
+use crate::memory::kinds::{Kinds, ScanError};
+use crate::memory::pagemap::Pagemap;
+use crate::notice::{Notice, Notifier};
+use api_spec::stats::{MemoryMap, MemoryMapQuery, MemoryStats};
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// `GET /vm/stats`
+    Stats,
+    /// `GET /metrics`
+    Metrics,
+    /// `GET /vm/memory-map`
+    Map(MemoryMapQuery),
+}
+
+/// What was found, and what it was looked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// For [`Wanted::Stats`].
+    Stats(MemoryStats),
+    /// For [`Wanted::Metrics`].
+    Metrics(MemoryStats),
+    /// For [`Wanted::Map`].
+    Map(MemoryMap),
+}
+
+/// An answer for whoever has asked, or why there is none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scanned {
+    /// Who has asked.
+    pub to: Pending,
+    /// The answer.
+    pub result: Result<Found, String>,
+}
+
+/// Asks the thread, which the first question starts. Each client of the API asks one question at a time, so that there are
+/// never more than there are clients.
+#[derive(Debug)]
+pub struct Scanner {
+    notifier: Notifier,
+    /// Opened once: the process may come to live where there is no /proc. Taken by the thread.
+    pagemap: Option<io::Result<Pagemap>>,
+    jobs: Option<mpsc::Sender<Job>>,
+    /// The process is ending, or the machine is.
+    cancelled: Arc<AtomicBool>,
+}
+
+struct Job {
+    kinds: Kinds,
+    wanted: Wanted,
+    to: Pending,
+}
+
+impl Scanner {
+    /// Answers are sent by `notifier`.
+    pub fn new(notifier: Notifier) -> Self {
+        Scanner { notifier, pagemap: Some(Pagemap::open()), jobs: None, cancelled: Arc::default() }
+    }
+
+    /// Has the thread look for what is wanted.
+    pub fn ask(&mut self, kinds: Kinds, wanted: Wanted, to: Pending) -> io::Result<()> {
+        let jobs = match &self.jobs {
+            Some(jobs) => jobs,
+            None => {
+                let (sender, jobs) = mpsc::channel();
+                let pagemap = match self.pagemap.take() {
+                    Some(Ok(pagemap)) => pagemap,
+                    // It may have become possible meanwhile.
+                    _ => Pagemap::open()?,
+                };
+                let (notifier, cancelled) = (self.notifier.clone(), self.cancelled.clone());
+                std::thread::Builder::new()
+                    .name("scan".into())
+                    .spawn(move || serve(&jobs, &pagemap, &notifier, &cancelled))?;
+                self.jobs.insert(sender)
+            }
+        };
+        jobs.send(Job { kinds, wanted, to }).map_err(|_| io::Error::other("the thread that looks at memory is gone"))
+    }
+}
+
+impl Drop for Scanner {
+    /// The thread ends by itself, soon: nobody waits for it.
+    fn drop(&mut self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+}
+
+fn serve(jobs: &mpsc::Receiver<Job>, pagemap: &Pagemap, notifier: &Notifier, cancelled: &AtomicBool) {
+    for Job { kinds, wanted, to } in jobs {
+        let result = scan(&kinds, wanted, pagemap, cancelled).map_err(|e| e.to_string());
+        notifier.send(Notice::Scanned(Scanned { to, result }));
+    }
+}
+
+fn scan(kinds: &Kinds, wanted: Wanted, pagemap: &Pagemap, cancelled: &AtomicBool) -> Result<Found, ScanError> {
+    Ok(match wanted {
+        Wanted::Stats => Found::Stats(kinds.sum(pagemap, cancelled)?),
+        Wanted::Metrics => Found::Metrics(kinds.sum(pagemap, cancelled)?),
+        Wanted::Map(query) => Found::Map(kinds.map(query, pagemap, cancelled)?),
+    })
+}
