@@ -121,7 +121,7 @@ pub fn run(command: Command) -> Result<i32, CliError> {
     match command {
         Command::Help(text) => print(text),
         Command::Version => print(&format!("vmm {}\n", env!("CARGO_PKG_VERSION"))),
-        Command::Run(options) => run_vm(options),
+        Command::Run(options) => run_vm(*options),
         Command::Demo(options) => Ok(demo::run(&options).map(|()| DONE)?),
         Command::BenchApi(options) => {
             let report = bench::api::run(&options)?;
@@ -191,7 +191,7 @@ fn run_vm(options: RunOptions) -> Result<i32, CliError> {
         uffd_handler::process::end_with_parent().map_err(RunError::Setup)?;
     }
     let start = match (config, restore) {
-        (Some(path), _) => Start::Boot(read_config(&path)?),
+        (Some(path), _) => Start::Boot(Box::new(read_config(&path)?)),
         (None, Some(load)) => Start::Restore(load.request()),
         (None, None) => Start::Api,
     };

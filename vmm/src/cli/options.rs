@@ -152,7 +152,7 @@ pub enum Command {
     /// Print the version.
     Version,
     /// Run a VM.
-    Run(RunOptions),
+    Run(Box<RunOptions>),
     /// Run the demonstration.
     Demo(DemoOptions),
     /// Measure the API.
@@ -370,7 +370,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
     if options.config.is_none() && options.restore.is_none() && options.api_sock.is_none() {
         return Err(UsageError::Missing("one of --config, --restore and --api-sock must be given"));
     }
-    Ok(Command::Run(options))
+    Ok(Command::Run(Box::new(options)))
 }
 
 /// Where `--console` says that a console leads.
