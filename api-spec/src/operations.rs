@@ -8,10 +8,12 @@ use crate::devices::{
 use crate::logger::{Logger, MetricsSink};
 use crate::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotStatus};
 use crate::stats::{MemoryMap, MemoryMapQuery, VmStats};
+use crate::strict;
 use crate::vm::{
     Action, BootSource, InstanceInfo, MachineConfig, MachinePatch, Version, VmConfig, VmPatch, VmSave, Vsock,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::de::DeserializeOwned;
 
 /// A call.
 #[derive(Debug)]
@@ -71,6 +73,8 @@ pub struct Shape {
     pub name: fn() -> String,
     /// Its JSON schema, or a reference to it.
     pub schema: fn(&mut SchemaGenerator) -> Schema,
+    /// Reads a document of this form, as the vmm does, and says what is wrong with it.
+    pub check: fn(&[u8]) -> Result<(), serde_json::Error>,
     /// An example, as JSON.
     pub example: &'static str,
 }
@@ -120,8 +124,13 @@ const fn fixed(words: &'static str, summary: &'static str, body: &'static str) -
     Command { words, summary, argument: None, body: Some(body) }
 }
 
-const fn shape<T: JsonSchema>(example: &'static str) -> Shape {
-    Shape { name: || T::schema_name().into_owned(), schema: |generator| generator.subschema_for::<T>(), example }
+const fn shape<T: JsonSchema + DeserializeOwned>(example: &'static str) -> Shape {
+    Shape {
+        name: || T::schema_name().into_owned(),
+        schema: |generator| generator.subschema_for::<T>(),
+        check: |document| strict::from_slice::<T>(document).map(drop),
+        example,
+    }
 }
 
 const fn get(id: &'static str, path: &'static str, summary: &'static str, answer: Answer) -> Operation {
@@ -475,6 +484,23 @@ mod tests {
             assert_eq!(operation.commands.is_empty(), operation.when == When::Never, "{}", operation.id);
             for command in operation.commands {
                 assert!(commands.insert(command.words), "{}", command.words);
+            }
+        }
+    }
+
+    #[test]
+    fn every_example_is_what_it_is_an_example_of() {
+        for operation in OPERATIONS {
+            let answer = match operation.answer {
+                Answer::Document(shape) => Some(shape),
+                Answer::Done | Answer::Text(_) => None,
+            };
+            for shape in [operation.query, operation.body, answer].into_iter().flatten() {
+                (shape.check)(shape.example.as_bytes()).unwrap_or_else(|e| panic!("{}: {shape:?}: {e}", operation.id));
+            }
+            for body in operation.commands.iter().filter_map(|command| command.body) {
+                let shape = operation.body.unwrap_or_else(|| panic!("{} takes no body", operation.id));
+                (shape.check)(body.as_bytes()).unwrap_or_else(|e| panic!("{}: {body}: {e}", operation.id));
             }
         }
     }
