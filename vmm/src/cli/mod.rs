@@ -1,5 +1,6 @@
 //! The command line: what it asks for, and doing it. `main` prints, [`run`] decides.
 
+pub mod ctl;
 mod options;
 
 pub use options::{Command, LoadOptions, RunOptions, USAGE, UsageError};
@@ -62,6 +63,9 @@ pub enum CliError {
     /// The page server.
     #[error(transparent)]
     PageServer(#[from] uffd_handler::RunError),
+    /// A command for a vmm.
+    #[error(transparent)]
+    Ctl(#[from] ctl::CtlError),
     /// The demonstration.
     #[error(transparent)]
     Demo(#[from] DemoError),
@@ -96,6 +100,7 @@ impl CliError {
             }
             CliError::Run(RunError::Guest(GuestEnd::Panic)) => GUEST_PANICKED,
             CliError::PageServer(e) => e.exit_code().into(),
+            CliError::Ctl(ctl::CtlError::NoSocket) => BAD_USAGE,
             CliError::Demo(e) if e.host_cannot() => HOST_CANNOT,
             _ => FAILED,
         }
@@ -110,6 +115,7 @@ pub fn run(command: Command) -> Result<i32, CliError> {
         Command::Help(text) => print(text),
         Command::Version => print(&format!("vmm {}\n", env!("CARGO_PKG_VERSION"))),
         Command::Run(options) => run_vm(options),
+        Command::Ctl(ctl) => print(&ctl::run(&ctl)?),
         Command::Demo(options) => Ok(demo::run(&options).map(|()| DONE)?),
         Command::Doctor { json } => {
             let report = doctor::run();
