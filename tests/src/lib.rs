@@ -8,6 +8,7 @@
 //! - [`vm`]: boots, restores, snapshots and commands VMs
 //! - [`page_server`]: starts page servers
 //! - [`linux`]: Linux guests, and what they say on their consoles
+//! - [`taps`]: tap devices of a test's own
 //! - [`agent`]: talks to the agent in a guest
 //! - [`template`]: a snapshot with known contents, and the one check that holds after every step of a guest's life
 //! - [`procfs`]: what the kernel says about a process
@@ -22,6 +23,7 @@ pub mod page_server;
 pub mod place;
 pub mod process;
 pub mod procfs;
+pub mod taps;
 pub mod template;
 pub mod vm;
 

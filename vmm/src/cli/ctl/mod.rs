@@ -4,7 +4,7 @@
 //!   table of calls --parse--> Call --> message --RestClient--> answer --output--> text
 //! ```
 //!
-//! [`fields`], [`parse`], [`completions`] and [`output`] are pure. Nothing is judged here that the vmm judges: whatever a
+//! `fields`, `parse`, `completions` and `output` are pure. Nothing is judged here that the vmm judges: whatever a
 //! command says is sent, and the vmm's own words are printed.
 
 mod completions;
@@ -16,7 +16,8 @@ pub use parse::{Call, Ctl, parse};
 
 use crate::machine::config::ConfigError;
 use api_spec::client::RestClient;
-use api_spec::client::rest::RestError;
+use api_spec::client::rest::{Response, RestError};
+use api_spec::operations::Answer;
 use fields::Source;
 use std::ffi::OsString;
 use std::fs::File;
@@ -118,12 +119,9 @@ fn make(call: &Call, variable: Option<OsString>) -> Result<String, CtlError> {
         RestError::Io(source) => CtlError::Connect { path: socket, source },
         source => CtlError::NoAnswer { call: name.clone(), source },
     })?;
-    let answer = client.request(call.operation.method, &path, &body).and_then(|answer| {
-        let is_text = answer.content_type.as_ref().is_some_and(|kind| kind.starts_with("text/"));
-        Ok((is_text, answer.body()?))
-    });
-    match answer {
-        Ok((is_text, body)) => output::answer(&body, is_text, call.json)
+    let is_text = matches!(call.operation.answer, Answer::Text(_));
+    match client.request(call.operation.method, &path, &body).and_then(Response::body) {
+        Ok(body) => output::answer(&body, is_text, call.json)
             .map_err(|e| CtlError::NoAnswer { call: name, source: RestError::Answer(e.to_string()) }),
         Err(RestError::Refused { message, .. }) => {
             // Some of the vmm's words name the call themselves.

@@ -349,6 +349,7 @@ bad usage. Only results go to standard output.
 mod tests {
     use super::*;
     use api_spec::operations::Answer;
+    use proptest::prelude::*;
     use std::collections::BTreeSet;
 
     fn words(line: &[&str]) -> Vec<OsString> {
@@ -557,6 +558,18 @@ mod tests {
             assert!(word != "set" || (operation.method == "PUT" && changes), "{}", verb.words);
             assert!(word != "update" || (operation.method == "PATCH" && changes), "{}", verb.words);
             assert!(word != "show" || operation.method == "GET", "{}", verb.words);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn no_arguments_make_parsing_panic(verb in 0..28_usize, args in prop::collection::vec("(--[a-z-]{0,12}=?)?\\PC{0,8}", 0..5)) {
+            let verb = verbs().nth(verb).map_or("", |(_, verb)| verb.words);
+            let args: Vec<&str> = verb.split(' ').chain(args.iter().map(String::as_str)).collect();
+            if let Ok(Ctl::Call(call)) = parse(words(&args)) {
+                let _ = call.message(|_| Ok(b"{}".to_vec()));
+            }
         }
     }
 }
