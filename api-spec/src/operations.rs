@@ -107,21 +107,29 @@ pub struct Command {
     pub argument: Option<&'static str>,
     /// The whole body, as JSON, of a command that takes no fields.
     pub body: Option<&'static str>,
+    /// When what it says is taken, if not whenever the call is.
+    pub when: Option<When>,
 }
 
 /// A command whose options are the fields of the body.
 const fn command(words: &'static str) -> Command {
-    Command { words, summary: "", argument: None, body: None }
+    Command { words, summary: "", argument: None, body: None, when: None }
 }
 
 /// A command with one field as an argument without a name.
 const fn with_argument(words: &'static str, field: &'static str) -> Command {
-    Command { words, summary: "", argument: Some(field), body: None }
+    Command { words, summary: "", argument: Some(field), body: None, when: None }
 }
 
 /// A command that says one thing.
 const fn fixed(words: &'static str, summary: &'static str, body: &'static str) -> Command {
-    Command { words, summary, argument: None, body: Some(body) }
+    Command { words, summary, argument: None, body: Some(body), when: None }
+}
+
+impl Command {
+    const fn at(self, when: When) -> Self {
+        Command { when: Some(when), ..self }
+    }
 }
 
 const fn shape<T: JsonSchema + DeserializeOwned>(example: &'static str) -> Shape {
@@ -182,6 +190,12 @@ impl Operation {
     pub fn named(&self) -> Option<(&'static str, &'static str)> {
         let (start, name) = self.path.split_once('{')?;
         Some((start, name.strip_suffix('}')?))
+    }
+
+    /// The name at the end of the path as messages call it, such as `drives.drive_id`, if there is one.
+    pub fn name_field(&self) -> Option<String> {
+        let (start, name) = self.named()?;
+        Some(format!("{}.{name}", start.trim_matches('/')))
     }
 
     /// Whether a path is one that this call's stands for. `Some` with the name at its end, or with nothing.
@@ -359,7 +373,7 @@ pub static OPERATIONS: &[Operation] = &[
     )
     .at(When::Always)
     .by(&[
-        fixed("start", "Boot the configured VM", r#"{"action_type":"InstanceStart"}"#),
+        fixed("start", "Boot the configured VM", r#"{"action_type":"InstanceStart"}"#).at(When::BeforeStart),
         fixed("metrics flush", "Write the counters to the metrics path", r#"{"action_type":"FlushMetrics"}"#),
     ]),
     patch(
