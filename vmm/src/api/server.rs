@@ -162,17 +162,27 @@ impl Server {
         self.go_on(to.client, ops)
     }
 
-    /// Refuses every request whose answer was to come later, for this reason, and closes those connections. For the end
-    /// of the process: what the sockets do not take at once is left to [`Server::flush`].
+    /// Sends an answer that was due, and closes the connection. For the end of the process: what the socket does not take
+    /// at once is left to [`Server::flush`].
+    pub fn answer_last(&mut self, to: Pending, response: &Response) {
+        if let Some(client) = self.clients.get_mut(&to.client)
+            && let Some(asked) = client.asked.take_if(|asked| asked.request == to.request)
+        {
+            self.refused += u64::from(response.status >= 400);
+            client.answer(&Asked { keep_alive: false, ..asked }, response);
+            // If it has gone, there is nobody to tell.
+            let _ = client.send();
+        }
+    }
+
+    /// Refuses every request whose answer was to come later, for this reason, likewise.
     pub fn refuse_pending(&mut self, reason: &str) {
-        let response = Response::fault(400, reason);
-        for client in self.clients.values_mut() {
-            if let Some(mut asked) = client.asked.take() {
-                asked.keep_alive = false;
-                client.answer(&asked, &response);
-                // If it has gone, there is nobody to tell.
-                let _ = client.send();
-            }
+        let pending = |(id, client): (&ClientId, &Client)| {
+            client.asked.as_ref().map(|asked| Pending { client: *id, request: asked.request })
+        };
+        let pending: Vec<Pending> = self.clients.iter().filter_map(pending).collect();
+        for to in pending {
+            self.answer_last(to, &Response::fault(400, reason));
         }
     }
 
@@ -196,7 +206,14 @@ impl Server {
     }
 
     fn accept(&mut self, ops: &mut EventOps) {
-        while self.clients.len() < MAX_CLIENTS {
+        loop {
+            if self.clients.len() >= MAX_CLIENTS {
+                if !self.is_waited_for() {
+                    return;
+                }
+                let Some(silent) = self.longest_silent() else { break };
+                self.close(silent, ops);
+            }
             let stream = match self.listener.accept() {
                 Ok(Some(stream)) => stream,
                 Ok(None) => return,
@@ -211,10 +228,21 @@ impl Server {
             }
             self.clients.insert(stream.as_raw_fd(), Client::new(stream, self.limits));
         }
-        // No room: look at the queue again when a client has gone, or some time later.
+        // No room for whoever waits: look at the queue again when a client has gone, or some time later.
         self.accepting = false;
         let _ = ops.modify(Events::new(&self.listener, EventSet::empty()));
         self.tick();
+    }
+
+    /// Whether a further client waits to be accepted.
+    fn is_waited_for(&self) -> bool {
+        poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+    }
+
+    /// The client that has been silent for longest, of those that may be sent away for another.
+    fn longest_silent(&self) -> Option<ClientId> {
+        let silent = self.clients.iter().filter(|(_, client)| client.is_silent());
+        silent.min_by_key(|(_, client)| client.heard).map(|(id, _)| *id)
     }
 
     /// Has the timer tick.
@@ -224,15 +252,14 @@ impl Server {
         }
     }
 
-    /// Does something about clients that take too long, and makes room for others that may be waiting.
+    /// Does something about clients that take too long, and looks again whether there is room for others.
     fn on_tick(&mut self, ops: &mut EventOps) {
         // Winding it again takes its tick back. Reading it could block: this event may be older than the last winding.
         self.ticking = false;
-        let crowded = !self.accepting;
         let who = |which: &dyn Fn(&Client) -> bool| -> Vec<ClientId> {
             self.clients.iter().filter(|(_, client)| which(client)).map(|(id, _)| *id).collect()
         };
-        let gone = who(&|client| client.is_deaf() || (crowded && client.is_silent()));
+        let gone = who(&Client::is_deaf);
         let late = who(&Client::is_late);
         for id in gone {
             self.close(id, ops);
@@ -240,14 +267,13 @@ impl Server {
         for id in late {
             if let Some(client) = self.clients.get_mut(&id) {
                 self.requests += 1;
+                self.refused += 1;
                 client.refuse(self.requests, 408, &format!("the request was not complete within {REQUEST_TIME:?}"));
                 self.go_on(id, ops);
             }
         }
-        if self.clients.len() < MAX_CLIENTS {
-            self.look_at_queue(ops);
-        }
-        if !self.accepting || self.clients.values().any(Client::is_busy) {
+        self.look_at_queue(ops);
+        if self.clients.values().any(Client::is_busy) {
             self.tick();
         } else {
             let _ = self.timer.clear();
@@ -363,7 +389,7 @@ impl Client {
 
     /// Whether it holds a place that others could use.
     fn is_silent(&self) -> bool {
-        self.asked.is_none() && self.heard.elapsed() >= SILENCE
+        self.asked.is_none() && self.begun.is_none() && self.heard.elapsed() >= SILENCE
     }
 
     /// Has it watched for what it is to be watched for. While an answer is due nothing more is read, so that a client
@@ -397,7 +423,6 @@ impl Client {
                     break;
                 }
                 Ok(n) => {
-                    self.heard = Instant::now();
                     self.parser.push(&chunk[..n]);
                     // That was all, most likely. If it was not, there will be another event.
                     if n < chunk.len() {

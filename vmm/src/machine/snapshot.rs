@@ -103,6 +103,11 @@ impl Job {
         SnapshotStatus { state: SnapshotState::Failed, error: Some(error), ..status }
     }
 
+    /// Has the snapshot be given up, unless it is complete, and remove what it has written.
+    pub fn cancel(&self) {
+        self.cancel.store(true, Ordering::Relaxed);
+    }
+
     /// What became of the disks' layers. To be called when [`Notice::LayersFolded`] has come; waits otherwise.
     pub fn finish(mut self) -> Vec<(usize, Folded)> {
         self.thread.take().and_then(|thread| thread.join().ok()).unwrap_or_default()
@@ -110,9 +115,9 @@ impl Job {
 }
 
 impl Drop for Job {
-    /// The process is ending: the snapshot is given up, and removes what it has written.
+    /// The process is ending.
     fn drop(&mut self) {
-        self.cancel.store(true, Ordering::Relaxed);
+        self.cancel();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

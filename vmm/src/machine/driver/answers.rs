@@ -20,10 +20,16 @@ use api_spec::vm::{
 };
 use std::time::Instant;
 
+/// What whoever asks for something at the very end is told.
+pub(super) const ENDING: &str = "the vmm is ending, and what was asked for is not done";
+
 impl Driver {
     /// Answers a request; `None` if the answer comes later.
     pub(super) fn answer(&mut self, request: Request, from: Pending) -> Option<Response> {
         let _span = logging::request_span(from.request).entered();
+        if self.ending.is_some() {
+            return Some(Response::fault(400, ENDING));
+        }
         let work = match (&self.save, self.waiting.is_some() || self.next.is_some()) {
             (Some(_), _) => Work::Saving,
             (None, true) => Work::Writing,
@@ -219,6 +225,9 @@ impl Driver {
             self.end(Ok(super::Ending::Saved));
         } else if was_running && let Err(e) = self.patch_vm(VmPatch { state: VmState::Resumed }) {
             tracing::error!("the guest could not be saved, and does not go on: {e}");
+            if let RequestError::Halt(halt) = e {
+                self.halt = Some(halt);
+            }
         }
     }
 

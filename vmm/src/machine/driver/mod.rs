@@ -96,6 +96,9 @@ pub enum RunError {
     /// Where counters are written.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
+    /// Something else that was asked for.
+    #[error("{0}")]
+    Refused(String),
     /// The guest.
     #[error("{0}")]
     Guest(GuestEnd),
@@ -154,7 +157,7 @@ impl From<RequestError> for RunError {
             RequestError::Boot(e) => RunError::Boot(e),
             RequestError::Restore(e) => RunError::Restore(e),
             RequestError::Setup(e) => RunError::Setup(e),
-            other => RunError::Loop(other.to_string()),
+            other => RunError::Refused(other.to_string()),
         }
     }
 }
@@ -234,6 +237,11 @@ fn change_log(logger: &Logger) -> Result<(), LogError> {
         show_origin: show_log_origin,
         module,
     })
+}
+
+/// What whoever asked for a snapshot is told of it.
+fn told(status: &SnapshotStatus) -> Response {
+    status.error.as_ref().map_or_else(Response::done, |error| Response::fault(400, error))
 }
 
 /// A snapshot after which the vmm ends.
@@ -360,10 +368,15 @@ impl Driver {
         }
     }
 
-    /// Nobody is left without an answer when the process ends.
+    /// Nobody is left without an answer when the process ends. A snapshot is given up, unless it was complete by then;
+    /// whoever waits for it is told which.
     fn take_leave(&mut self) {
+        let job = self.job.take().inspect(Job::cancel);
         if let Some(api) = &mut self.api {
-            api.refuse_pending("the vmm is ending, and what was asked for is given up");
+            if let (Some(job), Some(from)) = (&job, self.waiting.take()) {
+                api.answer_last(from, &told(&job.status()));
+            }
+            api.refuse_pending(answers::ENDING);
             api.flush(LAST_ANSWERS);
         }
     }
@@ -552,18 +565,17 @@ impl Driver {
             self.latencies.snapshot_pause_us = Some(self.status.pause_us);
             self.latencies.snapshot_total_us = Some(self.status.total_us);
         }
-        let response = match &self.status.error {
-            None => Response::done(),
-            Some(error) => Response::fault(400, error),
-        };
-        tracing::info!(
-            "snapshot {:?}: the guest stood still {} us; {} us in all",
-            self.status.state,
-            self.status.pause_us,
-            self.status.total_us
-        );
-        self.respond(from, &response, ops);
+        let response = told(&self.status);
+        logging::request_span(from.request).in_scope(|| match &self.status.error {
+            None => {
+                let SnapshotStatus { pause_us, total_us, .. } = self.status;
+                tracing::info!("a snapshot is complete: the guest stood still {pause_us} us; {total_us} us in all");
+            }
+            Some(error) => tracing::warn!("a snapshot failed: {error}"),
+        });
+        // Before the answer, which may bring further requests.
         self.saved(self.status.state == SnapshotState::Done);
+        self.respond(from, &response, ops);
     }
 
     fn on_layers_folded(&mut self, ops: &mut EventOps) {
@@ -574,8 +586,8 @@ impl Driver {
         if let Some((create, from)) = self.next.take()
             && let Err(e) = self.create_snapshot(&create, from)
         {
-            self.respond(from, &Response::fault(400, &e.to_string()), ops);
             self.saved(false);
+            self.respond(from, &Response::fault(400, &e.to_string()), ops);
         }
     }
 
