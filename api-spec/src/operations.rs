@@ -8,7 +8,7 @@ use crate::devices::{
 use crate::logger::{Logger, MetricsSink};
 use crate::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotStatus};
 use crate::stats::{MemoryMap, MemoryMapQuery, VmStats};
-use crate::strict;
+use crate::strict::{self, DocumentError};
 use crate::vm::{
     Action, BootSource, InstanceInfo, MachineConfig, MachinePatch, Version, VmConfig, VmPatch, VmSave, Vsock,
 };
@@ -74,7 +74,7 @@ pub struct Shape {
     /// Its JSON schema, or a reference to it.
     pub schema: fn(&mut SchemaGenerator) -> Schema,
     /// Reads a document of this form, as the vmm does, and says what is wrong with it.
-    pub check: fn(&[u8]) -> Result<(), serde_json::Error>,
+    pub check: fn(&[u8]) -> Result<(), DocumentError>,
     /// An example, as JSON.
     pub example: &'static str,
 }

@@ -4,16 +4,115 @@
 //! schema, and a client that sends one has made a mistake.
 
 use serde::de::value::{MapDeserializer, SeqDeserializer};
-use serde::de::{DeserializeOwned, Deserializer, Error as _, IntoDeserializer, Unexpected, Visitor};
+use serde::de::{Deserialize, DeserializeOwned, Deserializer, Error as _, IntoDeserializer, MapAccess, SeqAccess};
+use serde::de::{Unexpected, Visitor};
 use serde::forward_to_deserialize_any;
-use serde_json::{Error, Value};
+use serde_json::{Error, Map, Value};
+use std::fmt;
 
-/// Reads a document, in which an object is an object and nothing stands twice.
-pub fn from_slice<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
-    // This one knows lines and columns, and members that stand twice.
-    let document = serde_json::from_slice::<T>(bytes)?;
-    T::deserialize(Strict(serde_json::from_slice(bytes)?))?;
+/// A document that is not what it should be: where in it, and what is wrong there.
+#[derive(Debug, thiserror::Error)]
+#[error("{at}{source}")]
+pub struct DocumentError {
+    /// The field, such as `drives[0].rate_limiter: `; empty if it is the document itself.
+    at: String,
+    source: Error,
+}
+
+impl From<serde_path_to_error::Error<Error>> for DocumentError {
+    fn from(error: serde_path_to_error::Error<Error>) -> Self {
+        let path = error.path().to_string();
+        let source = error.into_inner();
+        // A field that is unknown, or missing, is named by the error itself.
+        let names_it = source.to_string().contains("unknown field");
+        // Of what ends too early there is no path.
+        let at = if path == "." || path.contains('?') || names_it { String::new() } else { format!("{path}: ") };
+        DocumentError { at, source }
+    }
+}
+
+impl From<Error> for DocumentError {
+    fn from(source: Error) -> Self {
+        DocumentError { at: String::new(), source }
+    }
+}
+
+/// Reads a document, in which an object is an object, a word is a word, and nothing stands twice.
+pub fn from_slice<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DocumentError> {
+    // This one knows lines and columns.
+    let mut text = serde_json::Deserializer::from_slice(bytes);
+    let document = serde_path_to_error::deserialize(&mut text)?;
+    text.end()?;
+    serde_path_to_error::deserialize::<_, T>(Strict(value(bytes)?))?;
     Ok(document)
+}
+
+/// Reads any JSON value in which no object has two members of the same name.
+pub fn value(bytes: &[u8]) -> Result<Value, DocumentError> {
+    let mut text = serde_json::Deserializer::from_slice(bytes);
+    let Tree(value) = serde_path_to_error::deserialize(&mut text)?;
+    text.end()?;
+    Ok(value)
+}
+
+struct Tree(Value);
+
+impl<'de> Deserialize<'de> for Tree {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_any(Tree(Value::Null))
+    }
+}
+
+/// Every visit makes the tree that it is of; only members that stand twice are refused.
+impl<'de> Visitor<'de> for Tree {
+    type Value = Tree;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Tree, E> {
+        Ok(Tree(Value::Null))
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Tree, E> {
+        Ok(Tree(value.into()))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Tree, E> {
+        Ok(Tree(value.into()))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Tree, E> {
+        Ok(Tree(value.into()))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Tree, E> {
+        Ok(Tree(value.into()))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Tree, E> {
+        Ok(Tree(value.into()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Tree, A::Error> {
+        let mut list = Vec::new();
+        while let Some(Tree(item)) = items.next_element()? {
+            list.push(item);
+        }
+        Ok(Tree(list.into()))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Tree, A::Error> {
+        let mut map = Map::new();
+        while let Some((name, Tree(value))) = members.next_entry::<String, Tree>()? {
+            if map.contains_key(&name) {
+                return Err(A::Error::custom(format!("duplicate field `{name}`")));
+            }
+            map.insert(name, value);
+        }
+        Ok(Tree(map.into()))
+    }
 }
 
 struct Strict(Value);
@@ -65,7 +164,11 @@ impl<'de> Deserializer<'de> for Strict {
         variants: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Error> {
-        self.0.deserialize_enum(name, variants, visitor)
+        // All of ours are words.
+        match self.0 {
+            Value::Object(_) => Err(Error::invalid_type(Unexpected::Map, &visitor)),
+            word => word.deserialize_enum(name, variants, visitor),
+        }
     }
 
     forward_to_deserialize_any! {
@@ -77,9 +180,10 @@ impl<'de> Deserializer<'de> for Strict {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::logger::{Logger, MetricsSink};
     use crate::operations::{Answer, OPERATIONS};
     use crate::snapshot::SnapshotLoad;
-    use crate::vm::{MachineConfig, MachinePatch, VmConfig};
+    use crate::vm::{Action, MachineConfig, MachinePatch, VmConfig};
 
     fn refused<T: DeserializeOwned + std::fmt::Debug>(text: &str) -> String {
         from_slice::<T>(text.as_bytes()).unwrap_err().to_string()
@@ -95,6 +199,33 @@ mod tests {
         assert!(refused::<VmConfig>(deeper).contains("sequence"));
         assert!(refused::<VmConfig>(r#"{"drives":[],"drives":[]}"#).contains("duplicate"));
         assert!(refused::<VmConfig>(r#"{"speed":9}"#).contains("unknown field"));
+        assert!(
+            refused::<Action>(r#"{"action_type":{"FlushMetrics":null}}"#).contains("action_type: invalid type: map")
+        );
+        let twice = r#"{"metrics_path":"m","properties":{"a":"1","a":"2"}}"#;
+        assert!(
+            refused::<MetricsSink>(twice).contains("properties: duplicate field `a`"),
+            "{}",
+            refused::<MetricsSink>(twice)
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let is = |refused: String, start: &str| assert!(refused.starts_with(start), "{refused}");
+        is(refused::<MachineConfig>(r#"{"vcpu_count":300}"#), "vcpu_count: invalid value: integer `300`");
+        is(
+            refused::<VmConfig>(r#"{"machine-config":{"vcpu_count":"two"}}"#),
+            "machine-config.vcpu_count: invalid type",
+        );
+        let drives =
+            r#"{"drives":[{"drive_id":"a","path_on_host":"d","rate_limiter":{"ops":{"size":"z","refill_time":1}}}]}"#;
+        is(refused::<VmConfig>(drives), "drives[0].rate_limiter.ops.size: invalid type");
+        is(refused::<VmConfig>(r#"{"drives":[{"speed":1}]}"#), "unknown field `speed`");
+        is(refused::<VmConfig>(r#"{"vsock":{"guest_cid":3}}"#), "vsock: missing field `uds_path`");
+        is(refused::<Logger>(r#"{"level":"loud"}"#), "level: \"loud\" is no log level");
+        is(refused::<MachineConfig>("{"), "EOF while parsing");
+        is(refused::<MachineConfig>("{} {}"), "trailing characters");
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::machine::restore::RestoreError;
 use crate::memory::uffd::UffdError;
 use crate::vcpu::GuestEnd;
 use api_spec::logger::MetricsSink;
+use api_spec::strict::{self, DocumentError};
 use api_spec::vm::VmConfig;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -49,13 +50,16 @@ pub enum CliError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// A configuration file that is larger than any.
+    #[error("the configuration {0} has more than {MAX_CONFIG} bytes")]
+    LongConfig(PathBuf),
     /// A configuration file that is none.
     #[error("the configuration {path} is not what it should be: {source}; docs/operations.md lists its fields")]
     BadConfig {
         /// The file.
         path: PathBuf,
         /// What is wrong, and where.
-        source: serde_json::Error,
+        source: DocumentError,
     },
     /// A snapshot that cannot be read.
     #[error(transparent)]
@@ -214,6 +218,9 @@ fn run_vm(options: RunOptions) -> Result<i32, CliError> {
 fn read_config(path: &Path) -> Result<VmConfig, CliError> {
     let read = |source| CliError::ReadConfig { path: path.to_owned(), source };
     let mut text = Vec::new();
-    File::open(path).map_err(read)?.take(MAX_CONFIG).read_to_end(&mut text).map_err(read)?;
-    api_spec::strict::from_slice(&text).map_err(|source| CliError::BadConfig { path: path.to_owned(), source })
+    File::open(path).map_err(read)?.take(MAX_CONFIG + 1).read_to_end(&mut text).map_err(read)?;
+    if text.len() as u64 > MAX_CONFIG {
+        return Err(CliError::LongConfig(path.to_owned()));
+    }
+    strict::from_slice(&text).map_err(|source| CliError::BadConfig { path: path.to_owned(), source })
 }

@@ -2,6 +2,7 @@
 //!
 //! `vmm ctl` is described by its table; the rest by the texts of `--help`.
 
+use crate::bench;
 use crate::cli::USAGE;
 use crate::demo;
 use clap::{Arg, ArgAction, Command, ValueHint};
@@ -29,6 +30,7 @@ fn vmm(ctl: Command) -> Command {
     for (words, json) in subcommands(USAGE) {
         let usage = match words[0] {
             "ctl" => continue,
+            "bench" => bench::USAGE,
             "demo" => demo::USAGE,
             "uffd-handler" => uffd_handler::USAGE,
             _ => "",
@@ -86,6 +88,7 @@ mod tests {
         for name in ["config", "restore", "uffd", "api-sock", "paused", "log-level"] {
             assert!(names.iter().any(|known| known == name), "{name}: {names:?}");
         }
+        assert!(options(bench::USAGE).any(|arg| arg.get_long() == Some("calls")));
         assert!(options(demo::USAGE).any(|arg| arg.get_long() == Some("clones")));
         let ctl = Command::new("ctl").subcommand(Command::new("drive"));
         vmm(ctl).debug_assert();

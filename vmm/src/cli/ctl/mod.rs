@@ -140,8 +140,11 @@ fn read(source: &Source) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     match source {
         Source::Here(value) => text = value.to_string().into_bytes(),
-        Source::File(path) => drop(File::open(path)?.take(MAX_DOCUMENT).read_to_end(&mut text)?),
-        Source::Stdin => drop(io::stdin().take(MAX_DOCUMENT).read_to_end(&mut text)?),
+        Source::File(path) => drop(File::open(path)?.take(MAX_DOCUMENT + 1).read_to_end(&mut text)?),
+        Source::Stdin => drop(io::stdin().take(MAX_DOCUMENT + 1).read_to_end(&mut text)?),
+    }
+    if text.len() as u64 > MAX_DOCUMENT {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("it has more than {MAX_DOCUMENT} bytes")));
     }
     Ok(text)
 }

@@ -6,6 +6,7 @@ use crate::cli::UsageError;
 use crate::doctor::wrap;
 use crate::machine::config;
 use api_spec::operations::{Command as Verb, OPERATIONS, Operation, When};
+use api_spec::strict;
 use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, ArgMatches, Command, ValueHint, value_parser};
@@ -244,8 +245,7 @@ impl Call {
         }
         let document = |source: &Source| -> Result<Value, CtlError> {
             let text = read(source).map_err(|e| CtlError::Read { place: source.place(), source: e })?;
-            let wrong = |e: serde_json::Error| CtlError::Document { place: source.place(), reason: e.to_string() };
-            serde_json::from_slice(&text).map_err(wrong)
+            strict::value(&text).map_err(|e| CtlError::Document { place: source.place(), reason: e.to_string() })
         };
         let mut body = match &self.whole {
             None => Map::new(),
