@@ -8,10 +8,12 @@ use crate::devices::{
 use crate::logger::{Logger, MetricsSink};
 use crate::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotStatus};
 use crate::stats::{MemoryMap, MemoryMapQuery, VmStats};
+use crate::strict;
 use crate::vm::{
     Action, BootSource, InstanceInfo, MachineConfig, MachinePatch, Version, VmConfig, VmPatch, VmSave, Vsock,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::de::DeserializeOwned;
 
 /// A call.
 #[derive(Debug)]
@@ -71,6 +73,8 @@ pub struct Shape {
     pub name: fn() -> String,
     /// Its JSON schema, or a reference to it.
     pub schema: fn(&mut SchemaGenerator) -> Schema,
+    /// Reads a document of this form, as the vmm does, and says what is wrong with it.
+    pub check: fn(&[u8]) -> Result<(), serde_json::Error>,
     /// An example, as JSON.
     pub example: &'static str,
 }
@@ -103,25 +107,38 @@ pub struct Command {
     pub argument: Option<&'static str>,
     /// The whole body, as JSON, of a command that takes no fields.
     pub body: Option<&'static str>,
+    /// When what it says is taken, if not whenever the call is.
+    pub when: Option<When>,
 }
 
 /// A command whose options are the fields of the body.
 const fn command(words: &'static str) -> Command {
-    Command { words, summary: "", argument: None, body: None }
+    Command { words, summary: "", argument: None, body: None, when: None }
 }
 
 /// A command with one field as an argument without a name.
 const fn with_argument(words: &'static str, field: &'static str) -> Command {
-    Command { words, summary: "", argument: Some(field), body: None }
+    Command { words, summary: "", argument: Some(field), body: None, when: None }
 }
 
 /// A command that says one thing.
 const fn fixed(words: &'static str, summary: &'static str, body: &'static str) -> Command {
-    Command { words, summary, argument: None, body: Some(body) }
+    Command { words, summary, argument: None, body: Some(body), when: None }
 }
 
-const fn shape<T: JsonSchema>(example: &'static str) -> Shape {
-    Shape { name: || T::schema_name().into_owned(), schema: |generator| generator.subschema_for::<T>(), example }
+impl Command {
+    const fn at(self, when: When) -> Self {
+        Command { when: Some(when), ..self }
+    }
+}
+
+const fn shape<T: JsonSchema + DeserializeOwned>(example: &'static str) -> Shape {
+    Shape {
+        name: || T::schema_name().into_owned(),
+        schema: |generator| generator.subschema_for::<T>(),
+        check: |document| strict::from_slice::<T>(document).map(drop),
+        example,
+    }
 }
 
 const fn get(id: &'static str, path: &'static str, summary: &'static str, answer: Answer) -> Operation {
@@ -173,6 +190,12 @@ impl Operation {
     pub fn named(&self) -> Option<(&'static str, &'static str)> {
         let (start, name) = self.path.split_once('{')?;
         Some((start, name.strip_suffix('}')?))
+    }
+
+    /// The name at the end of the path as messages call it, such as `drives.drive_id`, if there is one.
+    pub fn name_field(&self) -> Option<String> {
+        let (start, name) = self.named()?;
+        Some(format!("{}.{name}", start.trim_matches('/')))
     }
 
     /// Whether a path is one that this call's stands for. `Some` with the name at its end, or with nothing.
@@ -350,7 +373,7 @@ pub static OPERATIONS: &[Operation] = &[
     )
     .at(When::Always)
     .by(&[
-        fixed("start", "Boot the configured VM", r#"{"action_type":"InstanceStart"}"#),
+        fixed("start", "Boot the configured VM", r#"{"action_type":"InstanceStart"}"#).at(When::BeforeStart),
         fixed("metrics flush", "Write the counters to the metrics path", r#"{"action_type":"FlushMetrics"}"#),
     ]),
     patch(
@@ -475,6 +498,23 @@ mod tests {
             assert_eq!(operation.commands.is_empty(), operation.when == When::Never, "{}", operation.id);
             for command in operation.commands {
                 assert!(commands.insert(command.words), "{}", command.words);
+            }
+        }
+    }
+
+    #[test]
+    fn every_example_is_what_it_is_an_example_of() {
+        for operation in OPERATIONS {
+            let answer = match operation.answer {
+                Answer::Document(shape) => Some(shape),
+                Answer::Done | Answer::Text(_) => None,
+            };
+            for shape in [operation.query, operation.body, answer].into_iter().flatten() {
+                (shape.check)(shape.example.as_bytes()).unwrap_or_else(|e| panic!("{}: {shape:?}: {e}", operation.id));
+            }
+            for body in operation.commands.iter().filter_map(|command| command.body) {
+                let shape = operation.body.unwrap_or_else(|| panic!("{} takes no body", operation.id));
+                (shape.check)(body.as_bytes()).unwrap_or_else(|e| panic!("{}: {body}: {e}", operation.id));
             }
         }
     }

@@ -159,16 +159,16 @@ pub struct MachinePatch {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 8, max = 1_048_576))]
     pub mem_size_mib: Option<u64>,
-    /// As in `PUT`.
+    /// Show pairs of vCPUs to the guest as threads of one core. Not offered: `true` is refused by name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub smt: Option<bool>,
-    /// As in `PUT`.
+    /// Taken for the sake of clients that send it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub track_dirty_pages: Option<bool>,
-    /// As in `PUT`.
+    /// Size of the host's pages behind guest memory. Only `None` is offered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub huge_pages: Option<HugePages>,
-    /// As in `PUT`.
+    /// A CPU template. Only `None` is offered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
     /// The new limit of private memory, in MiB, at least 1; `null` takes it away.

@@ -9,6 +9,7 @@
 //! - [`vm`]: boots, restores, snapshots and commands VMs
 //! - [`page_server`]: starts page servers
 //! - [`linux`]: Linux guests, and what they say on their consoles
+//! - [`taps`]: tap devices of a test's own
 //! - [`agent`]: talks to the agent in a guest
 //! - [`random`]: numbers that look random and are the same each time
 //! - [`template`]: a snapshot with known contents, and the one check that holds after every step of a guest's life
@@ -26,6 +27,7 @@ pub mod place;
 pub mod process;
 pub mod procfs;
 pub mod random;
+pub mod taps;
 pub mod template;
 pub mod vm;
 

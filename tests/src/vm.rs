@@ -8,14 +8,14 @@ use crate::process::{Finished, Process};
 use crate::{PATIENCE, binaries, until};
 use api_spec::agent::{Request, Response};
 use api_spec::client::rest::RestError;
-use api_spec::client::{AgentClient, RestClient};
+use api_spec::client::{AgentClient, RestClient, VmClient};
 use api_spec::devices::{Balloon, Drive, Entropy, NetworkInterface};
 use api_spec::mac::MacAddr;
 use api_spec::snapshot::{
     DriveOverride, MemBackend, MemBackendType, NetworkOverride, SnapshotCreate, SnapshotLoad, SnapshotState,
     SnapshotStatus, VsockOverride,
 };
-use api_spec::vm::{BootSource, InstanceInfo, InstanceState, MachineConfig, VmConfig, VmPatch, VmState, Vsock};
+use api_spec::vm::{BootSource, InstanceInfo, InstanceState, MachineConfig, VmConfig, Vsock};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -320,7 +320,7 @@ impl<'a> Restore<'a> {
             max_private_mib: self.max_private_mib,
             ..SnapshotLoad::of(self.snapshot)
         };
-        vm.api().put("/snapshot/load", &document).unwrap_or_else(|e| panic!("{name}: cannot load the snapshot: {e}"));
+        vm.client().snapshot_load(&document).unwrap_or_else(|e| panic!("{name}: cannot load the snapshot: {e}"));
         vm
     }
 
@@ -363,12 +363,21 @@ impl Vm {
         self.process.pid()
     }
 
-    /// A connection to the API, once there is one.
+    /// A connection to the API, once there is one, for calls of any form.
     pub fn api(&mut self) -> RestClient {
+        self.connection(RestClient::connect)
+    }
+
+    /// A connection to the API, once there is one.
+    pub fn client(&mut self) -> VmClient {
+        self.connection(VmClient::connect)
+    }
+
+    fn connection<T>(&mut self, connect: fn(&Path, Duration) -> Result<T, RestError>) -> T {
         let mut client = None;
         until("the vmm's API takes connections", || {
             self.process.check_alive();
-            client = RestClient::connect(&self.api, PATIENCE).ok();
+            client = connect(&self.api, PATIENCE).ok();
             client.is_some()
         });
         client.expect("just found")
@@ -376,7 +385,7 @@ impl Vm {
 
     /// `GET /`.
     pub fn info(&mut self) -> InstanceInfo {
-        self.api().get("/").unwrap_or_else(|e| panic!("{}: GET /: {e}", self.name))
+        self.client().info().unwrap_or_else(|e| panic!("{}: GET /: {e}", self.name))
     }
 
     /// Where the VM stands.
@@ -386,30 +395,26 @@ impl Vm {
 
     /// Pauses it.
     pub fn pause(&mut self) {
-        self.patch(VmState::Paused);
+        self.client().pause().unwrap_or_else(|e| panic!("{}: it is not paused: {e}", self.name));
     }
 
     /// Lets it run.
     pub fn resume(&mut self) {
-        self.patch(VmState::Resumed);
-    }
-
-    fn patch(&mut self, state: VmState) {
-        self.api().patch("/vm", &VmPatch { state }).unwrap_or_else(|e| panic!("{}: PATCH /vm: {e}", self.name));
+        self.client().resume().unwrap_or_else(|e| panic!("{}: it does not go on: {e}", self.name));
     }
 
     /// Takes a snapshot into the directory `path` and waits until it is on disk.
     pub fn snapshot(&mut self, path: &Path) -> SnapshotStatus {
         self.try_snapshot(path).unwrap_or_else(|e| panic!("{}: cannot take a snapshot: {e}", self.name));
-        let status: SnapshotStatus =
-            self.api().get("/snapshot/status").unwrap_or_else(|e| panic!("{}: GET /snapshot/status: {e}", self.name));
+        let status = self.client().snapshot_status();
+        let status = status.unwrap_or_else(|e| panic!("{}: GET /snapshot/status: {e}", self.name));
         assert_eq!((status.state, &status.error), (SnapshotState::Done, &None), "{}", self.name);
         status
     }
 
     /// As [`Vm::snapshot`], and gives the vmm's refusal back.
     pub fn try_snapshot(&mut self, path: &Path) -> Result<(), RestError> {
-        self.api().put("/snapshot/create", &SnapshotCreate::of(path.to_owned()))
+        self.client().snapshot_create(&SnapshotCreate::of(path.to_owned()))
     }
 
     /// Asks the vmm to end, waits until it has, and expects that it ended in good order.

@@ -65,3 +65,9 @@ fn the_guide_to_operations_does_what_it_says() {
         false => test_skip::skip("the commands in docs/operations.md need curl"),
     }
 }
+
+#[test]
+fn the_page_on_the_api_does_what_it_says() {
+    require!(Kvm);
+    run_blocks("docs/rest-api.md");
+}

@@ -104,7 +104,7 @@ impl Report {
 }
 
 /// Cuts a text into lines of at most `room` characters, between words.
-fn wrap(text: &str, room: usize) -> Vec<String> {
+pub(crate) fn wrap(text: &str, room: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     for word in text.split(' ') {
         let line = lines.last_mut().filter(|line| line.is_empty() || line.len() + 1 + word.len() <= room);

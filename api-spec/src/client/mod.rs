@@ -5,6 +5,8 @@ pub mod linux;
 pub mod metrics;
 pub mod rest;
 pub mod unix;
+pub mod vm;
 
 pub use agent::AgentClient;
 pub use rest::RestClient;
+pub use vm::VmClient;

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Longest answer that is taken, in bytes.
@@ -31,28 +31,75 @@ pub enum RestError {
     Answer(String),
 }
 
-/// A connection to a vmm's API.
+/// An answer as it came.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Response {
+    /// HTTP status.
+    pub status: u16,
+    /// What kind of text the body is, if the server says.
+    pub content_type: Option<String>,
+    /// The body; empty if there is none.
+    pub body: Vec<u8>,
+}
+
+impl Response {
+    /// The body of an answer of success, or what the vmm says of why it is none.
+    pub fn body(self) -> Result<Vec<u8>, RestError> {
+        if self.status < 300 {
+            return Ok(self.body);
+        }
+        let status = self.status;
+        let message = serde_json::from_slice::<ErrorBody>(&self.body).map(|e| e.fault_message);
+        Err(RestError::Refused { status, message: message.unwrap_or_else(|_| format!("status {status}")) })
+    }
+
+    /// The document that an answer of success has.
+    pub fn document<T: DeserializeOwned>(self) -> Result<T, RestError> {
+        serde_json::from_slice(&self.body()?).map_err(|e| RestError::Answer(e.to_string()))
+    }
+}
+
+/// A connection to a vmm's API, for any call. [`VmClient`](super::VmClient) has a method for each.
 #[derive(Debug)]
 pub struct RestClient {
-    stream: UnixStream,
+    path: PathBuf,
+    /// Absent once it cannot be used any more; the next call makes another.
+    stream: Option<UnixStream>,
     patience: Duration,
 }
 
+/// Why there is no answer.
+struct Failure {
+    error: RestError,
+    /// The server closed the connection and had not answered at all.
+    unanswered: bool,
+}
+
+impl From<RestError> for Failure {
+    fn from(error: RestError) -> Self {
+        Failure { error, unanswered: false }
+    }
+}
+
 impl RestClient {
-    /// Connects to the API at `path`. Each later call may take `patience`.
+    /// Connects to the API at `path`. Each later call may take `patience`, all in all.
     pub fn connect(path: &Path, patience: Duration) -> Result<Self, RestError> {
-        Ok(RestClient { stream: unix::connect(path, patience)?, patience })
+        Ok(RestClient { path: path.to_owned(), stream: Some(unix::connect(path, patience)?), patience })
+    }
+
+    /// Sets how long each later call may take.
+    pub fn set_patience(&mut self, patience: Duration) {
+        self.patience = patience;
     }
 
     /// `GET path`: a document.
     pub fn get<T: DeserializeOwned>(&mut self, path: &str) -> Result<T, RestError> {
-        let body = self.call("GET", path, &[])?;
-        serde_json::from_slice(&body).map_err(|e| RestError::Answer(e.to_string()))
+        self.request("GET", path, &[])?.document()
     }
 
     /// `GET path`: the text of the answer, whatever it is.
     pub fn get_text(&mut self, path: &str) -> Result<String, RestError> {
-        String::from_utf8(self.call("GET", path, &[])?).map_err(|e| RestError::Answer(e.to_string()))
+        String::from_utf8(self.request("GET", path, &[])?.body()?).map_err(|e| RestError::Answer(e.to_string()))
     }
 
     /// `PUT path` with a document.
@@ -67,49 +114,97 @@ impl RestClient {
 
     fn send(&mut self, method: &str, path: &str, document: &impl Serialize) -> Result<(), RestError> {
         let body = serde_json::to_vec(document).map_err(io::Error::from)?;
-        self.call(method, path, &body).map(drop)
+        self.request(method, path, &body)?.body().map(drop)
     }
 
-    fn call(&mut self, method: &str, path: &str, body: &[u8]) -> Result<Vec<u8>, RestError> {
+    /// Makes a call and gives its answer back, a refusal too. The path, with its query, is sent as it is.
+    ///
+    /// A server may close a connection that was silent for a while. A `GET` that meets one is sent once more, over
+    /// another; a call that changes something never is, since nobody can tell whether it was heard.
+    pub fn request(&mut self, method: &str, path: &str, body: &[u8]) -> Result<Response, RestError> {
+        if let Some(odd) = path.chars().find(|c| !c.is_ascii_graphic()) {
+            let error = format!("{odd:?} cannot be in the path of a call");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, error).into());
+        }
         let deadline = Instant::now() + self.patience;
-        unix::limit(&self.stream, deadline)?;
-        let mut request = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n").into_bytes();
+        let mut head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n");
         if !body.is_empty() {
-            request.extend(format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len()).bytes());
+            head += &format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len());
         }
-        request.extend(b"\r\n");
-        request.extend(body);
-        self.stream.write_all(&request)?;
-
-        let (status, body) = self.receive(deadline)?;
-        if status < 300 {
-            return Ok(body);
+        let request = [head.as_bytes(), b"\r\n", body].concat();
+        let was_open = self.stream.is_some();
+        match self.exchange(&request, deadline) {
+            Err(failure) if failure.unanswered && was_open && method == "GET" => self.exchange(&request, deadline),
+            outcome => outcome,
         }
-        let message = serde_json::from_slice::<ErrorBody>(&body).map(|e| e.fault_message);
-        Err(RestError::Refused { status, message: message.unwrap_or_else(|_| format!("status {status}")) })
+        .map_err(|failure| failure.error)
     }
 
-    fn receive(&mut self, deadline: Instant) -> Result<(u16, Vec<u8>), RestError> {
-        let mut bytes = Vec::new();
-        loop {
-            if let Some(answer) = parse(&bytes)? {
-                return Ok(answer);
-            }
-            if bytes.len() > MAX_ANSWER {
-                return Err(RestError::Answer(format!("more than {MAX_ANSWER} bytes")));
-            }
-            unix::limit(&self.stream, deadline)?;
-            let mut chunk = [0; 4096];
-            match self.stream.read(&mut chunk)? {
-                0 => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
-                n => bytes.extend_from_slice(&chunk[..n]),
+    /// Sends a request and receives its answer. A connection that failed, and one that the server closes, is not used again:
+    /// an answer that comes late would pass for that of a later call.
+    fn exchange(&mut self, request: &[u8], deadline: Instant) -> Result<Response, Failure> {
+        let mut stream = match self.stream.take() {
+            Some(stream) => stream,
+            None => unix::connect(&self.path, left(deadline)).map_err(RestError::from)?,
+        };
+        unix::limit(&stream, deadline).map_err(RestError::from)?;
+        // A server that refuses a request may do so, and close, before it has read it all.
+        let sent = match stream.write_all(request) {
+            Err(e) if !is_gone(&e) => return Err(RestError::from(in_time(e)).into()),
+            sent => sent.is_ok(),
+        };
+        let (response, stays_open) = receive(&mut stream, deadline)?;
+        if stays_open && sent {
+            self.stream = Some(stream);
+        }
+        Ok(response)
+    }
+}
+
+fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
+}
+
+/// Whether the other side has closed the connection.
+fn is_gone(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
+}
+
+/// The error in words that fit: the kernel says that a call would block where the time that was given has passed.
+fn in_time(error: io::Error) -> io::Error {
+    if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error }
+}
+
+/// Receives an answer, and whether the connection stays open after it.
+fn receive(stream: &mut UnixStream, deadline: Instant) -> Result<(Response, bool), Failure> {
+    let mut bytes = Vec::new();
+    loop {
+        if let Some(answer) = parse(&bytes)? {
+            return Ok(answer);
+        }
+        if bytes.len() > MAX_ANSWER {
+            return Err(RestError::Answer(format!("more than {MAX_ANSWER} bytes")).into());
+        }
+        unix::limit(stream, deadline).map_err(RestError::from)?;
+        let mut chunk = [0; 4096];
+        let read = stream.read(&mut chunk).and_then(|len| match len {
+            0 => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it closed the connection before it had answered")),
+            len => Ok(len),
+        });
+        match read {
+            Ok(len) => bytes.extend_from_slice(&chunk[..len]),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => {
+                let unanswered = bytes.is_empty() && is_gone(&e);
+                return Err(Failure { error: in_time(e).into(), unanswered });
             }
         }
     }
 }
 
-/// The status and body at the start of `bytes`, if they are complete.
-fn parse(bytes: &[u8]) -> Result<Option<(u16, Vec<u8>)>, RestError> {
+/// The answer at the start of `bytes`, if it is complete, and whether the connection stays open after it.
+fn parse(bytes: &[u8]) -> Result<Option<(Response, bool)>, RestError> {
     let mut headers = [httparse::EMPTY_HEADER; 32];
     let mut response = httparse::Response::new(&mut headers);
     let head = match response.parse(bytes) {
@@ -118,25 +213,87 @@ fn parse(bytes: &[u8]) -> Result<Option<(u16, Vec<u8>)>, RestError> {
         Err(e) => return Err(RestError::Answer(e.to_string())),
     };
     let status = response.code.unwrap_or_default();
-    let length = response
-        .headers
-        .iter()
-        .find(|header| header.name.eq_ignore_ascii_case("content-length"))
-        .and_then(|header| std::str::from_utf8(header.value).ok()?.trim().parse::<usize>().ok())
-        .unwrap_or(0);
-    Ok(bytes.get(head..head.saturating_add(length)).map(|body| (status, body.to_vec())))
+    let header = |name: &str| {
+        let header = response.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name))?;
+        Some(std::str::from_utf8(header.value).ok()?.trim())
+    };
+    let length = match header("content-length").map(str::parse) {
+        Some(Ok(length)) => length,
+        Some(Err(_)) => return Err(RestError::Answer("its Content-Length is no number".into())),
+        None => 0,
+    };
+    let stays_open = !header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
+    let content_type = header("content-type").map(str::to_owned);
+    let body = bytes.get(head..head.saturating_add(length));
+    Ok(body.map(|body| (Response { status, content_type, body: body.to_vec() }, stays_open)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+    const DONE: &[u8] = b"HTTP/1.1 204 No Content\r\n\r\n";
 
     #[test]
     fn answers_are_taken_when_they_are_whole() {
-        let bytes = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}";
+        let bytes = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}";
         assert!(parse(&bytes[..bytes.len() - 1]).unwrap().is_none());
-        assert_eq!(parse(bytes).unwrap().unwrap(), (200, b"{}".to_vec()));
-        assert_eq!(parse(b"HTTP/1.1 204 No Content\r\n\r\n").unwrap().unwrap(), (204, vec![]));
+        let document = Response { status: 200, content_type: Some("text/plain".into()), body: b"{}".to_vec() };
+        assert_eq!(parse(bytes).unwrap().unwrap(), (document, true));
+        let done = |stays_open| (Response { status: 204, ..Default::default() }, stays_open);
+        assert_eq!(parse(DONE).unwrap().unwrap(), done(true));
+        let closing = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n";
+        assert_eq!(parse(closing).unwrap().unwrap(), done(false));
         assert!(parse(b"SMTP\r\n").is_err());
+        assert!(parse(b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n").is_err());
+    }
+
+    /// A server that hears a call on each connection and says this.
+    fn server(answers: &'static [&'static [u8]]) -> (tempfile::TempDir, RestClient, thread::JoinHandle<usize>) {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = thread::spawn(move || {
+            let mut heard = 0;
+            for answer in answers {
+                let (mut stream, _) = listener.accept().unwrap();
+                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                let mut request = [0; 4096];
+                heard += usize::from(stream.read(&mut request).unwrap_or(0) > 0);
+                stream.write_all(answer).unwrap();
+            }
+            heard
+        });
+        let client = RestClient::connect(&path, PATIENCE).unwrap();
+        (place, client, server)
+    }
+
+    #[test]
+    fn a_question_is_asked_again_when_the_connection_was_closed() {
+        let (_place, mut client, server) = server(&[b"", b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n7", DONE]);
+        assert_eq!(client.get::<u8>("/").unwrap(), 7);
+        // That connection was closed as well. A change may have been heard, and is not sent again by itself.
+        assert!(matches!(client.put("/x", &1), Err(RestError::Io(_))));
+        client.put("/x", &1).unwrap();
+        assert_eq!(server.join().unwrap(), 3);
+    }
+
+    #[test]
+    fn an_answer_that_was_cut_short_is_none() {
+        let (_place, mut client, server) = server(&[b"HTTP/1.1 2"]);
+        assert!(matches!(client.get::<u8>("/"), Err(RestError::Io(e)) if e.to_string().contains("closed")));
+        assert_eq!(server.join().unwrap(), 1);
+        assert!(matches!(client.get::<u8>("/"), Err(RestError::Io(_))), "nobody listens any more");
+    }
+
+    #[test]
+    fn a_path_cannot_say_more_than_a_path() {
+        let (_place, mut client, server) = server(&[DONE]);
+        assert!(client.put("/drives/a HTTP/1.1\r\n", &1).is_err());
+        assert!(client.put("/drives/a", &1).is_ok());
+        assert_eq!(server.join().unwrap(), 1);
     }
 }

@@ -2,8 +2,9 @@
 
 use super::http::Message;
 use super::{Request, Response};
+use crate::machine::config::{self, ConfigError};
 use api_spec::devices::{Drive, DriveUpdate, NetworkInterface, NetworkUpdate};
-use api_spec::operations::{self, When};
+use api_spec::operations::{self, OPERATIONS, When};
 use api_spec::stats::MemoryMapQuery;
 use api_spec::strict;
 use serde::de::DeserializeOwned;
@@ -112,16 +113,29 @@ fn memory_map_query(query: &str) -> Result<MemoryMapQuery, String> {
 fn unknown(method: &str, path: &str) -> Response {
     let methods = operations::methods(path);
     if methods.is_empty() {
+        if let Some(error) = bad_name(method, path) {
+            return Response::fault(404, &error.to_string());
+        }
         return Response::fault(404, &format!("there is no {path} here"));
     }
     let methods = methods.join(", ");
     Response::fault(405, &format!("{path} does not take {method}; it takes {methods}")).with_header("Allow", methods)
 }
 
+/// What is wrong with the name at the end of a path that would be a call's if its name were one.
+fn bad_name(method: &str, path: &str) -> Option<ConfigError> {
+    OPERATIONS.iter().filter(|operation| operation.method == method && operation.when != When::Never).find_map(
+        |operation| {
+            let name = path.strip_prefix(operation.named()?.0)?;
+            config::check_id(&operation.name_field()?, name).err()
+        },
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use api_spec::operations::{OPERATIONS, Operation};
+    use api_spec::operations::Operation;
     use proptest::prelude::*;
 
     fn message(method: &str, path: &str, body: &str) -> Message {
@@ -204,6 +218,9 @@ mod tests {
             for nameless in ["", "/", "/a/x"] {
                 let path = format!("{start}{nameless}");
                 assert!(matches!(put(&path, body), Err(Response { status: 404, .. })), "{path}");
+                let says_what_a_name_is =
+                    String::from_utf8_lossy(&put(&path, body).unwrap_err().body).contains("_id is");
+                assert_eq!(says_what_a_name_is, !nameless.is_empty(), "{path}");
             }
         }
     }

@@ -1,5 +1,6 @@
 //! The command line: what it asks for, and doing it. `main` prints, [`run`] decides.
 
+pub mod ctl;
 mod options;
 
 pub use options::{Command, LoadOptions, RunOptions, USAGE, UsageError};
@@ -68,6 +69,9 @@ pub enum CliError {
     /// The page server.
     #[error(transparent)]
     PageServer(#[from] uffd_handler::RunError),
+    /// A command for a vmm.
+    #[error(transparent)]
+    Ctl(#[from] ctl::CtlError),
     /// The demonstration.
     #[error(transparent)]
     Demo(#[from] DemoError),
@@ -107,6 +111,7 @@ impl CliError {
             }
             CliError::Run(RunError::Guest(GuestEnd::Panic)) => GUEST_PANICKED,
             CliError::PageServer(e) => e.exit_code().into(),
+            CliError::Ctl(ctl::CtlError::NoSocket) => BAD_USAGE,
             CliError::Demo(e) if e.host_cannot() => HOST_CANNOT,
             CliError::Bench(e) if e.host_cannot() => HOST_CANNOT,
             _ => FAILED,
@@ -121,7 +126,8 @@ pub fn run(command: Command) -> Result<i32, CliError> {
     match command {
         Command::Help(text) => print(text),
         Command::Version => print(&format!("vmm {}\n", env!("CARGO_PKG_VERSION"))),
-        Command::Run(options) => run_vm(options),
+        Command::Run(options) => run_vm(*options),
+        Command::Ctl(ctl) => print(&ctl::run(&ctl)?),
         Command::Demo(options) => Ok(demo::run(&options).map(|()| DONE)?),
         Command::BenchApi(options) => {
             let report = bench::api::run(&options)?;
@@ -191,7 +197,7 @@ fn run_vm(options: RunOptions) -> Result<i32, CliError> {
         uffd_handler::process::end_with_parent().map_err(RunError::Setup)?;
     }
     let start = match (config, restore) {
-        (Some(path), _) => Start::Boot(read_config(&path)?),
+        (Some(path), _) => Start::Boot(Box::new(read_config(&path)?)),
         (None, Some(load)) => Start::Restore(load.request()),
         (None, None) => Start::Api,
     };

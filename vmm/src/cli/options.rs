@@ -1,5 +1,6 @@
 //! What a command line asks for. Pure.
 
+use super::ctl::{self, Ctl};
 use crate::bench;
 use crate::demo::DemoOptions;
 use crate::logging::{Level, Settings};
@@ -19,6 +20,7 @@ Boots, snapshots and restores one microVM.
 Usage: vmm --config FILE [options]            boot what the file describes
        vmm --restore SNAPSHOT [options]       restore a snapshot (its directory or its snap.json)
        vmm --api-sock PATH [options]          wait for instructions over HTTP
+       vmm ctl COMMAND [options]              command a vmm over its API; see `vmm ctl --help`
        vmm demo [options]                     boot, snapshot, and restore clones; see `vmm demo --help`
        vmm bench api [options]                measure the REST API; see `vmm bench --help`
        vmm doctor [--json]                    say what this host can do, with remedies
@@ -152,7 +154,9 @@ pub enum Command {
     /// Print the version.
     Version,
     /// Run a VM.
-    Run(RunOptions),
+    Run(Box<RunOptions>),
+    /// Command a vmm over its API.
+    Ctl(Box<Ctl>),
     /// Run the demonstration.
     Demo(DemoOptions),
     /// Measure the API.
@@ -185,6 +189,9 @@ pub enum UsageError {
     /// An option that is unknown, or lacks its value.
     #[error("{0}")]
     Syntax(#[from] lexopt::Error),
+    /// A command for a vmm that is none.
+    #[error("{0}")]
+    Ctl(String),
     /// The page server's own options.
     #[error("{0}")]
     PageServer(#[from] uffd_handler::UsageError),
@@ -208,6 +215,7 @@ impl Command {
         let args: Vec<OsString> = args.into_iter().collect();
         let rest = args.get(1..).unwrap_or_default().to_vec();
         match args.first().and_then(|first| first.to_str()) {
+            Some("ctl") => Ok(Command::Ctl(Box::new(ctl::parse(rest)?))),
             Some("demo") => parse_demo(rest),
             Some("bench") => parse_bench(rest),
             Some("doctor") => parse_doctor(rest),
@@ -223,6 +231,7 @@ impl Command {
     pub fn help_for(args: &[OsString]) -> &'static str {
         match args.first().and_then(|first| first.to_str()) {
             Some("bench") => "vmm bench --help",
+            Some("ctl") => "vmm ctl --help",
             Some("demo") => "vmm demo --help",
             Some("uffd-handler") => "vmm uffd-handler --help",
             _ => "vmm --help",
@@ -370,7 +379,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
     if options.config.is_none() && options.restore.is_none() && options.api_sock.is_none() {
         return Err(UsageError::Missing("one of --config, --restore and --api-sock must be given"));
     }
-    Ok(Command::Run(options))
+    Ok(Command::Run(Box::new(options)))
 }
 
 /// Where `--console` says that a console leads.
@@ -628,6 +637,9 @@ mod tests {
             "demo --memory 64 --working-set 64",
             "demo --working-set 18446744073709551615",
             "uffd-handler --socket s",
+            "ctl",
+            "ctl snapshot",
+            "ctl --config a",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

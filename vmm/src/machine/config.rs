@@ -67,7 +67,7 @@ pub enum ConfigError {
     #[error("{field} is {id:?}; it may be 1 to 64 letters, digits, `-` and `_`")]
     Id {
         /// Which field.
-        field: &'static str,
+        field: String,
         /// What it says.
         id: String,
     },
@@ -538,10 +538,10 @@ pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
 }
 
 /// Checks the name of a disk or a network interface.
-pub fn check_id(field: &'static str, id: &str) -> Result<(), ConfigError> {
+pub fn check_id(field: &str, id: &str) -> Result<(), ConfigError> {
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     if id.is_empty() || id.len() > 64 || !id.chars().all(plain) {
-        return Err(ConfigError::Id { field, id: id.to_owned() });
+        return Err(ConfigError::Id { field: field.to_owned(), id: id.to_owned() });
     }
     Ok(())
 }

@@ -145,13 +145,27 @@ enum RequestError {
     Declined(&'static Operation),
 }
 
+/// What the command line asks for first fails as a request would, and ends the process.
+impl From<RequestError> for RunError {
+    fn from(e: RequestError) -> Self {
+        match e {
+            RequestError::Config(e) => RunError::Config(e),
+            RequestError::Console(e) => RunError::Console(e),
+            RequestError::Boot(e) => RunError::Boot(e),
+            RequestError::Restore(e) => RunError::Restore(e),
+            RequestError::Setup(e) => RunError::Setup(e),
+            other => RunError::Loop(other.to_string()),
+        }
+    }
+}
+
 /// What to do first.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Start {
     /// Wait for the API.
     Api,
     /// Boot this.
-    Boot(VmConfig),
+    Boot(Box<VmConfig>),
     /// Restore this.
     Restore(SnapshotLoad),
 }
@@ -325,24 +339,12 @@ impl Driver {
                 self.config = VmConfig {
                     serial: console.or(config.serial.clone()),
                     metrics: self.config.metrics.take(),
-                    ..config
+                    ..*config
                 };
                 metrics.map_or(Ok(()), |sink| self.set_metrics(sink))?;
-                self.boot().map_err(|e| match e {
-                    RequestError::Config(e) => RunError::Config(e),
-                    RequestError::Console(e) => RunError::Console(e),
-                    RequestError::Boot(e) => RunError::Boot(e),
-                    RequestError::Setup(e) => RunError::Setup(e),
-                    other => RunError::Loop(other.to_string()),
-                })
+                Ok(self.boot()?)
             }
-            Start::Restore(load) => self.load(&load).map_err(|e| match e {
-                RequestError::Config(e) => RunError::Config(e),
-                RequestError::Console(e) => RunError::Console(e),
-                RequestError::Restore(e) => RunError::Restore(e),
-                RequestError::Setup(e) => RunError::Setup(e),
-                other => RunError::Loop(other.to_string()),
-            }),
+            Start::Restore(load) => Ok(self.load(&load)?),
         }
     }
 

@@ -1,0 +1,147 @@
+//! `vmm ctl`: the REST API as commands.
+//!
+//! ```text
+//!   table of calls --parse--> Call --> message --RestClient--> answer --output--> text
+//! ```
+//!
+//! `fields`, `parse`, `completions` and `output` are pure. Nothing is judged here that the vmm judges: whatever a
+//! command says is sent, and the vmm's own words are printed.
+
+mod completions;
+mod fields;
+mod output;
+mod parse;
+
+pub use parse::{Call, Ctl, parse};
+
+use crate::machine::config::ConfigError;
+use api_spec::client::RestClient;
+use api_spec::client::rest::{Response, RestError};
+use api_spec::operations::Answer;
+use fields::Source;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, ErrorKind, Read};
+use std::path::PathBuf;
+
+/// The variable of the environment that names the socket.
+pub const SOCKET_VARIABLE: &str = "COPPICE_API_SOCK";
+/// Longest document that is read from a file, in bytes.
+const MAX_DOCUMENT: u64 = 1 << 20;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum CtlError {
+    /// No socket was named.
+    #[error("which vmm? Name the socket of its API with --api-sock PATH, or in the variable {SOCKET_VARIABLE}")]
+    NoSocket,
+    /// Nobody listens.
+    #[error("cannot connect to {path}: {source}; {}", remedy(.source))]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The vmm said no.
+    #[error("{call}: {message}")]
+    Refused {
+        /// Method and path.
+        call: String,
+        /// The vmm's words.
+        message: String,
+    },
+    /// A name that cannot be part of a path.
+    #[error("{call}: {source}")]
+    Name {
+        /// Method and path.
+        call: String,
+        /// What is wrong with it.
+        source: ConfigError,
+    },
+    /// No answer in time.
+    #[error("{call}: no answer within {seconds} s; the vmm may still do it. Ask what became of it, or give --timeout")]
+    Late {
+        /// Method and path.
+        call: String,
+        /// How long it was waited for.
+        seconds: u64,
+    },
+    /// No answer, or none that is one.
+    #[error("{call}: {source}")]
+    NoAnswer {
+        /// Method and path.
+        call: String,
+        /// What came of it.
+        source: RestError,
+    },
+    /// A document that cannot be read.
+    #[error("cannot read {place}: {source}")]
+    Read {
+        /// Where it is.
+        place: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A document that is none.
+    #[error("{place} is not what it should be: {reason}")]
+    Document {
+        /// Where it is.
+        place: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::NotFound => "is a vmm running, with --api-sock naming this path?",
+        ErrorKind::ConnectionRefused => "the vmm that made it is gone; start another",
+        ErrorKind::PermissionDenied => "it is for the user alone as whom the vmm runs",
+        _ => "name the socket of a vmm that runs with --api-sock",
+    }
+}
+
+/// Does what a command line says; what is to be printed.
+pub fn run(ctl: &Ctl) -> Result<String, CtlError> {
+    match ctl {
+        Ctl::Print(text) => Ok(text.clone()),
+        Ctl::Call(call) => make(call, std::env::var_os(SOCKET_VARIABLE)),
+    }
+}
+
+fn make(call: &Call, variable: Option<OsString>) -> Result<String, CtlError> {
+    let variable = variable.filter(|path| !path.is_empty()).map(PathBuf::from);
+    let socket = call.api_sock.clone().or(variable).ok_or(CtlError::NoSocket)?;
+    let (path, body) = call.message(read)?;
+    let name = format!("{} {path}", call.operation.method);
+    let mut client = RestClient::connect(&socket, call.patience).map_err(|error| match error {
+        RestError::Io(source) => CtlError::Connect { path: socket, source },
+        source => CtlError::NoAnswer { call: name.clone(), source },
+    })?;
+    let is_text = matches!(call.operation.answer, Answer::Text(_));
+    match client.request(call.operation.method, &path, &body).and_then(Response::body) {
+        Ok(body) => output::answer(&body, is_text, call.json)
+            .map_err(|e| CtlError::NoAnswer { call: name, source: RestError::Answer(e.to_string()) }),
+        Err(RestError::Refused { message, .. }) => {
+            // Some of the vmm's words name the call themselves.
+            let message = message.strip_prefix(&format!("{name}: ")).map(str::to_owned).unwrap_or(message);
+            Err(CtlError::Refused { call: name, message })
+        }
+        Err(RestError::Io(e)) if e.kind() == ErrorKind::TimedOut => {
+            Err(CtlError::Late { call: name, seconds: call.patience.as_secs() })
+        }
+        Err(source) => Err(CtlError::NoAnswer { call: name, source }),
+    }
+}
+
+/// The text that is at a place.
+fn read(source: &Source) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    match source {
+        Source::Here(value) => text = value.to_string().into_bytes(),
+        Source::File(path) => drop(File::open(path)?.take(MAX_DOCUMENT).read_to_end(&mut text)?),
+        Source::Stdin => drop(io::stdin().take(MAX_DOCUMENT).read_to_end(&mut text)?),
+    }
+    Ok(text)
+}
