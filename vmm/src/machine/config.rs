@@ -671,6 +671,51 @@ mod tests {
     }
 
     #[test]
+    fn bounds_that_are_not_given_stay_as_they_were() {
+        let bucket = |size| Some(TokenBucket { size, one_time_burst: None, refill_time: 5 });
+        let limiter = |bandwidth, ops| Some(RateLimiter { bandwidth, ops });
+        let limited = Drive { rate_limiter: limiter(bucket(1), bucket(2)), ..drive("a") };
+        let update = |rate_limiter| DriveUpdate {
+            drive_id: "a".into(),
+            path_on_host: None,
+            max_overlay_mib: None,
+            rate_limiter,
+        };
+        let updated = with_drive_update(&[limited], &update(limiter(None, bucket(3)))).unwrap();
+        assert_eq!(updated.rate_limiter, limiter(bucket(1), bucket(3)));
+        assert!(matches!(
+            with_drive_update(&[drive("a")], &update(limiter(bucket(0), None))),
+            Err(ConfigError::Rate(field)) if field == "drives.a.rate_limiter.bandwidth"
+        ));
+        let eth0 = NetworkInterface { tx_rate_limiter: limiter(bucket(1), None), ..interface("eth0", "tap0", None) };
+        let update = |iface_id: &str, rx_rate_limiter| NetworkUpdate {
+            iface_id: iface_id.into(),
+            rx_rate_limiter,
+            tx_rate_limiter: None,
+        };
+        let interfaces = [eth0.clone()];
+        let updated = with_network_update(&interfaces, &update("eth0", limiter(bucket(4), None))).unwrap();
+        assert_eq!(updated, NetworkInterface { rx_rate_limiter: limiter(bucket(4), None), ..eth0 });
+        let refused = with_network_update(&interfaces, &update("eth1", None));
+        assert_eq!(refused, Err(ConfigError::NoInterface("eth1".into())));
+    }
+
+    #[test]
+    fn a_machine_is_changed_field_by_field() {
+        let machine = MachineConfig { mem_size_mib: 64, max_private_mib: Some(5), ..Default::default() };
+        let patch = MachinePatch { vcpu_count: Some(2), ..Default::default() };
+        assert_eq!(with_machine(&machine, patch), Ok(MachineConfig { vcpu_count: 2, ..machine.clone() }));
+        let lifted = MachinePatch { max_private_mib: Some(None), ..Default::default() };
+        assert_eq!(with_machine(&machine, lifted), Ok(MachineConfig { max_private_mib: None, ..machine.clone() }));
+        assert_eq!(with_machine(&machine, MachinePatch::default()), Err(ConfigError::NoChange));
+        let wrong = MachinePatch { vcpu_count: Some(9), ..Default::default() };
+        assert_eq!(with_machine(&machine, wrong), Err(ConfigError::Vcpus(9)));
+        assert_eq!(check_machine_update(lifted), Ok(Some(None)));
+        assert_eq!(check_machine_update(patch), Err(ConfigError::Fixed { field: "vcpu_count" }));
+        assert_eq!(check_machine_update(MachinePatch::default()), Err(ConfigError::NoChange));
+    }
+
+    #[test]
     fn a_good_configuration_is_planned() {
         let plan = plan(&good()).unwrap();
         assert_eq!((plan.vcpus, plan.memory_bytes, plan.kernel), (8, 8 << 20, Kernel::Embedded));

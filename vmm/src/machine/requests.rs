@@ -1,7 +1,7 @@
 //! May this be done now? Pure: threads and sockets ask here.
 
 use crate::api::Request;
-use api_spec::vm::{Action, ActionType, VmState};
+use api_spec::vm::{Action, ActionType, VmPatch, VmState};
 
 /// Where a VM stands, as far as requests are concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +15,17 @@ pub enum Phase {
     Paused,
     /// vCPUs run.
     Running,
+}
+
+/// What is done in the background.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Nothing that a request could be in the way of.
+    None,
+    /// A snapshot is being written.
+    Writing,
+    /// A snapshot is being written, and the VM ends with it: what the guest did meanwhile would be lost.
+    Saving,
 }
 
 /// Why a request is not legal now.
@@ -32,10 +43,13 @@ pub enum NotNow {
     /// One snapshot at a time.
     #[error("a snapshot is still being written; `GET /snapshot/status` says when it is done")]
     Writing,
+    /// A guest that is being saved stands still.
+    #[error("the VM is being saved, and stands still until that has succeeded, which ends it, or failed")]
+    Saving,
 }
 
-/// Whether `request` is legal in `phase`. `writing`: a snapshot is being written in the background.
-pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow> {
+/// Whether `request` is legal in `phase`, while this is done in the background.
+pub fn may(request: &Request, phase: Phase, work: Work) -> Result<(), NotNow> {
     let refuse_if = |condition, reason| if condition { Err(reason) } else { Ok(()) };
     let started = !matches!(phase, Phase::NotStarted { .. });
     match request {
@@ -66,7 +80,11 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
             refuse_if(started, NotNow::Started)?;
             refuse_if(phase == Phase::NotStarted { configured: true }, NotNow::Configured)
         }
-        Request::PatchVm(_)
+        Request::PatchVm(VmPatch { state: VmState::Resumed }) => {
+            refuse_if(!started, NotNow::NotStarted)?;
+            refuse_if(work == Work::Saving, NotNow::Saving)
+        }
+        Request::PatchVm(VmPatch { state: VmState::Paused })
         | Request::PatchDrive(_)
         | Request::PatchNetworkInterface(_)
         | Request::GetStats
@@ -76,7 +94,7 @@ pub fn may(request: &Request, phase: Phase, writing: bool) -> Result<(), NotNow>
         | Request::PatchBalloonStatistics(_) => refuse_if(!started, NotNow::NotStarted),
         Request::SnapshotCreate(_) | Request::SaveVm(_) => {
             refuse_if(!started, NotNow::NotStarted)?;
-            refuse_if(writing, NotNow::Writing)
+            refuse_if(work != Work::None, NotNow::Writing)
         }
     }
 }
@@ -96,7 +114,6 @@ mod tests {
     use crate::api::router;
     use api_spec::operations::{OPERATIONS, Operation, When};
     use api_spec::snapshot::SnapshotCreate;
-    use api_spec::vm::VmPatch;
     use proptest::prelude::*;
 
     fn create() -> Request {
@@ -129,7 +146,7 @@ mod tests {
         let fresh = Phase::NotStarted { configured: false };
         for (request, when) in calls() {
             let taken = [fresh, Phase::NotStarted { configured: true }, Phase::Paused, Phase::Running]
-                .map(|phase| may(&request, phase, false).is_ok());
+                .map(|phase| may(&request, phase, Work::None).is_ok());
             let expected = match (when, &request) {
                 (_, Request::Action(Action { action_type: ActionType::InstanceStart })) => [true, true, false, false],
                 // What is not offered is told by name whenever it is asked for.
@@ -140,6 +157,10 @@ mod tests {
             };
             assert_eq!(taken, expected, "{request:?}");
         }
+    }
+
+    fn works() -> impl Strategy<Value = Work> {
+        prop::sample::select(vec![Work::None, Work::Writing, Work::Saving])
     }
 
     fn phases() -> impl Strategy<Value = Phase> {
@@ -174,12 +195,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_vm_starts_once_and_never_becomes_unstarted(steps in prop::collection::vec((requests(), any::<bool>()), 0..40)) {
+        fn a_vm_starts_once_and_never_becomes_unstarted(steps in prop::collection::vec((requests(), works()), 0..40)) {
             let mut phase = Phase::NotStarted { configured: false };
             let mut starts = 0;
-            for (request, writing) in steps {
+            for (request, work) in steps {
                 let before = phase;
-                if may(&request, phase, writing).is_ok() {
+                if may(&request, phase, work).is_ok() {
                     phase = after(&request, phase);
                 }
                 prop_assert!(!started(before) || started(phase));
@@ -189,8 +210,15 @@ mod tests {
         }
 
         #[test]
-        fn a_snapshot_is_taken_of_a_vm_and_one_at_a_time(phase in phases(), writing: bool) {
-            prop_assert_eq!(may(&create(), phase, writing).is_ok(), !writing && started(phase));
+        fn a_snapshot_is_taken_of_a_vm_and_one_at_a_time(phase in phases(), work in works()) {
+            prop_assert_eq!(may(&create(), phase, work).is_ok(), work == Work::None && started(phase));
+        }
+
+        #[test]
+        fn a_vm_that_is_being_saved_does_not_run(request in requests(), phase in phases()) {
+            if may(&request, phase, Work::Saving).is_ok() && phase == Phase::Paused {
+                prop_assert_eq!(after(&request, phase), Phase::Paused);
+            }
         }
 
         #[test]

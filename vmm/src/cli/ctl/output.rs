@@ -111,7 +111,7 @@ fn plain(name: &str, value: &Value) -> String {
             items.iter().map(|item| plain(name, item)).collect::<Vec<_>>().join(", ")
         }
         Value::Number(number) if name.ends_with("_bytes") => match number.as_u64() {
-            Some(bytes) if bytes > 0 => format!("{bytes} ({})", size(bytes)),
+            Some(bytes) if bytes >= 1 << 10 => format!("{bytes} ({})", size(bytes)),
             _ => number.to_string(),
         },
         other => other.to_string(),

@@ -7,7 +7,7 @@ use crate::api::{Request, Response};
 use crate::logging;
 use crate::machine::Machine;
 use crate::machine::config;
-use crate::machine::requests::{self, NotNow, Phase};
+use crate::machine::requests::{self, NotNow, Phase, Work};
 use crate::machine::snapshot;
 use crate::memory::layout::MAX_MIB;
 use crate::notice::Halt;
@@ -27,9 +27,13 @@ impl Driver {
     /// Answers a request; `None` if the answer comes later.
     pub(super) fn answer(&mut self, request: Request, from: Pending) -> Option<Response> {
         let _span = logging::request_span(from.request).entered();
-        let writing = self.waiting.is_some() || self.next.is_some();
+        let work = match (&self.save, self.waiting.is_some() || self.next.is_some()) {
+            (Some(_), _) => Work::Saving,
+            (None, true) => Work::Writing,
+            (None, false) => Work::None,
+        };
         let starts = matches!(request, Request::Action(Action { action_type: ActionType::InstanceStart }));
-        let outcome = requests::may(&request, self.phase(), writing)
+        let outcome = requests::may(&request, self.phase(), work)
             .map_err(RequestError::from)
             .and_then(|()| self.obey(request, from));
         match outcome {

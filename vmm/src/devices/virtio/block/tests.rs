@@ -557,6 +557,25 @@ fn the_rate_limit_holds_requests_back_until_the_timer() {
     assert!(lock(&rig.block).stats().throttled >= 2, "two had to wait");
 }
 
+/// A request that would wait for ever goes on.
+#[test]
+fn a_rate_limit_that_is_lifted_lets_waiting_requests_pass() {
+    let bucket = TokenBucket { size: 1024, one_time_burst: None, refill_time: u64::MAX };
+    let rate_limiter = Some(RateLimiter { bandwidth: Some(bucket), ops: None });
+    let disk = Disk::overlay("root", DISK, None, None).unwrap();
+    let mut rig = Rig::with(BlockConfig { rate_limiter, ..config() }, disk, true);
+    for n in 0..2 {
+        rig.offer_write(n, n * 2, &[n as u8 + 1; 1024]);
+    }
+    rig.run();
+    assert!(rig.take_used().is_some() && rig.take_used().is_none(), "the second waits");
+    let lifted = TokenBucket { size: 0, refill_time: 0, ..bucket };
+    lock(&rig.block).set_rate(Some(&RateLimiter { bandwidth: Some(lifted), ops: None }));
+    rig.run_timer();
+    assert!(rig.take_used().is_some());
+    assert_eq!(rig.status_of(1), 0);
+}
+
 #[test]
 fn a_full_overlay_pauses_the_guest_and_the_request_waits() {
     let disk = Disk::overlay("root", 4 << 20, None, None).unwrap();

@@ -495,6 +495,38 @@ fn rate_limits_make_frames_wait() {
     assert!(stats.rx_throttled > 0 && stats.tx_throttled > 0 && stats.rx_dropped + stats.tx_dropped == 0, "{stats:?}");
 }
 
+/// Frames that would wait for ever go on.
+#[test]
+fn rate_limits_that_are_lifted_let_waiting_frames_pass() {
+    let never = |size| Some(TokenBucket { size, one_time_burst: None, refill_time: u64::MAX });
+    let limited = NetworkInterface {
+        rx_rate_limiter: Some(RateLimiter { bandwidth: None, ops: never(1) }),
+        tx_rate_limiter: Some(RateLimiter { bandwidth: None, ops: never(1) }),
+        ..config("06:00:00:00:00:01")
+    };
+    let mut rig = Rig::of(&limited, MRG);
+    rig.offer_buffers(0..SIZE, 500);
+    for n in 0..2 {
+        rig.host.send(&frame(112, n)).unwrap();
+        let addr = OUT + n as u64 * 200;
+        rig.mem.write_slice(&frame(112, n), GuestAddress(addr)).unwrap();
+        rig.offer(TX, n as u16, &[(addr, 112, 0)]);
+    }
+    let host = rig.host.try_clone().unwrap();
+    let mut bytes = [0; 200];
+    rig.run();
+    let received = std::iter::from_fn(|| rig.received(500)).count();
+    let sent = std::iter::from_fn(|| host.recv(&mut bytes).ok()).count();
+    assert_eq!((received, sent), (1, 1));
+    lock(&rig.device).set_rates(None, None);
+    let (mut received, mut sent) = (0, 0);
+    rig.driver.run_until(|driver| {
+        received += std::iter::from_fn(|| driver.used(RX)).count();
+        sent += std::iter::from_fn(|| host.recv(&mut bytes).ok()).count();
+        received == 1 && sent == 1
+    });
+}
+
 #[test]
 fn what_the_guest_has_to_send_is_sent_before_it_is_saved_and_once() {
     both(|event_idx| {
