@@ -249,7 +249,7 @@ pub static OPERATIONS: &[Operation] = &[
         "/vm/config",
         "Tell the whole configuration in force",
         Answer::Document(shape::<VmConfig>(
-            r#"{"boot-source":{"embedded_guest":true},"machine-config":{"vcpu_count":1,"mem_size_mib":128,"smt":false,"track_dirty_pages":false,"huge_pages":"None"},"vsock":{"guest_cid":3,"uds_path":"guest.vsock"}}"#,
+            r#"{"boot-source":{"embedded_guest":true},"machine-config":{"vcpu_count":1,"mem_size_mib":128,"smt":false,"track_dirty_pages":false,"huge_pages":"None"},"vsock":{"guest_cid":3,"uds_path":"guest.vsock"},"drives":[],"network-interfaces":[]}"#,
         )),
     )
     .by(&[command("config")]),
