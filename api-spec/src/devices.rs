@@ -2,7 +2,7 @@
 
 use crate::NotOffered;
 use crate::mac::MacAddr;
-use crate::vm::given;
+use crate::vm::{given, or_default};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -20,7 +20,8 @@ pub struct Drive {
     #[serde(default)]
     pub is_root_device: bool,
     /// The guest can only read it.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
+    #[schemars(with = "Option<bool>")]
     pub is_read_only: bool,
     /// Root is the partition with this unique id instead of the whole disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -29,7 +30,8 @@ pub struct Drive {
     #[serde(default)]
     pub cache_type: CacheType,
     /// How the image is read and written.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
+    #[schemars(with = "Option<IoEngine>")]
     pub io_engine: IoEngine,
     /// Bounds the guest's reads and writes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -144,12 +146,8 @@ pub struct Balloon {
     #[serde(default)]
     pub free_page_reporting: bool,
     /// The guest tells free memory on request. Not offered: `true` is refused by name; `free_page_reporting` does it unasked.
-    #[serde(default, skip_serializing_if = "is_false")]
+    #[serde(default)]
     pub free_page_hinting: bool,
-}
-
-fn is_false(value: &bool) -> bool {
-    !value
 }
 
 /// Body of `PATCH /balloon`.
@@ -164,8 +162,7 @@ pub struct BalloonUpdate {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonStatisticsUpdate {
-    /// How often the guest shall report statistics, in seconds, at least 1.
-    #[schemars(range(min = 1))]
+    /// How often the guest shall report statistics, in seconds, at least 1; 0 if it was told so when it started.
     pub stats_polling_interval_s: u16,
 }
 
@@ -273,5 +270,17 @@ impl TokenBucket {
     /// Whether it is a bound.
     pub fn is_bound(&self) -> bool {
         self.size > 0 || self.refill_time > 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn null_is_as_if_it_were_absent() {
+        let drive = |text: &str| serde_json::from_str::<Drive>(text).unwrap();
+        let nulls = r#"{"drive_id":"a","path_on_host":"b","partuuid":null,"is_read_only":null,"io_engine":null,"rate_limiter":null}"#;
+        assert_eq!(drive(nulls), drive(r#"{"drive_id":"a","path_on_host":"b"}"#));
     }
 }

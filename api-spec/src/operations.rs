@@ -207,16 +207,22 @@ impl Operation {
     }
 }
 
-/// The call of this method and path, with the name at the path's end.
+/// The call of this method and path, with the name at the path's end. A slash more at the end of the path means nothing.
 pub fn find<'p>(method: &str, path: &'p str) -> Option<(&'static Operation, &'p str)> {
+    let path = trimmed(path);
     OPERATIONS
         .iter()
         .filter(|operation| operation.method == method)
         .find_map(|operation| Some((operation, operation.matches(path)?)))
 }
 
+fn trimmed(path: &str) -> &str {
+    path.strip_suffix('/').filter(|path| !path.is_empty()).unwrap_or(path)
+}
+
 /// The methods that a path takes.
 pub fn methods(path: &str) -> Vec<&'static str> {
+    let path = trimmed(path);
     OPERATIONS.iter().filter(|operation| operation.matches(path).is_some()).map(|operation| operation.method).collect()
 }
 
@@ -243,7 +249,7 @@ pub static OPERATIONS: &[Operation] = &[
         "/vm/config",
         "Tell the whole configuration in force",
         Answer::Document(shape::<VmConfig>(
-            r#"{"boot-source":{"embedded_guest":true},"machine-config":{"vcpu_count":1,"mem_size_mib":128,"smt":false,"track_dirty_pages":false,"huge_pages":"None"},"vsock":{"guest_cid":3,"uds_path":"guest.vsock"}}"#,
+            r#"{"boot-source":{"embedded_guest":true},"machine-config":{"vcpu_count":1,"mem_size_mib":128,"smt":false,"track_dirty_pages":false,"huge_pages":"None"},"vsock":{"guest_cid":3,"uds_path":"guest.vsock"},"drives":[],"network-interfaces":[]}"#,
         )),
     )
     .by(&[command("config")]),
@@ -527,6 +533,9 @@ mod tests {
         for path in ["/drives/", "/drives/a/b", "/drives", "//", ""] {
             assert!(find("PUT", path).is_none(), "{path}");
         }
+        assert_eq!(find("PUT", "/drives/root/").map(|(_, name)| name), Some("root"));
+        assert_eq!(find("GET", "/version/").map(|(operation, _)| operation.id), Some("getVersion"));
+        assert_eq!(methods("/version/"), ["GET"]);
         assert_eq!(methods("/machine-config"), ["GET", "PUT", "PATCH"]);
         assert_eq!(methods("/drives/x"), ["PUT", "PATCH"]);
         assert!(methods("/nothing").is_empty());

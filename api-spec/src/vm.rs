@@ -23,10 +23,10 @@ pub struct VmConfig {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
     /// The disks. The root disk becomes the first, the others follow in this order.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub drives: Vec<Drive>,
     /// The network interfaces, in the order in which the guest finds them.
-    #[serde(rename = "network-interfaces", default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(rename = "network-interfaces", default)]
     pub network_interfaces: Vec<NetworkInterface>,
     /// The source of entropy, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -180,6 +180,11 @@ pub struct MachinePatch {
 /// A field that was given, whose value may be `null`: unlike one that is absent, it says something.
 pub(crate) fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Option<Option<T>>, D::Error> {
     Option::deserialize(from).map(Some)
+}
+
+/// A field that may be `null`, which is as if it were absent.
+pub(crate) fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(from: D) -> Result<T, D::Error> {
+    Option::deserialize(from).map(Option::unwrap_or_default)
 }
 
 fn one() -> u8 {

@@ -69,6 +69,25 @@ pub fn hear(stream: &mut UnixStream) -> String {
     String::from_utf8(answer).expect("the API answers in UTF-8")
 }
 
+/// The next answer on a connection that stays open; none if it was closed instead.
+#[track_caller]
+pub fn next(stream: &mut UnixStream) -> Option<Answer> {
+    let mut said = Vec::new();
+    loop {
+        let text = std::str::from_utf8(&said).expect("the API answers in UTF-8");
+        if let Some((answer, rest)) = first(text) {
+            assert_eq!(rest, "", "it says more than it was asked");
+            return Some(answer);
+        }
+        let mut chunk = [0; 4096];
+        match stream.read(&mut chunk) {
+            Ok(0) => return None,
+            Ok(n) => said.extend_from_slice(&chunk[..n]),
+            Err(e) => panic!("{e}: the API does not answer; it said {:?}", String::from_utf8_lossy(&said)),
+        }
+    }
+}
+
 /// The status of the first answer.
 pub fn status(answer: &str) -> u16 {
     answer.strip_prefix("HTTP/1.1 ").and_then(|rest| rest.get(..3)?.parse().ok()).unwrap_or(0)

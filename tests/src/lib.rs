@@ -4,6 +4,7 @@
 //! - [`binaries`]: finds the programs under test, and refuses stale ones
 //! - [`host`]: what this host offers; [`require!`](crate::require) skips a test that needs more, and says so
 //! - [`http`]: what a client of the API should not say, and what it is answered
+//! - [`code`]: guests of a few instructions
 //! - [`place`]: a directory of its own for each test
 //! - [`process`]: processes that always end, with what they said shown when a test fails
 //! - [`vm`]: boots, restores, snapshots and commands VMs
@@ -19,6 +20,7 @@
 
 pub mod agent;
 pub mod binaries;
+pub mod code;
 pub mod host;
 pub mod http;
 pub mod linux;

@@ -372,6 +372,7 @@ pub fn check_balloon(amount_mib: u64, memory_mib: u64) -> Result<(), ConfigError
 /// Checks how often a guest that was started with one interval shall report statistics, in seconds.
 pub fn check_interval(started_with: u16, wanted: u16) -> Result<(), ConfigError> {
     match (started_with, wanted) {
+        (0, 0) => Ok(()),
         (0, _) => Err(ConfigError::NoStatistics),
         (_, 0) => Err(ConfigError::Interval),
         _ => Ok(()),
@@ -405,11 +406,11 @@ pub fn check_drive(drive: &Drive) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// The disks with another one, in the place of the one of the same name if there is one. Two root disks are refused later,
-/// when it is known that no more come.
+/// The disks with another one, in the place of the one of the same name if there is one.
 pub fn with_drive(drives: &[Drive], drive: Drive) -> Result<Vec<Drive>, ConfigError> {
-    check_drive(&drive)?;
-    Ok(with(drives, drive, |a, b| a.drive_id == b.drive_id))
+    let drives = with(drives, drive, |a, b| a.drive_id == b.drive_id);
+    check_drives(&drives)?;
+    Ok(drives)
 }
 
 /// A list with another item, in the place of the one that is the same device if there is one.
@@ -624,6 +625,11 @@ mod tests {
         let id = || "data".to_owned();
         assert_eq!(with(|c| c.drives[2].drive_id = "data".into()), DriveError::Duplicate(id()).into());
         assert_eq!(with(|c| c.drives[0].is_root_device = true), DriveError::TwoRoots(id(), "root".into()).into());
+        let roots = ["a", "b"].map(|id| Drive { is_root_device: true, ..drive(id) });
+        let [a, b] = roots;
+        let second = with_drive(std::slice::from_ref(&a), b);
+        assert_eq!(second, Err(DriveError::TwoRoots("a".into(), "b".into()).into()));
+        assert_eq!(with_drive(std::slice::from_ref(&a), a.clone()), Ok(vec![a]), "it replaces itself");
         assert_eq!(with(|c| c.drives[0].io_engine = IoEngine::Async), DriveError::Async(id()).into());
         assert_eq!(with(|c| c.drives[0].max_overlay_mib = Some(0)), DriveError::NoOverlay(id()).into());
         for uuid in ["0b-1", "", "a b", "a\"b"] {
@@ -739,6 +745,7 @@ mod tests {
         assert_eq!(consoles, ConfigError::TwoConsoles);
         let large = with(|c| c.balloon = Some(balloon(9)));
         assert_eq!(large, ConfigError::Balloon { amount_mib: 9, memory_mib: 8 });
+        assert_eq!(check_interval(0, 0), Ok(()));
         assert_eq!(check_interval(0, 1), Err(ConfigError::NoStatistics));
         assert_eq!(check_interval(1, 0), Err(ConfigError::Interval));
         for id in ["", "a/b", "a b", &"x".repeat(65)] {

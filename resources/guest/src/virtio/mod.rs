@@ -64,6 +64,8 @@ fn identify(device: &MmioDevice, kind: u32) -> Option<Registers> {
         return None;
     }
     registers.write(register::STATUS, 0);
+    // One at a time: there are devices that take no more.
+    registers.write(register::STATUS, status::ACKNOWLEDGE);
     registers.write(register::STATUS, status::ACKNOWLEDGE | status::DRIVER);
     registers.write(register::DEVICE_FEATURES_SELECT, 1);
     if registers.read(register::DEVICE_FEATURES) & VERSION_1 == 0 {

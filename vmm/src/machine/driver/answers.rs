@@ -18,6 +18,9 @@ use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus};
 use api_spec::vm::{
     Action, ActionType, InstanceInfo, InstanceState, MachinePatch, Version, VmConfig, VmPatch, VmSave, VmState,
 };
+use rustix::fs::{Access, access};
+use std::io;
+use std::path::Path;
 use std::time::Instant;
 
 /// What whoever asks for something at the very end is told.
@@ -82,6 +85,8 @@ impl Driver {
             Request::PatchMachineConfig(patch) => self.patch_machine(patch),
             Request::PutBootSource(source) => {
                 config::check_boot_source(&source)?;
+                readable("boot-source.kernel_image_path", source.kernel_image_path.as_deref())?;
+                readable("boot-source.initrd_path", source.initrd_path.as_deref())?;
                 self.configure(|config| config.boot_source = Some(source))
             }
             Request::PutVsock(vsock) => {
@@ -89,7 +94,9 @@ impl Driver {
                 self.configure(|config| config.vsock = Some(vsock))
             }
             Request::PutDrive(drive) => {
+                let path = drive.path_on_host.clone();
                 let drives = config::with_drive(&self.config.drives, drive)?;
+                readable("drives.path_on_host", Some(&path))?;
                 self.configure(|config| config.drives = drives)
             }
             Request::PutNetworkInterface(interface) => {
@@ -313,4 +320,15 @@ impl Driver {
             pause_reason: self.halt.as_ref().map(Halt::to_string),
         }
     }
+}
+
+/// Looks whether there is something to read at a path, so that who names it is told at once. What is in it is looked at when
+/// it is opened, at the start.
+fn readable(field: &'static str, path: Option<&Path>) -> Result<(), RequestError> {
+    let Some(path) = path else { return Ok(()) };
+    let look = || -> io::Result<()> {
+        access(path, Access::READ_OK)?;
+        if std::fs::metadata(path)?.is_dir() { Err(io::ErrorKind::IsADirectory.into()) } else { Ok(()) }
+    };
+    look().map_err(|source| RequestError::Unreadable { field, path: path.to_owned(), source })
 }

@@ -126,6 +126,8 @@ enum RequestError {
     Snapshot(#[from] SnapshotError),
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    #[error("{field}: cannot read {}: {source}", path.display())]
+    Unreadable { field: &'static str, path: PathBuf, source: io::Error },
     #[error("cannot set up the VM: {0}")]
     Setup(io::Error),
     #[error("the VM has no balloon: one can be configured before it is started (`PUT /balloon`)")]
