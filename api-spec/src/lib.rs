@@ -36,6 +36,12 @@ pub mod strict;
 #[cfg(feature = "std")]
 pub mod vm;
 
+/// For fields that are left out when they say nothing.
+#[cfg(feature = "std")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 /// A part of the API of other VMMs that this one does not offer: `null` is taken, anything else refused by name.
 #[cfg(feature = "std")]
 pub type NotOffered = Option<serde_json::Value>;

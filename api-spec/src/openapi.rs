@@ -17,8 +17,9 @@ const ABOUT: &str = "\
 One microVM, driven over HTTP/1.1 on a Unix socket (`vmm --api-sock PATH`; mode 0600).
 
 Paths, fields, defaults, statuses and errors are those of Firecracker, whose clients work unchanged for what both have;
-what is added is additive. Success is 200 with a document, or 204. What is refused is answered with 400 and an `Error`, which
-names the field, and changes nothing. Unknown fields are refused, and so are fields that are known but not offered, unless
+docs/firecracker.md lists what differs. Success is 200 with a document, or 204. What is refused is answered with 400 and an
+`ErrorBody`, which names the field, and changes nothing; 408, 413 and 431 are for requests that come too slowly or are too
+large, 404 and 405 for what is no call. Unknown fields are refused, and so are fields that are known but not offered, unless
 they are `null` or what would be done anyway. Paths are relative to where vmm was started.";
 
 /// The document.
@@ -130,18 +131,12 @@ fn describe(operation: &Operation, generator: &mut SchemaGenerator) -> Value {
             ),
         };
     }
-    let may_be_refused = operation.when != When::Always
-        || operation.body.is_some()
-        || operation.query.is_some()
-        || operation.id == "getBalloon";
-    if may_be_refused {
-        responses.insert("400".into(), refused());
-    }
+    responses.insert("400".into(), refused());
     if operation.named().is_some() {
         responses.insert("404".into(), refused());
     }
-    if operation.body.is_some() {
-        responses.insert("413".into(), refused());
+    for status in ["408", "413", "431"] {
+        responses.insert(status.into(), refused());
     }
     described["responses"] = responses.into();
     described

@@ -444,7 +444,7 @@ pub static OPERATIONS: &[Operation] = &[
         "/snapshot/status",
         "Tell how the last snapshot went",
         Answer::Document(shape::<SnapshotStatus>(
-            r#"{"state":"done","pause_us":540,"total_us":14700,"memory_bytes":12582912}"#,
+            r#"{"state":"done","snapshot_path":"snap","pause_us":540,"total_us":14700,"memory_bytes":12582912}"#,
         )),
     )
     .by(&[command("snapshot status")]),
@@ -477,6 +477,9 @@ pub static OPERATIONS: &[Operation] = &[
     declined("putMmdsConfig", "PUT", "/mmds/config", "A metadata service"),
     declined("putPmem", "PUT", "/pmem/{id}", "Persistent-memory devices"),
     declined("patchPmem", "PATCH", "/pmem/{id}", "Persistent-memory devices"),
+    declined("deletePmem", "DELETE", "/pmem/{id}", "Persistent-memory devices"),
+    declined("deleteDrive", "DELETE", "/drives/{drive_id}", "Unplugging disks"),
+    declined("deleteNetworkInterface", "DELETE", "/network-interfaces/{iface_id}", "Unplugging network interfaces"),
     declined("getMemoryHotplug", "GET", "/hotplug/memory", "Memory that can be plugged in"),
     declined("putMemoryHotplug", "PUT", "/hotplug/memory", "Memory that can be plugged in"),
     declined("patchMemoryHotplug", "PATCH", "/hotplug/memory", "Memory that can be plugged in"),

@@ -79,7 +79,7 @@ pub struct SnapshotLoad {
     #[serde(default)]
     pub track_dirty_pages: bool,
     /// Deprecated name of `track_dirty_pages`.
-    #[serde(default, skip_serializing_if = "is_false")]
+    #[serde(default, skip_serializing_if = "crate::is_false")]
     #[schemars(extend("deprecated" = true))]
     pub enable_diff_snapshots: bool,
     /// Size of the host's pages behind guest memory. `Snapshot` and `None` mean 4 KiB; the others are refused by name.
@@ -93,10 +93,6 @@ pub struct SnapshotLoad {
 
 fn yes() -> bool {
     true
-}
-
-fn is_false(value: &bool) -> bool {
-    !value
 }
 
 /// Size of the host's pages behind a restored guest's memory.
@@ -189,11 +185,14 @@ pub struct NetworkOverride {
     pub guest_mac: Option<MacAddr>,
 }
 
-/// Body of the answer to `GET /snapshot/status`: how the last `PUT /snapshot/create` went.
+/// Body of the answer to `GET /snapshot/status`: how the last snapshot that was begun went.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SnapshotStatus {
     /// Where it stands.
     pub state: SnapshotState,
+    /// The directory that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_path: Option<PathBuf>,
     /// How long the guest stood still, in microseconds.
     #[serde(default)]
     pub pause_us: u64,
@@ -206,6 +205,13 @@ pub struct SnapshotStatus {
     /// What went wrong.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+}
+
+impl SnapshotStatus {
+    /// Of a snapshot into this directory that is being written, or waits for the end of one before it.
+    pub fn writing(snapshot_path: PathBuf) -> Self {
+        SnapshotStatus { state: SnapshotState::Writing, snapshot_path: Some(snapshot_path), ..Default::default() }
+    }
 }
 
 /// Where a snapshot stands.

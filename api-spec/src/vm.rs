@@ -69,7 +69,7 @@ pub struct BootSource {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel_image_path: Option<PathBuf>,
     /// Boot the guest that the vmm carries, instead of a file.
-    #[serde(default, skip_serializing_if = "is_false")]
+    #[serde(default, skip_serializing_if = "crate::is_false")]
     pub embedded_guest: bool,
     /// An initial RAM disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -77,10 +77,6 @@ pub struct BootSource {
     /// The kernel command line; the vmm appends its devices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot_args: Option<String>,
-}
-
-fn is_false(value: &bool) -> bool {
-    !value
 }
 
 /// CPUs and memory of a VM.

@@ -5,7 +5,7 @@
 //! own directory.
 
 use serde_json::json;
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -85,6 +85,19 @@ fn pass_on(listener: &TcpListener, server: &Server<'_>, over: &AtomicBool) {
     });
 }
 
+/// Ends [`pass_on`] when it goes.
+struct End<'a> {
+    over: &'a AtomicBool,
+    address: SocketAddr,
+}
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        let _ = TcpStream::connect(self.address);
+    }
+}
+
 /// Why schemathesis cannot run here, or its program.
 fn program() -> Result<PathBuf, String> {
     let absent = || std::env::var("COPPICE_NO_SCHEMATHESIS").unwrap_or("run tests/schemathesis/prepare".into());
@@ -108,7 +121,9 @@ fn hold_to_the_document(test: &str, place: &Place, arguments: &[&str]) {
     let (server, over) = (Server::new(place, arguments), AtomicBool::new(false));
     let report = scope(|threads| {
         threads.spawn(|| pass_on(&listener, &server, &over));
-        let report = Process::start(place, "schemathesis", &program, |command| {
+        // Also if what follows fails: the thread would wait for ever.
+        let _end = End { over: &over, address };
+        Process::start(place, "schemathesis", &program, |command| {
             command.arg("--config-file").arg(sources.join("schemathesis/schemathesis.toml"));
             command
                 .arg("run")
@@ -119,10 +134,7 @@ fn hold_to_the_document(test: &str, place: &Place, arguments: &[&str]) {
             // Its cache of examples is of no use to the next run, whose seed is the same.
             command.current_dir(place.path()).env("HYPOTHESIS_STORAGE_DIRECTORY", place.join("examples"));
         })
-        .finish_within(10 * PATIENCE);
-        over.store(true, Ordering::Relaxed);
-        let _ = TcpStream::connect(address);
-        report
+        .finish_within(10 * PATIENCE)
     });
     assert!(report.status.success(), "{}\n{}", report.stdout, report.stderr);
     for phase in ["Examples", "Coverage", "Fuzzing", "Stateful"] {

@@ -4,7 +4,7 @@ use super::http::Message;
 use super::{Request, Response};
 use crate::machine::config::{self, ConfigError};
 use api_spec::devices::{Drive, DriveUpdate, NetworkInterface, NetworkUpdate};
-use api_spec::operations::{self, OPERATIONS, When};
+use api_spec::operations::{self, OPERATIONS, Operation, When};
 use api_spec::stats::MemoryMapQuery;
 use api_spec::strict;
 use serde::de::DeserializeOwned;
@@ -14,7 +14,7 @@ const MAX_RUNS: std::ops::RangeInclusive<u32> = 1..=10_000;
 
 /// The request that `message` is, or the answer that it gets at once.
 pub fn route(message: &Message) -> Result<Request, Response> {
-    let (method, path) = (message.method.as_str(), message.path.as_str());
+    let (method, path) = (message.method.as_str(), trimmed(&message.path));
     let (operation, name) = operations::find(method, path).ok_or_else(|| unknown(method, path))?;
     if operation.when == When::Never {
         return Ok(Request::Declined(operation));
@@ -30,14 +30,14 @@ pub fn route(message: &Message) -> Result<Request, Response> {
         "putMachineConfig" => body(message).map(Request::PutMachineConfig),
         "patchMachineConfig" => body(message).map(Request::PatchMachineConfig),
         "putBootSource" => body(message).map(Request::PutBootSource),
-        "putDrive" => named(message, name, |drive: &Drive| &drive.drive_id).map(Request::PutDrive),
-        "patchDrive" => named(message, name, |update: &DriveUpdate| &update.drive_id).map(Request::PatchDrive),
-        "putNetworkInterface" => {
-            named(message, name, |interface: &NetworkInterface| &interface.iface_id).map(Request::PutNetworkInterface)
+        "putDrive" => named(operation, message, name, |drive: &Drive| &drive.drive_id).map(Request::PutDrive),
+        "patchDrive" => {
+            named(operation, message, name, |update: &DriveUpdate| &update.drive_id).map(Request::PatchDrive)
         }
-        "patchNetworkInterface" => {
-            named(message, name, |update: &NetworkUpdate| &update.iface_id).map(Request::PatchNetworkInterface)
-        }
+        "putNetworkInterface" => named(operation, message, name, |interface: &NetworkInterface| &interface.iface_id)
+            .map(Request::PutNetworkInterface),
+        "patchNetworkInterface" => named(operation, message, name, |update: &NetworkUpdate| &update.iface_id)
+            .map(Request::PatchNetworkInterface),
         "putVsock" => body(message).map(Request::PutVsock),
         "putEntropy" => body(message).map(Request::PutEntropy),
         "putSerial" => body(message).map(Request::PutSerial),
@@ -68,13 +68,27 @@ fn body<T: DeserializeOwned>(message: &Message) -> Result<T, Response> {
     })
 }
 
+/// A path without the slash that some put at its end.
+fn trimmed(path: &str) -> &str {
+    match path.trim_end_matches('/') {
+        "" => path,
+        trimmed => trimmed,
+    }
+}
+
 /// A body that names itself as the end of its path does.
-fn named<T: DeserializeOwned>(message: &Message, name: &str, own: impl Fn(&T) -> &String) -> Result<T, Response> {
+fn named<T: DeserializeOwned>(
+    operation: &Operation,
+    message: &Message,
+    name: &str,
+    own: impl Fn(&T) -> &String,
+) -> Result<T, Response> {
     let document = body(message)?;
     if own(&document) == name {
         return Ok(document);
     }
-    let text = format!("{} {}: the body is of {}", message.method, message.path, own(&document));
+    let field = operation.name_field().unwrap_or_default();
+    let text = format!("{field} is {:?} in the body of {} {}", own(&document), message.method, message.path);
     Err(Response::fault(400, &text))
 }
 
@@ -135,7 +149,6 @@ fn bad_name(method: &str, path: &str) -> Option<ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use api_spec::operations::Operation;
     use proptest::prelude::*;
 
     fn message(method: &str, path: &str, body: &str) -> Message {
@@ -164,7 +177,7 @@ mod tests {
             assert!(routed.is_ok(), "{}: {routed:?}", operation.id);
             assert_eq!(is_declined, operation.when == When::Never, "{}", operation.id);
             assert_eq!(
-                route(&Message { method: "DELETE".into(), ..message }).unwrap_err().status,
+                route(&Message { method: "POST".into(), ..message }).unwrap_err().status,
                 405,
                 "{}",
                 operation.path
@@ -214,7 +227,9 @@ mod tests {
         for (start, body) in [("/drives", drive), ("/network-interfaces", interface)] {
             let refused = put(&format!("{start}/b"), body).unwrap_err();
             assert_eq!(refused.status, 400);
-            assert!(String::from_utf8_lossy(&refused.body).contains("the body is of a"));
+            let words = String::from_utf8_lossy(&refused.body).into_owned();
+            assert!(words.contains("_id is \\\"a\\\" in the body"), "{words}");
+            assert!(put(&format!("{start}/a/"), body).is_ok(), "a slash at the end");
             for nameless in ["", "/", "/a/x"] {
                 let path = format!("{start}{nameless}");
                 assert!(matches!(put(&path, body), Err(Response { status: 404, .. })), "{path}");

@@ -23,8 +23,10 @@ use uffd_handler::listener::{ListenError, Listener};
 
 /// Clients at a time; further ones wait in the socket's queue.
 const MAX_CLIENTS: usize = 32;
-/// How long a client may be silent while others wait.
+/// How long a client may be silent while others wait, or in the midst of a request.
 const SILENCE: Duration = Duration::from_secs(1);
+/// How long one may be that has not said anything yet.
+const GREETING: Duration = Duration::from_millis(100);
 /// How long a request may take to come, from its first byte to its last.
 const REQUEST_TIME: Duration = Duration::from_secs(5);
 /// How long a client may take no part of the answers that are there for it.
@@ -65,8 +67,10 @@ pub struct Pending {
 #[derive(Debug)]
 struct Client {
     stream: UnixStream,
-    /// When it last said something or was answered.
+    /// When it came, or was last answered.
     heard: Instant,
+    /// It has been answered before.
+    is_known: bool,
     parser: Parser,
     /// When the first byte of a request came that is not complete.
     begun: Option<Instant>,
@@ -151,6 +155,11 @@ impl Server {
             return Vec::new();
         }
         self.go_on(id, ops)
+    }
+
+    /// Whether somebody still waits for this answer.
+    pub fn awaits(&self, to: Pending) -> bool {
+        self.clients.get(&to.client).is_some_and(|client| client.asked_for(to))
     }
 
     /// Sends an answer that was due, and returns the client's further requests.
@@ -361,6 +370,7 @@ impl Client {
         Client {
             stream,
             heard: now,
+            is_known: false,
             parser: Parser::new(limits),
             begun: None,
             asked: None,
@@ -387,9 +397,15 @@ impl Client {
         !self.unsent.is_empty() && self.took.elapsed() >= ANSWER_TIME
     }
 
-    /// Whether it holds a place that others could use.
+    /// Whether it waits for this answer.
+    fn asked_for(&self, answer: Pending) -> bool {
+        self.asked.as_ref().is_some_and(|asked| asked.request == answer.request)
+    }
+
+    /// Whether it holds a place that others could use: it says nothing, or takes its time.
     fn is_silent(&self) -> bool {
-        self.asked.is_none() && self.begun.is_none() && self.heard.elapsed() >= SILENCE
+        let patience = if self.is_known || self.begun.is_some() { SILENCE } else { GREETING };
+        self.asked.is_none() && self.begun.unwrap_or(self.heard).elapsed() >= patience
     }
 
     /// Has it watched for what it is to be watched for. While an answer is due nothing more is read, so that a client
@@ -453,7 +469,7 @@ impl Client {
     }
 
     fn queue(&mut self, response: &Response, delivery: Delivery) {
-        self.heard = Instant::now();
+        (self.heard, self.is_known) = (Instant::now(), true);
         self.begun = None;
         self.closing |= !delivery.keep_alive;
         http::encode(response, delivery, self.unsent());

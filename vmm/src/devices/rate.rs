@@ -18,6 +18,16 @@ impl Rate {
         Rate { bytes: bucket(bandwidth), ops: bucket(ops) }
     }
 
+    /// Takes over what is configured now, with full buckets where that is something else.
+    pub fn change(&mut self, config: Option<&RateLimiter>, now: Instant) {
+        let Rate { bytes, ops } = Rate::new(config, now);
+        for (old, new) in [(&mut self.bytes, bytes), (&mut self.ops, ops)] {
+            if old.as_ref().map(|bucket| bucket.config) != new.as_ref().map(|bucket| bucket.config) {
+                *old = new;
+            }
+        }
+    }
+
     /// Takes one operation of `bytes` bytes, or takes nothing and says how long to wait before asking again.
     pub fn take(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
         let wait = |bucket: &mut Option<Bucket>, n| bucket.as_mut().map_or(Duration::ZERO, |b| b.wait(n, now));
@@ -39,6 +49,7 @@ impl Rate {
 /// rounding: `size` tokens come in `refill` nanoseconds, which is `size` parts a nanosecond when a token has `refill` parts.
 #[derive(Debug)]
 struct Bucket {
+    config: TokenBucket,
     /// Parts that come in a nanosecond.
     size: u128,
     /// Parts of a token.
@@ -55,7 +66,7 @@ impl Bucket {
         let TokenBucket { size, one_time_burst, refill_time } = config;
         // Both fit into 64 bits, so that no product of two of them overflows.
         let (size, refill) = (u128::from(size.max(1)), u128::from(refill_time.max(1).saturating_mul(1_000_000)));
-        Bucket { size, refill, parts: size * refill, burst: one_time_burst.unwrap_or(0), filled: now }
+        Bucket { config, size, refill, parts: size * refill, burst: one_time_burst.unwrap_or(0), filled: now }
     }
 
     /// How long until `tokens` can be taken. More than the bucket holds can be taken when it is full, or nothing so large
@@ -91,6 +102,20 @@ mod tests {
     fn without_a_configuration_everything_passes() {
         let now = Instant::now();
         assert_eq!(Rate::new(None, now).take(u64::MAX, now), Ok(()));
+    }
+
+    #[test]
+    fn a_bucket_that_stays_the_same_is_not_filled_again() {
+        let now = Instant::now();
+        let bucket = |size| Some(TokenBucket { size, one_time_burst: None, refill_time: 1_000_000 });
+        let mut rate = Rate::new(Some(&RateLimiter { bandwidth: bucket(10), ops: bucket(5) }), now);
+        rate.take(10, now).unwrap();
+        rate.change(Some(&RateLimiter { bandwidth: bucket(10), ops: bucket(7) }), now);
+        assert!(rate.take(10, now).is_err(), "it is empty still");
+        rate.change(Some(&RateLimiter { bandwidth: bucket(20), ops: bucket(7) }), now);
+        assert_eq!(rate.take(10, now), Ok(()));
+        rate.change(None, now);
+        assert_eq!(rate.take(u64::MAX, now), Ok(()));
     }
 
     #[test]

@@ -137,9 +137,7 @@ impl Machine {
         if let Some((drive, slot)) = drives.find(|(drive, _)| drive.drive_id == bounded.drive_id) {
             let mut device = lock(&slot.device);
             device.set_max_overlay(bounded.max_overlay_mib);
-            if drive.rate_limiter != bounded.rate_limiter {
-                device.set_rate(bounded.rate_limiter.as_ref());
-            }
+            device.set_rate(bounded.rate_limiter.as_ref());
             *drive = bounded;
         }
     }

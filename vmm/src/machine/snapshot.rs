@@ -28,6 +28,7 @@ use snapshot::manifest::{self, MemoryRegion};
 use snapshot::state::MachineState;
 use std::io;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
@@ -81,6 +82,7 @@ pub struct Job {
     thread: Option<JoinHandle<Vec<(usize, Folded)>>>,
     written: mpsc::Receiver<Result<u64, SnapshotError>>,
     cancel: Arc<AtomicBool>,
+    path: PathBuf,
     started: Instant,
     pause_us: u64,
 }
@@ -91,6 +93,7 @@ impl Job {
         let written = self.written.recv();
         let status = SnapshotStatus {
             state: SnapshotState::Done,
+            snapshot_path: Some(self.path.clone()),
             pause_us: self.pause_us,
             total_us: self.started.elapsed().as_micros() as u64,
             ..Default::default()
@@ -175,7 +178,8 @@ pub fn create(
             folded
         })
         .map_err(SnapshotError::Thread)?;
-    Ok(Job { thread: Some(thread), written, cancel, started, pause_us })
+    let path = request.snapshot_path.clone();
+    Ok(Job { thread: Some(thread), written, cancel, path, started, pause_us })
 }
 
 /// Whether the process is about to end: because its page server is gone, or because it was asked to.

@@ -6,6 +6,7 @@ use crate::memory::kinds::{Kinds, ScanError};
 use crate::memory::pagemap::Pagemap;
 use crate::notice::{Notice, Notifier};
 use api_spec::stats::{MemoryMap, MemoryMapQuery, MemoryStats};
+use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
@@ -41,18 +42,22 @@ pub struct Scanned {
     pub result: Result<Found, String>,
 }
 
-/// Asks the thread, which the first question starts. Each client of the API asks one question at a time, so that there are
-/// never more than there are clients.
+/// Asks the thread, which the first question starts, one question at a time: whoever has gone meanwhile is not looked for.
 #[derive(Debug)]
 pub struct Scanner {
     notifier: Notifier,
     /// Opened once: the process may come to live where there is no /proc. Taken by the thread.
     pagemap: Option<io::Result<Pagemap>>,
     jobs: Option<mpsc::Sender<Job>>,
+    /// What was asked and waits for the thread.
+    waiting: VecDeque<Job>,
+    /// The thread has a question.
+    busy: bool,
     /// The process is ending, or the machine is.
     cancelled: Arc<AtomicBool>,
 }
 
+#[derive(Debug)]
 struct Job {
     kinds: Kinds,
     wanted: Wanted,
@@ -62,11 +67,46 @@ struct Job {
 impl Scanner {
     /// Answers are sent by `notifier`.
     pub fn new(notifier: Notifier) -> Self {
-        Scanner { notifier, pagemap: Some(Pagemap::open()), jobs: None, cancelled: Arc::default() }
+        Scanner {
+            notifier,
+            pagemap: Some(Pagemap::open()),
+            jobs: None,
+            waiting: VecDeque::new(),
+            busy: false,
+            cancelled: Arc::default(),
+        }
     }
 
-    /// Has the thread look for what is wanted.
-    pub fn ask(&mut self, kinds: Kinds, wanted: Wanted, to: Pending) -> io::Result<()> {
+    /// Has the thread look for what is wanted, now or when it has answered those before. `is_there`: who still waits.
+    pub fn ask(
+        &mut self,
+        kinds: Kinds,
+        wanted: Wanted,
+        to: Pending,
+        is_there: impl Fn(Pending) -> bool,
+    ) -> io::Result<()> {
+        // Who comes and goes leaves nothing behind.
+        self.waiting.retain(|job| is_there(job.to));
+        let job = Job { kinds, wanted, to };
+        if self.busy {
+            self.waiting.push_back(job);
+            return Ok(());
+        }
+        self.send(job)
+    }
+
+    /// Has the thread go on with the next question, once it has answered one.
+    pub fn go_on(&mut self, is_there: impl Fn(Pending) -> bool) -> io::Result<()> {
+        self.busy = false;
+        while let Some(job) = self.waiting.pop_front() {
+            if is_there(job.to) {
+                return self.send(job);
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, job: Job) -> io::Result<()> {
         let jobs = match &self.jobs {
             Some(jobs) => jobs,
             None => {
@@ -83,7 +123,9 @@ impl Scanner {
                 self.jobs.insert(sender)
             }
         };
-        jobs.send(Job { kinds, wanted, to }).map_err(|_| io::Error::other("the thread that looks at memory is gone"))
+        jobs.send(job).map_err(|_| io::Error::other("the thread that looks at memory is gone"))?;
+        self.busy = true;
+        Ok(())
     }
 }
 

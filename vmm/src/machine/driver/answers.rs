@@ -14,7 +14,7 @@ use crate::notice::Halt;
 use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate, DriveUpdate, NetworkUpdate};
 use api_spec::error::ErrorBody;
 use api_spec::logger::Logger;
-use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus};
+use api_spec::snapshot::{SnapshotCreate, SnapshotStatus};
 use api_spec::vm::{
     Action, ActionType, InstanceInfo, InstanceState, MachinePatch, Version, VmConfig, VmPatch, VmSave, VmState,
 };
@@ -207,8 +207,8 @@ impl Driver {
         if self.job.is_none() {
             return self.create_snapshot(&create, from);
         }
+        self.status = SnapshotStatus::writing(create.snapshot_path.clone());
         self.next = Some((create, from));
-        self.status = SnapshotStatus { state: SnapshotState::Writing, ..Default::default() };
         Ok(())
     }
 
@@ -240,19 +240,11 @@ impl Driver {
 
     pub(super) fn create_snapshot(&mut self, create: &SnapshotCreate, from: Pending) -> Result<(), RequestError> {
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-        match snapshot::create(machine, create, self.readiness, self.notifier.clone(), &self.signals) {
-            Ok(job) => {
-                self.job = Some(job);
-                self.waiting = Some(from);
-                self.status = SnapshotStatus { state: SnapshotState::Writing, ..Default::default() };
-                Ok(())
-            }
-            Err(e) => {
-                let (state, error) = (SnapshotState::Failed, Some(e.to_string()));
-                self.status = SnapshotStatus { state, error, ..Default::default() };
-                Err(e.into())
-            }
-        }
+        let job = snapshot::create(machine, create, self.readiness, self.notifier.clone(), &self.signals)?;
+        self.job = Some(job);
+        self.waiting = Some(from);
+        self.status = SnapshotStatus::writing(create.snapshot_path.clone());
+        Ok(())
     }
 
     fn patch_vm(&mut self, patch: VmPatch) -> Result<(), RequestError> {

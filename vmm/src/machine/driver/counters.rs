@@ -18,6 +18,11 @@ pub(super) fn us_since(start: Instant) -> Option<u64> {
     Some(start.elapsed().as_micros() as u64)
 }
 
+/// Whether a client still waits for an answer.
+fn is_there(api: &Option<Server>, to: Pending) -> bool {
+    api.as_ref().is_some_and(|api| api.awaits(to))
+}
+
 impl Driver {
     /// Everything that is counted, with what is known of memory.
     fn stats(&self, memory: MemoryStats) -> VmStats {
@@ -41,7 +46,8 @@ impl Driver {
         if let Wanted::Map(query) = wanted {
             kinds.check_start(query.start)?;
         }
-        self.scanner.ask(kinds, wanted, from).map_err(RequestError::Scan)
+        let api = &self.api;
+        self.scanner.ask(kinds, wanted, from, |to| is_there(api, to)).map_err(RequestError::Scan)
     }
 
     /// `GET /vm/stats`
@@ -74,6 +80,10 @@ impl Driver {
             Ok(Found::Map(map)) => Response::document(&map),
             Err(reason) => Response::fault(400, &reason),
         };
+        let api = &self.api;
+        if let Err(e) = self.scanner.go_on(|to| is_there(api, to)) {
+            tracing::error!("guest memory cannot be looked at any more: {e}");
+        }
         self.respond(scanned.to, &response, ops);
     }
 

@@ -146,7 +146,7 @@ enum RequestError {
     Halt(Halt),
     #[error("SendCtrlAltDel is not offered, as guests have no keyboard; ask the guest's agent to power it off")]
     NoKeyboard,
-    #[error("{} {}: {} is not offered", .0.method, .0.path, .0.summary)]
+    #[error("{} {} is not offered: {}", .0.method, .0.path, .0.summary)]
     Declined(&'static Operation),
 }
 
@@ -490,7 +490,7 @@ impl Driver {
                     Level::Full => Readiness::Full,
                     Level::Degraded => Readiness::Degraded,
                 };
-                tracing::info!("the guest's agent is ready ({readiness:?})");
+                tracing::info!(readiness = format!("{readiness:?}").to_lowercase(), "the guest's agent is ready");
                 self.readiness = Some(readiness);
             }
             Notice::PowerOff => {
@@ -571,7 +571,7 @@ impl Driver {
         logging::request_span(from.request).in_scope(|| match &self.status.error {
             None => {
                 let SnapshotStatus { pause_us, total_us, .. } = self.status;
-                tracing::info!("a snapshot is complete: the guest stood still {pause_us} us; {total_us} us in all");
+                tracing::info!(pause_us, total_us, "a snapshot is complete");
             }
             Some(error) => tracing::warn!("a snapshot failed: {error}"),
         });
@@ -588,8 +588,10 @@ impl Driver {
         if let Some((create, from)) = self.next.take()
             && let Err(e) = self.create_snapshot(&create, from)
         {
+            self.status.state = SnapshotState::Failed;
+            self.status.error = Some(e.to_string());
             self.saved(false);
-            self.respond(from, &Response::fault(400, &e.to_string()), ops);
+            self.respond(from, &told(&self.status), ops);
         }
     }
 

@@ -191,7 +191,7 @@ impl Block {
 
     /// Sets other bounds of the guest's reads and writes, from now on, also for a request that waits.
     pub fn set_rate(&mut self, limiter: Option<&RateLimiter>) {
-        self.rate = Rate::new(limiter, Instant::now());
+        self.rate.change(limiter, Instant::now());
         if self.gate == Gate::Limited {
             self.timer.set(Some(Duration::ZERO));
         }

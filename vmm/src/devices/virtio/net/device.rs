@@ -231,7 +231,8 @@ impl Net {
     /// Sets other bounds of what the guest receives and sends, from now on, also for frames that wait.
     pub fn set_rates(&mut self, rx: Option<&RateLimiter>, tx: Option<&RateLimiter>) {
         let now = Instant::now();
-        (self.rx_rate, self.tx_rate) = (Rate::new(rx, now), Rate::new(tx, now));
+        self.rx_rate.change(rx, now);
+        self.tx_rate.change(tx, now);
         if self.waiting.rx || self.waiting.tx {
             self.alarm.set(Some(Duration::ZERO));
         }
