@@ -41,7 +41,7 @@ impl Cancel for AtomicBool {
     }
 }
 
-/// Why a snapshot was not created. Nothing is left behind.
+/// Why a snapshot was not created. Nothing is left behind, as long as the process lives to see to it.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
     /// Something is at the target already.
