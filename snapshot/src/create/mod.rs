@@ -11,7 +11,8 @@
 //! ```
 //!
 //! A [`Staging`] that is dropped before `commit` has succeeded removes what it has written. What a killed process left
-//! behind is found by its lock being free, and removed by the next `begin` for the same target.
+//! behind is found by its lock being free, and removed by the next `begin` for the same target, the second name of its memory
+//! file included: a note in the directory says where that is.
 
 mod disk;
 mod link;
@@ -41,7 +42,7 @@ impl Cancel for AtomicBool {
     }
 }
 
-/// Why a snapshot was not created. Nothing is left behind, as long as the process lives to see to it.
+/// Why a snapshot was not created. Nothing is left behind.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
     /// Something is at the target already.
