@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 pub struct VmStats {
     /// For how long this process has run, in microseconds.
     pub uptime_us: u64,
-    /// Page faults of this process: those of its guest, and its own.
+    /// Page faults of this process's own threads, which says little of the guest.
     pub page_faults: PageFaults,
     /// What the API was asked.
     pub api: ApiStats,
@@ -38,10 +38,12 @@ pub struct VmStats {
     pub console: ConsoleStats,
 }
 
-/// How often a page was asked for that was not mapped.
+/// How often a thread of this process asked for a page that was not mapped. Of the guest's faults only those are among them that
+/// need not wait: the others KVM hands to kernel threads, whose faults count for no process. `memory` tells what the guest has
+/// touched.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct PageFaults {
-    /// Times that the host had the page in memory. A page that a page server has delivered counts here too.
+    /// Times that the host had the page in memory, or a page server delivered it.
     pub minor: u64,
     /// Times that it had to be read from a disk.
     pub major: u64,
@@ -89,7 +91,8 @@ pub struct MemoryStats {
     pub not_loaded_bytes: u64,
     /// Pages of the image as they are, which other guests may have as well.
     pub shared_bytes: u64,
-    /// The guest's own pages. Before its first snapshot a booted guest has no others.
+    /// The guest's own pages. Before its first snapshot a booted guest has no others. One that was given back and then read
+    /// counts here, though it takes no memory: the kernel maps its one page of zeros.
     pub private_bytes: u64,
 }
 

@@ -121,14 +121,11 @@ fn stamp_of(dir: &Dir, saved: &HeldDisk, held: &Held) -> Result<Stamp, DiskError
 
 fn check_open(dir: &Dir, drive: &DriveDevice, saved: &HeldDisk, held: &Held, before: &Stamp) -> Result<u64, DiskError> {
     let bytes = check_clusters(dir, drive, saved, held)?;
-    if stamp_of(dir, saved, held)? != *before {
-        return Err(DiskError::Changed { path: dir.join(&saved.file) });
+    match before.confirm(&held.file, dir, &file::disk_stamp(&drive.drive_id)) {
+        Ok(true) => Ok(bytes),
+        Ok(false) => Err(DiskError::Changed { path: dir.join(&saved.file) }),
+        Err(source) => Err(DiskError::Read { path: dir.join(&saved.file), offset: 0, source }),
     }
-    // A stamp that cannot be written costs the next user another check, no more.
-    if !before.is_too_fresh() {
-        let _ = before.write(dir, &file::disk_stamp(&drive.drive_id));
-    }
-    Ok(bytes)
 }
 
 fn check_clusters(dir: &Dir, drive: &DriveDevice, saved: &HeldDisk, held: &Held) -> Result<u64, DiskError> {

@@ -293,23 +293,18 @@ pub fn ensure_same(snapshot: &Snapshot, path: &Path) -> Result<Trust, ImageError
         ImageError::Damaged { path, offset } => Err(ImageError::OtherMemory { path, offset }),
         other => Err(other),
     })?;
-    if Stamp::of(&image.file, &memory.root).map_err(unreadable)? != before {
+    if !before.still_fits(&image.file).map_err(unreadable)? {
         return Err(ImageError::Changed { path: image.path });
     }
     Ok(Trust { file: image.file, basis: Basis::Verified { bytes } })
 }
 
-/// Stamps an image that was found right, if it is still as it was before the check. A stamp that cannot be written
-/// costs the next user another check, no more.
+/// Stamps an image that was found right, if it is still as it was before the check.
 pub(crate) fn stamp(snapshot: &Snapshot, before: &Stamp) -> Result<(), ImageError> {
     let path = || snapshot.open_dir().join(&snapshot.manifest().memory.file);
-    let root = &snapshot.manifest().memory.root;
-    let after = Stamp::of(snapshot.memory_file(), root);
-    if after.map_err(|source| ImageError::Read { path: path(), offset: 0, source })? != *before {
-        return Err(ImageError::Changed { path: path() });
+    match before.confirm(snapshot.memory_file(), snapshot.open_dir(), file::STAMP) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(ImageError::Changed { path: path() }),
+        Err(source) => Err(ImageError::Read { path: path(), offset: 0, source }),
     }
-    if !before.is_too_fresh() {
-        let _ = before.write(snapshot.open_dir(), file::STAMP);
-    }
-    Ok(())
 }

@@ -53,6 +53,23 @@ impl Stamp {
         SystemTime::now() < changed + FILE_TIME_GRANULARITY
     }
 
+    /// Whether `file`, of which this was the stamp before it was checked, holds what it held then. A name that it got or
+    /// lost meanwhile does not matter, nor its mode: those move the time of its last change of any kind (ctime), and what is
+    /// written moves that of its contents too (mtime).
+    pub(crate) fn still_fits(&self, file: &File) -> io::Result<bool> {
+        let now = Stamp::of(file, &self.root)?;
+        Ok(Stamp { ctime_ns: self.ctime_ns, ..now } == *self)
+    }
+
+    /// The same, and writes the stamp for the next user if nothing at all has moved. One that cannot be written costs them
+    /// another check, no more.
+    pub(crate) fn confirm(&self, file: &File, dir: &Dir, name: &str) -> io::Result<bool> {
+        if Stamp::of(file, &self.root)? == *self && !self.is_too_fresh() {
+            let _ = self.write(dir, name);
+        }
+        self.still_fits(file)
+    }
+
     pub(crate) fn to_json(&self) -> Vec<u8> {
         let mut json = serde_json::to_vec_pretty(self).expect("numbers and strings always have a JSON form");
         json.push(b'\n');
@@ -73,5 +90,47 @@ impl Stamp {
             let _ = dir.remove_file(&temporary);
         }
         written
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::io::Write;
+
+    #[test]
+    fn names_come_and_go_while_a_file_is_checked_but_no_bytes() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = Dir::open(root.path()).unwrap();
+        let path = root.path().join("mem.bin");
+        fs::write(&path, b"as it was").unwrap();
+        let mut file = File::options().append(true).open(&path).unwrap();
+        let pass = || std::thread::sleep(2 * FILE_TIME_GRANULARITY);
+        pass();
+        let before = Stamp::of(&file, "root").unwrap();
+        let stamp = || Stamp::read(&dir, "mem.stamp");
+
+        pass();
+        fs::hard_link(&path, root.path().join("other")).unwrap();
+        assert_ne!(Stamp::of(&file, "root").unwrap(), before, "that shows");
+        assert!(before.confirm(&file, &dir, "mem.stamp").unwrap());
+        assert_eq!(stamp(), None, "it would not fit");
+
+        pass();
+        let before = Stamp::of(&file, "root").unwrap();
+        assert!(before.confirm(&file, &dir, "mem.stamp").unwrap());
+        assert_eq!(stamp().as_ref(), Some(&before));
+
+        fs::remove_file(root.path().join("mem.stamp")).unwrap();
+        file.write_all(b", and more").unwrap();
+        assert!(!before.confirm(&file, &dir, "mem.stamp").unwrap());
+        // Of the same length, and only the time tells.
+        let before = Stamp::of(&file, "root").unwrap();
+        pass();
+        let file = File::options().write(true).open(&path).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, b"is", 3).unwrap();
+        assert!(!before.confirm(&file, &dir, "mem.stamp").unwrap());
+        assert_eq!(stamp(), None);
     }
 }

@@ -332,6 +332,7 @@ fn the_memory_file_can_have_a_second_name() {
     let (target, link) = (root.path().join("snap"), root.path().join("mem"));
     create_with_link(&target, &link).unwrap();
     assert_eq!(names(root.path()), ["mem", "snap"]);
+    assert!(!target.join("mem.link").exists(), "the note has served its purpose");
     assert_eq!(fs::read(&link).unwrap(), memory());
     assert_eq!(fs::metadata(&link).unwrap().ino(), fs::metadata(target.join("mem.bin")).unwrap().ino());
     let basis = || ensure_trusted(&snapshot::load::open(&target).unwrap()).unwrap().basis;
@@ -405,4 +406,13 @@ fn a_snapshot_that_fails_takes_its_second_name_along() {
     fs::remove_file(&link).unwrap();
     drop(begin());
     assert_eq!(names(root.path()), [""; 0]);
+    // Or its process was killed before the snapshot was complete: the next one takes it away.
+    let left = root.path().join(".snap.partial-1-0");
+    fs::create_dir(&left).unwrap();
+    fs::write(left.join("mem.bin"), b"incomplete").unwrap();
+    fs::write(left.join("mem.link"), link.as_os_str().as_encoded_bytes()).unwrap();
+    fs::hard_link(left.join("mem.bin"), &link).unwrap();
+    create_with_link(&target, &link).unwrap();
+    assert_eq!(names(root.path()), ["mem", "snap"]);
+    assert_eq!(fs::read(&link).unwrap(), memory());
 }

@@ -286,6 +286,63 @@ fn a_load_that_waits_for_the_first_page_can_be_ended() {
     ends_for_want_of(&socket, clone);
 }
 
+/// Over the API, whoever has asked for such a load is told why it was given up. That is a load that has failed as any may: the
+/// process can be asked again; and a signal ends it in good order.
+#[test]
+fn a_load_that_is_given_up_while_it_waits_is_answered() {
+    require!(Kvm, Userfaultfd);
+    let (template, place) = (Template::shared(), Place::new());
+    let mut vm = tests::vm::waiting(&place, "asked");
+    let vsock = vm.vsock.clone();
+    let load = |path: &Path, backend_type| SnapshotLoad {
+        mem_backend: Some(MemBackend { backend_path: path.to_owned(), backend_type }),
+        vsock_override: Some(api_spec::snapshot::VsockOverride { uds_path: vsock.clone() }),
+        resume_vm: true,
+        ..SnapshotLoad::of(template.snapshot.clone())
+    };
+    // What a load is answered during whose wait something happens.
+    let given_up = |vm: &mut Vm, happens: &mut dyn FnMut(&mut Vm, Handler)| {
+        let mut handler = Handler::start(&place, &template.snapshot, &["idles"]);
+        let (mut api, document) = (vm.api(), load(&handler.socket, MemBackendType::Uffd));
+        let answer = std::thread::scope(|scope| {
+            let asked = scope.spawn(move || api.put("/snapshot/load", &document));
+            handler.until_it_says("message");
+            happens(vm, handler);
+            asked.join().expect("no panic")
+        });
+        match answer {
+            Err(RestError::Refused { status: 400, message }) => message,
+            other => panic!("it should have been refused: {other:?}"),
+        }
+    };
+    let socket = place.join("copy.sock");
+    let gone = format!("the page server at {} is gone", socket.display());
+    for _ in 0..2 {
+        let message = given_up(&mut vm, &mut |_, handler| drop(handler.process.kill()));
+        assert!(message.contains(&gone), "{message}");
+        std::fs::remove_file(&socket).expect("the page server has left it");
+    }
+    // At once, so that what is left of the load before may not end this one.
+    let own = load(&template.snapshot.join("mem.bin"), MemBackendType::File);
+    vm.api().put("/snapshot/load", &own).expect("it can be asked again");
+    template.facts.check(&mut vm.agent());
+    // The guards of the loads before would have ended it by now.
+    assert!(!holds_within(Duration::from_secs(1), || !vm.process.is_alive()), "it has ended");
+    let done = vm.stop();
+    assert_eq!(done.stderr, "");
+
+    let mut vm = tests::vm::waiting(&place, "ended");
+    let mut server = None;
+    let message = given_up(&mut vm, &mut |vm, handler| {
+        vm.process.signal(Signal::TERM);
+        server = Some(handler);
+    });
+    assert!(message.contains("the vmm is ending"), "{message}");
+    let done = vm.process.finish_within(DEADLINE);
+    assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+    assert!(!vm.api.exists());
+}
+
 /// Pages that have not come yet are no zeros: a snapshot has them.
 #[test]
 fn a_snapshot_of_a_clone_has_the_pages_that_it_never_touched() {

@@ -7,8 +7,9 @@ use api_spec::snapshot::{LoadHugePages, MemBackend, MemBackendType, SnapshotCrea
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 use tests::template::Facts;
-use tests::{Boot, Place, Template, Vm, require};
+use tests::{Boot, Place, Template, Vm, require, until};
 
 /// Loads a snapshot into a process of its own, with what `change` adds to the request.
 fn load(
@@ -174,6 +175,43 @@ fn the_clock_catches_up_or_the_load_says_why_not() {
         other => refused(other, &["clock_realtime: "]),
     }
     vm.stop();
+}
+
+/// How far the guest's clock is behind the host's time of day tells whether it stood still with the guest.
+#[test]
+fn a_clock_that_catches_up_is_where_it_would_be_and_any_other_where_it_stood() {
+    require!(Kvm);
+    /// How long the guest stands still, in nanoseconds, at least.
+    const STILL: u64 = 2_000_000_000;
+    let place = Place::new();
+    let (mut vm, _agent) = Boot::new(&place).ready("original");
+    let first = place.join("first");
+    vm.snapshot(&first);
+    vm.stop();
+    let clock = |path: &Path| snapshot::load::open(path).expect("the snapshot can be opened").state().vm.clock;
+    let has_realtime = |path: &Path| clock(path).flags & 4 != 0;
+    let behind = |path: &Path| clock(path).realtime - clock(path).clock;
+    if !has_realtime(&first) {
+        return test_skip::skip("the clock that KVM keeps for guests has no time of day on this host");
+    }
+    until("the guest has stood still for a while", || {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("it is after 1970");
+        now.as_nanos() as u64 > clock(&first).realtime + STILL
+    });
+    let [caught_up, went_on] = [true, false].map(|clock_realtime| {
+        let name = if clock_realtime { "caught-up" } else { "went-on" };
+        let (mut vm, answer) = load(&place, name, &first, |load| {
+            (load.clock_realtime, load.new_generation, load.resume_vm) = (clock_realtime, false, false);
+        });
+        answer.expect("it is loaded");
+        let path = place.join(format!("{name}.snap"));
+        vm.snapshot(&path);
+        vm.stop();
+        assert!(has_realtime(&path), "the host has not changed");
+        behind(&path).saturating_sub(behind(&first))
+    });
+    println!("behind by {caught_up} ns, having caught up, and by {went_on} ns");
+    assert!(went_on >= STILL && caught_up < STILL / 2, "{caught_up}, {went_on}");
 }
 
 /// Whatever stands in the way of the second name, there is no snapshot, and the guest goes on.

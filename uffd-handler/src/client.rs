@@ -4,7 +4,8 @@
 //!   greet() -> Greeted { store }    map the store privately, register the ranges with a userfaultfd, then
 //!   Greeted::attach() -> UnixStream keep it open for the life of the guest; its end means that the server is gone
 //!
-//!   hand_over() -> UnixStream       the same in copy mode: there is no store, and no answer; its end means nothing
+//!   hand_over() -> UnixStream       the same in copy mode: there is no store, and no answer; the server may close it and
+//!                                   serve, so its end means something only where the server's process cannot be watched
 //! ```
 
 use crate::process::unread_by_peer;
@@ -111,9 +112,11 @@ const LOOK_AGAIN: Duration = Duration::from_micros(100);
 
 /// Whether the other end has read all that was sent to it. An end that was closed before it had is an error.
 fn is_taken(stream: &UnixStream) -> Result<bool, ClientError> {
+    // In this order: an end that closes leaves its error first, and then drops what it has not read.
+    let unread = unread_by_peer(stream)?;
     match stream.take_error()? {
         Some(error) => Err(sending(error)),
-        None => Ok(unread_by_peer(stream)? == 0),
+        None => Ok(unread == 0),
     }
 }
 

@@ -97,13 +97,18 @@ pub fn peer_credentials<S: AsFd>(socket: &S) -> io::Result<Credentials> {
 
 /// A descriptor that becomes readable when the peer's process ends; `None` where the kernel has none (before 6.5).
 pub fn peer_pidfd<S: AsFd>(socket: &S) -> Option<OwnedFd> {
+    try_peer_pidfd(socket).ok()
+}
+
+fn try_peer_pidfd<S: AsFd>(socket: &S) -> io::Result<OwnedFd> {
     const SO_PEERPIDFD: libc::c_int = 77;
-    let fd: libc::c_int = socket_option(socket.as_fd(), SO_PEERPIDFD).ok()?;
-    owned(fd).ok()
+    let fd: libc::c_int = socket_option(socket.as_fd(), SO_PEERPIDFD)?;
+    owned(fd)
 }
 
 /// As [`peer_pidfd`], by number where the kernel has no better way; `None` also if that process cannot be seen from here, or
-/// has ended: another one may have taken its part since, and it tells nothing of that.
+/// has ended: another one may have taken its part since, and it tells nothing of that. A number may be that of a stranger by
+/// then, so no other failure is met with it.
 pub fn living_peer<S: AsFd>(socket: &S) -> Option<OwnedFd> {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -111,7 +116,11 @@ pub fn living_peer<S: AsFd>(socket: &S) -> Option<OwnedFd> {
         let pid = Pid::from_raw(peer_credentials(socket).ok()?.pid as i32)?;
         pidfd_open(pid, PidfdFlags::empty()).ok()
     };
-    let peer = peer_pidfd(socket).or_else(by_number)?;
+    let peer = match try_peer_pidfd(socket) {
+        Ok(peer) => peer,
+        Err(e) if e.raw_os_error() == Some(libc::ENOPROTOOPT) => by_number()?,
+        Err(_) => return None,
+    };
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let lives = poll(&mut [PollFd::new(&peer, PollFlags::IN)], Some(&now)) == Ok(0);
     lives.then_some(peer)

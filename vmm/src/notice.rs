@@ -4,7 +4,6 @@ use crate::stats::scan::Scanned;
 use crate::vcpu::GuestEnd;
 use api_spec::agent::Level;
 use std::io;
-use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -46,8 +45,8 @@ pub enum Notice {
     Ready(Level),
     /// The guest has reached a limit and is to stand still.
     Halt(Halt),
-    /// The page server that listened here is gone.
-    PageServerGone(PathBuf),
+    /// The page server of this session is gone: see [`PageServer::session`](crate::memory::uffd::PageServer::session).
+    PageServerGone(u64),
     /// A snapshot is complete, or has failed.
     SnapshotWritten,
     /// The background part of a snapshot is over: the disks' layers are folded, as far as that went.

@@ -3,14 +3,19 @@
 use super::CreateError;
 use crate::dir::Dir;
 use crate::file;
-use rustix::fs::{AtFlags, linkat, statat, unlinkat};
+use rustix::fs::{AtFlags, CWD, linkat, statat, unlinkat};
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 /// Made and removed when a link is planned.
 const PROBE: &str = "probe";
+/// Where a link is that was made while the snapshot is not complete: for whoever removes what a killed process has left.
+const NOTE: &str = "mem.link";
+/// Longest such note, in bytes: no path is longer.
+const MAX_NOTE: u64 = 4096;
 
 /// A link that is to be made, or was: dropping it removes it again, until it is kept.
 #[derive(Debug)]
@@ -71,6 +76,10 @@ impl Link {
 
     /// Makes it, so that it survives a power cut.
     pub(super) fn make(&mut self, staging: &Dir) -> Result<(), CreateError> {
+        let noted = std::path::absolute(&self.path)
+            .and_then(|path| staging.write_file(NOTE, path.as_os_str().as_bytes()))
+            .and_then(|()| staging.sync());
+        noted.map_err(|source| CreateError::Write { path: staging.join(NOTE), source })?;
         match linkat(staging, file::MEMORY, &self.parent, &self.name, AtFlags::empty()) {
             Ok(()) => self.made = true,
             Err(Errno::EXIST) => return Err(CreateError::LinkExists { path: self.path.clone() }),
@@ -79,9 +88,27 @@ impl Link {
         self.parent.sync().map_err(|source| CreateError::Link { path: self.path.clone(), source })
     }
 
-    /// The snapshot is complete.
-    pub(super) fn keep(mut self) {
+    /// The snapshot is complete. A note that stays in it for want of a moment more means nothing there.
+    pub(super) fn keep(mut self, snapshot: &Dir) {
         self.made = false;
+        let _ = snapshot.remove_file(NOTE);
+    }
+
+    /// Removes the link of a snapshot that was not completed, if it is still what was made: a name of that memory file.
+    pub(super) fn remove_leftover(staging: &Dir) {
+        // A note of another user is not to be acted on.
+        if !rustix::fs::fstat(staging).is_ok_and(|stat| stat.st_uid == rustix::process::geteuid().as_raw()) {
+            return;
+        }
+        let Ok(note) = staging.read(NOTE, MAX_NOTE) else { return };
+        let path = Path::new(OsStr::from_bytes(&note));
+        let file = |dir: BorrowedFd<'_>, path: &Path| {
+            statat(dir, path, AtFlags::SYMLINK_NOFOLLOW).map(|stat| (stat.st_dev, stat.st_ino)).ok()
+        };
+        let memory = file(staging.as_fd(), Path::new(file::MEMORY));
+        if path.is_absolute() && memory.is_some() && file(CWD, path) == memory {
+            let _ = unlinkat(CWD, path, AtFlags::empty());
+        }
     }
 }
 
@@ -90,5 +117,47 @@ impl Drop for Link {
         if self.made {
             let _ = unlinkat(&self.parent, &self.name, AtFlags::empty());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn a_link_that_a_killed_process_has_left_is_removed_and_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        let (staging, path) = (root.path().join("staging"), root.path().join("mem"));
+        fs::create_dir(&staging).unwrap();
+        fs::write(staging.join(file::MEMORY), b"memory").unwrap();
+        let staging = Dir::open(&staging).unwrap();
+        let leave = || {
+            let _ = staging.remove_file(NOTE);
+            let mut link = Link::plan(&path, &staging).unwrap();
+            link.make(&staging).unwrap();
+            std::mem::forget(link);
+            assert!(path.exists());
+        };
+        leave();
+        Link::remove_leftover(&staging);
+        assert!(!path.exists());
+
+        // Somebody has put another file there since.
+        leave();
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, b"mine").unwrap();
+        Link::remove_leftover(&staging);
+        assert_eq!(fs::read(&path).unwrap(), b"mine");
+        fs::remove_file(&path).unwrap();
+
+        // It was completed.
+        let mut link = Link::plan(&path, &staging).unwrap();
+        staging.remove_file(NOTE).unwrap();
+        link.make(&staging).unwrap();
+        link.keep(&staging);
+        Link::remove_leftover(&staging);
+        assert_eq!(fs::read(&path).unwrap(), b"memory");
+        assert!(staging.read(NOTE, MAX_NOTE).is_err());
     }
 }

@@ -11,7 +11,8 @@
 //! ```
 //!
 //! A [`Staging`] that is dropped before `commit` has succeeded removes what it has written. What a killed process left
-//! behind is found by its lock being free, and removed by the next `begin` for the same target.
+//! behind is found by its lock being free, and removed by the next `begin` for the same target, the second name of its memory
+//! file included: a note in the directory says where that is.
 
 mod disk;
 mod link;

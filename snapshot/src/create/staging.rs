@@ -204,7 +204,7 @@ impl Staging {
         self.parent.sync().map_err(|source| CreateError::Write { path: target, source })?;
         self.done = true;
         if let Some(link) = self.link.take() {
-            link.keep();
+            link.keep(&self.dir);
         }
         Ok(())
     }
@@ -221,6 +221,8 @@ impl Staging {
 impl Drop for Staging {
     fn drop(&mut self) {
         if !self.done {
+            // First, as its note is in the directory.
+            self.link = None;
             self.dir.clear();
             let _ = self.parent.remove_dir(OsStr::from_bytes(&self.name));
         }
@@ -305,6 +307,7 @@ fn remove_leftovers(parent: &Dir, target: &[u8]) {
         let Ok(dir) = parent.open_dir(OsStr::from_bytes(name)) else { continue };
         // A living writer holds the lock. Where there are no locks nothing is removed.
         if rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            Link::remove_leftover(&dir);
             dir.clear();
             let _ = parent.remove_dir(OsStr::from_bytes(name));
         }

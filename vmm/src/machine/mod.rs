@@ -195,6 +195,11 @@ impl Machine {
         Ok(())
     }
 
+    /// The page server that serves its memory, if one does.
+    pub fn page_server(&self) -> Option<&PageServer> {
+        self.page_server.as_ref()
+    }
+
     /// What stops the vCPUs from another thread. Whoever does so must see to it that [`Machine::halt`] or
     /// [`Machine::resume`] follows.
     pub fn brakes(&self) -> Vec<Brake> {

@@ -131,10 +131,10 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     let (ram, page_server) = backend.map(&snapshot)?;
     if let Some(server) = &page_server {
         // Before anything touches guest memory and may have to wait.
-        let signals = signals.try_clone().map_err(RestoreError::Guard)?;
+        let theirs = signals.try_clone().map_err(RestoreError::Guard)?;
         let watch = server.watch().map_err(RestoreError::Guard)?;
-        guard::watch(watch, &ram, signals, notifier.clone(), ending.clone()).map_err(RestoreError::Guard)?;
-        server.wait_until_it_serves(&ram).map_err(BackendError::from)?;
+        guard::watch(watch, &ram, theirs, notifier.clone(), ending.clone()).map_err(RestoreError::Guard)?;
+        server.wait_until_it_serves(&ram, signals).map_err(BackendError::from)?;
     }
     let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
     let state = snapshot.state();

@@ -2,7 +2,8 @@
 //!
 //! The kernel is asked what is mapped where; the memory itself is not touched, so that nothing is loaded and nobody waits
 //! for a page. A page that is in the image's cache and not mapped here counts as not loaded, and one that a booted guest has
-//! swapped out as well, since no trace of it is left here.
+//! swapped out as well, since no trace of it is left here. One that a clone has given back and then read counts as its own, though
+//! it takes no memory: the kernel's one page of zeros is mapped there, which looks no different from here.
 
 use super::pagemap::{Entry, Pagemap};
 use super::{Backing, GuestMemory, GuestRam, PAGE_SIZE};

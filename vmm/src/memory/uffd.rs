@@ -26,10 +26,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 use uffd_handler::client::{self, ClientError};
-use uffd_handler::process::living_peer;
+use uffd_handler::process::{Signals, living_peer};
 use userfaultfd::{FeatureFlags, Uffd};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -83,6 +84,17 @@ pub enum UffdError {
         /// It has closed the connection, which it may.
         closed: bool,
     },
+    /// Copy mode: it is gone before it has shown that it serves.
+    #[error(
+        "the page server at {path} is gone: it ended before it had delivered the first page; restore again once it runs"
+    )]
+    Gone {
+        /// Its socket.
+        path: PathBuf,
+    },
+    /// Copy mode: this process was asked to end before that.
+    #[error("the vmm is ending, and the snapshot is not loaded")]
+    Ending,
     /// Copy mode: the first page cannot be read.
     #[error("cannot read the first page of guest RAM: {0}")]
     FirstPage(io::Error),
@@ -101,6 +113,8 @@ pub enum UffdError {
 /// merely let go puts a zero page into the store of all clones).
 #[derive(Debug)]
 pub struct PageServer {
+    /// Unlike that of any other page server that this process has had.
+    session: u64,
     path: PathBuf,
     connection: UnixStream,
     mode: Mode,
@@ -123,11 +137,16 @@ const CONNECTION_FD_MIN: i32 = 128;
 const FIRST_PAGE: Duration = Duration::from_secs(60);
 /// And once the server has closed the connection, which is what one does that wants nothing of copy mode.
 const FIRST_PAGE_CLOSED: Duration = Duration::from_secs(5);
+/// How long to wait, after the server's end, for a signal to this process: whoever ends everything at once may have ended the
+/// server first.
+pub const ALL_AT_ONCE: Duration = Duration::from_millis(20);
 
 impl PageServer {
     fn new(path: &Path, connection: UnixStream, mode: Mode, uffd: Arc<Uffd>) -> io::Result<Self> {
+        static SESSIONS: AtomicU64 = AtomicU64::new(0);
         let connection = fcntl_dupfd_cloexec(&connection, CONNECTION_FD_MIN)?.into();
         Ok(PageServer {
+            session: SESSIONS.fetch_add(1, Ordering::Relaxed),
             path: path.to_owned(),
             connection,
             mode,
@@ -141,24 +160,26 @@ impl PageServer {
         &self.path
     }
 
+    /// Which of all page servers that this process has had, one after the other.
+    pub fn session(&self) -> u64 {
+        self.session
+    }
+
     /// What a thread needs to notice that the server is gone.
     pub fn watch(&self) -> io::Result<Watch> {
-        let sign = match &self.mode {
-            Mode::Copy(Some(process)) => process.try_clone()?,
-            Mode::Copy(None) | Mode::Shared => self.connection.try_clone()?.into(),
-        };
-        Ok(Watch { path: self.path.clone(), sign, released: self.released.try_clone()? })
+        let (session, path, sign) = (self.session, self.path.clone(), self.mode.sign(&self.connection)?);
+        Ok(Watch { session, path, sign, released: self.released.try_clone()? })
     }
 
     /// Waits until the server has shown that it serves: in copy mode, until it has delivered a page. In shared mode it has
-    /// said so.
+    /// said so. The wait ends if the server does, or if one of `signals` comes.
     ///
     /// If that fails, the memory can no longer be used.
-    pub fn wait_until_it_serves(&self, ram: &GuestRam) -> Result<(), UffdError> {
+    pub fn wait_until_it_serves(&self, ram: &GuestRam, signals: &Signals) -> Result<(), UffdError> {
         if matches!(self.mode, Mode::Shared) {
             return Ok(());
         }
-        let outcome = self.wait_for_first_page(ram);
+        let outcome = self.wait_for_first_page(ram, signals);
         if outcome.is_err() {
             self.let_go(ram);
         }
@@ -167,7 +188,8 @@ impl PageServer {
 
     /// The page that is waited for is one that a restore touches anyway. It is the kernel that reads it: in a thread which
     /// that holds up, since no wait for a page ends by itself, and which outlives the loss of the memory.
-    fn wait_for_first_page(&self, ram: &GuestRam) -> Result<(), UffdError> {
+    fn wait_for_first_page(&self, ram: &GuestRam, signals: &Signals) -> Result<(), UffdError> {
+        let sign = self.mode.sign(&self.connection).map_err(UffdError::FirstPage)?;
         let (memory, (sender, came)) = (ram.memory().clone(), mpsc::channel());
         let reader = move || {
             let read =
@@ -186,6 +208,16 @@ impl PageServer {
                     return Err(UffdError::FirstPage(io::Error::other("the thread that reads it panicked")));
                 }
                 Err(RecvTimeoutError::Timeout) => {}
+            }
+            let gone = sign.has_come();
+            if gone {
+                std::thread::sleep(ALL_AT_ONCE);
+            }
+            if signals.have_come() {
+                return Err(UffdError::Ending);
+            }
+            if gone {
+                return Err(UffdError::Gone { path: self.path.clone() });
             }
             if closed_at.is_none() && has_hung_up(&self.connection) {
                 closed_at = Some(Instant::now());
@@ -222,10 +254,12 @@ impl Drop for PageServer {
 /// An eye on a page server.
 #[derive(Debug)]
 pub struct Watch {
+    /// Which page server of this process: see [`PageServer::session`].
+    pub session: u64,
     /// Where the server listens.
     pub path: PathBuf,
-    /// Becomes readable when the server is gone: it says nothing more. Also when it is not needed any more, in shared mode.
-    pub sign: OwnedFd,
+    /// Comes when the server is gone; also when it is not needed any more, if it is the connection that tells.
+    pub sign: Sign,
     /// Becomes readable when the server is not needed any more.
     pub released: OwnedFd,
 }
@@ -234,6 +268,38 @@ impl Watch {
     /// Whether the server is not needed any more.
     pub fn is_released(&self) -> bool {
         poll_now(&self.released, PollFlags::IN)
+    }
+}
+
+/// What tells that a page server is gone.
+#[derive(Debug)]
+pub struct Sign {
+    fd: OwnedFd,
+    /// Any of these, or a hang-up, is the sign.
+    events: PollFlags,
+}
+
+impl Sign {
+    /// What to poll for it.
+    pub fn poll_fd(&self) -> PollFd<'_> {
+        PollFd::from_borrowed_fd(self.fd.as_fd(), self.events)
+    }
+
+    /// Whether it has come.
+    pub fn has_come(&self) -> bool {
+        poll_now(&self.fd, self.events)
+    }
+}
+
+impl Mode {
+    fn sign(&self, connection: &UnixStream) -> io::Result<Sign> {
+        Ok(match self {
+            Mode::Copy(Some(process)) => Sign { fd: process.try_clone()?, events: PollFlags::IN },
+            // It owes us no silence.
+            Mode::Copy(None) => Sign { fd: connection.try_clone()?.into(), events: PollFlags::empty() },
+            // Ours says nothing more after the handshake: whatever can be read is the end.
+            Mode::Shared => Sign { fd: connection.try_clone()?.into(), events: PollFlags::IN },
+        })
     }
 }
 
@@ -307,4 +373,22 @@ fn check_size(path: &Path, store: &File, expected: u64) -> Result<(), UffdError>
 fn describe(region: MemoryRegion, addr: *mut u8) -> Region {
     let MemoryRegion { size_bytes: size, offset, guest_addr: _ } = region;
     Region { base_host_virt_addr: addr as u64, size, offset, page_size: PAGE_SIZE }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    /// Where the server's process cannot be told, its connection is watched; what it says there means nothing in copy mode.
+    #[test]
+    fn a_server_that_says_something_in_copy_mode_is_not_gone() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let (copy, shared) = (Mode::Copy(None).sign(&near).unwrap(), Mode::Shared.sign(&near).unwrap());
+        assert!(!copy.has_come() && !shared.has_come());
+        far.write_all(b"ok").unwrap();
+        assert!(!copy.has_come() && shared.has_come());
+        drop(far);
+        assert!(copy.has_come() && shared.has_come());
+    }
 }

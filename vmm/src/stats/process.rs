@@ -80,7 +80,8 @@ impl Process {
         self.startup
     }
 
-    /// Its page faults; none where the kernel does not tell.
+    /// The page faults of its threads; none where the kernel does not tell. Those of the guest that have to wait are not among
+    /// them: KVM hands them to kernel threads.
     pub fn page_faults(&self) -> PageFaults {
         let mut bytes = [0; 1024];
         let read = self.stat.as_ref().and_then(|stat| stat.read_at(&mut bytes, 0).ok());

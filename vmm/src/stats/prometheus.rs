@@ -27,7 +27,7 @@ fn process(text: &mut Text, stats: &VmStats) {
     text.family(
         "coppice_page_faults_total",
         Kind::Counter,
-        "Page faults of this process; major ones had to read a disk.",
+        "Page faults of this process's own threads, not those of its guest that had to wait; major ones had to read a disk.",
     );
     text.sample(&[("kind", "minor")], stats.page_faults.minor);
     text.sample(&[("kind", "major")], stats.page_faults.major);

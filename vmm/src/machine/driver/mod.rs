@@ -5,6 +5,7 @@ mod answers;
 mod counters;
 
 use super::Machine;
+use super::backend::BackendError;
 use super::boot::{BootError, boot};
 use super::config::{self, ConfigError};
 use super::private::PrivateWatch;
@@ -19,6 +20,7 @@ use crate::console::{Console, ConsoleError, Input, Pty};
 use crate::devices::alarm::Alarm;
 use crate::logging::{self, LogError};
 use crate::memory::kinds::StartError;
+use crate::memory::uffd::UffdError;
 use crate::notice::{self, Halt, Notice, Notices, Notifier};
 use crate::stats::process::{self, ProcessStart};
 use crate::stats::scan::Scanner;
@@ -107,6 +109,9 @@ pub enum RunError {
         "the page server at {0} is gone, and without it the guest cannot go on: its untouched pages are lost; restore the guest again once the server runs"
     )]
     PageServerGone(PathBuf),
+    /// Neither it nor signals can be watched for.
+    #[error("cannot watch the page server any longer: {0}; is the host out of memory, or of open files?")]
+    Guard(io::Error),
 }
 
 /// Why a request was refused.
@@ -354,7 +359,14 @@ impl Driver {
                 metrics.map_or(Ok(()), |sink| self.set_metrics(sink))?;
                 Ok(self.boot()?)
             }
-            Start::Restore(load) => Ok(self.load(&load)?),
+            Start::Restore(load) => match self.load(&load) {
+                // It was given up for that.
+                Err(RequestError::Restore(RestoreError::Backend(BackendError::Uffd(UffdError::Ending)))) => {
+                    self.end(Ok(Ending::Signal));
+                    Ok(())
+                }
+                loaded => Ok(loaded?),
+            },
         }
     }
 
@@ -501,9 +513,14 @@ impl Driver {
             Notice::Halt(halt) => self.on_limit(halt),
             // Whoever ends everything at once ends the page server too.
             Notice::PageServerGone(_) if self.signals.have_come() => self.end(Ok(Ending::Signal)),
-            // It was that of a snapshot which could not be loaded.
-            Notice::PageServerGone(_) if self.machine.is_none() => {}
-            Notice::PageServerGone(path) => self.end(Err(RunError::PageServerGone(path))),
+            Notice::PageServerGone(session) => {
+                let server = self.machine.as_ref().and_then(Machine::page_server);
+                // Another session's was that of a snapshot which could not be loaded.
+                if let Some(server) = server.filter(|server| server.session() == session) {
+                    let path = server.path().to_owned();
+                    self.end(Err(RunError::PageServerGone(path)));
+                }
+            }
             Notice::SnapshotWritten => self.on_snapshot_written(ops),
             Notice::LayersFolded => self.on_layers_folded(ops),
             Notice::Scanned(scanned) => self.on_scanned(scanned, ops),
