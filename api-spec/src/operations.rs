@@ -540,7 +540,7 @@ mod tests {
         assert_eq!(find("GET", "/version/").map(|(operation, _)| operation.id), Some("getVersion"));
         assert_eq!(methods("/version/"), ["GET"]);
         assert_eq!(methods("/machine-config"), ["GET", "PUT", "PATCH"]);
-        assert_eq!(methods("/drives/x"), ["PUT", "PATCH"]);
+        assert_eq!(methods("/drives/x"), ["PUT", "PATCH", "DELETE"]);
         assert!(methods("/nothing").is_empty());
     }
 }

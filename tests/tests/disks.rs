@@ -205,7 +205,7 @@ fn the_bound_of_an_overlay_is_raised_over_the_api() {
         ("root", update(None, Some(path.clone())), "path_on_host cannot be changed"),
         ("root", update(None, None), "nothing to change"),
         ("root", update(Some(0), None), "at least 1"),
-        ("data", update(Some(64), None), "the body is of root"),
+        ("data", update(Some(64), None), "drive_id is \"root\" in the body"),
         ("data", DriveUpdate { drive_id: "data".into(), ..update(Some(64), None) }, "there is no data"),
         ("sealed", DriveUpdate { drive_id: "sealed".into(), ..update(Some(64), None) }, "is_read_only"),
     ] {
@@ -238,7 +238,9 @@ fn disks_are_configured_over_the_api() {
     let mut root = disk("a");
     root["is_root_device"] = true.into();
     put(&mut api, "/drives/a", root).expect("it takes the place of the first");
-    assert!(put(&mut api, "/drives/b", disk("a")).expect_err("it is refused").contains("the body is of a"));
+    assert!(
+        put(&mut api, "/drives/b", disk("a")).expect_err("it is refused").contains("drive_id is \"a\" in the body")
+    );
     let mut engine = disk("c");
     engine["io_engine"] = "Async".into();
     assert!(put(&mut api, "/drives/c", engine).expect_err("it is refused").contains("Async"));

@@ -37,7 +37,10 @@ fn lines_for_programs_are_documents_that_tell_the_request() {
     let place = Place::new();
     let log = place.join("log");
     let path = log.to_str().expect("the path is text");
-    let vm = waiting(&place, &["--id", "vm-7", "--log-file", path, "--log-format", "json", "--log-level", "trace"]);
+    let log_options = ["--id", "vm-7", "--log-file", path, "--log-format", "json", "--log-level", "trace"];
+    let console = place.join("console");
+    let console = ["--console", console.to_str().expect("the path is text")];
+    let vm = waiting(&place, &[&log_options[..], &console[..]].concat());
     let source = json!({ "embedded_guest": true, "boot_args": SECRET });
     let mut numbers = Vec::new();
     for (method, path, body) in [
@@ -125,7 +128,9 @@ fn whoever_cannot_start_a_vm_is_told_how_it_was_configured() {
     let vm = waiting(&place, &[]);
     let put =
         |path: &str, body: Value| answers(&say(&vm.api, &request("PUT", path, body.to_string().as_bytes()))).remove(0);
-    assert_eq!(put("/boot-source", json!({ "kernel_image_path": place.join("no-kernel") })).status, 204);
+    let kernel = place.join("no-kernel");
+    fs::write(&kernel, "this is none").expect("a file can be made in the test's directory");
+    assert_eq!(put("/boot-source", json!({ "kernel_image_path": kernel })).status, 204);
     assert_eq!(put("/machine-config", json!({ "mem_size_mib": 64 })).status, 204);
     let refused = put("/actions", json!({ "action_type": "InstanceStart" }));
     let body: Value = serde_json::from_str(&refused.body).expect("a document");

@@ -212,7 +212,7 @@ pub enum LogError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// It is a disk, which lines would destroy.
+    /// It is a disk, which lines would destroy, or another device.
     #[error("{0} is no place for lines: give a file, a FIFO or a terminal")]
     NoPlace(PathBuf),
 }

@@ -3,7 +3,7 @@
 use super::LogError;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 /// Takes lines, each whole or not at all.
@@ -84,7 +84,11 @@ fn open(path: &Path) -> Result<File, LogError> {
     let fail = |source| LogError::Open { path: path.to_owned(), source };
     let file = options.open(path).map_err(fail)?;
     let kind = file.metadata().map_err(fail)?.file_type();
-    match kind.is_file() || kind.is_fifo() || kind.is_char_device() {
+    // Of devices those that are meant for text, the one that swallows it, and the one that never has room.
+    let [null, full] = [rustix::fs::makedev(1, 3), rustix::fs::makedev(1, 7)];
+    let is_for_none = |metadata: fs::Metadata| [null, full].contains(&metadata.rdev());
+    let is_for_text = || rustix::termios::isatty(&file) || file.metadata().is_ok_and(is_for_none);
+    match kind.is_file() || kind.is_fifo() || kind.is_char_device() && is_for_text() {
         true => Ok(file),
         false => Err(LogError::NoPlace(path.to_owned())),
     }
@@ -197,7 +201,7 @@ mod tests {
     #[test]
     fn a_place_that_cannot_be_is_named() {
         let dir = tempfile::tempdir().unwrap();
-        for path in [dir.path().join("none/log"), dir.path().to_owned()] {
+        for path in [dir.path().join("none/log"), dir.path().to_owned(), "/dev/zero".into()] {
             let error = Sink::open(Some(&path)).err().unwrap().to_string();
             assert!(error.contains(path.to_str().unwrap()), "{error}");
         }

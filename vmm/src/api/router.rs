@@ -14,7 +14,7 @@ const MAX_RUNS: std::ops::RangeInclusive<u32> = 1..=10_000;
 
 /// The request that `message` is, or the answer that it gets at once.
 pub fn route(message: &Message) -> Result<Request, Response> {
-    let (method, path) = (message.method.as_str(), trimmed(&message.path));
+    let (method, path) = (message.method.as_str(), message.path.as_str());
     let (operation, name) = operations::find(method, path).ok_or_else(|| unknown(method, path))?;
     if operation.when == When::Never {
         return Ok(Request::Declined(operation));
@@ -66,14 +66,6 @@ fn body<T: DeserializeOwned>(message: &Message) -> Result<T, Response> {
     strict::from_slice(&message.body).map_err(|e| {
         Response::fault(400, &format!("{} {}: the body is not what it should be: {e}", message.method, message.path))
     })
-}
-
-/// A path without the slash that some put at its end.
-fn trimmed(path: &str) -> &str {
-    match path.trim_end_matches('/') {
-        "" => path,
-        trimmed => trimmed,
-    }
 }
 
 /// A body that names itself as the end of its path does.

@@ -3,7 +3,7 @@
 use super::config::DevicePlan;
 use api_spec::devices::{Balloon, Entropy, NetworkInterface, RateLimiter, TokenBucket};
 use api_spec::mac::MacError;
-use api_spec::vm::Vsock;
+use api_spec::vm::{Readiness, Vsock};
 use snapshot::manifest::{self, BalloonDevice, Devices, EntropyDevice, NetworkDevice, RateLimit, VsockDevice};
 
 /// What a manifest says of these devices. The disks are left out: what is said of them is known when they are written.
@@ -79,6 +79,24 @@ fn network_interface(device: &NetworkDevice) -> Result<NetworkInterface, MacErro
     })
 }
 
+/// What a manifest says of what the agent has announced.
+pub fn recorded_readiness(readiness: Readiness) -> manifest::Readiness {
+    match readiness {
+        Readiness::Agent => manifest::Readiness::Agent,
+        Readiness::Full => manifest::Readiness::Full,
+        Readiness::Degraded => manifest::Readiness::Degraded,
+    }
+}
+
+/// What the agent had announced, of which a manifest speaks.
+pub fn readiness(recorded: manifest::Readiness) -> Readiness {
+    match recorded {
+        manifest::Readiness::Agent => Readiness::Agent,
+        manifest::Readiness::Full => Readiness::Full,
+        manifest::Readiness::Degraded => Readiness::Degraded,
+    }
+}
+
 /// What a manifest says of a bound.
 pub fn rate_limit(limiter: RateLimiter) -> RateLimit {
     let bucket = |TokenBucket { size, one_time_burst, refill_time }| manifest::TokenBucket {
@@ -108,6 +126,9 @@ mod tests {
 
     #[test]
     fn what_is_recorded_comes_back() {
+        for announced in [Readiness::Agent, Readiness::Full, Readiness::Degraded] {
+            assert_eq!(readiness(recorded_readiness(announced)), announced);
+        }
         let bucket = |one_time_burst| Some(TokenBucket { size: 5, one_time_burst, refill_time: 7 });
         let limits = [
             RateLimiter::default(),

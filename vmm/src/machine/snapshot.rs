@@ -24,7 +24,7 @@ use crate::vcpu::state::VcpuStateError;
 use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus, SnapshotType};
 use api_spec::vm::Readiness;
 use snapshot::create::{Cancel, CreateError, Facts, FileSource, MemoryDigest, MemorySource, Staging};
-use snapshot::manifest::{self, MemoryRegion};
+use snapshot::manifest::MemoryRegion;
 use snapshot::state::MachineState;
 use std::io;
 use std::ops::Range;
@@ -256,11 +256,7 @@ fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
         host: host::facts(),
         // The disks are added when they are written.
         devices: record::devices(&machine.plan),
-        readiness: readiness.map(|readiness| match readiness {
-            Readiness::Agent => manifest::Readiness::Agent,
-            Readiness::Full => manifest::Readiness::Full,
-            Readiness::Degraded => manifest::Readiness::Degraded,
-        }),
+        readiness: readiness.map(record::recorded_readiness),
     }
 }
 

@@ -3,7 +3,7 @@
 //! - [`process`]: what the kernel counts for this process, and when it began
 //! - [`scan`]: looks at which kinds of pages guest memory consists of, on a thread of its own
 //! - [`prometheus`]: counters as Prometheus reads them (pure)
-//! - [`line`]: counters as a line of JSON, in the shape that tools for Firecracker's metrics know (pure)
+//! - [`mod@line`]: counters as a line of JSON, in the shape that tools for Firecracker's metrics know (pure)
 //! - [`sink`]: where such lines are written
 //!
 //! Devices and vCPUs count for themselves; [`crate::machine::Machine::count`] gathers.

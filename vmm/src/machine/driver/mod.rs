@@ -427,6 +427,8 @@ impl Driver {
         self.config.network_interfaces = machine.plan().network.clone();
         self.config.entropy = machine.plan().entropy;
         self.config.balloon = machine.plan().balloon;
+        // It stands in the guest's memory, which is that of the snapshot.
+        self.readiness = machine.recorded_readiness();
         self.private.set_brakes(machine.brakes());
         self.machine = Some(machine);
         self.look_at_private_memory();
@@ -590,7 +592,8 @@ impl Driver {
                 let SnapshotStatus { pause_us, total_us, .. } = self.status;
                 tracing::info!(pause_us, total_us, "a snapshot is complete");
             }
-            Some(error) => tracing::warn!("a snapshot failed: {error}"),
+            // Whoever has asked is told; it may be no news, as when the vmm ends.
+            Some(error) => tracing::info!("a snapshot failed: {error}"),
         });
         // Before the answer, which may bring further requests.
         self.saved(self.status.state == SnapshotState::Done);
