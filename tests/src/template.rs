@@ -3,10 +3,11 @@
 use crate::agent::Agent;
 use crate::place::Place;
 use crate::vm::{Boot, Vm};
-use api_spec::agent::Pages;
+use api_spec::agent::{Pages, Request, Response};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 /// The pattern of the working set.
 pub const SEED: u64 = 0xc0_991c_e000;
@@ -70,6 +71,27 @@ impl Facts {
         let scratch = Pages::run(self.working_set.count, SCRATCH_PAGES);
         agent.write(scratch, value);
         assert_eq!(agent.touch(scratch), value * u64::from(SCRATCH_PAGES), "what was written does not read back");
+    }
+
+    /// Has a guest check its working set piece by piece. After a quarter of it `end` is done, which takes away what serves
+    /// its pages: it may fail to answer from then on, but not with a page that is wrong.
+    pub fn check_until_the_end(&self, agent: &mut Agent, patience: Duration, end: impl FnOnce()) {
+        let pages = self.working_set.count;
+        let (mut end, mut verified) = (Some(end), 0);
+        // Each request needs pages that were never touched; the end comes in the middle of it all.
+        for first in (0..pages).step_by(16) {
+            if first >= pages / 4
+                && let Some(end) = end.take()
+            {
+                end();
+            }
+            match agent.try_ask_within(patience, Request::Verify { pages: Pages::run(first, 16), seed: SEED }) {
+                Ok(answer) => assert_eq!(answer, Response::Mismatches(0), "pages from {first}"),
+                Err(_) => break,
+            }
+            verified = first + 16;
+        }
+        assert!((pages / 4..pages).contains(&verified), "{verified} of {pages} pages were read");
     }
 }
 
