@@ -229,6 +229,7 @@ pub struct ConsoleStats {
 pub struct MemoryMapQuery {
     /// Guest-physical address to begin at, that of a page; 0 when absent.
     #[serde(default)]
+    #[schemars(extend("multipleOf" = 4096))]
     pub start: u64,
     /// Most runs in the answer, 1 to 10000; 1000 when absent.
     #[serde(default = "default_runs")]

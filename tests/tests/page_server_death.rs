@@ -2,7 +2,7 @@
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
-use api_spec::agent::{Pages, Request, Response};
+use api_spec::agent::Request;
 use rustix::process::Signal;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
