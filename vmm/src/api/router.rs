@@ -85,7 +85,8 @@ fn named<T: DeserializeOwned>(
 }
 
 fn query(message: &Message) -> Result<MemoryMapQuery, Response> {
-    memory_map_query(message.query.as_deref().unwrap_or_default()).map_err(|reason| Response::fault(400, &reason))
+    memory_map_query(message.query.as_deref().unwrap_or_default())
+        .map_err(|reason| Response::fault(400, &format!("{} {}: {reason}", message.method, message.path)))
 }
 
 /// What a query says of a map of memory: `start` and `max_runs`, each once at most, as decimal numbers.

@@ -58,7 +58,8 @@ Options by which Firecracker's clients start it:
   --show-log-origin      lines of the log tell the place in the source that they come from
   --module PATH          log only what comes from this module, such as `vmm::api`
   --metrics-path PATH    where counters are written, as by `PUT /metrics`
-  --boot-timer           log the time until the guest writes 123 to address 0xc0000000 (at level `info`, which is then the default)
+  --boot-timer           log the time until the guest writes 123 to address 0xc0000000 (at level `info`, which is the
+                         default then)
   --http-api-max-payload-size N
                          longest body that the API takes, in bytes (default 51200)
   --start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N
