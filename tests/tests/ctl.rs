@@ -161,6 +161,8 @@ fn counters_are_told_and_written() {
     assert!(people.lines().any(|line| line.ends_with("16777216 (16.0 MiB)")), "{people}");
     let map = ctl.told("memory-map --start 0 --max-runs 2");
     assert!(map["runs"].as_array().is_some_and(|runs| (1..=2).contains(&runs.len())), "{map}");
+    let refused = ctl.refused("memory-map --max-runs 0", "max_runs is 0");
+    assert_eq!(refused.matches("GET /vm/memory-map").count(), 1, "{refused}");
     assert!(fs::metadata(place.join("vmm.log")).is_ok());
     vm.stop();
 }

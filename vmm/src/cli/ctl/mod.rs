@@ -125,7 +125,8 @@ fn make(call: &Call, variable: Option<OsString>) -> Result<String, CtlError> {
             .map_err(|e| CtlError::NoAnswer { call: name, source: RestError::Answer(e.to_string()) }),
         Err(RestError::Refused { message, .. }) => {
             // Some of the vmm's words name the call themselves.
-            let message = message.strip_prefix(&format!("{name}: ")).map(str::to_owned).unwrap_or(message);
+            let own = name.split('?').next().unwrap_or_default();
+            let message = message.strip_prefix(&format!("{own}: ")).map(str::to_owned).unwrap_or(message);
             Err(CtlError::Refused { call: name, message })
         }
         Err(RestError::Io(e)) if e.kind() == ErrorKind::TimedOut => {
