@@ -279,7 +279,8 @@ pub struct InstanceInfo {
     pub vmm_version: String,
     /// Name of the program.
     pub app_name: String,
-    /// What the agent in the guest has announced, once it has; in a clone at first what it had before the snapshot.
+    /// What the agent in the guest has announced, once it has. A clone's announces itself anew, when it has been given an
+    /// identity; the embedded guest's does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub readiness: Option<Readiness>,
     /// The pseudo-terminal that is the guest's console, if it has one.

@@ -111,7 +111,6 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
         page_server: None,
         ending: Default::default(),
         plan: devices_plan,
-        readiness: None,
         running: false,
         halting: false,
     })

@@ -41,7 +41,6 @@ use crate::vcpu::state::StateShape;
 use crate::vcpu::{self, Brake, Buses, Vcpu, VcpuError};
 use api_spec::devices::{BalloonStatistics, Drive, NetworkInterface};
 use api_spec::stats::VmStats;
-use api_spec::vm::Readiness;
 use config::DevicePlan;
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::sync::Arc;
@@ -61,8 +60,6 @@ pub struct Machine {
     /// Set when this process is about to end.
     ending: Arc<AtomicBool>,
     plan: DevicePlan,
-    /// What the agent had announced when the snapshot was taken that this machine is from.
-    readiness: Option<Readiness>,
     /// Whether vCPUs run, or one of them may.
     running: bool,
     /// The vCPUs are to stand still, whoever else lets them run: see [`Machine::halt`].
@@ -73,11 +70,6 @@ impl Machine {
     /// Whether vCPUs run.
     pub fn is_running(&self) -> bool {
         self.running
-    }
-
-    /// What the agent had announced when the snapshot was taken that this machine is from.
-    pub fn recorded_readiness(&self) -> Option<Readiness> {
-        self.readiness
     }
 
     /// Guest memory, in bytes.

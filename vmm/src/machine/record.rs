@@ -80,20 +80,11 @@ fn network_interface(device: &NetworkDevice) -> Result<NetworkInterface, MacErro
 }
 
 /// What a manifest says of what the agent has announced.
-pub fn recorded_readiness(readiness: Readiness) -> manifest::Readiness {
+pub fn readiness(readiness: Readiness) -> manifest::Readiness {
     match readiness {
         Readiness::Agent => manifest::Readiness::Agent,
         Readiness::Full => manifest::Readiness::Full,
         Readiness::Degraded => manifest::Readiness::Degraded,
-    }
-}
-
-/// What the agent had announced, of which a manifest speaks.
-pub fn readiness(recorded: manifest::Readiness) -> Readiness {
-    match recorded {
-        manifest::Readiness::Agent => Readiness::Agent,
-        manifest::Readiness::Full => Readiness::Full,
-        manifest::Readiness::Degraded => Readiness::Degraded,
     }
 }
 
@@ -126,9 +117,6 @@ mod tests {
 
     #[test]
     fn what_is_recorded_comes_back() {
-        for announced in [Readiness::Agent, Readiness::Full, Readiness::Degraded] {
-            assert_eq!(readiness(recorded_readiness(announced)), announced);
-        }
         let bucket = |one_time_burst| Some(TokenBucket { size: 5, one_time_burst, refill_time: 7 });
         let limits = [
             RateLimiter::default(),

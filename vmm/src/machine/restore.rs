@@ -159,20 +159,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
 
     let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
-    let readiness = snapshot.manifest().readiness.map(record::readiness);
-    Ok(Machine {
-        vcpus,
-        devices,
-        shape,
-        vm: vm.fd,
-        ram,
-        page_server,
-        ending,
-        plan,
-        readiness,
-        running: false,
-        halting: false,
-    })
+    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, page_server, ending, plan, running: false, halting: false })
 }
 
 /// Whether this program on this host can run the snapshot.

@@ -256,7 +256,7 @@ fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
         host: host::facts(),
         // The disks are added when they are written.
         devices: record::devices(&machine.plan),
-        readiness: readiness.map(record::recorded_readiness),
+        readiness: readiness.map(record::readiness),
     }
 }
 

@@ -427,8 +427,6 @@ impl Driver {
         self.config.network_interfaces = machine.plan().network.clone();
         self.config.entropy = machine.plan().entropy;
         self.config.balloon = machine.plan().balloon;
-        // It stands in the guest's memory, which is that of the snapshot.
-        self.readiness = machine.recorded_readiness();
         self.private.set_brakes(machine.brakes());
         self.machine = Some(machine);
         self.look_at_private_memory();
