@@ -159,9 +159,15 @@ pub fn drive(drive_id: &str, path: &Path) -> Drive {
 
 /// A vmm that waits for instructions.
 pub fn waiting(place: &Place, name: &str) -> Vm {
+    waiting_with(place, name, |_| {})
+}
+
+/// A vmm that waits for instructions, started with what `arguments` adds.
+pub fn waiting_with(place: &Place, name: &str, arguments: impl FnOnce(&mut std::process::Command)) -> Vm {
     let (vsock, api) = sockets(place, name);
     let process = Process::start(place, name, binaries::vmm(), |vmm| {
         vmm.arg("--api-sock").arg(&api);
+        arguments(vmm);
     });
     Vm { process, name: name.to_owned(), vsock, api }
 }

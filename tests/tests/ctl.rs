@@ -72,11 +72,9 @@ impl Ctl<'_> {
 
 /// A vmm that waits for instructions, and for which relative paths are in the directory of the test.
 fn waiting(place: &Place, name: &str) -> Vm {
-    let (vsock, api) = (place.join(format!("{name}.vsock")), place.join(format!("{name}.api")));
-    let process = Process::start(place, name, binaries::vmm(), |vmm| {
-        vmm.arg("--api-sock").arg(&api).current_dir(place.path());
+    let mut vm = tests::vm::waiting_with(place, name, |vmm| {
+        vmm.current_dir(place.path());
     });
-    let mut vm = Vm { process, name: name.to_owned(), vsock, api };
     drop(vm.client());
     vm
 }

@@ -8,7 +8,7 @@ use std::io::Read;
 use std::path::Path;
 use tests::http::{answers, request, say};
 use tests::template::Facts;
-use tests::{Boot, Place, Process, Vm, binaries, require, until};
+use tests::{Boot, Place, Vm, require, until};
 
 /// What nobody but the guest should know.
 const SECRET: &str = "a-word-that-is-nobodys-business";
@@ -22,11 +22,9 @@ fn lines(path: &Path) -> Vec<Value> {
 }
 
 fn waiting(place: &Place, arguments: &[&str]) -> Vm {
-    let api = place.join("vmm.api");
-    let process = Process::start(place, "vmm", binaries::vmm(), |vmm| {
-        vmm.arg("--api-sock").arg(&api).args(arguments);
+    let mut vm = tests::vm::waiting_with(place, "vmm", |vmm| {
+        vmm.args(arguments);
     });
-    let mut vm = Vm { process, name: "vmm".into(), vsock: place.join("vmm.vsock"), api };
     vm.api();
     vm
 }
