@@ -1,26 +1,32 @@
-//! The page-server protocol in shared mode: a vmm and the page server over a Unix stream socket.
+//! The page-server protocol: a vmm and the page server over a Unix stream socket.
 //!
 //! Each message is one JSON object on one line (ended by `\n`, at most [`MAX_MESSAGE`] bytes). The client speaks first:
 //!
 //! ```text
 //!   vmm                                              page server
-//!   Hello { version, image, size }            ->
+//!   Hello { version, image, size, mode }      ->
 //!                                             <-     Reply::Store { size, page_size }   + descriptor of the page store
 //!   (maps the store privately, creates a userfaultfd and registers the ranges for MISSING faults)
 //!   Attach { regions }  + the userfaultfd     ->
 //!                                             <-     Reply::Serving
-//!   (starts vCPUs; the connection stays open for the life of the guest and carries nothing more)
+//!   (starts vCPUs; the connection stays open for the life of the guest)
+//!   Ping { ping }                             ->     at any time, one after the other
+//!                                             <-     Reply::Pong { ping, waiting, away }
 //! ```
 //!
-//! At any step the server may answer [`Reply::Refused`] and close. Either side closing tells the other that it is gone.
+//! At any step the server may answer [`Reply::Refused`] and close: then the client must not go on with what it was given. Either
+//! side closing without a word tells the other that it is gone.
 //!
-//! **Copy mode** is another protocol, that of Firecracker: the client sends one JSON array of [`CopyRegion`] (no line end), with
+//! With [`Mode::Copy`] the server gives no store ([`Reply::Image`] instead of [`Reply::Store`]): it copies each page into the
+//! client's memory. That is how a guest is served that has lost its page server and found another one.
+//!
+//! **Firecracker's copy mode** is another protocol: the client sends one JSON array of [`CopyRegion`] (no line end), with
 //! its userfaultfd, and nothing more is said in either direction. So a first byte `[` instead of `{` tells the two apart.
 
 use serde::{Deserialize, Serialize};
 
-/// Version of the shared-mode protocol.
-pub const VERSION: u32 = 1;
+/// Version of the protocol.
+pub const VERSION: u32 = 2;
 /// Longest message, in bytes, line end included. Longer ones are refused.
 pub const MAX_MESSAGE: usize = 16 * 1024;
 /// How long either side waits for the other's next message before it gives up, in milliseconds.
@@ -38,6 +44,20 @@ pub struct Hello {
     pub image: String,
     /// Size of the memory image, in bytes.
     pub size: u64,
+    /// How pages are to come to the client.
+    #[serde(default)]
+    pub mode: Mode,
+}
+
+/// How pages come from the server to a client.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Through a store that the client maps, and shares with other guests.
+    #[default]
+    Shared,
+    /// Each by `UFFDIO_COPY`, into memory that nobody shares.
+    Copy,
 }
 
 /// One range of guest memory in the client.
@@ -77,11 +97,36 @@ pub struct Attach {
     pub regions: Vec<Region>,
 }
 
+/// A served client's question whether the server does its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ping {
+    /// Any number: the answer bears it.
+    pub ping: u64,
+}
+
 /// What the server answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Reply {
-    /// Answer to [`Hello`], sent with a descriptor of the page store.
+    /// Answer to [`Ping`]. Every fault that had been raised before the ping was sent has been answered, except those that wait.
+    Pong {
+        /// The number of the ping.
+        ping: u64,
+        /// So many of the client's faults wait for bytes that the server has not got yet.
+        waiting: u64,
+        /// Why they may have to wait long, if the place where the bytes come from cannot be reached.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        away: Option<String>,
+    },
+    /// Answer to [`Hello`] of [`Mode::Copy`].
+    Image {
+        /// Size of the image, in bytes.
+        size: u64,
+        /// Unit in which pages are copied, in bytes.
+        page_size: u64,
+    },
+    /// Answer to [`Hello`] of [`Mode::Shared`], sent with a descriptor of the page store.
     Store {
         /// Size of the store, in bytes: that of the image.
         size: u64,
@@ -95,51 +140,6 @@ pub enum Reply {
         /// What is wrong and what to do, in one line.
         reason: String,
     },
-}
-
-/// What the page server's metrics socket says: one JSON object to whoever connects, then the end of the stream.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Metrics {
-    /// Page stores, in use or kept warm.
-    pub stores: Vec<StoreMetrics>,
-    /// Guests that are being served now.
-    pub sessions: Vec<SessionMetrics>,
-    /// Guests served since the start, those of now included.
-    pub sessions_total: u64,
-    /// Clients that were refused or broke off the handshake.
-    pub refused_total: u64,
-    /// Stores retired because pages had appeared in them that the server had not put there.
-    pub stores_retired_total: u64,
-}
-
-/// Counters of one page store.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StoreMetrics {
-    /// Root digest of the image.
-    pub image: String,
-    /// The user whose guests share this store.
-    pub uid: u32,
-    /// Size of the image, in pages of 4 KiB.
-    pub image_pages: u64,
-    /// Pages that the server has filled.
-    pub filled_pages: u64,
-    /// Whether the store is retired: still serving the guests that have it, given to nobody else.
-    pub retired: bool,
-}
-
-/// Counters of one guest.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SessionMetrics {
-    /// Number of the session, from 1 in order of connection.
-    pub id: u64,
-    /// Process id of the client when it connected.
-    pub pid: u32,
-    /// Page-fault events read from the guest's userfaultfd.
-    pub uffd_events: u64,
-    /// Pages that the server filled in answer to those events, neighbours included.
-    pub pages_filled: u64,
-    /// Events whose page was in the store already, so that a wake-up was the whole answer.
-    pub already_present: u64,
 }
 
 #[cfg(test)]

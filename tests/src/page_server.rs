@@ -4,7 +4,7 @@ use crate::place::Place;
 use crate::process::Process;
 use crate::{PATIENCE, binaries, until};
 use api_spec::client::metrics;
-use api_spec::handshake::{Metrics, SessionMetrics};
+use api_spec::page_server::{Metrics, SessionMetrics};
 use std::path::{Path, PathBuf};
 
 /// A running page server.

@@ -47,7 +47,7 @@ fn main() -> Result<()> {
 fn measure() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let image = make_snapshot(&dir.path().join("snap"))?;
-    let hello = Hello { version: VERSION, image, size: SIZE as u64 };
+    let hello = Hello { version: VERSION, image, size: SIZE as u64, mode: Default::default() };
     let names = ["first_contiguous", "first_one_per_64k", "second_contiguous", "second_one_per_64k", "write_present"];
     let mut figures = vec![Vec::new(); names.len()];
     for _ in 0..RUNS {

@@ -214,6 +214,7 @@ fn complete(sent: usize, len: usize) -> Result<(), HandshakeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use api_spec::handshake::Mode;
 
     fn pair() -> (Handshake, UnixStream) {
         let (near, far) = UnixStream::pair().unwrap();
@@ -233,7 +234,9 @@ mod tests {
         assert!(handshake.receive().unwrap().is_none());
         far.write_all(b"ge\":\"ab\",\"size\":4096}\n").unwrap();
         match handshake.receive().unwrap() {
-            Some(Request::Hello(hello)) => assert_eq!(hello, Hello { version: 1, image: "ab".into(), size: 4096 }),
+            Some(Request::Hello(hello)) => {
+                assert_eq!(hello, Hello { version: 1, image: "ab".into(), size: 4096, mode: Mode::Shared })
+            }
             other => panic!("{other:?}"),
         }
     }

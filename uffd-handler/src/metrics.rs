@@ -1,6 +1,6 @@
 //! The metrics socket's readers: each gets one JSON document and the end of the stream, at its own pace.
 
-use api_spec::handshake::Metrics;
+use api_spec::page_server::Metrics;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -55,7 +55,7 @@ impl Reader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use api_spec::handshake::SessionMetrics;
+    use api_spec::page_server::SessionMetrics;
     use std::io::Read;
 
     #[test]

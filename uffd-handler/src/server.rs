@@ -19,7 +19,8 @@ use crate::source::Source;
 use crate::stores::{GrantError, Stores};
 use crate::token::Token;
 use crate::uffd::{self, AdoptError};
-use api_spec::handshake::{Hello, Metrics, Region, VERSION};
+use api_spec::handshake::{Hello, Region, VERSION};
+use api_spec::page_server::Metrics;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -153,6 +154,7 @@ impl Server {
             sessions_total: self.sessions_total,
             refused_total: self.refused_total,
             stores_retired_total: self.stores.retired_total(),
+            ..Metrics::default()
         }
     }
 

@@ -11,7 +11,7 @@ use crate::process::{Credentials, peer_pidfd};
 use crate::region::Regions;
 use crate::source::{Chunk, Source};
 use crate::store::{FillError, Store};
-use api_spec::handshake::SessionMetrics;
+use api_spec::page_server::SessionMetrics;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;

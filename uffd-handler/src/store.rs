@@ -117,7 +117,7 @@ impl Store {
         let bytes = source.read_chunk(chunk, buffer)?;
         let expected = ((pages.end - pages.start) * PAGE_SIZE) as usize;
         if bytes != expected {
-            return Err(SourceError(format!("chunk {chunk} has {bytes} bytes instead of {expected}")).into());
+            return Err(SourceError::Damaged(format!("chunk {chunk} has {bytes} bytes instead of {expected}")).into());
         }
         while let Some(gap) = self.present.first_gap(pages.clone()) {
             let within =

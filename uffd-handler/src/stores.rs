@@ -12,7 +12,8 @@ use crate::region::PAGE_SIZE;
 use crate::session::{Scratch, Session, SessionError, Turn};
 use crate::source::{Chunk, Source};
 use crate::store::{Audit, CreateError, FillError, Store};
-use api_spec::handshake::{Hello, StoreMetrics};
+use api_spec::handshake::Hello;
+use api_spec::page_server::StoreMetrics;
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
 
@@ -205,7 +206,8 @@ impl Stores {
             let source = &self.images[entry.image].source;
             StoreMetrics {
                 image: source.root().to_string(),
-                uid: entry.uid,
+                uid: Some(entry.uid),
+                sessions: 0,
                 image_pages: source.size() / PAGE_SIZE,
                 filled_pages: entry.store.filled_pages(),
                 retired: entry.retired,

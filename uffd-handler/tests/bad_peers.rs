@@ -102,7 +102,7 @@ fn hello_refusals(sample: &Sample, expect: &mut impl FnMut(String, &str)) {
     expect(say(sample, b"{}\n"), "missing field");
     expect(say(sample, &vec![b'x'; MAX_MESSAGE]), "longer than");
     expect(say(sample, &[&line(&sample.hello())[..], b"{}\n"].concat()), "bytes after");
-    expect(greet_with(sample, |hello| hello.version = 2), "version 2");
+    expect(greet_with(sample, |hello| hello.version = 1), "version 1");
     expect(greet_with(sample, |hello| hello.image = "00\nforged line".into()), "is not served here");
     expect(greet_with(sample, |hello| hello.size += 4096), "bytes, not");
     let null = File::open("/dev/null").unwrap();

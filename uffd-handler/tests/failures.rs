@@ -118,7 +118,12 @@ fn a_client_killed_in_a_fault_is_forgotten() {
 /// What the other process of the test above does: faults slowly, until it is killed.
 fn be_the_client_that_is_killed(dir: &str, image: String) {
     let size = 4 * MIB;
-    let hello = api_spec::handshake::Hello { version: 1, image, size: size as u64 };
+    let hello = api_spec::handshake::Hello {
+        version: api_spec::handshake::VERSION,
+        image,
+        size: size as u64,
+        mode: Default::default(),
+    };
     let greeted = uffd_handler::client::greet(&std::path::Path::new(dir).join("s"), &hello).unwrap();
     let view = View::map(&greeted.store, size);
     let uffd = register(&view);

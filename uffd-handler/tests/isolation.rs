@@ -86,14 +86,19 @@ fn another_user_gets_another_store_and_cannot_open_it_for_writing() {
         let stores = server.metrics().stores;
         assert_eq!(
             stores.iter().map(|store| (store.uid, store.filled_pages)).collect::<Vec<_>>(),
-            [(rustix::process::getuid().as_raw(), 256), (NOBODY, 0)]
+            [(Some(rustix::process::getuid().as_raw()), 256), (Some(NOBODY), 0)]
         );
     });
 }
 
 /// What the other process of the test above does.
 fn be_the_other_user(dir: &str, image: String) {
-    let hello = api_spec::handshake::Hello { version: 1, image, size: MIB as u64 };
+    let hello = api_spec::handshake::Hello {
+        version: api_spec::handshake::VERSION,
+        image,
+        size: MIB as u64,
+        mode: Default::default(),
+    };
     let greeted = uffd_handler::client::greet(&std::path::Path::new(dir).join("s"), &hello).unwrap();
     assert_eq!(reopen(&greeted.store).unwrap_err().kind(), ErrorKind::PermissionDenied);
     drop(View::map(&greeted.store, MIB));

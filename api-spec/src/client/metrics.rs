@@ -1,7 +1,7 @@
 //! Reading the page server's metrics.
 
 use super::unix;
-use crate::handshake::Metrics;
+use crate::page_server::Metrics;
 use std::io::{self, Read};
 use std::path::Path;
 use std::time::{Duration, Instant};

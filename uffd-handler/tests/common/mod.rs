@@ -1,7 +1,8 @@
 //! A snapshot with known words, a server process, and clients of it.
 #![allow(dead_code, missing_docs, unsafe_code, reason = "each test program uses its part of this; clients map memory")]
 
-use api_spec::handshake::{Hello, Metrics, Region, VERSION};
+use api_spec::handshake::{Hello, Mode, Region, VERSION};
+use api_spec::page_server::Metrics;
 use snapshot::create::{BytesSource, Facts, Staging};
 use snapshot::manifest::{Cpu, Manifest};
 use snapshot::state::MachineState;
@@ -85,7 +86,12 @@ impl Sample {
     }
 
     pub fn hello(&self) -> Hello {
-        Hello { version: VERSION, image: self.manifest.memory.root.clone(), size: self.size() as u64 }
+        Hello {
+            version: VERSION,
+            image: self.manifest.memory.root.clone(),
+            size: self.size() as u64,
+            mode: Mode::Shared,
+        }
     }
 
     /// Changes one byte of the image file, whatever its mode.

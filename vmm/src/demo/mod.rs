@@ -12,7 +12,7 @@ use api_spec::agent::{Pages, Request, Response, Resumed};
 use api_spec::client::agent::AgentError;
 use api_spec::client::rest::RestError;
 use api_spec::client::{AgentClient, RestClient, metrics};
-use api_spec::handshake::Metrics;
+use api_spec::page_server::Metrics;
 use api_spec::snapshot::{SnapshotCreate, SnapshotStatus};
 use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
 use report::{CloneReport, Report};

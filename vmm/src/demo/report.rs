@@ -2,7 +2,7 @@
 
 use super::DemoOptions;
 use crate::host::{self, Host};
-use api_spec::handshake::Metrics;
+use api_spec::page_server::Metrics;
 use api_spec::snapshot::SnapshotStatus;
 use serde::Serialize;
 use std::fmt;

@@ -14,7 +14,7 @@
 
 use super::layout::GENERATION_PAGE;
 use super::{GuestRam, MemoryError, PAGE_SIZE};
-use api_spec::handshake::{Hello, Region, VERSION};
+use api_spec::handshake::{Hello, Mode as PageMode, Region, VERSION};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_get_seals, fstat, memfd_create};
 use rustix::io::fcntl_dupfd_cloexec;
@@ -319,7 +319,7 @@ fn poll_now(fd: &impl AsFd, events: PollFlags) -> bool {
 pub fn connect(path: &Path, image: &str, regions: Vec<MemoryRegion>) -> Result<(GuestRam, PageServer), UffdError> {
     let failed = |source| UffdError::Server { path: path.to_owned(), source };
     let size = regions.iter().map(|r| r.size_bytes).sum();
-    let hello = Hello { version: VERSION, image: image.to_owned(), size };
+    let hello = Hello { version: VERSION, image: image.to_owned(), size, mode: PageMode::Shared };
     // Made first: see `PageServer` about its number.
     let uffd = Arc::new(uffd_handler::uffd::create()?);
     let greeted = client::greet(path, &hello).map_err(failed)?;

@@ -1,17 +1,30 @@
 //! Where pages come from: an immutable memory image that is read, and checked, a chunk at a time.
 
+mod file;
+
 use crate::region::CHUNK_SIZE;
 
 /// Room for one chunk.
 pub type Chunk = [u8; CHUNK_SIZE as usize];
 
-/// A chunk could not be had, or is not what the image's digests say. The text is for a person.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct SourceError(pub String);
+/// Why a chunk cannot be had. The texts are for a person.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SourceError {
+    /// It is not what the image's digests say, or is not there at all. That will not change.
+    #[error("{0}")]
+    Damaged(String),
+    /// The place where it comes from cannot be reached, or fails. That may pass.
+    #[error("{0}")]
+    Away(String),
+}
 
 /// An immutable memory image.
-pub trait Source {
+///
+/// Methods that may wait are called on threads that have the time.
+pub trait Source: Send + Sync {
+    /// What kind of place it is, in one word, for the counters.
+    fn kind(&self) -> &'static str;
+
     /// Root digest of the image: its name.
     fn root(&self) -> &str;
 
@@ -21,19 +34,10 @@ pub trait Source {
     /// Reads chunk `index` into `chunk` and checks it; returns how many bytes of it the image has, which is less than
     /// a whole chunk only at the image's end. Bytes that fail their check are never returned as good.
     fn read_chunk(&self, index: u64, chunk: &mut Chunk) -> Result<usize, SourceError>;
-}
 
-impl Source for snapshot::image::MemoryImage {
-    fn root(&self) -> &str {
-        self.root()
-    }
-
-    fn size(&self) -> u64 {
-        self.size()
-    }
-
-    fn read_chunk(&self, index: u64, chunk: &mut Chunk) -> Result<usize, SourceError> {
-        self.read_chunk(index, chunk).map_err(|error| SourceError(error.to_string()))
+    /// As [`Source::read_chunk`], but never waits: `None` if it would have to.
+    fn read_chunk_now(&self, _index: u64, _chunk: &mut Chunk) -> Result<Option<usize>, SourceError> {
+        Ok(None)
     }
 }
 
