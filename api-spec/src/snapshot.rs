@@ -139,6 +139,32 @@ pub struct MemBackend {
     pub backend_path: PathBuf,
     /// How memory is provided.
     pub backend_type: MemBackendType,
+    /// What becomes of the guest when the page server dies or hangs; `failover` when absent. Not for a file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_handler_loss: Option<OnHandlerLoss>,
+}
+
+impl MemBackend {
+    /// Memory from there, and nothing said beyond that.
+    pub fn of(backend_type: MemBackendType, backend_path: PathBuf) -> Self {
+        MemBackend { backend_path, backend_type, on_handler_loss: None }
+    }
+}
+
+/// What becomes of a guest when its page server dies, hangs, or cannot get its bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnHandlerLoss {
+    /// The vmm serves its pages itself, from the snapshot's memory file, until there is a page server again. Where it cannot,
+    /// `reattach`.
+    #[default]
+    Failover,
+    /// It waits for a page server at the same place. After a second it is paused, and goes on when there is one.
+    Reattach,
+    /// It is paused at once, and goes on when there is a page server again.
+    Pause,
+    /// It ends: at once if the page server is gone, after 5 s if it does not answer.
+    Kill,
 }
 
 /// How a guest's memory is provided.

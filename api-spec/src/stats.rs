@@ -16,6 +16,9 @@ pub struct VmStats {
     pub latencies: Latencies,
     /// What guest memory consists of.
     pub memory: MemoryStats,
+    /// How the page server has done, if memory comes from one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub page_server: Option<PageServerStats>,
     /// What each vCPU has done, in the order of their numbers.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub vcpus: Vec<VcpuStats>,
@@ -94,6 +97,45 @@ pub struct MemoryStats {
     /// The guest's own pages. Before its first snapshot a booted guest has no others. One that was given back and then read
     /// counts here, though it takes no memory: the kernel maps its one page of zeros.
     pub private_bytes: u64,
+}
+
+/// How the page server of a guest has done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PageServerStats {
+    /// Who serves now.
+    pub state: PageServerState,
+    /// Why it is not the page server, if it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Times that the page server was gone.
+    pub losses: u64,
+    /// Times that it was found silent, or unable to get its bytes.
+    pub hangs: u64,
+    /// Times that the vmm has begun to serve page faults itself.
+    pub takeovers: u64,
+    /// Times that a page server was found again.
+    pub reattachments: u64,
+    /// Page faults that the vmm has served itself.
+    pub faults_served: u64,
+    /// Of those, the ones that were outstanding when it took over.
+    pub faults_taken_over: u64,
+    /// How long the last takeover took, in microseconds: from noticing that the page server was gone, or from the first fault that
+    /// a silent one left unanswered, until the faults outstanding were served.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub takeover_us: Option<u64>,
+}
+
+/// Who serves the pages of a guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PageServerState {
+    /// The page server.
+    #[default]
+    Serving,
+    /// The vmm itself.
+    Failover,
+    /// Nobody: a guest that needs a page that it has not touched yet waits.
+    Lost,
 }
 
 /// What a vCPU has done: how often it has left the guest, and for what.

@@ -3,6 +3,7 @@
 use crate::NotOffered;
 use crate::devices::{Balloon, Drive, Entropy, NetworkInterface, Serial};
 use crate::logger::{Logger, MetricsSink};
+use crate::stats::PageServerState;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::path::PathBuf;
@@ -289,6 +290,9 @@ pub struct InstanceInfo {
     /// Why the VM was paused, if nobody asked for it: the limit that was reached, by name, and what to do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pause_reason: Option<String>,
+    /// Who serves the guest's pages, if they come from a page server; `GET /vm/stats` has more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub page_server: Option<PageServerState>,
 }
 
 /// Where a VM stands.

@@ -155,3 +155,16 @@ pub fn processes_with(text: &str) -> Vec<u32> {
         })
         .collect()
 }
+
+/// Page faults on a process's userfaultfds that nobody has answered yet, as the kernel counts them.
+pub fn outstanding_faults(pid: u32) -> u64 {
+    let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return 0 };
+    let numbers = entries.filter_map(Result::ok).filter(|entry| {
+        std::fs::read_link(entry.path()).is_ok_and(|link| link.as_os_str() == "anon_inode:[userfaultfd]")
+    });
+    let count = |name: std::ffi::OsString| -> Option<u64> {
+        let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", name.to_str()?)).ok()?;
+        info.lines().find_map(|line| line.strip_prefix("total:"))?.trim().parse().ok()
+    };
+    numbers.filter_map(|entry| count(entry.file_name())).sum()
+}

@@ -12,8 +12,8 @@ use api_spec::client::{AgentClient, RestClient, VmClient};
 use api_spec::devices::{Balloon, Drive, Entropy, NetworkInterface};
 use api_spec::mac::MacAddr;
 use api_spec::snapshot::{
-    DriveOverride, MemBackend, MemBackendType, NetworkOverride, SnapshotCreate, SnapshotLoad, SnapshotState,
-    SnapshotStatus, VsockOverride,
+    DriveOverride, MemBackend, MemBackendType, NetworkOverride, OnHandlerLoss, SnapshotCreate, SnapshotLoad,
+    SnapshotState, SnapshotStatus, VsockOverride,
 };
 use api_spec::vm::{BootSource, InstanceInfo, InstanceState, MachineConfig, VmConfig, Vsock};
 use std::path::{Path, PathBuf};
@@ -213,14 +213,19 @@ impl<'a> Restore<'a> {
 
     /// Its memory comes from the page server at this socket.
     pub fn uffd_at(mut self, socket: &Path) -> Self {
-        self.page_server =
-            Some(MemBackend { backend_path: socket.to_owned(), backend_type: MemBackendType::UffdShared });
+        self.page_server = Some(MemBackend::of(MemBackendType::UffdShared, socket.to_owned()));
         self
     }
 
     /// Its memory is copied by the page server at this socket.
     pub fn copied_from(mut self, socket: &Path) -> Self {
-        self.page_server = Some(MemBackend { backend_path: socket.to_owned(), backend_type: MemBackendType::Uffd });
+        self.page_server = Some(MemBackend::of(MemBackendType::Uffd, socket.to_owned()));
+        self
+    }
+
+    /// What becomes of it if its page server dies or hangs.
+    pub fn on_handler_loss(mut self, what: OnHandlerLoss) -> Self {
+        self.page_server.as_mut().expect("its memory comes from a page server").on_handler_loss = Some(what);
         self
     }
 
@@ -286,7 +291,11 @@ impl<'a> Restore<'a> {
     fn command(self, name: &str, vsock: PathBuf, api: PathBuf) -> Vm {
         let process = Process::start(self.place, name, binaries::vmm(), |vmm| {
             vmm.arg("--restore").arg(self.snapshot.join("snap.json")).arg("--api-sock").arg(&api);
-            if let Some(MemBackend { backend_path, backend_type }) = &self.page_server {
+            if let Some(MemBackend { backend_path, backend_type, on_handler_loss }) = &self.page_server {
+                if let Some(what) = on_handler_loss {
+                    let word = serde_json::to_value(what).expect("a policy has a JSON form");
+                    vmm.args(["--on-handler-loss", word.as_str().expect("a word")]);
+                }
                 vmm.arg("--uffd").arg(backend_path);
                 vmm.args(
                     (*backend_type == MemBackendType::Uffd).then_some(["--uffd-mode", "copy"]).into_iter().flatten(),

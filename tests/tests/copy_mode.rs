@@ -6,7 +6,8 @@
 use api_spec::agent::{Pages, Request};
 use api_spec::client::rest::RestError;
 use api_spec::devices::Balloon;
-use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad};
+use api_spec::snapshot::{MemBackend, MemBackendType, OnHandlerLoss, SnapshotLoad};
+use api_spec::stats::PageServerState;
 use api_spec::vm::{InstanceState, VmPatch, VmState};
 use rustix::process::Signal;
 use std::os::unix::net::UnixListener;
@@ -51,6 +52,11 @@ impl Handler {
             !self.said(word).is_empty()
         });
     }
+}
+
+/// A clone that is to end with its page server.
+fn dying<'a>(place: &'a Place, template: &Template, handler: &Handler) -> Restore<'a> {
+    from(place, template, handler).on_handler_loss(OnHandlerLoss::Kill)
 }
 
 fn from<'a>(place: &'a Place, template: &Template, handler: &Handler) -> Restore<'a> {
@@ -143,7 +149,7 @@ fn a_page_server_that_closes_the_connection_and_serves_is_fine() {
     require!(Kvm, Userfaultfd);
     let (template, place) = (Template::shared(), Place::new());
     let handler = Handler::start(&place, &template.snapshot, &["closes"]);
-    let (clone, mut agent) = from(&place, &template, &handler).ready("clone");
+    let (clone, mut agent) = dying(&place, &template, &handler).ready("clone");
     template.facts.check(&mut agent);
     let socket = handler.socket.clone();
     handler.process.kill();
@@ -162,10 +168,42 @@ fn a_clone_that_works_while_its_page_server_is_killed_reads_nothing_wrong_and_en
     let template = Template::make(TemplateOptions { memory_mib: 64, working_set_mib: 48, ..Default::default() });
     let place = Place::new();
     let handler = Handler::start(&place, &template.snapshot, &[]);
-    let (clone, mut agent) = from(&place, &template, &handler).ready("clone");
+    let (clone, mut agent) = dying(&place, &template, &handler).ready("clone");
     let socket = handler.socket.clone();
     template.facts.check_until_the_end(&mut agent, DEADLINE, || drop(handler.process.kill()));
     ends_for_want_of(&socket, clone);
+}
+
+fn until_state(vm: &mut Vm, state: PageServerState) {
+    until(&format!("{state:?}"), || vm.info().page_server == Some(state));
+}
+
+#[test]
+fn a_clone_outlives_its_page_server_and_is_served_by_the_next() {
+    require!(Kvm, Userfaultfd);
+    let template = Template::make(TemplateOptions { memory_mib: 64, working_set_mib: 48, ..Default::default() });
+    let place = Place::new();
+    let mut handler = Handler::start(&place, &template.snapshot, &[]);
+    let (mut clone, mut agent) = from(&place, &template, &handler).ready("clone");
+    let part = |number: u32| Pages::run(number * 1024, 1024);
+    assert_eq!(agent.mismatches(part(0), SEED), 0);
+    // It hangs, goes on, and is found to do so.
+    handler.process.signal(Signal::STOP);
+    assert_eq!(agent.mismatches(part(1), SEED), 0);
+    until_state(&mut clone, PageServerState::Failover);
+    handler.process.signal(Signal::CONT);
+    until_state(&mut clone, PageServerState::Serving);
+    assert_eq!(agent.mismatches(part(2), SEED), 0);
+    let socket = handler.socket.clone();
+    handler.process.kill();
+    assert_eq!(agent.mismatches(part(3), SEED), 0);
+    until_state(&mut clone, PageServerState::Failover);
+    std::fs::remove_file(&socket).expect("the page server has left it");
+    let mut handler = Handler::start(&place, &template.snapshot, &[]);
+    until_state(&mut clone, PageServerState::Serving);
+    handler.until_it_says("message");
+    template.facts.check(&mut agent);
+    clone.stop();
 }
 
 /// A clone that waits for a page of a server that stands still answers its API, and ends when it is told to.
@@ -174,7 +212,7 @@ fn a_clone_that_waits_for_a_page_can_be_paused_and_stopped() {
     require!(Kvm, Userfaultfd);
     let (template, place) = (Template::shared(), Place::new());
     let mut handler = Handler::start(&place, &template.snapshot, &[]);
-    let (mut clone, mut agent) = from(&place, &template, &handler).ready("clone");
+    let (mut clone, mut agent) = dying(&place, &template, &handler).ready("clone");
     handler.process.signal(Signal::STOP);
     let question = Request::Verify { pages: template.facts.working_set, seed: SEED };
     agent.try_ask_within(Duration::from_millis(300), question).expect_err("there are no pages");
@@ -196,7 +234,7 @@ fn a_page_server_that_stands_still_for_a_while_is_waited_for() {
     require!(Kvm, Userfaultfd);
     let (template, place) = (Template::shared(), Place::new());
     let mut handler = Handler::start(&place, &template.snapshot, &[]);
-    let (clone, mut agent) = from(&place, &template, &handler).ready("clone");
+    let (clone, mut agent) = dying(&place, &template, &handler).ready("clone");
     handler.process.signal(Signal::STOP);
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| agent.mismatches(template.facts.working_set, SEED));
@@ -228,7 +266,7 @@ fn a_page_server_that_serves_nothing_is_given_up_on() {
 
     let mut vm = tests::vm::waiting(&place, "again");
     let load = |path: &Path, backend_type| SnapshotLoad {
-        mem_backend: Some(MemBackend { backend_path: path.to_owned(), backend_type }),
+        mem_backend: Some(MemBackend::of(backend_type, path.to_owned())),
         vsock_override: Some(api_spec::snapshot::VsockOverride { uds_path: place.join("again.vsock") }),
         resume_vm: true,
         ..SnapshotLoad::of(template.snapshot.clone())
@@ -279,7 +317,7 @@ fn a_load_that_is_given_up_while_it_waits_is_answered() {
     let mut vm = tests::vm::waiting(&place, "asked");
     let vsock = vm.vsock.clone();
     let load = |path: &Path, backend_type| SnapshotLoad {
-        mem_backend: Some(MemBackend { backend_path: path.to_owned(), backend_type }),
+        mem_backend: Some(MemBackend::of(backend_type, path.to_owned())),
         vsock_override: Some(api_spec::snapshot::VsockOverride { uds_path: vsock.clone() }),
         resume_vm: true,
         ..SnapshotLoad::of(template.snapshot.clone())
@@ -359,7 +397,7 @@ fn a_snapshot_that_waits_for_pages_ends_with_the_page_server() {
     require!(Kvm, Userfaultfd);
     let (template, place) = (Template::shared(), Place::new());
     let mut handler = Handler::start(&place, &template.snapshot, &[]);
-    let (mut clone, _agent) = from(&place, &template, &handler).ready("clone");
+    let (mut clone, _agent) = dying(&place, &template, &handler).ready("clone");
     handler.process.signal(Signal::STOP);
     let (path, socket) = (place.join("half"), handler.socket.clone());
     let mut api = clone.api();

@@ -30,7 +30,7 @@ fn load(
 }
 
 fn file(path: &Path) -> Option<MemBackend> {
-    Some(MemBackend { backend_path: path.to_owned(), backend_type: MemBackendType::File })
+    Some(MemBackend::of(MemBackendType::File, path.to_owned()))
 }
 
 #[track_caller]

@@ -1,8 +1,10 @@
-//! A page server that is not there, or dies while it is needed.
+//! A page server that is not there; and guests that are to end with theirs (`--on-handler-loss kill`). Those that are not: see
+//! `survival`.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use api_spec::agent::Request;
+use api_spec::snapshot::OnHandlerLoss;
 use rustix::process::Signal;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -75,7 +77,7 @@ fn a_clone_that_works_while_its_page_server_is_killed_reads_nothing_wrong_and_en
     let template = Template::make(TemplateOptions { memory_mib: 64, working_set_mib: 48, ..Default::default() });
     let place = Place::new();
     let server = PageServer::start(&place, &template.snapshot);
-    let (clone, mut agent) = Restore::new(&place, &template.snapshot).uffd(&server).ready("clone");
+    let (clone, mut agent) = dying(&place, &template, &server).ready("clone");
     let socket = server.socket.clone();
     template.facts.check_until_the_end(&mut agent, DEADLINE, || drop(server.process.kill()));
     ends_for_want_of(&socket, clone);
@@ -92,10 +94,15 @@ fn a_clone_that_waits_for_a_page_when_the_server_is_killed_ends() {
     ends_for_want_of(&socket, clone);
 }
 
+/// A clone that is to end with its page server.
+fn dying<'a>(place: &'a Place, template: &Template, server: &PageServer) -> Restore<'a> {
+    Restore::new(place, &template.snapshot).uffd(server).on_handler_loss(OnHandlerLoss::Kill)
+}
+
 /// A clone whose guest waits for a page of a server that stands still.
 fn waiting_clone(template: &Template, place: &Place) -> (PageServer, Vm) {
     let mut server = PageServer::start(place, &template.snapshot);
-    let (clone, mut agent) = Restore::new(place, &template.snapshot).uffd(&server).ready("clone");
+    let (clone, mut agent) = dying(place, template, &server).ready("clone");
     server.process.signal(Signal::STOP);
     let question = Request::Verify { pages: template.facts.working_set, seed: SEED };
     agent.try_ask_within(Duration::from_millis(200), question).expect_err("the server stands still");
@@ -154,7 +161,7 @@ fn a_paused_clone_ends_with_its_page_server() {
     let template = Template::shared();
     let place = Place::new();
     let server = PageServer::start(&place, &template.snapshot);
-    let mut clone = Restore::new(&place, &template.snapshot).uffd(&server).paused().start("clone");
+    let mut clone = dying(&place, &template, &server).paused().start("clone");
     clone.state();
     let socket = server.socket.clone();
     server.process.kill();
@@ -167,7 +174,7 @@ fn a_vmm_that_waits_for_a_page_ends_with_its_page_server() {
     require!(Kvm, Userfaultfd);
     let (template, place) = (Template::shared(), Place::new());
     let mut server = PageServer::start(&place, &template.snapshot);
-    let mut clone = Restore::new(&place, &template.snapshot).uffd(&server).paused().start("clone");
+    let mut clone = dying(&place, &template, &server).paused().start("clone");
     clone.state();
     server.process.signal(Signal::STOP);
     let mut early = tests::Agent::connect(&clone.vsock);
@@ -184,7 +191,7 @@ fn a_snapshot_that_waits_for_pages_ends_with_the_page_server() {
     require!(Kvm, Userfaultfd);
     let (template, place) = (Template::shared(), Place::new());
     let mut server = PageServer::start(&place, &template.snapshot);
-    let (mut clone, _agent) = Restore::new(&place, &template.snapshot).uffd(&server).ready("clone");
+    let (mut clone, _agent) = dying(&place, &template, &server).ready("clone");
     server.process.signal(Signal::STOP);
     let (snapshots, socket) = (place.join("snapshots"), server.socket.clone());
     std::fs::create_dir(&snapshots).expect("a directory can be made in the test's directory");
@@ -218,7 +225,7 @@ fn a_page_server_that_stands_still_for_a_while_is_waited_for() {
     let template = Template::shared();
     let place = Place::new();
     let mut server = PageServer::start(&place, &template.snapshot);
-    let (clone, mut agent) = Restore::new(&place, &template.snapshot).uffd(&server).ready("clone");
+    let (clone, mut agent) = dying(&place, &template, &server).ready("clone");
     server.process.signal(Signal::STOP);
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| agent.mismatches(template.facts.working_set, SEED));

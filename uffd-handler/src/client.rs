@@ -62,12 +62,38 @@ pub struct Greeted {
 
 /// Connects and asks for the store of an image.
 pub fn greet(path: &Path, hello: &Hello) -> Result<Greeted, ClientError> {
+    let stream = say_hello(path, hello)?;
+    match receive_reply(&stream, "hello", HELLO_DEADLINE_MS)? {
+        (Reply::Store { size, .. }, Some(store)) if size == hello.size => Ok(Greeted { stream, store }),
+        (other, _) => Err(unexpected(other)),
+    }
+}
+
+/// Has a server copy the pages of an image, as `hello` says, into memory that is registered already. The caller keeps its own
+/// descriptor of the userfaultfd.
+pub fn enlist(path: &Path, hello: &Hello, regions: Vec<Region>, uffd: &Uffd) -> Result<UnixStream, ClientError> {
+    let stream = say_hello(path, hello)?;
+    match receive_reply(&stream, "hello", HELLO_DEADLINE_MS)? {
+        (Reply::Image { size, .. }, None) if size == hello.size => attach(stream, regions, uffd),
+        (other, _) => Err(unexpected(other)),
+    }
+}
+
+fn say_hello(path: &Path, hello: &Hello) -> Result<UnixStream, ClientError> {
     let patience = Duration::from_millis(REPLY_DEADLINE_MS);
     let stream = unix::connect(path, patience).map_err(ClientError::Connect)?;
     stream.set_write_timeout(Some(patience))?;
     (&stream).write_all(&line(hello)?).map_err(sending)?;
-    match receive_reply(&stream, "hello", HELLO_DEADLINE_MS)? {
-        (Reply::Store { size, .. }, Some(store)) if size == hello.size => Ok(Greeted { stream, store }),
+    Ok(stream)
+}
+
+fn attach(stream: UnixStream, regions: Vec<Region>, uffd: &Uffd) -> Result<UnixStream, ClientError> {
+    let line = line(&Attach { regions })?;
+    let sent = stream.send_with_fd(&line[..], uffd.as_raw_fd());
+    let sent = sent.map_err(|error| sending(io::Error::from_raw_os_error(error.errno())))?;
+    (&stream).write_all(&line[sent..]).map_err(sending)?;
+    match receive_reply(&stream, "attach", REPLY_DEADLINE_MS)? {
+        (Reply::Serving, None) => Ok(stream),
         (other, _) => Err(unexpected(other)),
     }
 }
@@ -75,14 +101,7 @@ pub fn greet(path: &Path, hello: &Hello) -> Result<Greeted, ClientError> {
 impl Greeted {
     /// Hands over the userfaultfd with which the regions are registered. The caller keeps its own.
     pub fn attach(self, regions: Vec<Region>, uffd: &Uffd) -> Result<UnixStream, ClientError> {
-        let line = line(&Attach { regions })?;
-        let sent = self.stream.send_with_fd(&line[..], uffd.as_raw_fd());
-        let sent = sent.map_err(|error| sending(io::Error::from_raw_os_error(error.errno())))?;
-        (&self.stream).write_all(&line[sent..]).map_err(sending)?;
-        match receive_reply(&self.stream, "attach", REPLY_DEADLINE_MS)? {
-            (Reply::Serving, None) => Ok(self.stream),
-            (other, _) => Err(unexpected(other)),
-        }
+        attach(self.stream, regions, uffd)
     }
 }
 

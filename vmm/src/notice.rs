@@ -4,6 +4,7 @@ use crate::stats::scan::Scanned;
 use crate::vcpu::GuestEnd;
 use api_spec::agent::Level;
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -32,6 +33,25 @@ pub enum Halt {
         /// The limit, in MiB.
         limit_mib: u64,
     },
+    /// Nobody serves its pages.
+    #[error("the page server at {} does not serve the guest: {reason}; the guest goes on when it does", path.display())]
+    PageServer {
+        /// Where the server is expected.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// What the keeper of a guest's memory has to say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PageServerWord {
+    /// Nobody serves the guest, for this reason: it is to stand still.
+    Pause(String),
+    /// Somebody does again.
+    Resume,
+    /// The guest is to end, since its page server is as this says.
+    End(String),
 }
 
 /// Something that the owner of the machine wants to know.
@@ -45,8 +65,8 @@ pub enum Notice {
     Ready(Level),
     /// The guest has reached a limit and is to stand still.
     Halt(Halt),
-    /// The page server of this session is gone: see [`PageServer::session`](crate::memory::uffd::PageServer::session).
-    PageServerGone(u64),
+    /// Of the page server of this session: see [`Keeper::session`](crate::machine::keeper::Keeper::session).
+    PageServer(u64, PageServerWord),
     /// A snapshot is complete, or has failed.
     SnapshotWritten,
     /// The background part of a snapshot is over: the disks' layers are folded, as far as that went.

@@ -8,7 +8,9 @@ use crate::machine::config::check_id;
 use crate::stats::process::ProcessStart;
 use api_spec::devices::Serial;
 use api_spec::mac::MacError;
-use api_spec::snapshot::{DriveOverride, MemBackend, MemBackendType, NetworkOverride, SnapshotLoad, VsockOverride};
+use api_spec::snapshot::{
+    DriveOverride, MemBackend, MemBackendType, NetworkOverride, OnHandlerLoss, SnapshotLoad, VsockOverride,
+};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -32,6 +34,8 @@ Options:
   --config FILE          the machine, as JSON
   --restore SNAPSHOT     the snapshot to restore
   --uffd PATH            with --restore: take memory from the page server that listens there
+  --on-handler-loss WHAT with --uffd: what becomes of the guest if that page server dies or hangs: `failover` (default),
+                         `reattach`, `pause` or `kill`
   --uffd-mode MODE       with --uffd: `shared` (default), or `copy` for a page server of Firecracker's protocol
   --vsock PATH           with --restore: the Unix socket of the vsock device, instead of the snapshot's own
   --drive ID=PATH        with --restore: the image of the disk ID is at PATH; once for each disk
@@ -115,6 +119,8 @@ pub struct LoadOptions {
     pub uffd: Option<PathBuf>,
     /// The page server speaks Firecracker's protocol.
     pub copy: bool,
+    /// What becomes of the guest if the page server dies or hangs.
+    pub on_handler_loss: Option<OnHandlerLoss>,
     /// Other places of disk images.
     pub drives: Vec<DriveOverride>,
     /// The vsock device's socket.
@@ -133,7 +139,8 @@ impl LoadOptions {
     /// The request that means the same over the API.
     pub fn request(&self) -> SnapshotLoad {
         let backend_type = if self.copy { MemBackendType::Uffd } else { MemBackendType::UffdShared };
-        let uffd = |path: &PathBuf| MemBackend { backend_path: path.clone(), backend_type };
+        let on_handler_loss = self.on_handler_loss;
+        let uffd = |path: &PathBuf| MemBackend { on_handler_loss, ..MemBackend::of(backend_type, path.clone()) };
         SnapshotLoad {
             mem_backend: self.uffd.as_ref().map(uffd),
             resume_vm: !self.paused,
@@ -264,7 +271,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         end_with_parent: false,
     };
     let mut level = None;
-    let (mut snapshot, mut uffd, mut copy, mut vsock) = (None, None, None, None);
+    let (mut snapshot, mut uffd, mut copy, mut on_handler_loss, mut vsock) = (None, None, None, None, None);
     let (mut drives, mut taps) = (Vec::new(), Vec::new());
     let (mut paused, mut same_generation, mut max_private_mib) = (false, false, None);
     let mut parser = lexopt::Parser::from_args(args);
@@ -284,6 +291,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
                     return Err(lexopt::Error::from(format!("--uffd-mode {other}: must be `shared` or `copy`")).into());
                 }
             },
+            Long("on-handler-loss") => on_handler_loss = Some(handler_loss(&parser.value()?.string()?)?),
             Long("vsock") => vsock = Some(PathBuf::from(parser.value()?)),
             Long("drive") => drives.push(drive(parser.value()?)?),
             Long("tap") => taps.push(tap(&parser.value()?.string()?)?),
@@ -351,6 +359,9 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
     if copy.is_some() && uffd.is_none() {
         return Err(UsageError::Needs("--uffd-mode", "--uffd"));
     }
+    if on_handler_loss.is_some() && uffd.is_none() {
+        return Err(UsageError::Needs("--on-handler-loss", "--uffd"));
+    }
     match (snapshot, &options.config) {
         (Some(_), Some(_)) => return Err(UsageError::Conflict("--config", "--restore")),
         (Some(snapshot), None) => {
@@ -358,6 +369,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
                 snapshot,
                 uffd,
                 copy: copy == Some(true),
+                on_handler_loss,
                 drives,
                 vsock,
                 taps,
@@ -390,6 +402,14 @@ fn console(place: OsString) -> Serial {
         Some("pty") => Serial { pty: true, ..Serial::default() },
         _ => Serial { serial_out_path: Some(place.into()), ..Serial::default() },
     }
+}
+
+/// The value of `--on-handler-loss`, which is that of the API's field.
+fn handler_loss(text: &str) -> Result<OnHandlerLoss, lexopt::Error> {
+    serde_json::from_value(text.into()).map_err(|_| {
+        let wanted = "must be `failover`, `reattach`, `pause` or `kill`";
+        lexopt::Error::from(format!("--on-handler-loss {text}: {wanted}"))
+    })
 }
 
 /// What `--drive ID=PATH` says.
@@ -607,6 +627,8 @@ mod tests {
             "--restore a --drive =b",
             "--restore a --drive b=",
             "--restore a --uffd b --uffd-mode other",
+            "--restore a --uffd b --on-handler-loss other",
+            "--restore a --on-handler-loss kill",
             "--restore a --uffd-mode copy",
             "--nonsense",
             "--api-sock a --no-api",

@@ -1,7 +1,7 @@
 //! Where the memory of a restored guest comes from: what a request says of it (pure), and bringing it about.
 
 use crate::logging::warn_once;
-use crate::memory::uffd::{self, PageServer, UffdError};
+use crate::memory::uffd::{self, Service, UffdError};
 use crate::memory::{GuestRam, MemoryError};
 use api_spec::snapshot::{LoadHugePages, MemBackend, MemBackendType, SnapshotLoad};
 use snapshot::image::{ImageError, ensure_same, ensure_trusted};
@@ -14,6 +14,9 @@ pub enum BackendError {
     /// It says so in two ways. The text is the one that existing clients know.
     #[error("too many fields: either `mem_backend` or `mem_file_path` exclusively is required")]
     TooManyFields,
+    /// Nobody can be lost where nobody serves.
+    #[error("mem_backend.on_handler_loss: memory from a file has no page server that could be lost; leave it out")]
+    NoHandler,
     /// Pages that this program does not use.
     #[error(
         "huge_pages: `{0}` is not offered: guest memory has pages of 4 KiB; use `Snapshot` or `None`, or leave it out"
@@ -59,7 +62,10 @@ impl<'a> Backend<'a> {
         }
         match (&request.mem_backend, &request.mem_file_path) {
             (Some(_), Some(_)) => Err(BackendError::TooManyFields),
-            (Some(MemBackend { backend_path, backend_type }), None) => Ok(match backend_type {
+            (Some(MemBackend { backend_type: MemBackendType::File, on_handler_loss: Some(_), .. }), None) => {
+                Err(BackendError::NoHandler)
+            }
+            (Some(MemBackend { backend_path, backend_type, .. }), None) => Ok(match backend_type {
                 MemBackendType::File => Backend::File(backend_path),
                 MemBackendType::UffdShared => Backend::Shared(backend_path),
                 MemBackendType::Uffd => Backend::Copy(backend_path),
@@ -70,19 +76,19 @@ impl<'a> Backend<'a> {
     }
 
     /// Maps the memory of a snapshot. Nothing has touched it yet.
-    pub fn map(self, snapshot: &Snapshot) -> Result<(GuestRam, Option<PageServer>), BackendError> {
+    pub fn map(self, snapshot: &Snapshot) -> Result<(GuestRam, Option<Service>), BackendError> {
         let memory = &snapshot.manifest().memory;
         let regions = memory.regions.clone();
         let trusted = match self {
             Backend::Own => ensure_trusted(snapshot)?,
             Backend::File(path) => ensure_same(snapshot, path)?,
             Backend::Shared(path) => {
-                let (ram, server) = uffd::connect(path, &memory.root, regions)?;
-                return Ok((ram, Some(server)));
+                let (ram, service) = uffd::connect(path, &memory.root, regions)?;
+                return Ok((ram, Some(service)));
             }
             Backend::Copy(path) => {
-                let (ram, server) = uffd::connect_in_copy_mode(path, regions)?;
-                return Ok((ram, Some(server)));
+                let (ram, service) = uffd::connect_in_copy_mode(path, regions)?;
+                return Ok((ram, Some(service)));
             }
         };
         Ok((GuestRam::private_view(&trusted.file, regions)?, None))
@@ -95,7 +101,7 @@ mod tests {
 
     fn request(backend: Option<MemBackendType>, file: Option<&str>) -> SnapshotLoad {
         SnapshotLoad {
-            mem_backend: backend.map(|backend_type| MemBackend { backend_path: "b".into(), backend_type }),
+            mem_backend: backend.map(|backend_type| MemBackend::of(backend_type, "b".into())),
             mem_file_path: file.map(Into::into),
             ..SnapshotLoad::of("s".into())
         }

@@ -16,14 +16,14 @@
 //! - [`driver`]: the one owner of all this, on the event loop
 //! - `record`: how a snapshot records the configuration of devices (pure)
 //! - `private`: watches over what the guest has of its own
-//! - `guard`: ends the process when the event loop cannot
+//! - [`keeper`]: keeps memory coming whatever the page server does, and ends the process when the event loop cannot
 
 pub mod backend;
 pub mod boot;
 pub mod config;
 pub mod disks;
 pub mod driver;
-mod guard;
+pub mod keeper;
 mod private;
 mod record;
 pub mod requests;
@@ -35,13 +35,13 @@ use crate::devices::lock;
 use crate::devices::virtio::block::overlay::Folded;
 use crate::memory::GuestRam;
 use crate::memory::kinds::Kinds;
-use crate::memory::uffd::PageServer;
 use crate::notice::Notifier;
 use crate::vcpu::state::StateShape;
 use crate::vcpu::{self, Brake, Buses, Vcpu, VcpuError};
 use api_spec::devices::{BalloonStatistics, Drive, NetworkInterface};
 use api_spec::stats::VmStats;
 use config::DevicePlan;
+use keeper::Keeper;
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -56,7 +56,7 @@ pub struct Machine {
     shape: StateShape,
     vm: VmFd,
     ram: GuestRam,
-    page_server: Option<PageServer>,
+    page_server: Option<Keeper>,
     /// Set when this process is about to end.
     ending: Arc<AtomicBool>,
     plan: DevicePlan,
@@ -122,6 +122,7 @@ impl Machine {
     /// Puts in what vCPUs and devices have done.
     pub fn count(&self, stats: &mut VmStats) {
         let Devices { serial, vsock, network, entropy, balloon, drives, .. } = &self.devices;
+        stats.page_server = self.page_server.as_ref().map(Keeper::stats);
         stats.vcpus = self.vcpus.iter().map(Vcpu::stats).collect();
         stats.drives = drives.iter().map(|slot| lock(&slot.device).stats()).collect();
         stats.network_interfaces = network.iter().map(|slot| lock(&slot.device).stats()).collect();
@@ -195,8 +196,14 @@ impl Machine {
         Ok(())
     }
 
-    /// The page server that serves its memory, if one does.
-    pub fn page_server(&self) -> Option<&PageServer> {
+    /// Lets all vCPUs run, also if they are being halted.
+    pub fn go_on(&mut self) {
+        self.halting = false;
+        self.resume();
+    }
+
+    /// The keeper of its memory, if that comes from a page server.
+    pub fn page_server(&self) -> Option<&Keeper> {
         self.page_server.as_ref()
     }
 
@@ -211,7 +218,7 @@ impl Drop for Machine {
     fn drop(&mut self) {
         let mut ended = vcpu::end_all(&self.vcpus);
         if let Some(server) = &self.page_server {
-            // Closing the VM waits for page faults that the kernel has taken over from vCPUs; see `PageServer`. A vCPU
+            // Closing the VM waits for page faults that the kernel has taken over from vCPUs; see `Service`. A vCPU
             // that waits for one itself, deaf to signals on older kernels, is let go by the same.
             server.let_go(&self.ram);
             ended = ended || vcpu::end_all(&self.vcpus);

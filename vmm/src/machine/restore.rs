@@ -5,13 +5,15 @@ use super::backend::{Backend, BackendError};
 use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
 use super::disks::{self, RestoreDisksError};
+use super::keeper::{Charge, Keeper};
 use super::wiring::{self, Outside, WireError};
-use super::{Machine, guard, record, start_vcpus};
+use super::{Machine, record, start_vcpus};
 use crate::devices::virtio::block::Disk;
 use crate::host;
 use crate::kvm::state::{Clock, VmStateError};
 use crate::kvm::{self, KvmError};
 use crate::memory::layout;
+use crate::memory::uffd::Service;
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
 use api_spec::devices::NetworkInterface;
@@ -128,14 +130,21 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
 
     let Outside { notifier, signals, .. } = &outside;
     let ending = Arc::<AtomicBool>::default();
-    let (ram, page_server) = backend.map(&snapshot)?;
-    if let Some(server) = &page_server {
-        // Before anything touches guest memory and may have to wait.
-        let theirs = signals.try_clone().map_err(RestoreError::Guard)?;
-        let watch = server.watch().map_err(RestoreError::Guard)?;
-        guard::watch(watch, &ram, theirs, notifier.clone(), ending.clone()).map_err(RestoreError::Guard)?;
-        server.wait_until_it_serves(&ram, signals).map_err(BackendError::from)?;
-    }
+    let snapshot = Arc::new(snapshot);
+    let (ram, service) = backend.map(&snapshot)?;
+    // Before anything touches guest memory and may have to wait.
+    let keep = |service: Service| -> Result<Keeper, RestoreError> {
+        service.wait_until_it_serves(&ram, signals).map_err(BackendError::from)?;
+        let charge = Charge {
+            snapshot: snapshot.clone(),
+            policy: request.mem_backend.as_ref().and_then(|backend| backend.on_handler_loss).unwrap_or_default(),
+            signals: signals.try_clone().map_err(RestoreError::Guard)?,
+            notifier: notifier.clone(),
+            ending: ending.clone(),
+        };
+        Keeper::start(service, &ram, charge).map_err(RestoreError::Guard)
+    };
+    let page_server = service.map(keep).transpose()?;
     let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
     let state = snapshot.state();
     for (number, (vcpu, saved)) in vm.vcpus.iter().zip(&state.vcpus).enumerate() {
@@ -144,7 +153,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     }
     let clock = if request.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn };
     kvm::state::load(&vm.fd, &state.vm, clock)?;
-    // Guest memory may have been touched already, since KVM writes the wall clock where an MSR tells it to; the guard and
+    // Guest memory may have been touched already, since KVM writes the wall clock where an MSR tells it to; the keeper and
     // the page server have been at work from the start.
     if request.new_generation {
         let id = fresh_generation().map_err(RestoreError::Random)?;

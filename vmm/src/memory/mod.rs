@@ -4,6 +4,8 @@
 //! - [`limit`]: how much of it may be the guest's own (pure)
 //! - [`freeze`]: turns the RAM of a booted guest into an immutable image without copying it
 //! - [`uffd`]: memory whose pages a page server provides: a view of its store, or anonymous memory that it copies pages into
+//! - [`stand_in`]: serving page faults without a page server
+//! - [`orphan`]: the store of a page server that is gone
 //! - [`discard`]: pages that the guest gives back; [`ranges`] records which (pure), `pagemap` knows which were written since
 //! - [`kinds`]: which pages are loaded, and which of them are shared
 //! - `mmap`: the system calls that change mappings
@@ -14,8 +16,10 @@ pub mod kinds;
 pub mod layout;
 pub mod limit;
 mod mmap;
+pub mod orphan;
 pub mod pagemap;
 pub mod ranges;
+pub mod stand_in;
 pub mod uffd;
 
 use discard::Discarded;
@@ -120,6 +124,12 @@ impl GuestRam {
     /// Size of RAM, in bytes.
     pub fn size(&self) -> u64 {
         self.regions.iter().map(|r| r.size_bytes).sum()
+    }
+
+    /// The file that is mapped privately, if one is.
+    pub fn store(&self) -> Option<Arc<File>> {
+        let region = self.memory.iter().next()?;
+        region.file_offset().map(|place| place.arc().clone())
     }
 
     /// Each region with the address of its mapping in this process.

@@ -49,6 +49,13 @@ impl Pagemap {
         File::open("/proc/self/pagemap").map(Pagemap)
     }
 
+    /// What it says of the page at an address.
+    pub fn entry(&self, address: u64) -> io::Result<Entry> {
+        let mut entry = [0; ENTRY_BYTES as usize];
+        self.0.read_exact_at(&mut entry, address / PAGE_SIZE * ENTRY_BYTES)?;
+        Ok(Entry(u64::from_ne_bytes(entry)))
+    }
+
     /// The first run of pages in a range of addresses that hold something; a long run may come in parts. Both are aligned
     /// to pages. In anonymous memory all other pages read as zeros.
     pub fn first_used(&self, addresses: Range<u64>) -> io::Result<Option<Range<u64>>> {

@@ -15,18 +15,16 @@
 use super::layout::GENERATION_PAGE;
 use super::{GuestRam, MemoryError, PAGE_SIZE};
 use api_spec::handshake::{Hello, Mode as PageMode, Region, VERSION};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_get_seals, fstat, memfd_create};
 use rustix::io::fcntl_dupfd_cloexec;
 use snapshot::manifest::MemoryRegion;
 use std::fs::File;
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 use uffd_handler::client::{self, ClientError};
@@ -103,8 +101,8 @@ pub enum UffdError {
     Memory(#[from] MemoryError),
 }
 
-/// A page server that serves this guest, and the vmm's own descriptor of the userfaultfd, which keeps untouched memory
-/// from ever reading as zeros. Both live as long as the guest.
+/// A page server that has taken this guest on, and the vmm's own descriptor of the userfaultfd, which keeps untouched memory
+/// from ever reading as zeros, and by which the vmm can serve faults itself ([`super::stand_in`]).
 ///
 /// A fault may be waited for by the kernel itself, on the guest's behalf; closing the VM then waits until the fault is
 /// answered, and no signal ends that wait. If the vmm is killed, the kernel closes its descriptors in the order of their
@@ -112,23 +110,29 @@ pub enum UffdError {
 /// the connection a higher one (a living server answers as long as it is open, and nothing else may: a fault that is
 /// merely let go puts a zero page into the store of all clones).
 #[derive(Debug)]
-pub struct PageServer {
-    /// Unlike that of any other page server that this process has had.
-    session: u64,
-    path: PathBuf,
-    connection: UnixStream,
-    mode: Mode,
-    /// Readable once this guest needs the server no more.
-    released: OwnedFd,
-    uffd: Arc<Uffd>,
+pub struct Service {
+    /// Where the server listens.
+    pub path: PathBuf,
+    /// What was said, and what is.
+    pub connection: UnixStream,
+    /// How pages come.
+    pub mode: Mode,
+    /// What faults are raised on.
+    pub uffd: Arc<Uffd>,
+    /// The ranges that are registered.
+    pub ranges: Vec<Region>,
 }
 
+/// How pages come from a server.
 #[derive(Debug)]
-enum Mode {
+pub enum Mode {
+    /// Through the store.
     Shared,
-    /// With what becomes readable at the end of the server's process. Without that the end of the connection has to do: the
-    /// process that listens cannot be told from here, or has left the serving to another.
-    Copy(Option<OwnedFd>),
+    /// By copies of our own page server.
+    Copied,
+    /// By copies of a server of Firecracker's protocol. With what becomes readable at the end of the server's process. Without that
+    /// the end of the connection has to do: the process that listens cannot be told from here, or has left the serving to another.
+    Foreign(Option<OwnedFd>),
 }
 
 /// Lowest number of the connection's descriptor: above those of the VM and its vCPUs.
@@ -141,34 +145,10 @@ const FIRST_PAGE_CLOSED: Duration = Duration::from_secs(5);
 /// server first.
 pub const ALL_AT_ONCE: Duration = Duration::from_millis(20);
 
-impl PageServer {
-    fn new(path: &Path, connection: UnixStream, mode: Mode, uffd: Arc<Uffd>) -> io::Result<Self> {
-        static SESSIONS: AtomicU64 = AtomicU64::new(0);
+impl Service {
+    fn new(path: &Path, connection: UnixStream, mode: Mode, uffd: Arc<Uffd>, ranges: Vec<Region>) -> io::Result<Self> {
         let connection = fcntl_dupfd_cloexec(&connection, CONNECTION_FD_MIN)?.into();
-        Ok(PageServer {
-            session: SESSIONS.fetch_add(1, Ordering::Relaxed),
-            path: path.to_owned(),
-            connection,
-            mode,
-            released: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            uffd,
-        })
-    }
-
-    /// Where the server listens.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Which of all page servers that this process has had, one after the other.
-    pub fn session(&self) -> u64 {
-        self.session
-    }
-
-    /// What a thread needs to notice that the server is gone.
-    pub fn watch(&self) -> io::Result<Watch> {
-        let (session, path, sign) = (self.session, self.path.clone(), self.mode.sign(&self.connection)?);
-        Ok(Watch { session, path, sign, released: self.released.try_clone()? })
+        Ok(Service { path: path.to_owned(), connection, mode, uffd, ranges })
     }
 
     /// Waits until the server has shown that it serves: in copy mode, until it has delivered a page. In shared mode it has
@@ -176,12 +156,12 @@ impl PageServer {
     ///
     /// If that fails, the memory can no longer be used.
     pub fn wait_until_it_serves(&self, ram: &GuestRam, signals: &Signals) -> Result<(), UffdError> {
-        if matches!(self.mode, Mode::Shared) {
+        if !matches!(self.mode, Mode::Foreign(_)) {
             return Ok(());
         }
         let outcome = self.wait_for_first_page(ram, signals);
         if outcome.is_err() {
-            self.let_go(ram);
+            let_go(&self.uffd, ram);
         }
         outcome
     }
@@ -229,45 +209,16 @@ impl PageServer {
             }
         }
     }
+}
 
-    /// Lets go of everybody who still waits for a page of `ram`, so that the VM can be closed whatever the server does.
-    /// Nobody runs or accesses the memory any more: what is behind it is taken away first.
-    pub fn let_go(&self, ram: &GuestRam) {
-        super::cut_off(ram.memory());
-        for (region, addr) in ram.mappings() {
-            if let Err(e) = self.uffd.wake(addr.cast(), region.size_bytes as usize) {
-                tracing::warn!("cannot wake those who wait for pages: {e}");
-            }
+/// Lets go of everybody who still waits for a page of `ram`, so that the VM can be closed whatever the server does.
+/// Nobody runs or accesses the memory any more: what is behind it is taken away first.
+pub fn let_go(uffd: &Uffd, ram: &GuestRam) {
+    super::cut_off(ram.memory());
+    for (region, addr) in ram.mappings() {
+        if let Err(e) = uffd.wake(addr.cast(), region.size_bytes as usize) {
+            tracing::warn!("cannot wake those who wait for pages: {e}");
         }
-    }
-}
-
-impl Drop for PageServer {
-    fn drop(&mut self) {
-        // There is room for it: it is written once.
-        let _ = rustix::io::write(&self.released, &1u64.to_ne_bytes());
-        // A watch may hold the connection too.
-        let _ = self.connection.shutdown(Shutdown::Both);
-    }
-}
-
-/// An eye on a page server.
-#[derive(Debug)]
-pub struct Watch {
-    /// Which page server of this process: see [`PageServer::session`].
-    pub session: u64,
-    /// Where the server listens.
-    pub path: PathBuf,
-    /// Comes when the server is gone; also when it is not needed any more, if it is the connection that tells.
-    pub sign: Sign,
-    /// Becomes readable when the server is not needed any more.
-    pub released: OwnedFd,
-}
-
-impl Watch {
-    /// Whether the server is not needed any more.
-    pub fn is_released(&self) -> bool {
-        poll_now(&self.released, PollFlags::IN)
     }
 }
 
@@ -292,15 +243,45 @@ impl Sign {
 }
 
 impl Mode {
-    fn sign(&self, connection: &UnixStream) -> io::Result<Sign> {
+    /// What tells that the server is gone.
+    pub fn sign(&self, connection: &UnixStream) -> io::Result<Sign> {
         Ok(match self {
-            Mode::Copy(Some(process)) => Sign { fd: process.try_clone()?, events: PollFlags::IN },
-            // It owes us no silence.
-            Mode::Copy(None) => Sign { fd: connection.try_clone()?.into(), events: PollFlags::empty() },
-            // Ours says nothing more after the handshake: whatever can be read is the end.
-            Mode::Shared => Sign { fd: connection.try_clone()?.into(), events: PollFlags::IN },
+            Mode::Foreign(Some(process)) => Sign { fd: process.try_clone()?, events: PollFlags::IN },
+            // What it may say means nothing.
+            _ => Sign { fd: connection.try_clone()?.into(), events: PollFlags::empty() },
         })
     }
+
+    /// How pages are to come from the next server.
+    pub fn again(&self) -> Mode {
+        match self {
+            Mode::Foreign(_) => Mode::Foreign(None),
+            Mode::Shared | Mode::Copied => Mode::Copied,
+        }
+    }
+
+    /// Whether the server answers pings.
+    pub fn speaks(&self) -> bool {
+        !matches!(self, Mode::Foreign(_))
+    }
+}
+
+/// Has the page server at `path` serve a guest that another one has served before, by copies. Returns its end of the connection.
+pub fn enlist(path: &Path, image: &str, mode: Mode, ranges: &[Region], uffd: &Arc<Uffd>) -> Result<Service, UffdError> {
+    let failed = |source| UffdError::Server { path: path.to_owned(), source };
+    let (connection, mode) = match mode {
+        Mode::Foreign(_) => {
+            let connection = client::hand_over(path, ranges, uffd).map_err(failed)?;
+            let process = living_peer(&connection);
+            (connection, Mode::Foreign(process))
+        }
+        Mode::Shared | Mode::Copied => {
+            let size = ranges.iter().map(|range| range.size).sum();
+            let hello = Hello { version: VERSION, image: image.to_owned(), size, mode: PageMode::Copy };
+            (client::enlist(path, &hello, ranges.to_vec(), uffd).map_err(failed)?, Mode::Copied)
+        }
+    };
+    Service::new(path, connection, mode, uffd.clone(), ranges.to_vec()).map_err(|e| failed(e.into()))
 }
 
 fn has_hung_up(connection: &UnixStream) -> bool {
@@ -316,11 +297,11 @@ fn poll_now(fd: &impl AsFd, events: PollFlags) -> bool {
 /// Asks the page server at `path` for the image with this root digest and maps its store as guest RAM.
 ///
 /// When this returns, the server has said that it serves.
-pub fn connect(path: &Path, image: &str, regions: Vec<MemoryRegion>) -> Result<(GuestRam, PageServer), UffdError> {
+pub fn connect(path: &Path, image: &str, regions: Vec<MemoryRegion>) -> Result<(GuestRam, Service), UffdError> {
     let failed = |source| UffdError::Server { path: path.to_owned(), source };
     let size = regions.iter().map(|r| r.size_bytes).sum();
     let hello = Hello { version: VERSION, image: image.to_owned(), size, mode: PageMode::Shared };
-    // Made first: see `PageServer` about its number.
+    // Made first: see `Service` about its number.
     let uffd = Arc::new(uffd_handler::uffd::create()?);
     let greeted = client::greet(path, &hello).map_err(failed)?;
     let store = File::from(greeted.store.try_clone().map_err(|e| failed(e.into()))?);
@@ -328,24 +309,24 @@ pub fn connect(path: &Path, image: &str, regions: Vec<MemoryRegion>) -> Result<(
 
     let ram = GuestRam::private_view(&store, regions)?;
     let ranges = register(&uffd, &ram)?;
-    let connection = greeted.attach(ranges, &uffd).map_err(failed)?;
-    let server = PageServer::new(path, connection, Mode::Shared, uffd).map_err(|e| failed(e.into()))?;
-    Ok((ram, server))
+    let connection = greeted.attach(ranges.clone(), &uffd).map_err(failed)?;
+    let service = Service::new(path, connection, Mode::Shared, uffd, ranges).map_err(|e| failed(e.into()))?;
+    Ok((ram, service))
 }
 
 /// Has the page server at `path` copy pages into anonymous memory: which image, it knows itself.
 ///
-/// When this returns, it has taken the userfaultfd; see [`PageServer::wait_until_it_serves`].
-pub fn connect_in_copy_mode(path: &Path, regions: Vec<MemoryRegion>) -> Result<(GuestRam, PageServer), UffdError> {
+/// When this returns, it has taken the userfaultfd; see [`Service::wait_until_it_serves`].
+pub fn connect_in_copy_mode(path: &Path, regions: Vec<MemoryRegion>) -> Result<(GuestRam, Service), UffdError> {
     let failed = |source| UffdError::Server { path: path.to_owned(), source };
-    // Made first: see `PageServer` about its number. Servers of this protocol rely on the feature, though no event comes here.
+    // Made first: see `Service` about its number. Servers of this protocol rely on the feature, though no event comes here.
     let uffd = Arc::new(uffd_handler::uffd::create_with(FeatureFlags::EVENT_REMOVE)?);
     let ram = GuestRam::copied_into(uffd.clone(), regions)?;
     let ranges = register(&uffd, &ram)?;
     let connection = client::hand_over(path, &ranges, &uffd).map_err(failed)?;
-    let mode = Mode::Copy(living_peer(&connection));
-    let server = PageServer::new(path, connection, mode, uffd).map_err(|e| failed(e.into()))?;
-    Ok((ram, server))
+    let mode = Mode::Foreign(living_peer(&connection));
+    let service = Service::new(path, connection, mode, uffd, ranges).map_err(|e| failed(e.into()))?;
+    Ok((ram, service))
 }
 
 /// Registers all of RAM, which nobody has accessed yet, and says where that is.
@@ -384,11 +365,11 @@ mod tests {
     #[test]
     fn a_server_that_says_something_in_copy_mode_is_not_gone() {
         let (near, mut far) = UnixStream::pair().unwrap();
-        let (copy, shared) = (Mode::Copy(None).sign(&near).unwrap(), Mode::Shared.sign(&near).unwrap());
-        assert!(!copy.has_come() && !shared.has_come());
+        let sign = Mode::Foreign(None).sign(&near).unwrap();
+        assert!(!sign.has_come());
         far.write_all(b"ok").unwrap();
-        assert!(!copy.has_come() && shared.has_come());
+        assert!(!sign.has_come());
         drop(far);
-        assert!(copy.has_come() && shared.has_come());
+        assert!(sign.has_come());
     }
 }

@@ -1,6 +1,6 @@
 //! Counters as Prometheus reads them: its text format, version 0.0.4. Pure.
 
-use api_spec::stats::{NetworkStats, VmStats};
+use api_spec::stats::{NetworkStats, PageServerState, PageServerStats, VmStats};
 use std::fmt::Write;
 
 /// A label: its name and what it says.
@@ -17,6 +17,9 @@ pub fn render(stats: &VmStats) -> String {
         drives(&mut text, stats);
         network(&mut text, stats);
         others(&mut text, stats);
+    }
+    if let Some(server) = &stats.page_server {
+        page_server(&mut text, server);
     }
     text.0
 }
@@ -53,6 +56,48 @@ fn process(text: &mut Text, stats: &VmStats) {
         if let Some(us) = us {
             text.seconds(&[("operation", operation)], us);
         }
+    }
+}
+
+fn page_server(text: &mut Text, stats: &PageServerStats) {
+    text.family(
+        "coppice_vm_page_server_state",
+        Kind::Gauge,
+        "Who serves this guest's pages: 1 for what is so, 0 for the others.",
+    );
+    let states = [
+        ("serving", PageServerState::Serving),
+        ("failover", PageServerState::Failover),
+        ("lost", PageServerState::Lost),
+    ];
+    for (name, state) in states {
+        text.sample(&[("state", name)], u64::from(stats.state == state));
+    }
+    text.family(
+        "coppice_vm_page_server_troubles_total",
+        Kind::Counter,
+        "Times that the page server of this guest was gone, or found silent or unable to get its bytes.",
+    );
+    text.sample(&[("kind", "gone")], stats.losses);
+    text.sample(&[("kind", "silent")], stats.hangs);
+    text.family(
+        "coppice_vm_page_server_takeovers_total",
+        Kind::Counter,
+        "Times that the vmm began to serve page faults.",
+    );
+    text.sample(&[], stats.takeovers);
+    text.family(
+        "coppice_vm_page_server_reattachments_total",
+        Kind::Counter,
+        "Times that a page server was found again.",
+    );
+    text.sample(&[], stats.reattachments);
+    text.family("coppice_vm_page_server_faults_total", Kind::Counter, "Page faults that the vmm has served itself.");
+    text.sample(&[("raised", "before_takeover")], stats.faults_taken_over);
+    text.sample(&[("raised", "after_takeover")], stats.faults_served.saturating_sub(stats.faults_taken_over));
+    if let Some(us) = stats.takeover_us {
+        text.family("coppice_vm_page_server_takeover_seconds", Kind::Gauge, "How long the last takeover took.");
+        text.seconds(&[], us);
     }
 }
 

@@ -255,15 +255,17 @@ impl Driver {
         let changes = requests::changes(self.phase(), patch.state);
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
         match patch.state {
+            VmState::Paused if !changes => self.keep_halted(),
             _ if !changes => {}
             VmState::Paused => {
                 let start = Instant::now();
                 machine.pause()?;
                 self.latencies.pause_us = us_since(start);
                 self.private.stop();
+                self.keep_halted();
             }
             VmState::Resumed => {
-                if let Some(halt) = self.private.reached() {
+                if let Some(halt) = self.private.reached().or_else(|| unserved(machine)) {
                     return Err(RequestError::Halt(halt));
                 }
                 let start = Instant::now();
@@ -310,8 +312,15 @@ impl Driver {
             readiness: self.readiness,
             console: self.pty.as_ref().map(|pty| pty.path.clone()),
             pause_reason: self.halt.as_ref().map(Halt::to_string),
+            page_server: self.machine.as_ref().and_then(Machine::page_server).map(|server| server.stats().state),
         }
     }
+}
+
+/// Why a guest would not get far, if nobody serves its pages.
+fn unserved(machine: &Machine) -> Option<Halt> {
+    let server = machine.page_server()?;
+    Some(Halt::PageServer { path: server.path().to_owned(), reason: server.unserved()? })
 }
 
 /// Looks whether there is something to read at a path, so that who names it is told at once. What is in it is looked at when

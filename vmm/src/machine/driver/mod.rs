@@ -21,7 +21,7 @@ use crate::devices::alarm::Alarm;
 use crate::logging::{self, LogError};
 use crate::memory::kinds::StartError;
 use crate::memory::uffd::UffdError;
-use crate::notice::{self, Halt, Notice, Notices, Notifier};
+use crate::notice::{self, Halt, Notice, Notices, Notifier, PageServerWord};
 use crate::stats::process::{self, ProcessStart};
 use crate::stats::scan::Scanner;
 use crate::stats::sink::{Metrics, MetricsError};
@@ -106,9 +106,14 @@ pub enum RunError {
     Guest(GuestEnd),
     /// The page server.
     #[error(
-        "the page server at {0} is gone, and without it the guest cannot go on: its untouched pages are lost; restore the guest again once the server runs"
+        "the page server at {path} {reason}, and the guest ends with it: its untouched pages are lost; restore the guest again once the server runs"
     )]
-    PageServerGone(PathBuf),
+    PageServer {
+        /// Its socket.
+        path: PathBuf,
+        /// What it is, or does.
+        reason: String,
+    },
     /// Neither it nor signals can be watched for.
     #[error("cannot watch the page server any longer: {0}; is the host out of memory, or of open files?")]
     Guard(io::Error),
@@ -512,13 +517,12 @@ impl Driver {
             Notice::End(end) => self.end(Err(RunError::Guest(end))),
             Notice::Halt(halt) => self.on_limit(halt),
             // Whoever ends everything at once ends the page server too.
-            Notice::PageServerGone(_) if self.signals.have_come() => self.end(Ok(Ending::Signal)),
-            Notice::PageServerGone(session) => {
+            Notice::PageServer(session, word) => {
                 let server = self.machine.as_ref().and_then(Machine::page_server);
                 // Another session's was that of a snapshot which could not be loaded.
                 if let Some(server) = server.filter(|server| server.session() == session) {
                     let path = server.path().to_owned();
-                    self.end(Err(RunError::PageServerGone(path)));
+                    self.on_page_server(path, word);
                 }
             }
             Notice::SnapshotWritten => self.on_snapshot_written(ops),
@@ -537,11 +541,49 @@ impl Driver {
                     self.halt(halt);
                 }
             }
+            Halt::PageServer { .. } => self.halt(halt),
         }
         // Whoever has met a limit that is no more goes on: vCPUs were stopped for it, or a disk waits.
         if let Some(machine) = self.machine.as_mut().filter(|machine| machine.is_running()) {
             machine.resume();
         }
+    }
+
+    fn on_page_server(&mut self, path: PathBuf, word: PageServerWord) {
+        match word {
+            PageServerWord::Pause(reason) => self.halt(Halt::PageServer { path, reason }),
+            PageServerWord::Resume => self.end_halt(),
+            // Whoever ends everything at once ends the page server too.
+            PageServerWord::End(_) if self.signals.have_come() => self.end(Ok(Ending::Signal)),
+            PageServerWord::End(reason) => self.end(Err(RunError::PageServer { path, reason })),
+        }
+    }
+
+    /// Lets a guest go on that stands still, or is to, for want of a page server.
+    fn end_halt(&mut self) {
+        if self.forget_halt()
+            && let Some(machine) = &mut self.machine
+        {
+            machine.go_on();
+            tracing::info!("the guest goes on: its page server serves it again");
+            self.look_at_private_memory();
+        }
+    }
+
+    /// Somebody wants a guest to stand still that does so, or is to, for want of a page server: it is not to go on by itself.
+    fn keep_halted(&mut self) {
+        self.forget_halt();
+    }
+
+    /// Forgets that the guest stands still, or is to, for want of a page server. False if it does not.
+    fn forget_halt(&mut self) -> bool {
+        let is_for_want = |halt: &mut Halt| matches!(halt, Halt::PageServer { .. });
+        let late = self.halting.take_if(is_for_want).is_some();
+        if late {
+            self.halt_is_late = false;
+            self.retry.set(None);
+        }
+        self.halt.take_if(is_for_want).is_some() || late
     }
 
     /// Brings a running guest to a standstill that nobody asked for.

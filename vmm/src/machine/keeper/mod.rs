@@ -1,0 +1,625 @@
+//! Keeps the memory of a guest coming, whatever its page server does: a thread that watches over the server, serves page faults in
+//! its place, and attaches the guest to the next one. [`plan`] says when.
+//!
+//! The event loop itself may be waiting for a page. So the thread needs nothing of it, and if the process is to end and the event
+//! loop does not see to that, the thread does.
+//!
+//! No guest reads wrong bytes meanwhile: the vmm holds its own descriptor of the userfaultfd, so pages that were not
+//! delivered stay unreadable; and before the process ends, and that descriptor with it, guest memory is taken away, so
+//! that a fault which is let go by that cannot put a page of zeros into a store that other clones still use.
+
+mod link;
+pub mod plan;
+
+use crate::cli::{DONE, FAILED};
+use crate::devices::lock;
+use crate::logging::last_words;
+use crate::machine::driver::RunError;
+use crate::memory::orphan::Orphan;
+use crate::memory::pagemap::Pagemap;
+use crate::memory::stand_in::{StandIn, StandInError};
+use crate::memory::uffd::{self, ALL_AT_ONCE, Mode, Service, UffdError};
+use crate::memory::{self, GuestMemory, GuestRam};
+use crate::notice::{Notice, Notifier, PageServerWord};
+use api_spec::snapshot::OnHandlerLoss;
+use api_spec::stats::{PageServerState, PageServerStats};
+use link::Link;
+use plan::{Event, Plan, Step};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use snapshot::load::Snapshot;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::{Duration, Instant};
+use uffd_handler::listener::remove_all;
+use uffd_handler::process::Signals;
+use userfaultfd::Uffd;
+
+/// How long the event loop has to end the process in good order after the page server is gone.
+const LAST_ORDERS: Duration = Duration::from_millis(500);
+/// How long it has after a signal; what it may have to wait for then is a disk.
+const SIGNAL_ORDERS: Duration = Duration::from_secs(3);
+/// How often, and after how long, to try again if the kernel refuses to watch: it may have no memory for that just now.
+const TRIES: u32 = 20;
+const TRY_AGAIN: Duration = Duration::from_millis(10);
+
+/// How often to look for faults that a server which is stood in for has read of.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// How often to look at a store whose server is gone.
+const AUDIT: Duration = Duration::from_secs(1);
+
+/// What a keeper needs of a guest and of the process.
+#[derive(Debug)]
+pub struct Charge {
+    /// Where the guest's pages are from.
+    pub snapshot: Arc<Snapshot>,
+    /// What becomes of the guest without its page server.
+    pub policy: OnHandlerLoss,
+    /// Those that ask this process to end.
+    pub signals: Signals,
+    /// The owner of the machine.
+    pub notifier: Notifier,
+    /// Is set when this process is about to end, for whatever the event loop is in the midst of and can give up.
+    pub ending: Arc<AtomicBool>,
+}
+
+/// The keeper of one guest's memory. It works until this is dropped.
+#[derive(Debug)]
+pub struct Keeper {
+    session: u64,
+    path: PathBuf,
+    uffd: Arc<Uffd>,
+    stats: Arc<Mutex<PageServerStats>>,
+    /// Readable once the guest needs nobody more.
+    released: OwnedFd,
+}
+
+impl Keeper {
+    /// Begins to watch over a server that serves a guest with this RAM.
+    pub fn start(service: Service, ram: &GuestRam, charge: Charge) -> io::Result<Self> {
+        static SESSIONS: AtomicU64 = AtomicU64::new(0);
+        let keeper = Keeper {
+            session: SESSIONS.fetch_add(1, Ordering::Relaxed),
+            path: service.path.clone(),
+            uffd: service.uffd.clone(),
+            stats: Arc::default(),
+            released: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        };
+        let began = Instant::now();
+        let watch = Watch {
+            session: keeper.session,
+            memory: ram.memory().clone(),
+            plan: Plan::new(charge.policy, service.mode.speaks()),
+            link: Some(Link::new(&service)?),
+            attempt: Attempt::new()?,
+            sight: Sight::new(&service.uffd),
+            stand_in: None,
+            store: ram.store(),
+            orphan: None,
+            audited_at: began,
+            released: keeper.released.try_clone()?,
+            stats: keeper.stats.clone(),
+            last_orders: None,
+            trouble_at: began,
+            looked_at: began,
+            began,
+            service,
+            charge,
+        };
+        std::thread::Builder::new().name("keeper".into()).spawn(move || watch.run())?;
+        Ok(keeper)
+    }
+
+    /// Where the server listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Unlike that of any other keeper that this process has had.
+    pub fn session(&self) -> u64 {
+        self.session
+    }
+
+    /// How it has gone.
+    pub fn stats(&self) -> PageServerStats {
+        lock(&self.stats).clone()
+    }
+
+    /// Why nobody serves the guest, if nobody does.
+    pub fn unserved(&self) -> Option<String> {
+        let stats = lock(&self.stats);
+        stats.reason.clone().filter(|_| stats.state == PageServerState::Lost)
+    }
+
+    /// See [`uffd::let_go`].
+    pub fn let_go(&self, ram: &GuestRam) {
+        uffd::let_go(&self.uffd, ram);
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        // There is room for it: it is written once.
+        let _ = rustix::io::write(&self.released, &1u64.to_ne_bytes());
+    }
+}
+
+/// What can be seen of outstanding faults. The files are opened once: the process may come to live where there is no /proc.
+#[derive(Debug)]
+struct Sight {
+    faults: Option<File>,
+    memory: Option<File>,
+}
+
+impl Sight {
+    fn new(uffd: &Arc<Uffd>) -> Self {
+        use std::os::fd::AsRawFd;
+        Sight {
+            faults: File::open(format!("/proc/self/fdinfo/{}", uffd.as_raw_fd())).ok(),
+            memory: File::open("/proc/self/statm").ok(),
+        }
+    }
+
+    /// How many faults nobody has answered yet; 1 if that cannot be told.
+    fn outstanding(&self) -> u64 {
+        read_start(&self.faults).and_then(|text| number_after(&text, "total:")).unwrap_or(1)
+    }
+
+    /// Pages of this process that are resident.
+    fn resident(&self) -> u64 {
+        let text = read_start(&self.memory);
+        text.and_then(|text| text.split_whitespace().nth(1)?.parse().ok()).unwrap_or(0)
+    }
+}
+
+fn read_start(file: &Option<File>) -> Option<String> {
+    let mut text = [0; 512];
+    let read = file.as_ref()?.read_at(&mut text, 0).ok()?;
+    Some(String::from_utf8_lossy(&text[..read]).into_owned())
+}
+
+fn number_after(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
+}
+
+/// An attempt to attach to a server, on a thread of its own: it may take seconds.
+#[derive(Debug)]
+struct Attempt {
+    sender: mpsc::Sender<Result<Service, UffdError>>,
+    outcome: mpsc::Receiver<Result<Service, UffdError>>,
+    /// Readable when there is one.
+    came: Arc<OwnedFd>,
+}
+
+impl Attempt {
+    fn new() -> io::Result<Self> {
+        let (sender, outcome) = mpsc::channel();
+        let came = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        Ok(Attempt { sender, outcome, came })
+    }
+
+    fn begin(&self, attach: impl FnOnce() -> Result<Service, UffdError> + Send + 'static) -> io::Result<()> {
+        let (sender, came) = (self.sender.clone(), self.came.clone());
+        std::thread::Builder::new().name("attach".into()).spawn(move || {
+            // Nobody waits any more if the guest is gone: what was attached is dropped then.
+            let _ = sender.send(attach());
+            let _ = rustix::io::write(&*came, &1u64.to_ne_bytes());
+        })?;
+        Ok(())
+    }
+
+    fn take(&self) -> Option<Result<Service, UffdError>> {
+        let _ = rustix::io::read(&*self.came, &mut [0; 8]);
+        self.outcome.try_recv().ok()
+    }
+}
+
+/// When the thread is to end the process, if the event loop has not by then.
+#[derive(Debug)]
+struct LastOrders {
+    at: Instant,
+    /// What to say, and so to fail; nothing if this is no failure.
+    words: Option<RunError>,
+}
+
+/// What the thread works with.
+struct Watch {
+    session: u64,
+    service: Service,
+    charge: Charge,
+    memory: GuestMemory,
+    plan: Plan,
+    /// To the server, while it is there.
+    link: Option<Link>,
+    attempt: Attempt,
+    sight: Sight,
+    stand_in: Option<StandIn>,
+    /// What the guest maps.
+    store: Option<Arc<File>>,
+    /// The same, once its server is gone.
+    orphan: Option<Orphan>,
+    audited_at: Instant,
+    released: OwnedFd,
+    stats: Arc<Mutex<PageServerStats>>,
+    last_orders: Option<LastOrders>,
+    /// When what led to the last takeover was first seen.
+    trouble_at: Instant,
+    /// When faults were last looked at while a server is stood in for.
+    looked_at: Instant,
+    began: Instant,
+}
+
+/// What has become ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ready {
+    Released,
+    Signal,
+    ServerGone,
+    Line,
+    Fault,
+    Attempt,
+}
+
+impl Watch {
+    fn run(mut self) {
+        loop {
+            let ready = match self.wait() {
+                Ok(ready) => ready,
+                // A guest that nobody watches could wait for ever.
+                Err(e) => return self.leave(Some(RunError::Guard(e.into()))),
+            };
+            if ready.contains(&Ready::Released) {
+                return;
+            }
+            for one in ready {
+                self.on_ready(one);
+            }
+            if self.stand_in.is_some() {
+                self.serve();
+                self.wake_forgotten();
+            }
+            if self.orphan.is_some() && self.audited_at.elapsed() >= AUDIT {
+                self.audit();
+            }
+            let now = self.now();
+            if self.plan.deadline().is_some_and(|at| now >= at) {
+                self.on(Event::Time);
+            }
+            if let Some(LastOrders { words, .. }) = self.last_orders.take_if(|orders| Instant::now() >= orders.at) {
+                return self.leave(words);
+            }
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// Waits until something is ready, or it is time for something.
+    fn wait(&self) -> Result<Vec<Ready>, Errno> {
+        let mut sources = vec![
+            (Ready::Released, PollFd::new(&self.released, PollFlags::IN)),
+            (Ready::Attempt, PollFd::new(&self.attempt.came, PollFlags::IN)),
+        ];
+        if self.last_orders.is_none() {
+            sources.push((Ready::Signal, PollFd::new(&self.charge.signals, PollFlags::IN)));
+        }
+        if let Some(link) = &self.link {
+            sources.push((Ready::ServerGone, link.sign.poll_fd()));
+            sources.extend(link.lines().map(|lines| (Ready::Line, PollFd::from_borrowed_fd(lines, PollFlags::IN))));
+        }
+        if self.plan.waits_for_faults() || self.stand_in.is_some() {
+            sources.push((Ready::Fault, PollFd::from_borrowed_fd(self.service.uffd.as_fd(), PollFlags::IN)));
+        }
+        let orders = self.last_orders.as_ref().map(|orders| orders.at.saturating_duration_since(Instant::now()));
+        let time = self.plan.deadline().map(|at| at.saturating_sub(self.now()));
+        let look = self.stands_in().then_some(LOOK_AGAIN);
+        let audit = self.orphan.as_ref().map(|_| AUDIT.saturating_sub(self.audited_at.elapsed()));
+        let timeout = orders
+            .into_iter()
+            .chain(time)
+            .chain(look)
+            .chain(audit)
+            .min()
+            .map(|wait| Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: i64::from(wait.subsec_nanos()) });
+        let (kinds, mut fds): (Vec<_>, Vec<_>) = sources.into_iter().unzip();
+        until_something_comes(|| poll(&mut fds, timeout.as_ref()))?;
+        let ready = kinds.into_iter().zip(&fds).filter(|(_, fd)| !fd.revents().is_empty());
+        Ok(ready.map(|(kind, _)| kind).collect())
+    }
+
+    fn on_ready(&mut self, ready: Ready) {
+        match ready {
+            Ready::Signal => {
+                self.charge.ending.store(true, Ordering::Relaxed);
+                self.last_orders = Some(LastOrders { at: Instant::now() + SIGNAL_ORDERS, words: None });
+            }
+            Ready::Line => {
+                // Before its end, which may have come as well.
+                let said = self.link.as_mut().map(Link::hear).unwrap_or_default();
+                said.into_iter().for_each(|event| self.on(event));
+            }
+            Ready::ServerGone => self.on(Event::Gone),
+            Ready::Fault if self.plan.waits_for_faults() => {
+                self.trouble_at = Instant::now();
+                self.on(Event::Fault);
+            }
+            Ready::Attempt => match self.attempt.take() {
+                Some(Ok(service)) => self.on_attached(service),
+                Some(Err(e)) => self.on(Event::NotAttached(e.to_string())),
+                None => {}
+            },
+            Ready::Fault | Ready::Released => {}
+        }
+    }
+
+    fn on_attached(&mut self, service: Service) {
+        match Link::new(&service) {
+            Ok(link) => {
+                (self.link, self.service) = (Some(link), service);
+                lock(&self.stats).reattachments += 1;
+                tracing::info!("attached to the page server at {} again", self.service.path.display());
+                self.on(Event::Attached);
+                // Faults that somebody else had read before.
+                self.wake_all();
+            }
+            Err(e) => self.on(Event::NotAttached(e.to_string())),
+        }
+    }
+
+    /// Whether faults are served here and by a server too, which may read of some, and fall silent again.
+    fn stands_in(&self) -> bool {
+        self.stand_in.is_some() && self.link.is_some()
+    }
+
+    /// Has faults raised again that such a server has read of and not answered.
+    fn wake_forgotten(&mut self) {
+        if self.stands_in() && self.looked_at.elapsed() >= LOOK_AGAIN {
+            self.looked_at = Instant::now();
+            if self.sight.outstanding() > 0 {
+                self.wake_all();
+            }
+        }
+    }
+
+    fn wake_all(&self) {
+        for range in &self.service.ranges {
+            if let Err(e) = self.service.uffd.wake(range.base_host_virt_addr as *mut _, range.size as usize) {
+                tracing::warn!("cannot wake those who wait for pages: {e}");
+            }
+        }
+    }
+
+    /// Takes in what has happened, and does what follows.
+    fn on(&mut self, event: Event) {
+        match event {
+            Event::Gone if self.link.take().is_some() => {
+                self.trouble_at = Instant::now();
+                lock(&self.stats).losses += 1;
+                if self.charge.policy != OnHandlerLoss::Kill {
+                    tracing::warn!("the page server at {} is gone", self.service.path.display());
+                }
+                if self.stand_in.is_some() {
+                    // What it had read of, when it had come to life again.
+                    self.wake_all();
+                }
+            }
+            _ => {}
+        }
+        let (now, lost) = (self.now(), event == Event::Gone && self.orphan.is_none());
+        for step in self.plan.on(now, event) {
+            self.take(step);
+        }
+        self.tell_state();
+        if lost {
+            // After those who wait were served.
+            self.adopt_store();
+        }
+    }
+
+    fn take(&mut self, step: Step) {
+        match step {
+            Step::Look => {
+                let (outstanding, resident) = (self.sight.outstanding() > 0, self.sight.resident());
+                self.on(Event::Looked { outstanding, resident });
+            }
+            Step::Ping(number) => {
+                if let Some(link) = &mut self.link {
+                    link.ping(number);
+                }
+            }
+            Step::TakeOver => self.take_over(),
+            Step::StandDown => {
+                self.stand_in = None;
+                tracing::info!("the page server at {} serves the guest again", self.service.path.display());
+            }
+            Step::Attach => self.attach(),
+            Step::Pause(reason) => self.tell(PageServerWord::Pause(reason)),
+            Step::Resume => self.tell(PageServerWord::Resume),
+            Step::End(reason) => self.end(reason),
+        }
+    }
+
+    fn tell(&self, word: PageServerWord) {
+        self.charge.notifier.send(Notice::PageServer(self.session, word));
+    }
+
+    fn take_over(&mut self) {
+        let (uffd, path) = (self.service.uffd.clone(), self.service.path.display());
+        if self.link.is_some() {
+            lock(&self.stats).hangs += 1;
+            tracing::warn!("the page server at {path} does not deliver: the guest is served without it meanwhile");
+        }
+        match StandIn::begin(&self.charge.snapshot, uffd, &self.service.ranges) {
+            Ok(stand_in) => {
+                self.stand_in = Some(stand_in);
+                let before = lock(&self.stats).faults_served;
+                self.serve();
+                let mut stats = lock(&self.stats);
+                stats.takeovers += 1;
+                stats.faults_taken_over += stats.faults_served - before;
+                stats.takeover_us = Some(self.trouble_at.elapsed().as_micros() as u64);
+            }
+            Err(e) => self.cannot_serve(e.to_string()),
+        }
+    }
+
+    fn serve(&mut self) {
+        match self.stand_in.as_mut().map(StandIn::serve) {
+            Some(Ok(served)) => lock(&self.stats).faults_served += served,
+            Some(Err(e)) => self.cannot_serve(e.to_string()),
+            None => {}
+        }
+    }
+
+    fn cannot_serve(&mut self, reason: String) {
+        self.stand_in = None;
+        tracing::error!("the guest cannot be served without its page server: {reason}");
+        self.on(Event::CannotServe(reason));
+    }
+
+    /// Has the guest's view of a store whose server is gone looked after.
+    fn adopt_store(&mut self) {
+        let (Mode::Shared, Some(store)) = (&self.service.mode, &self.store) else { return };
+        let size = self.service.ranges.iter().map(|range| range.size).sum();
+        match store.try_clone().and_then(|store| Orphan::adopt(store, size)) {
+            Ok(orphan) => self.orphan = Some(orphan),
+            Err(e) => tracing::error!("the store of the page server that is gone cannot be looked after: {e}"),
+        }
+    }
+
+    /// Hides pages that have appeared in the store from the guest. If it may have seen one, it must not go on.
+    fn audit(&mut self) {
+        self.audited_at = Instant::now();
+        let foreign = self.orphan.as_mut().map(Orphan::foreign);
+        let Some(Ok(foreign)) = foreign.filter(|foreign| !matches!(foreign, Ok(pages) if pages.is_empty())) else {
+            return;
+        };
+        tracing::warn!("{} pages of zeros have appeared in the store of a page server that is gone", foreign.len());
+        match self.hide(&foreign) {
+            Ok(true) => {}
+            Ok(false) => {
+                self.end("is gone, and the guest may have read zeros that somebody has put into its store".into())
+            }
+            Err(e) => {
+                self.end(format!("is gone, and zeros that somebody has put into its store cannot be hidden: {e}"))
+            }
+        }
+    }
+
+    /// Puts pages of the guest's own before those of the store. False if it has mapped one of those already.
+    fn hide(&mut self, pages: &[u64]) -> Result<bool, StandInError> {
+        let Service { uffd, ranges, .. } = &self.service;
+        let mut temporary = None;
+        let stand_in = match &mut self.stand_in {
+            Some(stand_in) => stand_in,
+            None => temporary.insert(StandIn::begin(&self.charge.snapshot, uffd.clone(), ranges)?),
+        };
+        let pagemap = Pagemap::open().ok();
+        for page in pages {
+            // What is there may be the guest's own.
+            let own = |at| pagemap.as_ref().is_some_and(|map| map.entry(at).is_ok_and(|entry| !entry.is_of_file()));
+            if stand_in.provide(*page)?.is_some_and(|at| !own(at)) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn attach(&mut self) {
+        let Service { path, mode, uffd, ranges, .. } = &self.service;
+        let (path, mode, uffd, ranges) = (path.clone(), mode.again(), uffd.clone(), ranges.clone());
+        let snapshot = self.charge.snapshot.clone();
+        let begun =
+            self.attempt.begin(move || uffd::enlist(&path, &snapshot.manifest().memory.root, mode, &ranges, &uffd));
+        if let Err(e) = begun {
+            self.on(Event::NotAttached(e.to_string()));
+        }
+    }
+
+    fn tell_state(&self) {
+        let unserved = self.plan.unserved();
+        let mut stats = lock(&self.stats);
+        stats.state = match (&unserved, self.plan.serves_here()) {
+            (Some(_), _) => PageServerState::Lost,
+            (None, true) => PageServerState::Failover,
+            (None, false) => PageServerState::Serving,
+        };
+        stats.reason = unserved.or_else(|| self.plan.serves_here().then(|| self.plan.reason()));
+    }
+
+    /// Has the event loop end the process, in good order if it can.
+    fn end(&mut self, reason: String) {
+        // Whoever ends everything at once may have ended the server first.
+        std::thread::sleep(ALL_AT_ONCE);
+        self.charge.ending.store(true, Ordering::Relaxed);
+        self.tell(PageServerWord::End(reason.clone()));
+        let words = RunError::PageServer { path: self.service.path.clone(), reason };
+        self.last_orders.get_or_insert(LastOrders { at: Instant::now() + LAST_ORDERS, words: Some(words) });
+    }
+
+    /// Ends the process.
+    fn leave(&self, words: Option<RunError>) {
+        self.charge.ending.store(true, Ordering::Relaxed);
+        let code = match words {
+            Some(words) if !self.charge.signals.have_come() => {
+                last_words(&words);
+                FAILED
+            }
+            _ => DONE,
+        };
+        remove_all();
+        memory::cut_off(&self.memory);
+        std::process::exit(code);
+    }
+}
+
+/// Polls until that succeeds, or has failed too often.
+fn until_something_comes(mut poll: impl FnMut() -> Result<usize, Errno>) -> Result<(), Errno> {
+    let mut failed = 0;
+    loop {
+        match poll() {
+            // The signals that strike here mean that vCPUs are to stop; the time is looked at by whoever asks.
+            Ok(_) | Err(Errno::INTR) => return Ok(()),
+            Err(e) if failed == TRIES => return Err(e),
+            Err(_) => {
+                failed += 1;
+                std::thread::sleep(TRY_AGAIN);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_refuses_to_watch_is_asked_again_and_not_for_ever() {
+        let mut answers = vec![Ok(1), Err(Errno::NOMEM), Err(Errno::NOMEM)];
+        assert_eq!(until_something_comes(|| answers.pop().expect("not asked once more")), Ok(()));
+        assert_eq!(until_something_comes(|| Err(Errno::NOMEM)), Err(Errno::NOMEM));
+    }
+
+    #[test]
+    fn outstanding_faults_are_read_as_the_kernel_tells_them() {
+        let text = "pos:\t0\nflags:\t02004002\nmnt_id:\t16\nino:\t1053\npending:\t1\ntotal:\t3\nAPI:\taa:0:7fff\n";
+        assert_eq!(number_after(text, "total:"), Some(3));
+        assert_eq!(number_after("pending:\t1\n", "total:"), None);
+    }
+
+    #[test]
+    fn this_process_has_memory() {
+        let Ok(uffd) = uffd_handler::uffd::create_user_only() else { return println!("skipped: no userfaultfd here") };
+        let uffd = Arc::new(uffd);
+        let sight = Sight::new(&uffd);
+        assert!(sight.resident() > 0);
+        assert_eq!(sight.outstanding(), 0);
+    }
+}
