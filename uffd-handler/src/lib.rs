@@ -23,6 +23,7 @@ pub mod mmap;
 pub mod options;
 pub mod page_set;
 pub mod process;
+pub mod prometheus;
 pub mod region;
 pub mod server;
 pub mod session;

@@ -13,7 +13,7 @@ Usage: uffd-handler --socket PATH --snapshot SNAPSHOT [--snapshot SNAPSHOT]... [
 
   --socket PATH        Unix socket to serve on; created, mode 0600, removed at the end
   --snapshot SNAPSHOT  a snapshot directory, or the snap.json in it
-  --metrics PATH       Unix socket that gives the counters, as JSON, to whoever connects
+  --metrics PATH       Unix socket for HTTP: GET /metrics tells the counters to Prometheus, /metrics.json as JSON
   --ready-fd N         write one byte to descriptor N, and close it, when the socket listens
   --end-with-parent    end, as on SIGTERM, when the process that started this one ends
   --log-level LEVEL    off, error, warn, info, debug or trace (default `info`)
