@@ -5,6 +5,7 @@ mod common;
 use common::*;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
 
 fn ask(sample: &Sample, request: &str) -> String {
     let mut stream = UnixStream::connect(sample.path("m")).unwrap();
@@ -47,5 +48,49 @@ fn clients_that_say_nothing_keep_nobody_out_for_long() {
             stream.set_read_timeout(Some(PATIENCE)).unwrap();
             assert_eq!(stream.read(&mut [0; 8]).unwrap(), 0);
         }
+    });
+}
+
+fn top(sample: &Sample, more: &[&str]) -> Command {
+    let mut command = server_command();
+    command.args(["top", "--interval", "0.1", "--metrics"]).arg(sample.path("m")).args(more).stdout(Stdio::piped());
+    command
+}
+
+/// Waits until it has shown something.
+fn show(child: &mut Child) {
+    let mut first = [0; 6];
+    child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"guests");
+}
+
+#[test]
+fn top_shows_a_server_as_a_document_or_until_it_goes() {
+    with_userfaultfd(|| {
+        let sample = Sample::of_bytes(MIB);
+        let mut server = Server::start(&sample);
+        let client = Client::connect(&sample);
+        client.view.check_all();
+        let shown = top(&sample, &["--json"]).output().unwrap();
+        let document: serde_json::Value = serde_json::from_slice(&shown.stdout).unwrap();
+        assert_eq!(document["guests"][0]["pid"], std::process::id());
+        assert!(shown.status.success());
+
+        let mut until_signal = top(&sample, &[]).spawn().unwrap();
+        show(&mut until_signal);
+        signal_process(until_signal.id(), libc::SIGINT);
+        assert!(until_signal.wait().unwrap().success());
+
+        let mut until_end = top(&sample, &[]).spawn().unwrap();
+        show(&mut until_end);
+        server.signal(libc::SIGTERM);
+        server.wait();
+        let shown = until_end.wait_with_output().unwrap();
+        let text = String::from_utf8(shown.stdout).unwrap();
+        assert!(shown.status.success() && text.lines().last().unwrap().contains("has gone"), "{text}");
+
+        let absent = top(&sample, &["--once"]).stderr(Stdio::piped()).output().unwrap();
+        assert_eq!(absent.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&absent.stderr).contains("start the page server"));
     });
 }
