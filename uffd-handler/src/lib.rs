@@ -37,6 +37,7 @@ pub mod token;
 pub mod tool;
 pub mod top;
 pub mod uffd;
+pub mod ws;
 
 pub use options::{Command, Options, USAGE, UsageError};
 

@@ -14,6 +14,8 @@ Serves the memory of snapshots to microVMs, which share every page that they hav
 
 Usage: uffd-handler --socket PATH --snapshot SNAPSHOT [--snapshot SNAPSHOT]... [options]
        uffd-handler top --metrics PATH [--interval SECONDS] [--once] [--json]
+       uffd-handler ws show SNAPSHOT [--json]
+       uffd-handler ws clear SNAPSHOT
 
   --socket PATH        Unix socket to serve on; created, mode 0600, removed at the end
   --snapshot SNAPSHOT  a snapshot directory, or the snap.json in it
@@ -28,6 +30,8 @@ Usage: uffd-handler --socket PATH --snapshot SNAPSHOT [--snapshot SNAPSHOT]... [
   --interval SECONDS   time between two looks, 0.1 to 3600 (default 1)
   --once               show it once, after one interval
   --json               once, as a JSON document
+
+`ws show` tells which pages clones of a snapshot use, as far as that was learnt (working-set.json); `ws clear` forgets it.
 
   --help               print this
   --version            print the version
@@ -83,6 +87,9 @@ pub enum UsageError {
     /// Too often, or never.
     #[error("--interval {0}: must be 0.1 to 3600 seconds")]
     Interval(f64),
+    /// There is nothing to say.
+    #[error("`ws clear` has no --json")]
+    NoJson,
 }
 
 impl Command {
@@ -91,8 +98,32 @@ impl Command {
         let mut args = args.into_iter().peekable();
         match args.peek().and_then(|arg| arg.to_str()) {
             Some("top") => Self::parse_top(args.skip(1)),
+            Some("ws") => Self::parse_ws(args.skip(1)),
             _ => Self::parse_serve(args),
         }
+    }
+
+    fn parse_ws(args: impl Iterator<Item = OsString>) -> Result<Self, UsageError> {
+        use lexopt::prelude::*;
+        let (mut words, mut json) = (Vec::new(), false);
+        let mut parser = lexopt::Parser::from_args(args);
+        while let Some(arg) = parser.next()? {
+            match arg {
+                Long("json") => json = true,
+                Long("help") | Short('h') => return Ok(Command::Help),
+                Value(word) if words.len() < 2 => words.push(word),
+                other => return Err(other.unexpected().into()),
+            }
+        }
+        let mut words = words.into_iter();
+        let what = words.next().ok_or(UsageError::Missing("`show` or `clear`"))?;
+        let snapshot = words.next().map(PathBuf::from).ok_or(UsageError::Missing("the snapshot"))?;
+        Ok(Command::Tool(match what.to_str() {
+            Some("show") => Tool::WsShow { snapshot, json },
+            Some("clear") if !json => Tool::WsClear { snapshot },
+            Some("clear") => return Err(UsageError::NoJson),
+            _ => return Err(lexopt::Error::UnexpectedArgument(what).into()),
+        }))
     }
 
     fn parse_top(args: impl Iterator<Item = OsString>) -> Result<Self, UsageError> {
@@ -198,6 +229,13 @@ mod tests {
     }
 
     #[test]
+    fn a_working_set_is_shown_or_cleared() {
+        let snapshot = || PathBuf::from("s");
+        assert_eq!(parse("ws show s --json"), Ok(Command::Tool(Tool::WsShow { snapshot: snapshot(), json: true })));
+        assert_eq!(parse("ws clear s"), Ok(Command::Tool(Tool::WsClear { snapshot: snapshot() })));
+    }
+
+    #[test]
     fn bad_usage_is_named() {
         for (line, part) in [
             ("--snapshot a", "--socket is missing"),
@@ -211,6 +249,11 @@ mod tests {
             ("--socket s --snapshot a more", "more"),
             ("--sockets s", "--sockets"),
             ("top", "--metrics is missing"),
+            ("ws", "`show` or `clear` is missing"),
+            ("ws show", "the snapshot is missing"),
+            ("ws hide s", "hide"),
+            ("ws show s more", "more"),
+            ("ws clear s --json", "no --json"),
             ("top --metrics m --interval 0", "0.1 to 3600"),
             ("top --metrics m --interval nan", "0.1 to 3600"),
             ("top --metrics m --socket s", "--socket"),
