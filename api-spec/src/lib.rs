@@ -1,7 +1,8 @@
 //! Every byte that crosses a process boundary in Coppice, as types: no KVM, no threads, and no I/O but in [`client`].
 //!
 //! - [`agent`]: host and guest agent, over vsock or COM1 (also without the standard library, for the embedded guest)
-//! - [`handshake`]: vmm and page server, over a Unix stream socket; [`page_server`]: the page server's counters
+//! - [`handshake`]: vmm and page server, over a Unix stream socket; [`page_server`]: the page server's counters;
+//!   [`prometheus`]: the text in which both tell theirs to Prometheus
 //! - [`operations`]: the calls of the vmm's REST API; [`vm`], [`devices`], [`snapshot`], [`logger`], [`stats`], [`error`],
 //!   [`mac`]: its documents
 //! - [`openapi`]: the published document of that API; [`strict`] reads documents as it has them
@@ -29,6 +30,8 @@ pub mod openapi;
 pub mod operations;
 #[cfg(feature = "std")]
 pub mod page_server;
+#[cfg(feature = "std")]
+pub mod prometheus;
 #[cfg(feature = "std")]
 pub mod snapshot;
 #[cfg(feature = "std")]

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Why a file of a snapshot cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -162,6 +163,20 @@ impl Dir {
         let mut file = self.create_file(name)?;
         file.write_all(contents)?;
         file.sync_all()
+    }
+
+    /// Puts a file with these contents in the place of one of this name, or of none: whoever reads sees the old one or this,
+    /// whole.
+    pub(crate) fn replace_file(&self, name: &str, contents: &[u8]) -> io::Result<()> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let temporary = format!(".{name}.{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        // One that a killed process of this number has left.
+        let _ = self.remove_file(&temporary);
+        let written = self.write_file(&temporary, contents).and_then(|()| self.rename(&temporary, name));
+        if written.is_err() {
+            let _ = self.remove_file(&temporary);
+        }
+        written
     }
 
     pub(crate) fn rename(&self, from: &str, to: &str) -> io::Result<()> {

@@ -7,6 +7,7 @@
 //! - [`image`]: the memory image, checked chunk by chunk where it is served, or once before it is mapped
 //! - [`disk`], [`clusters`]: what a snapshot holds of a disk, and the map that says which clusters that is
 //! - [`verify`]: check everything, the whole memory included
+//! - [`working_set`]: which pages clones use, learnt afterwards; [`page_runs`] is how they are told
 //! - [`compat`]: may a snapshot run on this host
 //!
 //! docs/snapshot-format.md describes the same for users.
@@ -22,9 +23,11 @@ pub mod disk;
 pub mod image;
 pub mod load;
 pub mod manifest;
+pub mod page_runs;
 mod stamp;
 pub mod state;
 pub mod verify;
+pub mod working_set;
 
 pub use dir::FileError;
 pub use stamp::FILE_TIME_GRANULARITY;
@@ -48,6 +51,9 @@ pub mod file {
     pub const DIGESTS: &str = "mem.b3";
     /// A note that the memory image has not changed since it was checked. Advisory, local to the host.
     pub const STAMP: &str = "mem.stamp";
+
+    /// Which pages clones use. Advisory, and learnt after the snapshot was made.
+    pub const WORKING_SET: &str = "working-set.json";
 
     /// What is held of the disk `drive_id`: its clusters, at their places.
     pub fn disk(drive_id: &str) -> String {

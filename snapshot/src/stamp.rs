@@ -83,13 +83,7 @@ impl Stamp {
 
     /// Puts this stamp in the place of an older one.
     pub(crate) fn write(&self, dir: &Dir, name: &str) -> io::Result<()> {
-        let temporary = format!(".{name}.{}", std::process::id());
-        let _ = dir.remove_file(&temporary);
-        let written = dir.write_file(&temporary, &self.to_json()).and_then(|()| dir.rename(&temporary, name));
-        if written.is_err() {
-            let _ = dir.remove_file(&temporary);
-        }
-        written
+        dir.replace_file(name, &self.to_json())
     }
 }
 

@@ -11,6 +11,8 @@
 //!
 //! Follow a client: [`listener`] -> [`handshake`] (bytes to requests) -> [`server`] ([`stores`] grants one; regions and
 //! userfaultfd are checked) -> [`session`]. [`client`] is the other end of the same conversation.
+//!
+//! Follow a counter: [`server`] (gathers them) -> [`metrics`] (HTTP) -> [`prometheus`] (text), or [`top`] (for people).
 
 pub mod client;
 pub mod event_loop;
@@ -23,6 +25,7 @@ pub mod mmap;
 pub mod options;
 pub mod page_set;
 pub mod process;
+pub mod prometheus;
 pub mod region;
 pub mod server;
 pub mod session;
@@ -31,7 +34,10 @@ pub mod source;
 pub mod store;
 pub mod stores;
 pub mod token;
+pub mod tool;
+pub mod top;
 pub mod uffd;
+pub mod ws;
 
 pub use options::{Command, Options, USAGE, UsageError};
 

@@ -23,6 +23,12 @@ fn main() -> ExitCode {
                 return ExitCode::from(error.exit_code());
             }
         }
+        Command::Tool(tool) => {
+            if let Err(error) = uffd_handler::tool::run(&tool) {
+                last_words(NAME, &error);
+                return ExitCode::FAILURE;
+            }
+        }
     }
     ExitCode::SUCCESS
 }

@@ -1,24 +1,38 @@
 //! The command line.
 
 use crate::logging::{Level, Settings};
+use crate::tool::Tool;
+use crate::top;
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// What `--help` prints.
 pub const USAGE: &str = "\
 Serves the memory of snapshots to microVMs, which share every page that they have not written.
 
 Usage: uffd-handler --socket PATH --snapshot SNAPSHOT [--snapshot SNAPSHOT]... [options]
+       uffd-handler top --metrics PATH [--interval SECONDS] [--once] [--json]
+       uffd-handler ws show SNAPSHOT [--json]
+       uffd-handler ws clear SNAPSHOT
 
   --socket PATH        Unix socket to serve on; created, mode 0600, removed at the end
   --snapshot SNAPSHOT  a snapshot directory, or the snap.json in it
-  --metrics PATH       Unix socket that gives the counters, as JSON, to whoever connects
+  --metrics PATH       Unix socket for HTTP: GET /metrics tells the counters to Prometheus, /metrics.json as JSON
   --ready-fd N         write one byte to descriptor N, and close it, when the socket listens
   --end-with-parent    end, as on SIGTERM, when the process that started this one ends
   --log-level LEVEL    off, error, warn, info, debug or trace (default `info`)
   --log-format FORMAT  `human` (default), or `json`: one object a line
   --log-file PATH      where the log goes, instead of standard error: a file, FIFO or terminal
+
+`top` shows what the page server does whose --metrics has this PATH, until Ctrl-C or the server's end:
+  --interval SECONDS   time between two looks, 0.1 to 3600 (default 1)
+  --once               show it once, after one interval
+  --json               once, as a JSON document
+
+`ws show` tells which pages clones of a snapshot use, as far as that was learnt (working-set.json); `ws clear` forgets it.
+
   --help               print this
   --version            print the version
 
@@ -47,6 +61,8 @@ pub struct Options {
 pub enum Command {
     /// Serve.
     Serve(Options),
+    /// Something else than serving.
+    Tool(Tool),
     /// Print [`USAGE`].
     Help,
     /// Print the version.
@@ -68,11 +84,73 @@ pub enum UsageError {
     /// A standard stream, or no descriptor at all.
     #[error("--ready-fd {0}: must be 3 or more")]
     ReadyFd(RawFd),
+    /// Too often, or never.
+    #[error("--interval {0}: must be 0.1 to 3600 seconds")]
+    Interval(f64),
+    /// There is nothing to say.
+    #[error("`ws clear` has no --json")]
+    NoJson,
 }
 
 impl Command {
     /// Parses the arguments that follow the program's name (and the subcommand's, if it is one).
     pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Self, UsageError> {
+        let mut args = args.into_iter().peekable();
+        match args.peek().and_then(|arg| arg.to_str()) {
+            Some("top") => Self::parse_top(args.skip(1)),
+            Some("ws") => Self::parse_ws(args.skip(1)),
+            _ => Self::parse_serve(args),
+        }
+    }
+
+    fn parse_ws(args: impl Iterator<Item = OsString>) -> Result<Self, UsageError> {
+        use lexopt::prelude::*;
+        let (mut words, mut json) = (Vec::new(), false);
+        let mut parser = lexopt::Parser::from_args(args);
+        while let Some(arg) = parser.next()? {
+            match arg {
+                Long("json") => json = true,
+                Long("help") | Short('h') => return Ok(Command::Help),
+                Value(word) if words.len() < 2 => words.push(word),
+                other => return Err(other.unexpected().into()),
+            }
+        }
+        let mut words = words.into_iter();
+        let what = words.next().ok_or(UsageError::Missing("`show` or `clear`"))?;
+        let snapshot = words.next().map(PathBuf::from).ok_or(UsageError::Missing("the snapshot"))?;
+        Ok(Command::Tool(match what.to_str() {
+            Some("show") => Tool::WsShow { snapshot, json },
+            Some("clear") if !json => Tool::WsClear { snapshot },
+            Some("clear") => return Err(UsageError::NoJson),
+            _ => return Err(lexopt::Error::UnexpectedArgument(what).into()),
+        }))
+    }
+
+    fn parse_top(args: impl Iterator<Item = OsString>) -> Result<Self, UsageError> {
+        use lexopt::prelude::*;
+        let (mut metrics, mut interval) = (None, None);
+        let (mut is_once, mut json) = (false, false);
+        let mut parser = lexopt::Parser::from_args(args);
+        while let Some(arg) = parser.next()? {
+            match arg {
+                Long("metrics") => once(&mut metrics, "--metrics", parser.value()?.into())?,
+                Long("interval") => once(&mut interval, "--interval", parser.value()?.parse()?)?,
+                Long("once") => is_once = true,
+                Long("json") => json = true,
+                Long("help") | Short('h') => return Ok(Command::Help),
+                other => return Err(other.unexpected().into()),
+            }
+        }
+        let metrics = metrics.ok_or(UsageError::Missing("--metrics"))?;
+        let interval = interval.unwrap_or(1.0);
+        if !top::INTERVALS.contains(&interval) {
+            return Err(UsageError::Interval(interval));
+        }
+        let interval = Duration::from_secs_f64(interval);
+        Ok(Command::Tool(Tool::Top(top::Options { metrics, interval, once: is_once, json })))
+    }
+
+    fn parse_serve(args: impl Iterator<Item = OsString>) -> Result<Self, UsageError> {
         use lexopt::prelude::*;
         let (mut socket, mut snapshots, mut metrics, mut ready_fd) = (None, Vec::new(), None, None);
         let mut end_with_parent = false;
@@ -141,6 +219,23 @@ mod tests {
     }
 
     #[test]
+    fn top_has_options_of_its_own() {
+        let top = |interval, once, json| {
+            Ok(Command::Tool(Tool::Top(top::Options { metrics: "m".into(), interval, once, json })))
+        };
+        assert_eq!(parse("top --metrics m"), top(Duration::from_secs(1), false, false));
+        assert_eq!(parse("top --metrics m --interval 0.5 --once --json"), top(Duration::from_millis(500), true, true));
+        assert_eq!(parse("top --help"), Ok(Command::Help));
+    }
+
+    #[test]
+    fn a_working_set_is_shown_or_cleared() {
+        let snapshot = || PathBuf::from("s");
+        assert_eq!(parse("ws show s --json"), Ok(Command::Tool(Tool::WsShow { snapshot: snapshot(), json: true })));
+        assert_eq!(parse("ws clear s"), Ok(Command::Tool(Tool::WsClear { snapshot: snapshot() })));
+    }
+
+    #[test]
     fn bad_usage_is_named() {
         for (line, part) in [
             ("--snapshot a", "--socket is missing"),
@@ -153,6 +248,15 @@ mod tests {
             ("--socket s --snapshot a --log-file l --log-file m", "twice"),
             ("--socket s --snapshot a more", "more"),
             ("--sockets s", "--sockets"),
+            ("top", "--metrics is missing"),
+            ("ws", "`show` or `clear` is missing"),
+            ("ws show", "the snapshot is missing"),
+            ("ws hide s", "hide"),
+            ("ws show s more", "more"),
+            ("ws clear s --json", "no --json"),
+            ("top --metrics m --interval 0", "0.1 to 3600"),
+            ("top --metrics m --interval nan", "0.1 to 3600"),
+            ("top --metrics m --socket s", "--socket"),
         ] {
             let error = parse(line).unwrap_err();
             assert!(error.contains(part), "{line}: {error}");

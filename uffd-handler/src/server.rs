@@ -11,7 +11,7 @@
 
 use crate::handshake::{Handshake, HandshakeError, Request};
 use crate::listener::Listener;
-use crate::metrics::{MAX_READERS, Reader};
+use crate::metrics::{MAX_READERS, Next, Reader};
 use crate::process::{Credentials, Signals};
 use crate::region::{RegionError, Regions};
 use crate::session::{Scratch, Session};
@@ -346,12 +346,9 @@ impl Server {
             if self.readers.len() >= MAX_READERS {
                 continue;
             }
-            let Ok(mut reader) = Reader::new(stream, &self.metrics()) else { continue };
-            if reader.push() {
-                continue;
-            }
+            let Ok(reader) = Reader::new(stream) else { continue };
             let id = self.next_peer_id();
-            let events = Events::with_data(reader.stream(), Token::Reader(id).encode(), EventSet::OUT);
+            let events = Events::with_data(reader.stream(), Token::Reader(id).encode(), EventSet::IN);
             if ops.add(events).is_ok() {
                 self.readers.insert(id, reader);
             }
@@ -359,7 +356,12 @@ impl Server {
     }
 
     fn on_reader(&mut self, id: u32, ops: &mut EventOps) {
-        if self.readers.get_mut(&id).is_some_and(Reader::push) {
+        let Some(mut reader) = self.readers.remove(&id) else { return };
+        let next = reader.advance(|| self.metrics());
+        let room = Events::with_data(reader.stream(), Token::Reader(id).encode(), EventSet::OUT);
+        let goes_on = next == Next::Read || (next == Next::Write && ops.modify(room).is_ok());
+        self.readers.insert(id, reader);
+        if !goes_on {
             self.drop_reader(id, ops);
         }
     }

@@ -17,7 +17,7 @@ pub enum Token {
     Uffd(u32),
     /// A guest's process: it has ended.
     Process(u32),
-    /// A reader of the counters has room.
+    /// A reader of the counters has sent something, or has room.
     Reader(u32),
 }
 

@@ -3,6 +3,8 @@
 
 mod common;
 use common::*;
+use snapshot::page_runs::PageRuns;
+use snapshot::working_set::{Used, WorkingSet};
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
@@ -88,4 +90,29 @@ fn the_parent_is_told_when_it_listens() {
         signal_process(child.id(), libc::SIGTERM);
         assert_eq!(child.wait().unwrap().code(), Some(0));
     });
+}
+
+#[test]
+fn a_working_set_is_shown_and_forgotten() {
+    let sample = Sample::of_bytes(MIB);
+    let run = |args: &[&str]| server_command().arg("ws").args(args).arg(sample.path("snap")).output().unwrap();
+    let absent = run(&["show"]);
+    assert_eq!(absent.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&absent.stderr).contains("no working set"));
+
+    let snapshot = snapshot::load::open(&sample.path("snap")).unwrap();
+    let mut set = WorkingSet::of(&snapshot);
+    set.merge(&Used { read: PageRuns::new([0..4, 128..256]), written: PageRuns::of_pages([8]) });
+    set.save(&snapshot).unwrap();
+    let text = String::from_utf8(run(&["show"]).stdout).unwrap();
+    for part in ["learnt from 1 clone\n", "read     132 pages, 0.5 MiB, in 2 runs", "[#...", "written  1 pages"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let document: serde_json::Value = serde_json::from_slice(&run(&["show", "--json"]).stdout).unwrap();
+    assert_eq!((&document["read"]["pages"], &document["clones"]), (&132.into(), &1.into()));
+
+    std::fs::write(sample.path("snap/working-set.json"), "{}").unwrap();
+    assert_eq!(run(&["show"]).status.code(), Some(1));
+    assert!(run(&["clear"]).status.success());
+    assert!(!exists(&sample.path("snap/working-set.json")));
 }

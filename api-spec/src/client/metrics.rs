@@ -1,20 +1,27 @@
 //! Reading the page server's metrics.
 
-use super::unix;
+use super::rest::{RestClient, RestError};
 use crate::page_server::Metrics;
-use std::io::{self, Read};
+use std::io;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// Longest document that is taken, in bytes.
-const MAX_DOCUMENT: u64 = 64 << 20;
+/// Longest answer that is taken, in bytes.
+const MAX_ANSWER: usize = 64 << 20;
 
 /// Reads the page server's counters from its metrics socket.
 pub fn read(path: &Path, patience: Duration) -> io::Result<Metrics> {
-    let deadline = Instant::now() + patience;
-    let stream = unix::connect(path, patience)?;
-    unix::limit(&stream, deadline)?;
-    let mut document = Vec::new();
-    stream.take(MAX_DOCUMENT).read_to_end(&mut document)?;
-    Ok(serde_json::from_slice(&document)?)
+    fetch(path, patience).map_err(|error| match error {
+        RestError::Io(error) => error,
+        RestError::Answer(what) => {
+            io::Error::new(io::ErrorKind::InvalidData, format!("its answer is not understood: {what}"))
+        }
+        refused => io::Error::other(refused),
+    })
+}
+
+fn fetch(path: &Path, patience: Duration) -> Result<Metrics, RestError> {
+    let mut client = RestClient::connect(path, patience)?;
+    client.set_max_answer(MAX_ANSWER);
+    client.get("/metrics.json")
 }

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// Longest answer that is taken, in bytes.
+/// Longest answer that is taken if nobody says otherwise, in bytes.
 const MAX_ANSWER: usize = 4 << 20;
 
 /// Why a call failed.
@@ -66,6 +66,7 @@ pub struct RestClient {
     /// Absent once it cannot be used any more; the next call makes another.
     stream: Option<UnixStream>,
     patience: Duration,
+    max_answer: usize,
 }
 
 /// Why there is no answer.
@@ -84,7 +85,13 @@ impl From<RestError> for Failure {
 impl RestClient {
     /// Connects to the API at `path`. Each later call may take `patience`, all in all.
     pub fn connect(path: &Path, patience: Duration) -> Result<Self, RestError> {
-        Ok(RestClient { path: path.to_owned(), stream: Some(unix::connect(path, patience)?), patience })
+        let stream = Some(unix::connect(path, patience)?);
+        Ok(RestClient { path: path.to_owned(), stream, patience, max_answer: MAX_ANSWER })
+    }
+
+    /// Sets how long an answer may be, in bytes.
+    pub fn set_max_answer(&mut self, bytes: usize) {
+        self.max_answer = bytes;
     }
 
     /// Sets how long each later call may take.
@@ -153,7 +160,7 @@ impl RestClient {
             Err(e) if !is_gone(&e) => return Err(RestError::from(in_time(e)).into()),
             sent => sent.is_ok(),
         };
-        let (response, stays_open) = receive(&mut stream, deadline)?;
+        let (response, stays_open) = receive(&mut stream, deadline, self.max_answer)?;
         if stays_open && sent {
             self.stream = Some(stream);
         }
@@ -177,14 +184,14 @@ fn in_time(error: io::Error) -> io::Error {
 }
 
 /// Receives an answer, and whether the connection stays open after it.
-fn receive(stream: &mut UnixStream, deadline: Instant) -> Result<(Response, bool), Failure> {
+fn receive(stream: &mut UnixStream, deadline: Instant, max: usize) -> Result<(Response, bool), Failure> {
     let mut bytes = Vec::new();
     loop {
         if let Some(answer) = parse(&bytes)? {
             return Ok(answer);
         }
-        if bytes.len() > MAX_ANSWER {
-            return Err(RestError::Answer(format!("more than {MAX_ANSWER} bytes")).into());
+        if bytes.len() > max {
+            return Err(RestError::Answer(format!("more than {max} bytes")).into());
         }
         unix::limit(stream, deadline).map_err(RestError::from)?;
         let mut chunk = [0; 4096];

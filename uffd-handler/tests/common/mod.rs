@@ -163,9 +163,7 @@ impl Server {
     }
 
     pub fn metrics(&self) -> Metrics {
-        let mut text = String::new();
-        UnixStream::connect(&self.metrics).unwrap().read_to_string(&mut text).unwrap();
-        serde_json::from_str(&text).unwrap()
+        api_spec::client::metrics::read(&self.metrics, PATIENCE).unwrap()
     }
 
     pub fn descriptors(&self) -> usize {

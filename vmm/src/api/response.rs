@@ -16,7 +16,7 @@ impl ContentType {
     pub fn as_str(self) -> &'static str {
         match self {
             ContentType::Json => "application/json",
-            ContentType::Text => "text/plain; version=0.0.4; charset=utf-8",
+            ContentType::Text => api_spec::prometheus::CONTENT_TYPE,
         }
     }
 }

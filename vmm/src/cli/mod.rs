@@ -73,6 +73,9 @@ pub enum CliError {
     /// The page server.
     #[error(transparent)]
     PageServer(#[from] uffd_handler::RunError),
+    /// A look at the page server.
+    #[error(transparent)]
+    PageServerTool(#[from] uffd_handler::tool::ToolError),
     /// A command for a vmm.
     #[error(transparent)]
     Ctl(#[from] ctl::CtlError),
@@ -148,6 +151,7 @@ pub fn run(command: Command) -> Result<i32, CliError> {
             Ok(DONE)
         }
         Command::PageServer(options) => Ok(uffd_handler::run(&options).map(|()| DONE)?),
+        Command::PageServerTool(tool) => Ok(uffd_handler::tool::run(&tool).map(|()| DONE)?),
         Command::SnapshotVersion => print(&format!("v{}\n", snapshot::FORMAT_VERSION)),
         Command::DescribeSnapshot(path) => {
             let snapshot = snapshot::load::open(&path)?;

@@ -1,10 +1,7 @@
 //! Counters as Prometheus reads them: its text format, version 0.0.4. Pure.
 
+use api_spec::prometheus::{Kind, Text};
 use api_spec::stats::{NetworkStats, PageServerState, PageServerStats, VmStats};
-use std::fmt::Write;
-
-/// A label: its name and what it says.
-type Label<'a> = (&'a str, &'a str);
 
 /// All counters.
 pub fn render(stats: &VmStats) -> String {
@@ -21,7 +18,7 @@ pub fn render(stats: &VmStats) -> String {
     if let Some(server) = &stats.page_server {
         page_server(&mut text, server);
     }
-    text.0
+    text.into_string()
 }
 
 fn process(text: &mut Text, stats: &VmStats) {
@@ -248,65 +245,10 @@ fn others(text: &mut Text, stats: &VmStats) {
     text.sample(&[], stats.console.lost_bytes);
 }
 
-/// What a metric is.
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    /// It only grows.
-    Counter,
-    /// It may be anything.
-    Gauge,
-}
-
-/// The text, and the name of the family that is being written.
-#[derive(Debug, Default)]
-struct Text(String, &'static str);
-
-impl Text {
-    /// Begins a family of samples.
-    fn family(&mut self, name: &'static str, kind: Kind, help: &str) {
-        let kind = match kind {
-            Kind::Counter => "counter",
-            Kind::Gauge => "gauge",
-        };
-        self.1 = name;
-        self.put(format_args!("# HELP {name} {help}\n# TYPE {name} {kind}\n"));
-    }
-
-    /// A sample of the family.
-    fn sample(&mut self, labels: &[Label], value: u64) {
-        self.begin(labels);
-        self.put(format_args!("{value}\n"));
-    }
-
-    /// A sample that is a time, as seconds.
-    fn seconds(&mut self, labels: &[Label], us: u64) {
-        self.begin(labels);
-        self.put(format_args!("{}.{:06}\n", us / 1_000_000, us % 1_000_000));
-    }
-
-    fn begin(&mut self, labels: &[Label]) {
-        self.0.push_str(self.1);
-        for (number, (name, value)) in labels.iter().enumerate() {
-            let before = if number == 0 { '{' } else { ',' };
-            self.put(format_args!("{before}{name}=\"{}\"", escaped(value)));
-        }
-        self.0.push_str(if labels.is_empty() { " " } else { "} " });
-    }
-
-    fn put(&mut self, part: std::fmt::Arguments<'_>) {
-        // Writing to a string cannot fail.
-        let _ = self.0.write_fmt(part);
-    }
-}
-
-/// What a label says, with what would end it escaped.
-fn escaped(value: &str) -> String {
-    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use api_spec::prometheus::Label;
     use api_spec::stats::{BalloonStats, DriveStats, EntropyStats, Latencies, MemoryStats, VcpuStats, VsockStats};
     use proptest::prelude::*;
     use std::collections::{BTreeMap, BTreeSet};
