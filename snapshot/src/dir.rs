@@ -93,6 +93,11 @@ impl Dir {
         self.path.join(name)
     }
 
+    /// Whether there is anything of this name.
+    pub(crate) fn has_file(&self, name: &str) -> bool {
+        rustix::fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+    }
+
     /// Opens a regular file for reading and returns its length, in bytes.
     pub(crate) fn open_file(&self, name: &str) -> Result<(File, u64), FileError> {
         // NONBLOCK: opening a FIFO must not wait for a writer. It means nothing for regular files.

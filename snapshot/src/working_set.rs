@@ -169,6 +169,11 @@ impl WorkingSet {
         self.updated_unix_ms = now_ms().max(self.created_unix_ms);
     }
 
+    /// Whether there is one beside a snapshot, as far as can be told without reading it.
+    pub fn exists(snapshot: &Snapshot) -> bool {
+        snapshot.open_dir().has_file(file::WORKING_SET)
+    }
+
     /// What is beside a snapshot: `None` if there is nothing.
     pub fn load(snapshot: &Snapshot) -> Result<Option<WorkingSet>, Unusable> {
         let dir = snapshot.open_dir();

@@ -4,6 +4,7 @@
 //! - [`limit`]: how much of it may be the guest's own (pure)
 //! - [`freeze`]: turns the RAM of a booted guest into an immutable image without copying it
 //! - [`uffd`]: memory whose pages a page server provides: a view of its store, or anonymous memory that it copies pages into
+//! - [`replay`]: gets pages ready that earlier clones have needed
 //! - [`stand_in`]: serving page faults without a page server
 //! - [`orphan`]: the store of a page server that is gone
 //! - [`discard`]: pages that the guest gives back; [`ranges`] records which (pure), `pagemap` knows which were written since
@@ -19,6 +20,7 @@ mod mmap;
 pub mod orphan;
 pub mod pagemap;
 pub mod ranges;
+pub mod replay;
 pub mod stand_in;
 pub mod uffd;
 
