@@ -15,6 +15,7 @@
 pub mod client;
 pub mod event_loop;
 pub mod events;
+pub mod faults;
 pub mod handshake;
 pub mod histogram;
 pub mod listener;

@@ -6,7 +6,7 @@
 //! by an ordinary kernel fault. The wake-up is sent for every event, also when the page was there already: somebody
 //! else's filling it does not wake this guest's threads.
 
-use crate::events::{BATCH, FaultReader};
+use crate::events::{BATCH, EventReader};
 use crate::process::{Credentials, peer_pidfd};
 use crate::region::Regions;
 use crate::source::{Chunk, Source};
@@ -39,7 +39,7 @@ pub enum SessionError {
 
 /// Buffers that all sessions use in turn.
 pub struct Scratch {
-    faults: FaultReader,
+    faults: EventReader,
     /// Room for the chunk that is being filled.
     pub chunk: Box<Chunk>,
 }
@@ -47,7 +47,7 @@ pub struct Scratch {
 impl Scratch {
     /// Allocates them.
     pub fn new() -> Self {
-        Self { faults: FaultReader::new(), chunk: Box::new([0; size_of::<Chunk>()]) }
+        Self { faults: EventReader::new(), chunk: Box::new([0; size_of::<Chunk>()]) }
     }
 }
 
@@ -106,7 +106,7 @@ impl Session {
         let mut turn = Turn::default();
         for _ in 0..BATCHES_IN_A_TURN {
             let read = scratch.faults.read(&self.uffd)?;
-            self.log_others(scratch.faults.others());
+            self.log_others(scratch.faults.others() + scratch.faults.removes().len());
             for &address in scratch.faults.addresses() {
                 turn.foreign += self.answer(address, store, image, &mut scratch.chunk)?;
                 turn.events += 1;
