@@ -16,6 +16,7 @@ pub mod client;
 pub mod event_loop;
 pub mod events;
 pub mod faults;
+pub mod fetch;
 pub mod handshake;
 pub mod histogram;
 pub mod listener;
