@@ -202,6 +202,11 @@ impl Inbox {
         let _ = self.bell.read();
     }
 
+    /// Rings the bell again, for what is left.
+    pub fn ring(&self) {
+        let _ = self.bell.write(1);
+    }
+
     /// Something that has come.
     pub fn take(&self) -> Option<Fetched> {
         self.results.try_recv().ok()
