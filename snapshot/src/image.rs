@@ -7,9 +7,12 @@ use crate::dir::FileError;
 use crate::load::Snapshot;
 use crate::stamp::Stamp;
 use crate::{CHUNK_BYTES, file};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Advice, Mode, OFlags};
+use rustix::io::ReadWriteFlags;
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -166,6 +169,27 @@ impl MemoryImage {
     ///
     /// If `buf` is shorter than the chunk.
     pub fn read_chunk(&self, index: u64, buf: &mut [u8]) -> Result<usize, ImageError> {
+        let read = self.read_checked(index, buf, |buf| self.read_from_file(index, buf).map(|()| true))?;
+        Ok(read.unwrap_or_default())
+    }
+
+    /// As [`MemoryImage::read_chunk`], but never waits for a disk: `None` if that is where the bytes are.
+    ///
+    /// # Panics
+    ///
+    /// If `buf` is shorter than the chunk.
+    pub fn read_chunk_now(&self, index: u64, buf: &mut [u8]) -> Result<Option<usize>, ImageError> {
+        self.read_checked(index, buf, |buf| Ok(self.read_from_cache(index, buf)))
+    }
+
+    /// Fills the beginning of `buf` with a chunk, by means of `read` if it is not all zero, and checks it; `None` if
+    /// `read` says that it has not read it.
+    fn read_checked(
+        &self,
+        index: u64,
+        buf: &mut [u8],
+        read: impl FnOnce(&mut [u8]) -> Result<bool, ImageError>,
+    ) -> Result<Option<usize>, ImageError> {
         let Some(digest) = self.digest_of(index) else {
             return Err(ImageError::NoSuchChunk { path: self.path.clone(), index, chunks: self.chunks() });
         };
@@ -173,13 +197,24 @@ impl MemoryImage {
         if digest == self.zero.of(index) {
             // What the snapshot was made with, whatever the file holds there.
             buf.fill(0);
-            return Ok(buf.len());
+            return Ok(Some(buf.len()));
         }
-        self.read_from_file(index, buf)?;
+        if !read(buf)? {
+            return Ok(None);
+        }
         if chunk::digest(buf) != *digest {
             return Err(self.damaged(index));
         }
-        Ok(buf.len())
+        Ok(Some(buf.len()))
+    }
+
+    /// Tells the kernel that these chunks of the file will hardly be read again, so that it need not keep them in memory.
+    pub fn forget(&self, chunks: Range<u64>) {
+        let (start, end) = (chunks.start * CHUNK_BYTES, (chunks.end * CHUNK_BYTES).min(self.size));
+        if let Some(len) = end.checked_sub(start).and_then(NonZeroU64::new) {
+            // Advice that is not taken costs some memory, and nothing else.
+            let _ = rustix::fs::fadvise(&self.file, start, Some(len), Advice::DontNeed);
+        }
     }
 
     fn digest_of(&self, index: u64) -> Option<&Digest> {
@@ -190,6 +225,13 @@ impl MemoryImage {
         let offset = index * CHUNK_BYTES;
         let read = self.file.read_exact_at(buf, offset);
         read.map_err(|source| ImageError::Read { path: self.path.clone(), offset, source })
+    }
+
+    /// Fills `buf` with what the kernel has in memory; false if it has not all of it, or fails, which a read that may wait
+    /// will say better.
+    fn read_from_cache(&self, index: u64, buf: &mut [u8]) -> bool {
+        let (offset, wanted) = (index * CHUNK_BYTES, buf.len());
+        rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT) == Ok(wanted)
     }
 
     fn damaged(&self, index: u64) -> ImageError {

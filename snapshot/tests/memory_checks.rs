@@ -57,6 +57,28 @@ fn a_flipped_byte_is_noticed_where_it_is_read() {
 }
 
 #[test]
+fn what_is_read_without_waiting_is_the_same_or_nothing() {
+    let sample = Sample::new();
+    let at = 3 * CHUNK + 7;
+    flip(&sample, at);
+    let image = MemoryImage::open(&load::open(&sample.dir).unwrap()).unwrap();
+    for forgotten in [false, true] {
+        for index in 0..image.chunks() {
+            let (mut now, mut later) = (vec![0; CHUNK], vec![0; CHUNK]);
+            match (image.read_chunk_now(index, &mut now), image.read_chunk(index, &mut later)) {
+                (Ok(Some(len)), Ok(same)) => assert_eq!((len, &now[..len]), (same, &later[..len])),
+                (Ok(None), other) => assert!(index != 2 && (other.is_ok() || index == 3), "{index}: {other:?}"),
+                (Err(now), Err(later)) => assert_eq!((now.to_string(), index), (later.to_string(), 3)),
+                other => panic!("{index}, {forgotten}: {other:?}"),
+            }
+        }
+        image.forget(0..image.chunks());
+    }
+    image.forget(0..u64::MAX / CHUNK as u64);
+    image.forget(7..7);
+}
+
+#[test]
 fn a_byte_in_a_hole_is_noticed_where_the_kernel_would_serve_it() {
     let sample = Sample::new();
     flip(&sample, 2 * CHUNK + 9);

@@ -35,6 +35,7 @@ fn main() -> Result<()> {
                 socket: socket.clone(),
                 snapshots,
                 metrics: None,
+                limits: Default::default(),
                 ready_fd: None,
                 end_with_parent: false,
                 log: Settings::new(Level::Info, "page_cost"),

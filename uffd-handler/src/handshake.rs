@@ -1,10 +1,14 @@
 //! The server's half of the handshake, for one connection.
 //!
 //! ```text
-//!   accepted --Hello--> hello --Store sent--> attach --Attach + userfaultfd--> (becomes a Session)
-//!       |                 |                     |
-//!       +-----------------+---------------------+--> refused: garbage, wrong descriptors, deadline, end of stream
+//!   accepted --Hello--> hello --Store or Image sent--> attach --Attach + userfaultfd--> (becomes a Session)
+//!    |  |                 |                              |
+//!    |  +-----------------+------------------------------+--> refused: garbage, wrong descriptors, deadline, end of stream
+//!    |                                    ^
+//!    +--[--> array --array whole + userfaultfd--> (becomes a Session, without a word)
 //! ```
+//!
+//! The last line is Firecracker's handshake: one JSON array with a userfaultfd, which may come in pieces, and no answer.
 //!
 //! This file turns bytes into requests and answers into bytes; what is granted is the server's business.
 
@@ -12,6 +16,7 @@ use crate::process::{Credentials, peer_credentials};
 use crate::region::PAGE_SIZE;
 use crate::socket::{Passed, receive};
 use api_spec::handshake::{Attach, Hello, MAX_MESSAGE, REPLY_DEADLINE_MS, Region, Reply};
+use serde::Deserialize;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -27,9 +32,6 @@ pub enum HandshakeError {
     /// A message with no end.
     #[error("message longer than {MAX_MESSAGE} bytes")]
     TooLong,
-    /// The first byte of a Firecracker-style handshake.
-    #[error("copy mode (a JSON array with a userfaultfd) is not offered yet: use shared mode")]
-    CopyMode,
     /// Not the JSON that belongs here.
     #[error("not a valid {0} message: {1}")]
     Malformed(&'static str, String),
@@ -50,17 +52,44 @@ pub enum HandshakeError {
 /// What a client asks for.
 #[derive(Debug)]
 pub enum Request {
-    /// A store of this image.
+    /// This image, in one mode or the other.
     Hello(Hello),
     /// To be served on this userfaultfd (not yet proven to be one).
     Attach(Vec<Region>, OwnedFd),
+    /// To be served on this userfaultfd, in Firecracker's copy mode.
+    Copy(Vec<Region>, OwnedFd),
 }
+
+/// What is wrong with an array that is whole and came alone.
+const NO_DESCRIPTOR: &str = "no userfaultfd with the copy mode message";
 
 /// Which message is awaited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Hello,
     Attach,
+    /// The array of Firecracker's copy mode.
+    Array,
+}
+
+/// One element of that array, as far as it matters here.
+#[derive(Deserialize)]
+struct ArrayRegion {
+    base_host_virt_addr: u64,
+    size: u64,
+    offset: u64,
+    page_size: Option<u64>,
+    /// The older name of `page_size`; the number is one of bytes all the same.
+    page_size_kib: Option<u64>,
+}
+
+impl ArrayRegion {
+    fn into_region(self) -> Result<Region, HandshakeError> {
+        let Self { base_host_virt_addr, size, offset, page_size, page_size_kib } = self;
+        let missing = || HandshakeError::Malformed(Stage::Array.name(), "missing field `page_size`".into());
+        let page_size = page_size.or(page_size_kib).ok_or_else(missing)?;
+        Ok(Region { base_host_virt_addr, size, offset, page_size })
+    }
 }
 
 impl Stage {
@@ -68,6 +97,7 @@ impl Stage {
         match self {
             Stage::Hello => "hello",
             Stage::Attach => "attach",
+            Stage::Array => "copy mode",
         }
     }
 }
@@ -80,7 +110,10 @@ pub struct Handshake {
     pub peer: Credentials,
     stage: Stage,
     line: Vec<u8>,
+    /// The regions of an array that is whole, but for its descriptor.
+    array: Option<Vec<Region>>,
     descriptor: Option<OwnedFd>,
+    began: Instant,
     deadline: Instant,
 }
 
@@ -89,7 +122,13 @@ impl Handshake {
     pub fn new(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         let peer = peer_credentials(&stream)?;
-        Ok(Self { stream, peer, stage: Stage::Hello, line: Vec::new(), descriptor: None, deadline: next_deadline() })
+        let (stage, began, deadline) = (Stage::Hello, Instant::now(), next_deadline());
+        Ok(Self { stream, peer, stage, line: Vec::new(), array: None, descriptor: None, began, deadline })
+    }
+
+    /// When the client connected.
+    pub fn began(&self) -> Instant {
+        self.began
     }
 
     /// The connection, to be watched.
@@ -104,7 +143,16 @@ impl Handshake {
 
     /// Fails if the awaited message is overdue.
     pub fn check_deadline(&self, now: Instant) -> Result<(), HandshakeError> {
-        if now < self.deadline { Ok(()) } else { Err(HandshakeError::Deadline(self.stage.name())) }
+        match self.stage {
+            _ if now < self.deadline => Ok(()),
+            Stage::Array if self.array.is_some() => Err(HandshakeError::Descriptors(NO_DESCRIPTOR)),
+            stage => Err(HandshakeError::Deadline(stage.name())),
+        }
+    }
+
+    /// Whether the client reads answers. In Firecracker's copy mode it does not.
+    pub fn is_answered(&self) -> bool {
+        self.stage != Stage::Array
     }
 
     /// Takes what has arrived; returns a request when one is complete, `None` when more must come.
@@ -119,13 +167,16 @@ impl Handshake {
                     _ => return Err(error.into()),
                 },
             };
+            if count == 0 {
+                return Err(HandshakeError::Closed);
+            }
+            if self.stage == Stage::Hello && self.line.is_empty() && bytes[0] == b'[' {
+                self.stage = Stage::Array;
+            }
             match passed {
                 Passed::None => {}
                 Passed::One(descriptor) => self.keep_descriptor(descriptor)?,
                 Passed::Many => return Err(HandshakeError::Descriptors("more than one descriptor")),
-            }
-            if count == 0 {
-                return Err(HandshakeError::Closed);
             }
             if self.take_bytes(&bytes[..count])? {
                 return self.finish_message().map(Some);
@@ -146,8 +197,9 @@ impl Handshake {
     /// Adds bytes to the message; true when it is complete.
     fn take_bytes(&mut self, bytes: &[u8]) -> Result<bool, HandshakeError> {
         self.line.extend_from_slice(bytes);
-        if self.stage == Stage::Hello && self.line[0] == b'[' {
-            return Err(HandshakeError::CopyMode);
+        if self.stage == Stage::Array {
+            self.array = self.parse_array()?;
+            return Ok(self.array.is_some() && self.descriptor.is_some());
         }
         match self.line.iter().position(|&byte| byte == b'\n') {
             Some(end) if end >= MAX_MESSAGE => Err(HandshakeError::TooLong),
@@ -158,16 +210,37 @@ impl Handshake {
         }
     }
 
+    /// The regions of the array, if it is whole. Nothing but its being JSON says where it ends.
+    fn parse_array(&self) -> Result<Option<Vec<Region>>, HandshakeError> {
+        if self.line.len() > MAX_MESSAGE {
+            return Err(HandshakeError::TooLong);
+        }
+        // So that not every piece is reason to read all of it again.
+        if !self.line.trim_ascii_end().ends_with(b"]") {
+            return Ok(None);
+        }
+        match serde_json::from_slice::<Vec<ArrayRegion>>(&self.line) {
+            Ok(regions) => regions.into_iter().map(ArrayRegion::into_region).collect::<Result<_, _>>().map(Some),
+            Err(error) if error.is_eof() => Ok(None),
+            Err(error) => Err(self.malformed(&error)),
+        }
+    }
+
+    fn malformed(&self, error: &serde_json::Error) -> HandshakeError {
+        HandshakeError::Malformed(self.stage.name(), error.to_string())
+    }
+
     fn finish_message(&mut self) -> Result<Request, HandshakeError> {
         let line = std::mem::take(&mut self.line);
-        let malformed = |error: serde_json::Error| HandshakeError::Malformed(self.stage.name(), error.to_string());
         match (self.stage, self.descriptor.take()) {
-            (Stage::Hello, _) => serde_json::from_slice(&line).map(Request::Hello).map_err(malformed),
+            (Stage::Hello, _) => serde_json::from_slice(&line).map(Request::Hello).map_err(|e| self.malformed(&e)),
             (Stage::Attach, None) => Err(HandshakeError::Descriptors("no userfaultfd with the attach message")),
             (Stage::Attach, Some(uffd)) => {
-                let Attach { regions } = serde_json::from_slice(&line).map_err(malformed)?;
+                let Attach { regions } = serde_json::from_slice(&line).map_err(|e| self.malformed(&e))?;
                 Ok(Request::Attach(regions, uffd))
             }
+            (Stage::Array, None) => Err(HandshakeError::Descriptors(NO_DESCRIPTOR)),
+            (Stage::Array, Some(uffd)) => Ok(Request::Copy(self.array.take().unwrap_or_default(), uffd)),
         }
     }
 
@@ -179,21 +252,43 @@ impl Handshake {
             .send_with_fd(&line[..], store.as_raw_fd())
             .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
         complete(sent, line.len())?;
+        self.await_attach();
+        Ok(())
+    }
+
+    /// Answers a hello that asks for copies, and awaits the attach message.
+    pub fn send_image(&mut self, size: u64) -> Result<(), HandshakeError> {
+        self.send(&Reply::Image { size, page_size: PAGE_SIZE })?;
+        self.await_attach();
+        Ok(())
+    }
+
+    fn await_attach(&mut self) {
         self.stage = Stage::Attach;
         self.deadline = next_deadline();
-        Ok(())
     }
 
     /// Answers an attach message: faults are being served.
     pub fn send_serving(&mut self) -> Result<(), HandshakeError> {
-        let line = encode(&Reply::Serving);
-        complete((&self.stream).write(&line)?, line.len())
+        self.send(&Reply::Serving)
     }
 
-    /// Tells the client that it will not be served, if it can be told at once.
-    pub fn send_refusal(&mut self, reason: &str) {
-        let _ = (&self.stream).write(&encode(&Reply::Refused { reason: reason.to_string() }));
+    fn send(&self, reply: &Reply) -> Result<(), HandshakeError> {
+        Ok(send(&self.stream, reply)?)
     }
+
+    /// Tells the client that it will not be served, if it reads answers and can be told at once.
+    pub fn send_refusal(&mut self, reason: &str) {
+        if self.is_answered() {
+            let _ = self.send(&Reply::Refused { reason: reason.to_string() });
+        }
+    }
+}
+
+/// Sends an answer. Fails if that would mean to wait.
+pub fn send(mut stream: &UnixStream, reply: &Reply) -> io::Result<()> {
+    let line = encode(reply);
+    complete(stream.write(&line)?, line.len())
 }
 
 fn next_deadline() -> Instant {
@@ -207,8 +302,8 @@ fn encode(reply: &Reply) -> Vec<u8> {
 }
 
 /// Answers are short and the socket's buffer was empty: a part of one means a peer that plays tricks with it.
-fn complete(sent: usize, len: usize) -> Result<(), HandshakeError> {
-    if sent == len { Ok(()) } else { Err(io::Error::from(io::ErrorKind::WriteZero).into()) }
+fn complete(sent: usize, len: usize) -> io::Result<()> {
+    if sent == len { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 
 #[cfg(test)]
@@ -244,7 +339,8 @@ mod tests {
     #[test]
     fn garbage_array_excess_and_endless_lines_refused() {
         assert!(refusal(b"GET / HTTP/1.1\r\n").contains("not a valid hello"));
-        assert!(refusal(b"[{\"base_host_virt_addr\":").contains("copy mode"));
+        assert!(refusal(b"[{\"base_host_virt_addr\":7}]").contains("not a valid copy mode message: missing field"));
+        assert!(refusal(&[b"[\"", &vec![b'x'; MAX_MESSAGE][..]].concat()).contains("longer than"));
         assert!(refusal(b"{}\n{}\n").contains("bytes after"));
         assert!(refusal(&vec![b' '; MAX_MESSAGE]).contains("longer than"));
         assert!(refusal(b"{\"version\":1,\"image\":\"\",\"size\":1,\"more\":2}\n").contains("unknown field"));

@@ -17,7 +17,11 @@
 pub mod client;
 pub mod event_loop;
 pub mod events;
+pub mod faults;
+pub mod fetch;
 pub mod handshake;
+pub mod histogram;
+pub mod image;
 pub mod listener;
 pub mod logging;
 pub mod metrics;
@@ -33,6 +37,8 @@ pub mod socket;
 pub mod source;
 pub mod store;
 pub mod stores;
+pub mod talk;
+pub mod timer;
 pub mod token;
 pub mod tool;
 pub mod top;
@@ -101,7 +107,8 @@ pub fn run(options: &Options) -> Result<(), RunError> {
     raise_descriptor_limit();
     let socket = Listener::bind(&options.socket)?;
     let metrics = options.metrics.as_deref().map(Listener::bind).transpose()?;
-    let server = Server::new(images, socket, metrics, Some(signals)).map_err(RunError::Setup)?;
+    let server =
+        Server::new(images, socket, metrics, Some(signals), options.limits.clone()).map_err(RunError::Setup)?;
     for snapshot in &options.snapshots {
         tracing::info!("serving {} on {}", snapshot.display(), options.socket.display());
     }

@@ -1,8 +1,11 @@
-//! The server's own mapping of a store, and the two ways in which bytes get into it.
+//! The server's own mapping of a store, the two ways in which bytes get into it, and those in which pages get into the
+//! memory of a client in copy mode.
 
-// UNSAFETY: memory is mapped and unmapped, and filled through pointers into the mapping.
+// UNSAFETY: memory is mapped and unmapped, and filled through pointers into the mapping. Pages are put into other processes.
 #![allow(unsafe_code)]
 
+use crate::faults::Outcome;
+use crate::region::PAGE_SIZE;
 use crate::uffd::{self, UffdError};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -81,6 +84,16 @@ impl StoreMapping {
         interpret(result)
     }
 
+    /// Copies the page at `offset`, which must be present, to an address of the process that `client` is of.
+    pub fn give(&self, offset: usize, client: &Uffd, address: u64) -> io::Result<Outcome> {
+        let source = self.range(offset, PAGE_SIZE as usize);
+        // SAFETY: the source lies in this mapping (`range` checks it), and is only read. The target is in the memory of
+        // whoever made `client`, where the kernel accepts only what that process has registered; no store's own
+        // userfaultfd, the only ones of this process, is ever a client's.
+        let copied = unsafe { client.copy(source.cast(), address as *mut _, PAGE_SIZE as usize, true) };
+        placed(copied)
+    }
+
     /// Replaces bytes at `offset`, in pages that are present: for those that somebody else brought into being.
     ///
     /// The caller has made sure that they are present; this thread would wait for itself in one that is not.
@@ -106,19 +119,49 @@ impl Drop for StoreMapping {
     }
 }
 
-/// Makes one word of the several ways in which the crate and the kernel report an incomplete copy.
+/// Puts a page of zeros to an address of the process that `client` is of.
+pub fn give_zeros(client: &Uffd, address: u64) -> io::Result<Outcome> {
+    // SAFETY: as in `StoreMapping::give`: the kernel accepts only what the process that made `client` has registered.
+    placed(unsafe { client.zeropage(address as *mut _, PAGE_SIZE as usize, true) })
+}
+
+/// What became of the one page that was to be put into a client's memory.
+fn placed(result: userfaultfd::Result<usize>) -> io::Result<Outcome> {
+    match progress(result) {
+        Ok(_) => Ok(Outcome::Placed),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EEXIST) => Ok(Outcome::Present),
+            Some(libc::ENOENT) => Ok(Outcome::Gone),
+            Some(libc::EAGAIN) => Ok(Outcome::Again),
+            _ => Err(error),
+        },
+    }
+}
+
+/// What became of bytes that were to be put into the store.
 fn interpret(result: userfaultfd::Result<usize>) -> io::Result<Copied> {
-    match result {
+    match progress(result) {
         Ok(bytes) => Ok(Copied::Bytes(bytes)),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EEXIST) => Ok(Copied::Exists),
+            Some(libc::EAGAIN) => Ok(Copied::Again),
+            _ => Err(error),
+        },
+    }
+}
+
+/// Makes one word of the several ways in which the crate and the kernel report an incomplete copy.
+fn progress(result: userfaultfd::Result<usize>) -> io::Result<usize> {
+    let failed = |errno: i32| Err(io::Error::from_raw_os_error(errno));
+    match result {
+        Ok(bytes) => Ok(bytes),
         // A signed count or error number that the crate has cast: only a positive one is progress.
         Err(userfaultfd::Error::PartiallyCopied(count)) => match count as isize {
-            1.. => Ok(Copied::Bytes(count)),
-            _ => Ok(Copied::Again),
+            1.. => Ok(count),
+            0 => failed(libc::EAGAIN),
+            negative => failed(negative.unsigned_abs() as i32),
         },
-        Err(userfaultfd::Error::CopyFailed(errno)) => match errno as i32 {
-            libc::EEXIST => Ok(Copied::Exists),
-            other => Err(io::Error::from_raw_os_error(other)),
-        },
+        Err(userfaultfd::Error::CopyFailed(errno) | userfaultfd::Error::ZeropageFailed(errno)) => failed(errno as i32),
         Err(other) => Err(io::Error::other(other.to_string())),
     }
 }
@@ -133,5 +176,9 @@ mod tests {
         assert_eq!(partial(8192), Copied::Bytes(8192));
         assert_eq!(partial(0), Copied::Again);
         assert_eq!(partial(-(libc::EAGAIN as isize)), Copied::Again);
+        assert_eq!(partial(-(libc::EEXIST as isize)), Copied::Exists);
+        let placed = |errno: i32| placed(Err(userfaultfd::Error::PartiallyCopied(-(errno as isize) as usize)));
+        assert_eq!(placed(libc::ENOENT).unwrap(), Outcome::Gone);
+        assert_eq!(placed(libc::ESRCH).unwrap_err().raw_os_error(), Some(libc::ESRCH));
     }
 }

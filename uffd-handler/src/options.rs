@@ -1,6 +1,7 @@
 //! The command line.
 
 use crate::logging::{Level, Settings};
+use crate::server::Limits;
 use crate::tool::Tool;
 use crate::top;
 use std::ffi::OsString;
@@ -20,6 +21,12 @@ Usage: uffd-handler --socket PATH --snapshot SNAPSHOT [--snapshot SNAPSHOT]... [
   --socket PATH        Unix socket to serve on; created, mode 0600, removed at the end
   --snapshot SNAPSHOT  a snapshot directory, or the snap.json in it
   --metrics PATH       Unix socket for HTTP: GET /metrics tells the counters to Prometheus, /metrics.json as JSON
+  --copy-snapshot SNAPSHOT
+                       one of those that were given with --snapshot: what a client of Firecracker's copy mode gets, if several
+                       have the size of its memory
+  --max-sessions N     guests that are served at one time, at most (default 10000)
+  --max-stores-mib M   bytes in all page stores from which on nobody gets a new store (default: no bound)
+  --keep-warm SECONDS  how long a page store is kept that nobody uses (default 600)
   --ready-fd N         write one byte to descriptor N, and close it, when the socket listens
   --end-with-parent    end, as on SIGTERM, when the process that started this one ends
   --log-level LEVEL    off, error, warn, info, debug or trace (default `info`)
@@ -48,6 +55,8 @@ pub struct Options {
     pub snapshots: Vec<PathBuf>,
     /// Socket for the counters.
     pub metrics: Option<PathBuf>,
+    /// What the server may use.
+    pub limits: Limits,
     /// Descriptor to write a byte to when the socket listens.
     pub ready_fd: Option<RawFd>,
     /// End when the parent process ends.
@@ -57,6 +66,7 @@ pub struct Options {
 }
 
 /// What a command line asks for.
+#[allow(clippy::large_enum_variant, reason = "there is one of it")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
     /// Serve.
@@ -81,6 +91,12 @@ pub enum UsageError {
     /// An option that makes sense once only.
     #[error("{0} was given twice")]
     Twice(&'static str),
+    /// A snapshot that is not served.
+    #[error("--copy-snapshot {0}: give the same with --snapshot")]
+    CopySnapshot(PathBuf),
+    /// A number that leaves nothing to do, or cannot be had.
+    #[error("{0}: must be at least 1, and not beyond all memory")]
+    Bound(&'static str),
     /// A standard stream, or no descriptor at all.
     #[error("--ready-fd {0}: must be 3 or more")]
     ReadyFd(RawFd),
@@ -153,6 +169,7 @@ impl Command {
     fn parse_serve(args: impl Iterator<Item = OsString>) -> Result<Self, UsageError> {
         use lexopt::prelude::*;
         let (mut socket, mut snapshots, mut metrics, mut ready_fd) = (None, Vec::new(), None, None);
+        let (mut copy, mut max_sessions, mut max_stores_mib, mut keep_warm) = (None, None, None, None);
         let mut end_with_parent = false;
         let mut log = Settings::new(Level::Info, "uffd-handler");
         let mut parser = lexopt::Parser::from_args(args);
@@ -161,6 +178,10 @@ impl Command {
                 Long("socket") => once(&mut socket, "--socket", parser.value()?.into())?,
                 Long("snapshot") => snapshots.push(parser.value()?.into()),
                 Long("metrics") => once(&mut metrics, "--metrics", parser.value()?.into())?,
+                Long("copy-snapshot") => once(&mut copy, "--copy-snapshot", parser.value()?.into())?,
+                Long("max-sessions") => once(&mut max_sessions, "--max-sessions", parser.value()?.parse()?)?,
+                Long("max-stores-mib") => once(&mut max_stores_mib, "--max-stores-mib", parser.value()?.parse()?)?,
+                Long("keep-warm") => once(&mut keep_warm, "--keep-warm", parser.value()?.parse()?)?,
                 Long("ready-fd") => once(&mut ready_fd, "--ready-fd", parser.value()?.parse()?)?,
                 Long("end-with-parent") => end_with_parent = true,
                 Long("log-level") => log.level = parser.value()?.parse()?,
@@ -178,8 +199,28 @@ impl Command {
             return Err(UsageError::Missing("--snapshot"));
         }
         let socket = socket.ok_or(UsageError::Missing("--socket"))?;
-        Ok(Command::Serve(Options { socket, snapshots, metrics, ready_fd, end_with_parent, log }))
+        let usual = Limits::default();
+        let limits = Limits {
+            max_sessions: max_sessions.map_or(Ok(usual.max_sessions), |n| at_least_1("--max-sessions", n))?,
+            max_stores: max_stores_mib.map(bytes).transpose()?,
+            keep_warm: keep_warm.map_or(usual.keep_warm, |seconds: u32| Duration::from_secs(seconds.into())),
+            copy_image: copy.map(|path| position(&snapshots, path)).transpose()?,
+        };
+        Ok(Command::Serve(Options { socket, snapshots, metrics, limits, ready_fd, end_with_parent, log }))
     }
+}
+
+/// Which of the snapshots that is.
+fn position(snapshots: &[PathBuf], path: PathBuf) -> Result<usize, UsageError> {
+    snapshots.iter().position(|snapshot| *snapshot == path).ok_or(UsageError::CopySnapshot(path))
+}
+
+fn at_least_1(name: &'static str, number: usize) -> Result<usize, UsageError> {
+    if number > 0 { Ok(number) } else { Err(UsageError::Bound(name)) }
+}
+
+fn bytes(mib: u64) -> Result<u64, UsageError> {
+    mib.checked_mul(1 << 20).filter(|&bytes| bytes > 0).ok_or(UsageError::Bound("--max-stores-mib"))
 }
 
 fn once<T>(slot: &mut Option<T>, name: &'static str, value: T) -> Result<(), UsageError> {
@@ -204,6 +245,12 @@ mod tests {
             socket: "s".into(),
             snapshots: vec!["a".into(), "b/snap.json".into()],
             metrics: Some("m".into()),
+            limits: Limits {
+                max_sessions: 7,
+                max_stores: Some(3 << 20),
+                keep_warm: Duration::ZERO,
+                copy_image: Some(1),
+            },
             ready_fd: Some(5),
             end_with_parent: false,
             log: Settings {
@@ -213,6 +260,7 @@ mod tests {
             },
         };
         let line = "--socket s --snapshot a --snapshot=b/snap.json --metrics m --ready-fd 5 \
+            --copy-snapshot b/snap.json --max-sessions 7 --max-stores-mib 3 --keep-warm 0 \
             --log-level debug --log-format json --log-file l";
         assert_eq!(parse(line), Ok(Command::Serve(options)));
         assert_eq!(parse("--socket s --help"), Ok(Command::Help));
@@ -243,6 +291,10 @@ mod tests {
             ("--socket s --socket t --snapshot a", "twice"),
             ("--socket s --snapshot a --ready-fd 1", "3 or more"),
             ("--socket s --snapshot a --ready-fd x", "invalid"),
+            ("--socket s --snapshot a --copy-snapshot b", "--copy-snapshot b: give the same"),
+            ("--socket s --snapshot a --max-sessions 0", "--max-sessions: must be at least 1"),
+            ("--socket s --snapshot a --max-stores-mib 18446744073709551615", "--max-stores-mib: must"),
+            ("--socket s --snapshot a --keep-warm -1", "invalid"),
             ("--socket s --snapshot a --log-level loud", "a level is"),
             ("--socket s --snapshot a --log-format xml", "a format is"),
             ("--socket s --snapshot a --log-file l --log-file m", "twice"),

@@ -85,6 +85,31 @@ impl Regions {
         let address_of = |offset: u64| region.base_host_virt_addr + (offset - region.offset);
         Some(Fault { page: offset / PAGE_SIZE, chunk, wake: address_of(first)..address_of(end) })
     }
+
+    /// Where a page of the image is in the client; `None` if the image has no such page.
+    pub fn address_of(&self, page: u64) -> Option<u64> {
+        let offset = page.checked_mul(PAGE_SIZE)?;
+        let region = self.0.iter().find(|region| (region.offset..region.offset + region.size).contains(&offset))?;
+        Some(region.base_host_virt_addr + (offset - region.offset))
+    }
+
+    /// The whole pages of the image that a range of addresses maps.
+    pub fn pages_within(&self, addresses: Range<u64>) -> Vec<Range<u64>> {
+        let mut found = Vec::new();
+        for region in &self.0 {
+            let (base, last) = (region.base_host_virt_addr, region.base_host_virt_addr + region.size);
+            let (start, end) = (addresses.start.max(base), addresses.end.min(last));
+            if start >= end {
+                continue;
+            }
+            let page = |address: u64| (region.offset + (address - base)) / PAGE_SIZE;
+            let pages = page(start.next_multiple_of(PAGE_SIZE))..page(end);
+            if !pages.is_empty() {
+                found.push(pages);
+            }
+        }
+        found
+    }
 }
 
 fn check_one(index: usize, region: &Region) -> Result<(), RegionError> {
@@ -219,7 +244,10 @@ mod tests {
             let offset = at.index(size as usize) as u64;
             let home = *regions.iter().find(|r| (r.offset..r.offset + r.size).contains(&offset)).unwrap();
             let address = home.base_host_virt_addr + (offset - home.offset);
-            let fault = Regions::check(regions, size).unwrap().locate(address).unwrap();
+            let regions = Regions::check(regions, size).unwrap();
+            let fault = regions.locate(address).unwrap();
+            prop_assert_eq!(regions.address_of(fault.page), Some(address / PAGE_SIZE * PAGE_SIZE));
+            prop_assert_eq!(regions.address_of(size / PAGE_SIZE), None);
             prop_assert_eq!(fault.page, offset / PAGE_SIZE);
             prop_assert_eq!(fault.chunk, offset / CHUNK_SIZE);
             prop_assert!(fault.wake.contains(&address));
@@ -227,6 +255,19 @@ mod tests {
             prop_assert!(fault.wake.start >= home.base_host_virt_addr);
             prop_assert!(fault.wake.end <= home.base_host_virt_addr + home.size);
             prop_assert!([fault.wake.start, fault.wake.end].iter().all(|n| n.is_multiple_of(PAGE_SIZE)));
+        }
+
+        #[test]
+        fn a_range_of_addresses_has_the_pages_that_lie_whole_in_it(
+            (size, regions) in layouts(), start in 0..2 * MIB, len in 0..MIB
+        ) {
+            let regions = Regions::check(regions, size).unwrap();
+            let found: Vec<u64> = regions.pages_within(start..start + len).into_iter().flatten().collect();
+            for page in 0..size / PAGE_SIZE {
+                let address = regions.address_of(page).unwrap();
+                let within = start <= address && address + PAGE_SIZE <= start + len;
+                prop_assert_eq!(found.contains(&page), within, "page {}", page);
+            }
         }
 
         #[test]

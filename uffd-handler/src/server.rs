@@ -3,36 +3,65 @@
 //! One thread owns everything here. The event loop calls [`Server::process`] with a token that says what is ready:
 //!
 //! ```text
-//!   listener --> Handshake --hello--> store granted --attach--> Session --faults--> Store <-- image
-//!   metrics listener --> Reader        tick (1 s): deadlines, audits       signal: stop
+//!   listener --> Handshake --hello--> store granted --attach--> Session --faults--> Store <-- Image
+//!                    |                                          ^                              |
+//!                    +--array of Firecracker's copy mode--------+                 threads of its own, inbox
+//!   metrics listener --> Reader    tick (1 s): deadlines, audits    alarm: what was put off    signal: stop
 //! ```
 //!
 //! Which stores there are, and who may have them, is the business of [`crate::stores`].
 
-use crate::handshake::{Handshake, HandshakeError, Request};
+use crate::fetch::Inbox;
+use crate::handshake::{Handshake, HandshakeError, Request, send};
 use crate::listener::Listener;
 use crate::metrics::{MAX_READERS, Next, Reader};
 use crate::process::{Credentials, Signals};
-use crate::region::{RegionError, Regions};
-use crate::session::{Scratch, Session};
+use crate::region::{PAGE_SIZE, RegionError, Regions};
+use crate::session::{Guest, Parting, Scratch, Session};
+use crate::socket::{Passed, receive};
 use crate::source::Source;
 use crate::stores::{GrantError, Stores};
+use crate::timer::Timer;
 use crate::token::Token;
 use crate::uffd::{self, AdoptError};
-use api_spec::handshake::{Hello, Region, VERSION};
+use api_spec::handshake::{Hello, Mode, Ping, Region, Reply, VERSION};
 use api_spec::page_server::Metrics;
 use event_manager::{EventOps, Events, MutEventSubscriber};
-use std::collections::BTreeMap;
-use std::io::{self, Read};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::timerfd::TimerFd;
 
 /// How often deadlines and stores are checked.
 const TICK: Duration = Duration::from_secs(1);
 /// Connections that are accepted before others get their turn.
 const ACCEPTS_IN_A_TURN: usize = 64;
+/// Chunks that are taken from the inbox before others get their turn.
+const CHUNKS_IN_A_TURN: usize = 32;
+/// Clients that may be in their handshake at one time.
+const MOST_HANDSHAKES: usize = 256;
+/// When to go on with a guest whose turn ended before its work did.
+const NEXT_TURN: Duration = Duration::from_millis(1);
+
+/// What a server may use, and a choice that it cannot make by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Guests that are served at one time, at most.
+    pub max_sessions: usize,
+    /// Bytes in all stores together from which on nobody gets a new one.
+    pub max_stores: Option<u64>,
+    /// How long a store is kept that nobody uses.
+    pub keep_warm: Duration,
+    /// Which image a client gets that names none, if several have the size of its memory.
+    pub copy_image: Option<usize>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { max_sessions: 10_000, max_stores: None, keep_warm: Duration::from_secs(600), copy_image: None }
+    }
+}
 
 /// Why a client is refused. The text is the answer that it gets.
 #[derive(Debug, thiserror::Error)]
@@ -49,34 +78,25 @@ enum Refusal {
     Uffd(#[from] AdoptError),
     #[error("an attach message without a hello")]
     Order,
+    #[error("{0} guests are served here, and no more may be: start another page server, or raise --max-sessions")]
+    Sessions(usize),
+    #[error("{MOST_HANDSHAKES} other clients have come before this one had said what it wants: connect again")]
+    Crowd,
     #[error("cannot watch the connection: {0}")]
     Watch(event_manager::Error),
 }
 
-/// One connection to the page-server socket.
-enum Peer {
-    /// Not served yet; the key of the store, once it was handed out.
-    Handshake(Handshake, Option<u64>),
-    Session(Session),
+/// What a client was granted by its hello.
+#[derive(Clone, Copy)]
+struct Grant {
+    store: u64,
+    mode: Mode,
 }
 
-impl Peer {
-    fn store(&self) -> Option<u64> {
-        match self {
-            Peer::Handshake(_, store) => *store,
-            Peer::Session(session) => Some(session.store),
-        }
-    }
-
-    fn watched(&self) -> Vec<RawFd> {
-        match self {
-            Peer::Handshake(handshake, _) => vec![handshake.stream().as_raw_fd()],
-            Peer::Session(session) => {
-                let pidfd = session.pidfd.as_ref().map(AsRawFd::as_raw_fd);
-                [session.stream.as_raw_fd(), session.uffd.as_raw_fd()].into_iter().chain(pidfd).collect()
-            }
-        }
-    }
+/// A client that is not served yet.
+struct Newcomer {
+    handshake: Handshake,
+    grant: Option<Grant>,
 }
 
 /// The page server.
@@ -84,12 +104,21 @@ pub struct Server {
     listener: Listener,
     metrics: Option<Listener>,
     signals: Option<Signals>,
-    timer: TimerFd,
+    tick: Timer,
+    alarm: Timer,
+    /// What the alarm is set to.
+    alarm_at: Option<Instant>,
+    inbox: Inbox,
+    limits: Limits,
     stores: Stores,
-    peers: BTreeMap<u32, Peer>,
+    newcomers: BTreeMap<u32, Newcomer>,
+    sessions: BTreeMap<u32, Session>,
     readers: BTreeMap<u32, Reader>,
+    /// Guests whose turn ended before their work did, and when it goes on.
+    unfinished: BTreeSet<u32>,
+    next_turn: Option<Instant>,
     scratch: Scratch,
-    next_peer: u32,
+    last_id: u32,
     sessions_total: u64,
     refused_total: u64,
     events_total: u64,
@@ -105,19 +134,28 @@ impl Server {
         listener: Listener,
         metrics: Option<Listener>,
         signals: Option<Signals>,
+        limits: Limits,
     ) -> io::Result<Self> {
-        let mut timer = TimerFd::new().map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
-        timer.reset(TICK, Some(TICK)).map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        let inbox = Inbox::new()?;
+        let tick = Timer::new()?;
+        tick.set(Some(TICK), TICK)?;
         Ok(Self {
             listener,
             metrics,
             signals,
-            timer,
-            stores: Stores::new(images),
-            peers: BTreeMap::new(),
+            tick,
+            alarm: Timer::new()?,
+            alarm_at: None,
+            stores: Stores::new(images, limits.max_stores, &inbox),
+            inbox,
+            limits,
+            newcomers: BTreeMap::new(),
+            sessions: BTreeMap::new(),
             readers: BTreeMap::new(),
+            unfinished: BTreeSet::new(),
+            next_turn: None,
             scratch: Scratch::new(),
-            next_peer: 0,
+            last_id: 0,
             sessions_total: 0,
             refused_total: 0,
             events_total: 0,
@@ -142,19 +180,27 @@ impl Server {
         self.events_total
     }
 
+    /// Has chunks of an image read, in this order, when there is nothing better to do, and put into the stores of it that
+    /// there are. Returns how many of them are new; what is beyond a bound is not.
+    pub fn prefetch(&mut self, root: &str, chunks: impl IntoIterator<Item = u64>) -> usize {
+        self.stores.prefetch(root, chunks)
+    }
+
     /// The counters as of now.
     pub fn metrics(&self) -> Metrics {
-        let sessions = self.peers.values().filter_map(|peer| match peer {
-            Peer::Session(session) => Some(session.metrics().clone()),
-            Peer::Handshake(..) => None,
-        });
+        let mut of_stores = BTreeMap::new();
+        for session in self.sessions.values() {
+            *of_stores.entry(session.store()).or_default() += 1;
+        }
         Metrics {
-            stores: self.stores.metrics(),
-            sessions: sessions.collect(),
+            stores: self.stores.metrics(&of_stores),
+            images: self.stores.image_metrics(),
+            sessions: self.sessions.values().map(Session::metrics).collect(),
             sessions_total: self.sessions_total,
             refused_total: self.refused_total,
             stores_retired_total: self.stores.retired_total(),
-            ..Metrics::default()
+            faults: self.scratch.answered.clone(),
+            fault_latency: self.scratch.latency.document(),
         }
     }
 
@@ -167,15 +213,26 @@ impl Server {
                 Ok(None) => return,
                 Err(error) => return self.pause_accepting(ops, &error),
             };
-            let id = self.next_peer_id();
+            let id = self.next_id();
             let added =
                 Handshake::new(stream).map_err(HandshakeError::from).map_err(Refusal::from).and_then(|handshake| {
                     watch(ops, handshake.stream().as_raw_fd(), Token::Socket(id))?;
                     Ok(handshake)
                 });
             match added {
-                Ok(handshake) => drop(self.peers.insert(id, Peer::Handshake(handshake, None))),
+                Ok(handshake) => drop(self.newcomers.insert(id, Newcomer { handshake, grant: None })),
                 Err(refusal) => self.count_refusal(Credentials::default(), &refusal),
+            }
+            self.refuse_crowd(ops);
+        }
+    }
+
+    /// Who has been in its handshake for longest makes room.
+    fn refuse_crowd(&mut self, ops: &mut EventOps) {
+        if self.newcomers.len() > MOST_HANDSHAKES {
+            let oldest = self.newcomers.iter().min_by_key(|(_, newcomer)| newcomer.handshake.began());
+            if let Some(id) = oldest.map(|(&id, _)| id) {
+                self.refuse(id, &Refusal::Crowd, ops);
             }
         }
     }
@@ -194,32 +251,38 @@ impl Server {
         }
     }
 
-    fn next_peer_id(&mut self) -> u32 {
+    fn next_id(&mut self) -> u32 {
         loop {
-            self.next_peer = (self.next_peer + 1) & Token::ID_MASK;
-            if !self.peers.contains_key(&self.next_peer) && !self.readers.contains_key(&self.next_peer) {
-                return self.next_peer;
+            self.last_id = (self.last_id + 1) & Token::ID_MASK;
+            let id = &self.last_id;
+            let is_taken =
+                self.newcomers.contains_key(id) || self.sessions.contains_key(id) || self.readers.contains_key(id);
+            if !is_taken {
+                return self.last_id;
             }
         }
     }
 
     fn on_socket(&mut self, id: u32, ops: &mut EventOps) {
-        match self.peers.get_mut(&id) {
-            Some(Peer::Handshake(..)) => self.on_handshake(id, ops),
-            Some(Peer::Session(session)) => match read_nothing(&mut session.stream) {
-                Ok(()) => {}
-                Err(reason) => self.end_session(id, reason, ops),
-            },
-            None => {}
+        if self.newcomers.contains_key(&id) {
+            self.on_handshake(id, ops);
+        } else if let Some(session) = self.sessions.get_mut(&id) {
+            match hear(session) {
+                Ok(()) => self.serve(id, ops),
+                Err(parting) => self.end_session(id, &parting, ops),
+            }
         }
     }
 
+    // ---- handshakes ----
+
     fn on_handshake(&mut self, id: u32, ops: &mut EventOps) {
-        while let Some(Peer::Handshake(handshake, _)) = self.peers.get_mut(&id) {
-            let done = match handshake.receive() {
+        while let Some(newcomer) = self.newcomers.get_mut(&id) {
+            let done = match newcomer.handshake.receive() {
                 Ok(None) => return,
-                Ok(Some(Request::Hello(hello))) => self.grant_store(id, &hello, ops),
-                Ok(Some(Request::Attach(regions, uffd))) => self.attach(id, regions, uffd, ops),
+                Ok(Some(Request::Hello(hello))) => self.grant(id, &hello, ops),
+                Ok(Some(Request::Attach(regions, uffd))) => self.begin_session(id, regions, uffd, ops),
+                Ok(Some(Request::Copy(regions, uffd))) => self.attach_silently(id, regions, uffd, ops),
                 Err(error) => Err(error.into()),
             };
             if let Err(refusal) = done {
@@ -228,51 +291,102 @@ impl Server {
         }
     }
 
-    /// Answers a hello with a store of the wanted image.
-    fn grant_store(&mut self, id: u32, hello: &Hello, ops: &mut EventOps) -> Result<(), Refusal> {
-        self.audit_stores(ops);
-        let Some(Peer::Handshake(handshake, granted)) = self.peers.get_mut(&id) else { return Ok(()) };
+    /// Answers a hello with a store of the wanted image, or with the promise to copy from one.
+    fn grant(&mut self, id: u32, hello: &Hello, ops: &mut EventOps) -> Result<(), Refusal> {
         if hello.version != VERSION {
             return Err(Refusal::Version(hello.version));
         }
-        let (key, descriptor) = self.stores.grant(hello, handshake.peer.uid)?;
-        handshake.send_store(hello.size, descriptor)?;
-        *granted = Some(key);
+        self.check_room()?;
+        let image = self.stores.find_image(hello)?;
+        let store = self.grant_store(id, image, hello.mode, ops)?;
+        let Some(newcomer) = self.newcomers.get_mut(&id) else { return Ok(()) };
+        match hello.mode {
+            Mode::Shared => newcomer.handshake.send_store(hello.size, self.stores.hand_out(store)?)?,
+            Mode::Copy => newcomer.handshake.send_image(hello.size)?,
+        }
         Ok(())
     }
 
-    /// Turns a handshake into a session and answers the attach message.
-    fn attach(&mut self, id: u32, regions: Vec<Region>, uffd: OwnedFd, ops: &mut EventOps) -> Result<(), Refusal> {
-        let Some(Peer::Handshake(handshake, store)) = self.peers.get_mut(&id) else { return Ok(()) };
-        let store = store.ok_or(Refusal::Order)?;
-        let regions = Regions::check(regions, self.stores.sound_size(store)?)?;
+    /// Lets a newcomer have a store: that of its user, or, to be copied from, the server's own.
+    fn grant_store(&mut self, id: u32, image: usize, mode: Mode, ops: &mut EventOps) -> Result<u64, Refusal> {
+        self.audit_stores(ops);
+        let Some(newcomer) = self.newcomers.get_mut(&id) else { return Err(GrantError::Gone.into()) };
+        let uid = match mode {
+            Mode::Shared => Some(newcomer.handshake.peer.uid),
+            Mode::Copy => None,
+        };
+        let store = self.stores.grant(image, uid)?;
+        newcomer.grant = Some(Grant { store, mode });
+        Ok(store)
+    }
+
+    fn check_room(&self) -> Result<(), Refusal> {
+        match self.sessions.len() {
+            sessions if sessions >= self.limits.max_sessions => Err(Refusal::Sessions(sessions)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Turns the handshake of Firecracker's copy mode into a session, of the image that has the size of all regions.
+    fn attach_silently(
+        &mut self,
+        id: u32,
+        regions: Vec<Region>,
+        uffd: OwnedFd,
+        ops: &mut EventOps,
+    ) -> Result<(), Refusal> {
+        let size = regions.iter().fold(0, |sum: u64, region| sum.saturating_add(region.size));
+        let image = self.stores.find_image_of_size(size, self.limits.copy_image)?;
+        self.grant_store(id, image, Mode::Copy, ops)?;
+        self.begin_session(id, regions, uffd, ops)
+    }
+
+    /// Turns a handshake into a session, and answers the attach message if there was one.
+    fn begin_session(
+        &mut self,
+        id: u32,
+        regions: Vec<Region>,
+        uffd: OwnedFd,
+        ops: &mut EventOps,
+    ) -> Result<(), Refusal> {
+        self.check_room()?;
+        let Some(newcomer) = self.newcomers.get_mut(&id) else { return Ok(()) };
+        let Grant { store, mode } = newcomer.grant.ok_or(Refusal::Order)?;
+        let size = self.stores.sound_size(store)?;
+        let regions = Regions::check(regions, size)?;
         let uffd = uffd::adopt(uffd)?;
-        handshake.send_serving()?;
-        let Some(Peer::Handshake(handshake, _)) = self.peers.remove(&id) else { return Ok(()) };
-        let peer = handshake.peer;
-        let number = self.sessions_total + 1;
-        let session = Session::new(number, peer, handshake.into_stream(), uffd, regions, store);
+        let speaks = newcomer.handshake.is_answered();
+        if speaks {
+            newcomer.handshake.send_serving()?;
+        }
+        let Some(Newcomer { handshake, .. }) = self.newcomers.remove(&id) else { return Ok(()) };
+        self.sessions_total += 1;
+        let (number, credentials) = (self.sessions_total, handshake.peer);
+        let pages = size / PAGE_SIZE;
+        let guest = Guest { number, peer: id, credentials, mode, speaks, store, pages, regions };
+        let session = Session::new(guest, handshake.into_stream(), uffd);
         let (uffd, pidfd) = (session.uffd.as_raw_fd(), session.pidfd.as_ref().map(AsRawFd::as_raw_fd));
-        self.peers.insert(id, Peer::Session(session));
-        self.sessions_total = number;
-        tracing::info!("session {number}: serving pid {} uid {}", peer.pid, peer.uid);
+        self.sessions.insert(id, session);
+        let how = if mode == Mode::Copy { " with copies" } else { "" };
+        tracing::info!("session {number}: serving pid {} uid {}{how}", credentials.pid, credentials.uid);
         let watched = watch(ops, uffd, Token::Uffd(id))
             .and_then(|()| pidfd.map_or(Ok(()), |pidfd| watch(ops, pidfd, Token::Process(id))));
         if let Err(refusal) = watched {
-            self.end_session(id, &refusal.to_string(), ops);
+            self.end_session(id, &Parting::silent(refusal.to_string()), ops);
         }
         Ok(())
     }
 
     fn refuse(&mut self, id: u32, refusal: &Refusal, ops: &mut EventOps) {
-        let Some(Peer::Handshake(mut handshake, store)) = self.peers.remove(&id) else { return };
-        // A copy-mode client does not read answers.
-        if !matches!(refusal, Refusal::Handshake(HandshakeError::CopyMode | HandshakeError::Closed)) {
+        let Some(Newcomer { mut handshake, grant }) = self.newcomers.remove(&id) else { return };
+        if !matches!(refusal, Refusal::Handshake(HandshakeError::Closed)) {
             handshake.send_refusal(&one_line(&refusal.to_string()));
         }
         self.count_refusal(handshake.peer, refusal);
-        unwatch(&Peer::Handshake(handshake, store), ops);
-        self.drop_unused_stores();
+        unwatch([handshake.stream().as_raw_fd()], ops);
+        if let Some(Grant { store, .. }) = grant {
+            self.stores.release(store, Instant::now());
+        }
     }
 
     fn count_refusal(&mut self, peer: Credentials, refusal: &Refusal) {
@@ -280,38 +394,59 @@ impl Server {
         tracing::warn!("refused pid {} uid {}: {}", peer.pid, peer.uid, one_line(&refusal.to_string()));
     }
 
-    fn end_session(&mut self, id: u32, reason: &str, ops: &mut EventOps) {
-        let Some(peer) = self.peers.remove(&id) else { return };
-        unwatch(&peer, ops);
-        if let Peer::Session(session) = &peer {
-            tracing::info!("session {}: ended: {}", session.metrics().id, one_line(reason));
-        }
-        drop(peer);
-        self.drop_unused_stores();
-    }
-
-    // ---- faults ----
+    // ---- sessions ----
 
     fn on_faults(&mut self, id: u32, ready: EventSet, ops: &mut EventOps) {
-        let Some(Peer::Session(session)) = self.peers.get_mut(&id) else { return };
         // The kernel reports an error, over and over, on a userfaultfd that somebody has made blocking.
         if ready.contains(EventSet::ERROR) {
-            return self.end_session(id, "its userfaultfd was made blocking", ops);
+            let parting = Parting::told("its userfaultfd was made blocking");
+            return self.end_session(id, &parting, ops);
         }
-        let key = session.store;
-        match self.stores.serve(session, &mut self.scratch) {
+        self.serve(id, ops);
+    }
+
+    /// Gives a guest a turn: answers its faults, and then its pings.
+    fn serve(&mut self, id: u32, ops: &mut EventOps) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let key = session.store();
+        let served = self.stores.serve(session, &mut self.scratch);
+        let answered = served.map_err(|error| Parting::from(&error)).and_then(|turn| {
+            answer_pings(session, self.stores.away(key))?;
+            Ok(turn)
+        });
+        match answered {
             Ok(turn) => {
+                if session.has_more_to_do() || session.talk.has_line() {
+                    self.unfinished.insert(id);
+                    self.next_turn.get_or_insert_with(|| Instant::now() + NEXT_TURN);
+                }
                 self.events_total += turn.events;
                 if turn.foreign > 0 {
                     self.retire(key, ops);
                 }
             }
-            Err(error) => {
-                tracing::error!("session {}: {error}", session.metrics().id);
-                self.end_session(id, &error.to_string(), ops);
-            }
+            Err(parting) => self.end_session(id, &parting, ops),
         }
     }
+
+    fn end_session(&mut self, id: u32, parting: &Parting, ops: &mut EventOps) {
+        let Some(session) = self.sessions.remove(&id) else { return };
+        let (number, reason) = (session.number(), one_line(&parting.reason));
+        if parting.told && session.speaks() {
+            // Who has no room for it sees the connection's end.
+            let _ = send(&session.stream, &Reply::Refused { reason: reason.clone() });
+        }
+        let pidfd = session.pidfd.as_ref().map(AsRawFd::as_raw_fd);
+        unwatch([session.stream.as_raw_fd(), session.uffd.as_raw_fd()].into_iter().chain(pidfd), ops);
+        if parting.is_error {
+            tracing::error!("session {number}: {reason}");
+        }
+        tracing::info!("session {number}: ended: {reason}");
+        self.unfinished.remove(&id);
+        self.stores.end(&session, Instant::now());
+    }
+
+    // ---- stores ----
 
     /// Looks for pages that nobody has put there: every second, and before a store is handed out.
     fn audit_stores(&mut self, ops: &mut EventOps) {
@@ -322,24 +457,46 @@ impl Server {
 
     /// Gives a store to nobody else; ends its guests' sessions if it cannot be put right for them.
     fn retire(&mut self, key: u64, ops: &mut EventOps) {
-        if !self.stores.retire(key, &mut self.scratch.chunk) {
-            let ids = self.peers.iter().filter(|(_, peer)| peer.store() == Some(key)).map(|(&id, _)| id);
-            for id in ids.collect::<Vec<_>>() {
-                match self.peers.get(&id) {
-                    Some(Peer::Handshake(..)) => self.refuse(id, &GrantError::Gone.into(), ops),
-                    _ => self.end_session(id, "its store has wrong pages that cannot be put right", ops),
+        if self.stores.retire(key, &mut self.scratch.chunk, Instant::now()) {
+            return self.stores.drop_doomed();
+        }
+        let has_it = |newcomer: &Newcomer| newcomer.grant.is_some_and(|grant| grant.store == key);
+        let newcomers = self.newcomers.iter().filter(|(_, newcomer)| has_it(newcomer)).map(|(&id, _)| id);
+        for id in newcomers.collect::<Vec<_>>() {
+            self.refuse(id, &GrantError::Gone.into(), ops);
+        }
+        let sessions = self.sessions.iter().filter(|(_, session)| session.store() == key).map(|(&id, _)| id);
+        let parting = Parting::told("its store has wrong pages that cannot be put right");
+        for id in sessions.collect::<Vec<_>>() {
+            self.end_session(id, &parting, ops);
+        }
+        self.stores.drop_doomed();
+    }
+
+    /// Chunks have come that guests have waited for.
+    fn on_fetched(&mut self, ops: &mut EventOps) {
+        self.inbox.hush();
+        for _ in 0..CHUNKS_IN_A_TURN {
+            let Some(fetched) = self.inbox.take() else { return };
+            let Some(delivered) = self.stores.receive(fetched, Instant::now()) else { continue };
+            for (id, pages) in delivered.ready {
+                if let Some(session) = self.sessions.get_mut(&id) {
+                    session.arrived(delivered.chunk, pages);
+                    self.serve(id, ops);
                 }
             }
+            for (id, parting) in delivered.failed {
+                self.end_session(id, &parting, ops);
+            }
+            for key in delivered.foreign {
+                self.retire(key, ops);
+            }
         }
-        self.drop_unused_stores();
+        // There may be more.
+        self.inbox.ring();
     }
 
-    fn drop_unused_stores(&mut self) {
-        let Self { stores, peers, .. } = self;
-        stores.drop_unused(|key| peers.values().any(|peer| peer.store() == Some(key)));
-    }
-
-    // ---- metrics and time ----
+    // ---- metrics ----
 
     fn on_metrics_listener(&mut self, ops: &mut EventOps) {
         while let Some(stream) = self.metrics.as_ref().and_then(|listener| listener.accept().ok().flatten()) {
@@ -347,7 +504,7 @@ impl Server {
                 continue;
             }
             let Ok(reader) = Reader::new(stream) else { continue };
-            let id = self.next_peer_id();
+            let id = self.next_id();
             let events = Events::with_data(reader.stream(), Token::Reader(id).encode(), EventSet::IN);
             if ops.add(events).is_ok() {
                 self.readers.insert(id, reader);
@@ -372,8 +529,10 @@ impl Server {
         }
     }
 
+    // ---- time ----
+
     fn on_tick(&mut self, ops: &mut EventOps) {
-        let _ = self.timer.wait();
+        self.tick.hush();
         self.resume_accepting(ops);
         let now = Instant::now();
         let overdue: Vec<u32> = self.readers.iter().filter(|(_, r)| r.is_overdue(now)).map(|(&id, _)| id).collect();
@@ -382,15 +541,42 @@ impl Server {
         }
         self.refuse_overdue(now, ops);
         self.audit_stores(ops);
+        self.stores.tick(now, self.limits.keep_warm);
     }
 
     fn refuse_overdue(&mut self, now: Instant, ops: &mut EventOps) {
-        let overdue = self.peers.iter().filter_map(|(&id, peer)| match peer {
-            Peer::Handshake(handshake, _) => handshake.check_deadline(now).err().map(|error| (id, error)),
-            Peer::Session(_) => None,
-        });
+        let overdue = self
+            .newcomers
+            .iter()
+            .filter_map(|(&id, newcomer)| newcomer.handshake.check_deadline(now).err().map(|error| (id, error)));
         for (id, error) in overdue.collect::<Vec<_>>() {
             self.refuse(id, &error.into(), ops);
+        }
+    }
+
+    /// Goes on with what was put off, as far as its time has come.
+    fn on_alarm(&mut self, ops: &mut EventOps) {
+        self.alarm.hush();
+        self.alarm_at = None;
+        let now = Instant::now();
+        self.stores.try_again(now);
+        if self.next_turn.is_some_and(|at| at <= now) {
+            self.next_turn = None;
+            for id in std::mem::take(&mut self.unfinished) {
+                self.serve(id, ops);
+            }
+        }
+    }
+
+    /// Sets the alarm to the next thing that was put off, if it is not set to that.
+    fn set_alarm(&mut self) {
+        let next = [self.next_turn, self.stores.next_attempt()].into_iter().flatten().min();
+        if next == self.alarm_at {
+            return;
+        }
+        let set = self.alarm.set(next.map(|at| at.saturating_duration_since(Instant::now())), Duration::ZERO);
+        if set.is_ok() {
+            self.alarm_at = next;
         }
     }
 }
@@ -402,16 +588,24 @@ impl MutEventSubscriber for Server {
             Some(Token::Metrics) => self.on_metrics_listener(ops),
             Some(Token::Signals) => self.stopping = true,
             Some(Token::Tick) => self.on_tick(ops),
+            Some(Token::Alarm) => self.on_alarm(ops),
+            Some(Token::Fetched) => self.on_fetched(ops),
             Some(Token::Socket(id)) => self.on_socket(id, ops),
             Some(Token::Uffd(id)) => self.on_faults(id, events.event_set(), ops),
-            Some(Token::Process(id)) => self.end_session(id, "its process ended", ops),
+            Some(Token::Process(id)) => self.end_session(id, &Parting::silent("its process ended"), ops),
             Some(Token::Reader(id)) => self.on_reader(id, ops),
             None => {}
         }
+        self.set_alarm();
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        let mut always = vec![(self.listener.as_raw_fd(), Token::Listener), (self.timer.as_raw_fd(), Token::Tick)];
+        let mut always = vec![
+            (self.listener.as_raw_fd(), Token::Listener),
+            (self.tick.as_raw_fd(), Token::Tick),
+            (self.alarm.as_raw_fd(), Token::Alarm),
+            (self.inbox.bell().as_raw_fd(), Token::Fetched),
+        ];
         always.extend(self.metrics.as_ref().map(|listener| (listener.as_raw_fd(), Token::Metrics)));
         always.extend(self.signals.as_ref().map(|signals| (signals.as_raw_fd(), Token::Signals)));
         for (fd, token) in always {
@@ -427,20 +621,43 @@ fn watch(ops: &mut EventOps, fd: RawFd, token: Token) -> Result<(), Refusal> {
 }
 
 /// Must precede closing: the kernel watches the open file, of which the client has a descriptor too.
-fn unwatch(peer: &Peer, ops: &mut EventOps) {
-    for fd in peer.watched() {
+fn unwatch(fds: impl IntoIterator<Item = RawFd>, ops: &mut EventOps) {
+    for fd in fds {
         let _ = ops.remove(Events::empty_raw(fd));
     }
 }
 
-/// A served client says nothing more: `Err` says what else its connection being ready means.
-fn read_nothing(stream: &mut impl Read) -> Result<(), &'static str> {
-    match stream.read(&mut [0; 16]) {
-        Ok(0) => Err("the client closed its connection"),
-        Ok(_) => Err("the client sent bytes after it was served"),
-        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(()),
-        Err(_) => Err("its connection failed"),
+/// Takes what a served client has sent: `Err` if that ends its session.
+fn hear(session: &mut Session) -> Result<(), Parting> {
+    let mut bytes = [0; 1024];
+    let (count, passed) = match receive(&session.stream, &mut bytes) {
+        Ok(received) => received,
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => return Ok(()),
+        Err(_) => return Err(Parting::silent("its connection failed")),
+    };
+    if count == 0 {
+        return Err(Parting::silent("the client closed its connection"));
     }
+    if !matches!(passed, Passed::None) {
+        return Err(Parting::told("the client sent another descriptor after it was served: one for each connection"));
+    }
+    if !session.speaks() {
+        return Err(Parting::told("the client sent bytes after it was served"));
+    }
+    session.talk.hear(&bytes[..count]).map_err(|error| Parting::told(error.to_string()))
+}
+
+/// Answers the pings of a guest, if all of its faults are answered, or wait.
+fn answer_pings(session: &mut Session, away: Option<&str>) -> Result<(), Parting> {
+    while session.is_settled() && session.talk.has_line() {
+        let taken = session.talk.take().map_err(|error| Parting::told(error.to_string()))?;
+        let Some(Ping { ping }) = taken else { break };
+        let waiting = session.waiting();
+        let away = away.filter(|_| waiting > 0).map(str::to_string);
+        let pong = Reply::Pong { ping, waiting, away };
+        send(&session.stream, &pong).map_err(|_| Parting::silent("it does not read what it is answered"))?;
+    }
+    Ok(())
 }
 
 /// Text that may contain what a client sent, fit for one line of a log.

@@ -1,24 +1,37 @@
 //! One guest that is being served: from a fault event to the page and the wake-up.
 //!
-//! The way of a fault: the guest touches a page that is not in the store -> the kernel queues an event on the guest's
-//! userfaultfd -> [`Session::serve`] reads it -> [`Regions::locate`] says which chunk of the image that is ->
-//! [`Store::ensure`] puts the chunk into the store -> the range is woken, and the guest's retried access finds the page
-//! by an ordinary kernel fault. The wake-up is sent for every event, also when the page was there already: somebody
-//! else's filling it does not wake this guest's threads.
+//! The way of a fault: the guest touches a page that it has not got -> the kernel queues an event on its userfaultfd ->
+//! [`Session::serve`] reads it -> [`Regions`] say which page of the image that is -> [`Faults`] say what to do:
+//! - in shared mode the page's chunk is put into the store, if it is not there, and the guest is woken: its retried access
+//!   finds the page by an ordinary kernel fault. The wake-up is sent for every event, also when the page was there
+//!   already: somebody else's filling it does not wake this guest's threads;
+//! - in copy mode the page comes into the server's own store in the same way, and is copied from there into the guest's
+//!   memory, which wakes it.
+//!
+//! A chunk whose bytes are not at hand is left to the threads of its [`Image`]; [`Session::arrived`] ends the waiting.
 
-use crate::events::{BATCH, FaultReader};
+use crate::events::{BATCH, EventReader};
+use crate::faults::{Action, Answer, Faults, Kind, Outcome, TooMany};
+use crate::histogram::Histogram;
+use crate::image::{Image, Waiter};
+use crate::mmap::give_zeros;
 use crate::process::{Credentials, peer_pidfd};
-use crate::region::Regions;
-use crate::source::{Chunk, Source};
+use crate::region::{PAGE_SIZE, Regions};
+use crate::source::{Chunk, SourceError};
 use crate::store::{FillError, Store};
-use api_spec::page_server::SessionMetrics;
+use crate::talk::Talk;
+use api_spec::handshake::Mode;
+use api_spec::page_server::{FaultMetrics, SessionMetrics};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 use userfaultfd::Uffd;
 
-/// Batches of one guest that are served before others get their turn.
+/// Batches of one guest that are read before others get their turn.
 const BATCHES_IN_A_TURN: usize = 4;
+/// Pages of one guest that are seen to before others get their turn.
+const ACTIONS_IN_A_TURN: usize = 2 * BATCHES_IN_A_TURN * BATCH;
 
 /// Why a session cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -32,22 +45,96 @@ pub enum SessionError {
     /// A fault where the client has no region.
     #[error("it faulted at {0:#x}, which is in none of its regions")]
     Outside(u64),
-    /// The page cannot be had.
+    /// Too many faults.
+    #[error(transparent)]
+    TooMany(#[from] TooMany),
+    /// The image cannot deliver the page, and never will.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The page cannot be put into the store.
     #[error(transparent)]
     Fill(#[from] FillError),
+    /// The page cannot be put into the client's memory.
+    #[error("cannot copy a page into its memory: {0}")]
+    Copy(io::Error),
+    /// The store cannot be looked at.
+    #[error("cannot look for pages in the store: {0}")]
+    Look(io::Error),
+    /// There is nobody to be served any more.
+    #[error("its process ended")]
+    Ended,
 }
 
-/// Buffers that all sessions use in turn.
+impl SessionError {
+    /// Whether the client is at the end of what it has, so that another server, or a second attempt, would not do.
+    fn is_final(&self) -> bool {
+        matches!(self, SessionError::Outside(_) | SessionError::TooMany(_) | SessionError::Source(_))
+    }
+}
+
+/// How a session ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parting {
+    /// Why, for the log.
+    pub reason: String,
+    /// Whether the client is told, and so must not go on with what it was given. Otherwise it sees the connection's end
+    /// only, and may look for another server.
+    pub told: bool,
+    /// Whether it is worth more than a note.
+    pub is_error: bool,
+}
+
+impl Parting {
+    /// The client is gone, or as good as.
+    pub fn silent(reason: impl Into<String>) -> Self {
+        Parting { reason: reason.into(), told: false, is_error: false }
+    }
+
+    /// The client has to hear of it.
+    pub fn told(reason: impl Into<String>) -> Self {
+        Parting { reason: reason.into(), told: true, is_error: false }
+    }
+}
+
+impl From<&SessionError> for Parting {
+    fn from(error: &SessionError) -> Self {
+        let is_error = !matches!(error, SessionError::Ended);
+        Parting { reason: error.to_string(), told: error.is_final(), is_error }
+    }
+}
+
+/// What all sessions use in turn, and count in.
 pub struct Scratch {
-    faults: FaultReader,
+    events: EventReader,
     /// Room for the chunk that is being filled.
     pub chunk: Box<Chunk>,
+    /// Faults answered, by how they were.
+    pub answered: FaultMetrics,
+    /// From reading a fault until its guest was woken.
+    pub latency: Histogram,
 }
 
 impl Scratch {
-    /// Allocates them.
+    /// Allocates it.
     pub fn new() -> Self {
-        Self { faults: FaultReader::new(), chunk: Box::new([0; size_of::<Chunk>()]) }
+        Self {
+            events: EventReader::new(),
+            chunk: Box::new([0; size_of::<Chunk>()]),
+            answered: FaultMetrics::default(),
+            latency: Histogram::default(),
+        }
+    }
+
+    fn count(&mut self, answer: Answer) {
+        let Answer { kind, faults, since } = answer;
+        *match kind {
+            Kind::Filled => &mut self.answered.filled,
+            Kind::Present => &mut self.answered.present,
+            Kind::Deferred => &mut self.answered.deferred,
+            Kind::Copied => &mut self.answered.copied,
+            Kind::Zeroed => &mut self.answered.zeroed,
+        } += faults;
+        self.latency.record(since.elapsed(), faults);
     }
 }
 
@@ -60,86 +147,251 @@ impl Default for Scratch {
 /// What a turn of serving did.
 #[derive(Debug, Default)]
 pub struct Turn {
-    /// Events answered.
+    /// Fault events read.
     pub events: u64,
     /// Pages found in the store that the server had not put there.
     pub foreign: u64,
 }
 
+/// Who is served, and how.
+pub struct Guest {
+    /// Number of the session.
+    pub number: u64,
+    /// What the event loop knows it by.
+    pub peer: u32,
+    /// Who connected.
+    pub credentials: Credentials,
+    /// How pages come to it.
+    pub mode: Mode,
+    /// Whether it speaks our protocol: it may ping, and hears why its session ends. Otherwise it speaks Firecracker's.
+    pub speaks: bool,
+    /// Key of the store that its pages come from.
+    pub store: u64,
+    /// Size of the image, in pages.
+    pub pages: u64,
+    /// Its memory.
+    pub regions: Regions,
+}
+
 /// One guest.
 pub struct Session {
-    /// Who connected.
-    pub peer: Credentials,
-    /// The connection, which carries nothing more; its end is the session's.
+    guest: Guest,
+    /// The connection; its end is the session's.
     pub stream: UnixStream,
     /// The guest's userfaultfd.
     pub uffd: Uffd,
     /// Becomes readable when the guest's process ends, even if somebody else keeps its connection open.
     pub pidfd: Option<OwnedFd>,
-    /// Key of the store that it maps.
-    pub store: u64,
-    regions: Regions,
+    /// What it says.
+    pub talk: Talk,
+    faults: Faults,
     counters: SessionMetrics,
+    /// Whether the last read left no event.
+    is_read: bool,
     other_event_logged: bool,
 }
 
 impl Session {
     /// Begins to serve a client whose handshake is complete.
-    pub fn new(id: u64, peer: Credentials, stream: UnixStream, uffd: Uffd, regions: Regions, store: u64) -> Self {
+    pub fn new(guest: Guest, stream: UnixStream, uffd: Uffd) -> Self {
         let pidfd = peer_pidfd(&stream);
-        let counters = SessionMetrics { id, pid: peer.pid, ..SessionMetrics::default() };
-        Self { peer, stream, uffd, pidfd, store, regions, counters, other_event_logged: false }
+        let counters = SessionMetrics {
+            id: guest.number,
+            pid: guest.credentials.pid,
+            mode: guest.mode,
+            ..SessionMetrics::default()
+        };
+        Self {
+            faults: Faults::new(guest.pages),
+            guest,
+            stream,
+            uffd,
+            pidfd,
+            talk: Talk::default(),
+            counters,
+            is_read: false,
+            other_event_logged: false,
+        }
+    }
+
+    /// Number of the session.
+    pub fn number(&self) -> u64 {
+        self.guest.number
+    }
+
+    /// Whether it speaks our protocol.
+    pub fn speaks(&self) -> bool {
+        self.guest.speaks
+    }
+
+    /// Key of the store that its pages come from.
+    pub fn store(&self) -> u64 {
+        self.guest.store
+    }
+
+    /// As whom it waits for chunks.
+    pub fn waiter(&self) -> Waiter {
+        Waiter { store: self.guest.store, peer: Some(self.guest.peer) }
+    }
+
+    /// Chunks that it waits for.
+    pub fn waiting_chunks(&self) -> Vec<u64> {
+        self.faults.waiting_chunks()
+    }
+
+    /// Faults that wait for bytes.
+    pub fn waiting(&self) -> u64 {
+        self.faults.waiting()
     }
 
     /// The counters as of now.
-    pub fn metrics(&self) -> &SessionMetrics {
-        &self.counters
+    pub fn metrics(&self) -> SessionMetrics {
+        SessionMetrics { waiting: self.waiting(), ..self.counters.clone() }
     }
 
-    /// Answers the events that wait on the userfaultfd, up to a fair share.
-    pub fn serve(
-        &mut self,
-        store: &mut Store,
-        image: &dyn Source,
-        scratch: &mut Scratch,
-    ) -> Result<Turn, SessionError> {
+    /// Whether every fault that was raised before the last turn is answered, or waits for bytes.
+    pub fn is_settled(&self) -> bool {
+        self.is_read && self.faults.is_settled()
+    }
+
+    /// Whether there is something to answer that no new event will bring up.
+    pub fn has_more_to_do(&self) -> bool {
+        !self.faults.is_settled()
+    }
+
+    /// A chunk that it waits for is in the store; so many of its pages were put there on this guest's behalf.
+    pub fn arrived(&mut self, chunk: u64, pages: u64) {
+        self.counters.pages_filled += pages;
+        self.faults.arrived(chunk);
+    }
+
+    /// Answers the events that wait on the userfaultfd, up to a fair share, and what was left of the last turn.
+    pub fn serve(&mut self, store: &mut Store, image: &mut Image, scratch: &mut Scratch) -> Result<Turn, SessionError> {
         let mut turn = Turn::default();
+        let mut actions = 0..ACTIONS_IN_A_TURN;
         for _ in 0..BATCHES_IN_A_TURN {
-            let read = scratch.faults.read(&self.uffd)?;
-            self.log_others(scratch.faults.others());
-            for &address in scratch.faults.addresses() {
-                turn.foreign += self.answer(address, store, image, &mut scratch.chunk)?;
-                turn.events += 1;
+            turn.events += self.read(&mut scratch.events)?;
+            while let Some(action) = self.faults.next_action() {
+                if actions.next().is_none() {
+                    return Ok(turn);
+                }
+                let outcome = self.act(action, store, image, scratch, &mut turn)?;
+                if let Some(answer) = self.faults.done(action, outcome) {
+                    self.count(answer);
+                    scratch.count(answer);
+                }
             }
-            if read < BATCH {
+            if self.is_read && !self.faults.must_read() {
                 break;
             }
         }
         Ok(turn)
     }
 
+    /// Reads a batch of events; returns how many faults there were.
+    fn read(&mut self, events: &mut EventReader) -> Result<u64, SessionError> {
+        let read = events.read(&self.uffd)?;
+        let now = Instant::now();
+        let mut others = events.others();
+        for range in events.removes() {
+            match self.guest.mode {
+                Mode::Copy => {
+                    let pages = self.guest.regions.pages_within(range.clone());
+                    pages.into_iter().for_each(|pages| self.faults.remove(pages));
+                }
+                // The store is nobody's to change: what was given back comes from there again.
+                Mode::Shared => others += 1,
+            }
+        }
+        self.log_others(others);
+        for &address in events.addresses() {
+            let fault = self.guest.regions.locate(address).ok_or(SessionError::Outside(address))?;
+            self.faults.fault(fault.page, now)?;
+            self.counters.uffd_events += 1;
+        }
+        self.is_read = read < BATCH;
+        if self.is_read {
+            self.faults.drained();
+        }
+        Ok(events.addresses().len() as u64)
+    }
+
     /// Says once that a guest's userfaultfd delivers what nobody asked for.
     fn log_others(&mut self, others: usize) {
         if others > 0 && !self.other_event_logged {
             self.other_event_logged = true;
-            tracing::warn!("session {}: ignoring events that are no faults", self.counters.id);
+            tracing::warn!("session {}: ignoring events that mean nothing in its mode", self.counters.id);
         }
     }
 
-    /// Puts the page of one fault into the store and wakes who waits for it; returns the foreign pages met.
-    fn answer(
+    fn count(&mut self, answer: Answer) {
+        match answer.kind {
+            Kind::Present => self.counters.already_present += answer.faults,
+            Kind::Copied | Kind::Zeroed => self.counters.pages_copied += 1,
+            Kind::Deferred if self.guest.mode == Mode::Copy => self.counters.pages_copied += 1,
+            Kind::Filled | Kind::Deferred => {}
+        }
+    }
+
+    fn act(
         &mut self,
-        address: u64,
+        action: Action,
         store: &mut Store,
-        image: &dyn Source,
+        image: &mut Image,
+        scratch: &mut Scratch,
+        turn: &mut Turn,
+    ) -> Result<Outcome, SessionError> {
+        let (Action::Give(page) | Action::Zero(page) | Action::Wake(page)) = action;
+        // Always there: the page came from an address in a region.
+        let address = self.guest.regions.address_of(page).ok_or(SessionError::Outside(0))?;
+        let fault = self.guest.regions.locate(address).ok_or(SessionError::Outside(address))?;
+        match action {
+            Action::Zero(_) => give_zeros(&self.uffd, address).map_err(copy_failed),
+            Action::Wake(_) => {
+                let range = match self.guest.mode {
+                    Mode::Shared => fault.wake,
+                    Mode::Copy => address..address + PAGE_SIZE,
+                };
+                self.uffd.wake(range.start as *mut _, (range.end - range.start) as usize)?;
+                Ok(Outcome::Woken)
+            }
+            Action::Give(_) => match self.obtain(fault.chunk, store, image, &mut scratch.chunk, turn)? {
+                Outcome::Waits => Ok(Outcome::Waits),
+                _ if self.guest.mode == Mode::Copy => store.give(page, &self.uffd, address).map_err(copy_failed),
+                there => Ok(there),
+            },
+        }
+    }
+
+    /// Sees to it that a chunk is in the store, or on its way.
+    fn obtain(
+        &mut self,
+        chunk: u64,
+        store: &mut Store,
+        image: &mut Image,
         buffer: &mut Chunk,
-    ) -> Result<u64, SessionError> {
-        self.counters.uffd_events += 1;
-        let fault = self.regions.locate(address).ok_or(SessionError::Outside(address))?;
-        let filled = store.ensure(fault.chunk, image, buffer)?;
+        turn: &mut Turn,
+    ) -> Result<Outcome, SessionError> {
+        if store.has_chunk(chunk) {
+            return Ok(Outcome::Present);
+        }
+        let Some(len) = image.read_now(chunk, buffer)? else {
+            image.wait(chunk, self.waiter());
+            return Ok(Outcome::Waits);
+        };
+        let filled = store.fill(chunk, &buffer[..len])?;
+        image.is_stored(chunk);
         self.counters.pages_filled += filled.pages;
-        self.counters.already_present += u64::from(filled.pages == 0);
-        self.uffd.wake(fault.wake.start as *mut _, (fault.wake.end - fault.wake.start) as usize)?;
-        Ok(filled.foreign)
+        turn.foreign += filled.foreign;
+        Ok(Outcome::Filled)
+    }
+}
+
+/// Why a page cannot be put into a client's memory.
+fn copy_failed(error: io::Error) -> SessionError {
+    match error.raw_os_error() {
+        // The memory is gone; older kernels have the second word for it.
+        Some(libc::ESRCH | libc::ENOSPC) => SessionError::Ended,
+        _ => SessionError::Copy(error),
     }
 }

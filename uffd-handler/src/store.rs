@@ -1,10 +1,12 @@
 //! The page store: a memfd that holds the pages of one image that any guest of one user has touched so far.
 //!
 //! ```text
-//!   image file --read_chunk, checked--> buffer --UFFDIO_COPY--> server's shared mapping = page of the memfd
-//!                                                                         |  ordinary kernel faults
-//!                                                          private mappings of every guest
+//!   image --read, checked--> buffer --UFFDIO_COPY--> server's shared mapping = page of the memfd
+//!                                                              |  ordinary kernel faults
+//!                                               private mappings of every guest
 //! ```
+//!
+//! A store that the server keeps for itself is where pages for guests in copy mode come from.
 //!
 //! Rules that keep every guest's words right:
 //! - only `UFFDIO_COPY` fills the store, so that a page is there whole or not at all;
@@ -14,16 +16,17 @@
 //!   Swapping does not change what the kernel counts, and the server itself never discards or preallocates anything, so
 //!   that a surplus is always somebody else's doing.
 
+use crate::faults::Outcome;
 use crate::mmap::{Copied, MapError, StoreMapping};
 use crate::page_set::PageSet;
-use crate::region::{CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE};
-use crate::source::{Chunk, Source, SourceError};
+use crate::region::{CHUNK_PAGES, PAGE_SIZE};
 use rustix::fs::{MemfdFlags, Mode, SealFlags, SeekFrom};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use userfaultfd::Uffd;
 
 /// Attempts at a copy that the kernel asks to repeat, before it counts as failed.
 const COPY_ATTEMPTS: u32 = 1000;
@@ -41,18 +44,17 @@ pub enum CreateError {
     Map(#[from] MapError),
 }
 
-/// A chunk could not be put into a store.
+/// A chunk could not be put into a store: the kernel did not take it, mostly for want of memory.
 #[derive(Debug, thiserror::Error)]
-pub enum FillError {
-    /// The image cannot deliver it. No chunk of this image is served any more.
-    #[error(transparent)]
-    Source(#[from] SourceError),
-    /// The kernel did not take it, mostly for want of memory.
-    #[error("cannot fill chunk {0} of the page store: {1}")]
-    Copy(u64, io::Error),
+#[error("cannot fill chunk {chunk} of the page store: {source}")]
+pub struct FillError {
+    /// The chunk.
+    pub chunk: u64,
+    /// What the kernel said.
+    pub source: io::Error,
 }
 
-/// What [`Store::ensure`] had to do.
+/// What [`Store::fill`] had to do.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Filled {
     /// Pages put into the store.
@@ -107,24 +109,26 @@ impl Store {
         self.present.count()
     }
 
-    /// Sees to it that all pages of a chunk are in the store, reading them from `source` if any is missing.
-    pub fn ensure(&mut self, chunk: u64, source: &dyn Source, buffer: &mut Chunk) -> Result<Filled, FillError> {
+    /// Whether all pages of a chunk are in the store.
+    pub fn has_chunk(&self, chunk: u64) -> bool {
+        self.present.first_gap(self.pages_of(chunk)).is_none()
+    }
+
+    /// Puts the pages of a chunk that are missing into the store. `bytes` are the chunk's, checked, and all of them.
+    pub fn fill(&mut self, chunk: u64, bytes: &[u8]) -> Result<Filled, FillError> {
         let pages = self.pages_of(chunk);
         let mut filled = Filled::default();
-        if self.present.first_gap(pages.clone()).is_none() {
-            return Ok(filled);
-        }
-        let bytes = source.read_chunk(chunk, buffer)?;
-        let expected = ((pages.end - pages.start) * PAGE_SIZE) as usize;
-        if bytes != expected {
-            return Err(SourceError::Damaged(format!("chunk {chunk} has {bytes} bytes instead of {expected}")).into());
-        }
         while let Some(gap) = self.present.first_gap(pages.clone()) {
             let within =
                 ((gap.start - pages.start) * PAGE_SIZE) as usize..((gap.end - pages.start) * PAGE_SIZE) as usize;
-            self.fill_gap(gap, &buffer[within], &mut filled).map_err(|error| FillError::Copy(chunk, error))?;
+            self.fill_gap(gap, &bytes[within], &mut filled).map_err(|source| FillError { chunk, source })?;
         }
         Ok(filled)
+    }
+
+    /// Copies a page that is in the store to where a client in copy mode has it.
+    pub fn give(&self, page: u64, client: &Uffd, address: u64) -> io::Result<Outcome> {
+        self.mapping.give((page * PAGE_SIZE) as usize, client, address)
     }
 
     /// Fills the first pages of a gap, as many as the kernel takes at once; at least one.
@@ -164,29 +168,15 @@ impl Store {
         })
     }
 
-    /// Finds the pages that are not ours and puts their bytes right; returns how many.
-    ///
-    /// Guests that have not read those pages yet will read them right. The store stays suspect all the same.
-    pub fn repair(&mut self, source: &dyn Source, buffer: &mut Chunk) -> Result<u64, FillError> {
-        let mut repaired = 0;
-        let mut from = 0;
-        while let Some(data) = self.next_data(from).map_err(|error| FillError::Copy(from / CHUNK_SIZE, error))? {
-            for page in data.start / PAGE_SIZE..data.end.div_ceil(PAGE_SIZE) {
-                repaired += u64::from(self.repair_page(page, source, buffer)?);
-            }
+    /// The pages that are not ours, as far as they can be found.
+    pub fn foreign_pages(&self) -> io::Result<Vec<u64>> {
+        let (mut foreign, mut from) = (Vec::new(), 0);
+        while let Some(data) = self.next_data(from)? {
+            let pages = data.start / PAGE_SIZE..data.end.div_ceil(PAGE_SIZE);
+            foreign.extend(pages.filter(|&page| !self.present.contains(page)));
             from = data.end;
         }
-        Ok(repaired)
-    }
-
-    fn repair_page(&mut self, page: u64, source: &dyn Source, buffer: &mut Chunk) -> Result<bool, FillError> {
-        if self.present.contains(page) {
-            return Ok(false);
-        }
-        source.read_chunk(page / CHUNK_PAGES, buffer)?;
-        let start = (page % CHUNK_PAGES * PAGE_SIZE) as usize;
-        self.put_right(page, &buffer[start..start + PAGE_SIZE as usize]);
-        Ok(true)
+        Ok(foreign)
     }
 
     /// The first range at or after `from` that holds pages.
@@ -200,7 +190,8 @@ impl Store {
     }
 
     fn pages_of(&self, chunk: u64) -> Range<u64> {
-        chunk * CHUNK_PAGES..((chunk + 1) * CHUNK_PAGES).min(self.size / PAGE_SIZE)
+        let end = self.size / PAGE_SIZE;
+        (chunk * CHUNK_PAGES).min(end)..((chunk + 1) * CHUNK_PAGES).min(end)
     }
 }
 

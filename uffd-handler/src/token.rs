@@ -11,6 +11,10 @@ pub enum Token {
     Signals,
     /// A second has passed.
     Tick,
+    /// The time has come for something that was put off.
+    Alarm,
+    /// A chunk has come that was waited for.
+    Fetched,
     /// A client's connection.
     Socket(u32),
     /// A guest's userfaultfd.
@@ -23,7 +27,7 @@ pub enum Token {
 
 impl Token {
     /// How many bits the number of a peer has.
-    const ID_BITS: u32 = 29;
+    const ID_BITS: u32 = 28;
     /// Largest number of a peer.
     pub const ID_MASK: u32 = (1 << Self::ID_BITS) - 1;
 
@@ -34,10 +38,12 @@ impl Token {
             Token::Metrics => (1, 0),
             Token::Signals => (2, 0),
             Token::Tick => (3, 0),
-            Token::Socket(id) => (4, id),
-            Token::Uffd(id) => (5, id),
-            Token::Process(id) => (6, id),
-            Token::Reader(id) => (7, id),
+            Token::Alarm => (4, 0),
+            Token::Fetched => (5, 0),
+            Token::Socket(id) => (6, id),
+            Token::Uffd(id) => (7, id),
+            Token::Process(id) => (8, id),
+            Token::Reader(id) => (9, id),
         };
         (kind << Self::ID_BITS) | id
     }
@@ -50,10 +56,12 @@ impl Token {
             1 => Token::Metrics,
             2 => Token::Signals,
             3 => Token::Tick,
-            4 => Token::Socket(id),
-            5 => Token::Uffd(id),
-            6 => Token::Process(id),
-            7 => Token::Reader(id),
+            4 => Token::Alarm,
+            5 => Token::Fetched,
+            6 => Token::Socket(id),
+            7 => Token::Uffd(id),
+            8 => Token::Process(id),
+            9 => Token::Reader(id),
             _ => return None,
         })
     }
@@ -66,7 +74,7 @@ mod tests {
     #[test]
     fn tokens_come_back_as_they_were() {
         let id = Token::ID_MASK;
-        for token in [Token::Listener, Token::Metrics, Token::Signals, Token::Tick] {
+        for token in [Token::Listener, Token::Metrics, Token::Signals, Token::Tick, Token::Alarm, Token::Fetched] {
             assert_eq!(Token::decode(token.encode()), Some(token));
         }
         for token in [Token::Socket(id), Token::Uffd(1), Token::Process(0), Token::Reader(id)] {

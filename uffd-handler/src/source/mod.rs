@@ -3,6 +3,7 @@
 mod file;
 
 use crate::region::CHUNK_SIZE;
+use std::ops::Range;
 
 /// Room for one chunk.
 pub type Chunk = [u8; CHUNK_SIZE as usize];
@@ -39,6 +40,10 @@ pub trait Source: Send + Sync {
     fn read_chunk_now(&self, _index: u64, _chunk: &mut Chunk) -> Result<Option<usize>, SourceError> {
         Ok(None)
     }
+
+    /// Hears that these chunks are in a store, so that nothing but another user's store will ask for them again. Must not
+    /// wait.
+    fn forget(&self, _chunks: Range<u64>) {}
 }
 
 const _: () = assert!(CHUNK_SIZE == snapshot::CHUNK_BYTES, "a chunk is checked against one digest");

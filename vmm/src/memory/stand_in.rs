@@ -11,7 +11,7 @@ use snapshot::image::{ImageError, MemoryImage};
 use snapshot::load::Snapshot;
 use std::io;
 use std::sync::Arc;
-use uffd_handler::events::{BATCH, FaultReader};
+use uffd_handler::events::{BATCH, EventReader};
 use uffd_handler::region::{CHUNK_PAGES, CHUNK_SIZE, RegionError, Regions};
 use userfaultfd::Uffd;
 
@@ -50,7 +50,7 @@ pub struct StandIn {
     regions: Regions,
     ranges: Vec<Region>,
     image: MemoryImage,
-    faults: FaultReader,
+    faults: EventReader,
     /// The chunks that were read last, each with its number.
     recent: Vec<(u64, Vec<u8>)>,
     next: usize,
@@ -70,7 +70,7 @@ impl StandIn {
             regions,
             ranges: ranges.to_vec(),
             image,
-            faults: FaultReader::new(),
+            faults: EventReader::new(),
             recent: Vec::new(),
             next: 0,
         })
