@@ -15,6 +15,8 @@ const CLONES: usize = 20;
 const ROUNDS: u32 = 10;
 /// Pages that are looked at with one request.
 const SLICE: u32 = 16;
+/// What a clone rests between its pieces of work: twenty of them that never do are too many for a small host, and wait for each other.
+const REST: Duration = Duration::from_millis(10);
 /// Longest that a guest may stand still.
 const STALL: Duration = Duration::from_secs(1);
 /// Longest that one request may take before it counts as lost.
@@ -39,8 +41,8 @@ struct Course {
 }
 
 /// Has a clone check its memory: slices that it has never touched, as far as the course goes, and, again and again, those that it
-/// has. Returns how many it has touched, and the longest that a request took.
-fn work(agent: &mut Agent, course: &Course, mut random: Random) -> (u32, Duration) {
+/// has. Ends when the course is over and all of it was touched. Returns the longest that a request took.
+fn work(agent: &mut Agent, course: &Course, mut random: Random) -> Duration {
     let (mut touched, mut longest) = (0, Duration::ZERO);
     let mut check = |agent: &mut Agent, slice: u32| {
         let start = Instant::now();
@@ -49,18 +51,20 @@ fn work(agent: &mut Agent, course: &Course, mut random: Random) -> (u32, Duratio
         assert_eq!(answer, Response::Mismatches(0), "slice {slice}");
         longest = longest.max(start.elapsed());
     };
-    while !course.over.load(Ordering::Relaxed) {
-        if touched < course.slices.load(Ordering::Relaxed) {
+    loop {
+        let (over, end) = (course.over.load(Ordering::Relaxed), course.slices.load(Ordering::Relaxed));
+        if over && touched >= end {
+            return longest;
+        }
+        if touched < end {
             check(agent, touched);
             touched += 1;
-        } else {
-            std::thread::sleep(Duration::from_millis(5));
         }
         if touched > 0 {
             check(agent, random.below(u64::from(touched)) as u32);
         }
+        std::thread::sleep(REST);
     }
-    (touched, longest)
 }
 
 fn stats(vm: &mut Vm) -> PageServerStats {
@@ -71,7 +75,7 @@ fn stats(vm: &mut Vm) -> PageServerStats {
 #[test]
 fn no_clone_is_lost_whatever_becomes_of_the_page_server() {
     require!(Kvm, Userfaultfd);
-    let template = Template::make(TemplateOptions { memory_mib: 64, working_set_mib: 48, ..Default::default() });
+    let template = Template::make(TemplateOptions { memory_mib: 40, working_set_mib: 24, ..Default::default() });
     let slices = template.facts.working_set.count / SLICE;
     let place = Place::new();
     // Other moments each time; these again by the number.
@@ -95,7 +99,7 @@ fn no_clone_is_lost_whatever_becomes_of_the_page_server() {
         // Ends the workers also if this panics, so that the panic is heard of.
         let over = Over(&course);
         for round in 0..ROUNDS {
-            let blow = [Blow::Kill, Blow::Stop, Blow::Replace][(random.below(3) as usize + round as usize) % 3];
+            let blow = [Blow::Kill, Blow::Stop, Blow::Replace][round as usize % 3];
             course.slices.store((round + 1) * slices / ROUNDS, Ordering::Relaxed);
             std::thread::sleep(Duration::from_millis(random.below(20)));
             server.process.signal(Signal::STOP);
@@ -114,8 +118,7 @@ fn no_clone_is_lost_whatever_becomes_of_the_page_server() {
         drop(over);
         workers.into_iter().map(|worker| worker.join().expect("every word is right")).collect::<Vec<_>>()
     });
-    let touched = results.iter().map(|(touched, _)| *touched).min().expect("there are clones");
-    let longest = results.iter().map(|(_, longest)| *longest).max().expect("there are clones");
+    let longest = *results.iter().max().expect("there are clones");
     let all: Vec<PageServerStats> = vms.iter_mut().map(stats).collect();
     let takeover = all.iter().filter_map(|stats| stats.takeover_us).max().expect("the vmms took over");
     let (losses, hangs, served) = all.iter().fold((0, 0, 0), |(losses, hangs, served), stats| {
@@ -124,7 +127,6 @@ fn no_clone_is_lost_whatever_becomes_of_the_page_server() {
     println!(
         "longest request {longest:?}, longest last takeover {takeover} us, {losses} losses, {hangs} hangs, {served} faults served without a page server"
     );
-    assert!(touched > slices / 2, "a clone has seen only {touched} of {slices} slices");
     assert!(longest < STALL, "a clone stood still for {longest:?}");
     for mut vm in vms {
         template.facts.check(&mut vm.agent());
@@ -132,11 +134,14 @@ fn no_clone_is_lost_whatever_becomes_of_the_page_server() {
     }
 }
 
-/// Says that the course is over when it is dropped.
+/// Says that the course is over when it is dropped; if that is because of a panic, there is no more of it.
 struct Over<'a>(&'a Course);
 
 impl Drop for Over<'_> {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.slices.store(0, Ordering::Relaxed);
+        }
         self.0.over.store(true, Ordering::Relaxed);
     }
 }

@@ -183,7 +183,8 @@ impl Faults {
         })
     }
 
-    fn is_removed(&self, page: u64) -> bool {
+    /// Whether the guest has given a page back.
+    pub fn is_removed(&self, page: u64) -> bool {
         self.removed.as_ref().is_some_and(|removed| removed.contains(page))
     }
 

@@ -14,6 +14,7 @@
 //!
 //! Follow a counter: [`server`] (gathers them) -> [`metrics`] (HTTP) -> [`prometheus`] (text), or [`top`] (for people).
 
+pub mod ahead;
 pub mod client;
 pub mod event_loop;
 pub mod events;

@@ -94,6 +94,14 @@ impl StoreMapping {
         placed(copied)
     }
 
+    /// As [`StoreMapping::give`], for so many bytes, whole pages; returns how many of them the kernel took.
+    pub fn give_run(&self, offset: usize, len: usize, client: &Uffd, address: u64) -> usize {
+        let source = self.range(offset, len);
+        // SAFETY: as in `give`.
+        let copied = unsafe { client.copy(source.cast(), address as *mut _, len, true) };
+        progress(copied).unwrap_or(0)
+    }
+
     /// Replaces bytes at `offset`, in pages that are present: for those that somebody else brought into being.
     ///
     /// The caller has made sure that they are present; this thread would wait for itself in one that is not.

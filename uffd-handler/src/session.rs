@@ -10,6 +10,7 @@
 //!
 //! A chunk whose bytes are not at hand is left to the threads of its [`Image`]; [`Session::arrived`] ends the waiting.
 
+use crate::ahead::Ahead;
 use crate::events::{BATCH, EventReader};
 use crate::faults::{Action, Answer, Faults, Kind, Outcome, TooMany};
 use crate::histogram::Histogram;
@@ -23,6 +24,7 @@ use crate::talk::Talk;
 use api_spec::handshake::Mode;
 use api_spec::page_server::{FaultMetrics, SessionMetrics};
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
@@ -185,6 +187,7 @@ pub struct Session {
     /// What it says.
     pub talk: Talk,
     faults: Faults,
+    ahead: Ahead,
     counters: SessionMetrics,
     /// Whether the last read left no event.
     is_read: bool,
@@ -203,6 +206,7 @@ impl Session {
         };
         Self {
             faults: Faults::new(guest.pages),
+            ahead: Ahead::default(),
             guest,
             stream,
             uffd,
@@ -357,9 +361,26 @@ impl Session {
             }
             Action::Give(_) => match self.obtain(fault.chunk, store, image, &mut scratch.chunk, turn)? {
                 Outcome::Waits => Ok(Outcome::Waits),
-                _ if self.guest.mode == Mode::Copy => store.give(page, &self.uffd, address).map_err(copy_failed),
+                _ if self.guest.mode == Mode::Copy => {
+                    let outcome = store.give(page, &self.uffd, address).map_err(copy_failed)?;
+                    if outcome == Outcome::Placed {
+                        self.give_ahead(page, address..fault.wake.end, store);
+                    }
+                    Ok(outcome)
+                }
                 there => Ok(there),
             },
+        }
+    }
+
+    /// Copies the pages after one that was copied, as far as they are likely to be asked for next; their chunk is in the store. Where
+    /// that fails they are asked for if need be.
+    fn give_ahead(&mut self, page: u64, room: Range<u64>, store: &Store) {
+        let wanted = self.ahead.pages(page).end.min(page + (room.end - room.start) / PAGE_SIZE);
+        let end = (page + 1..wanted).find(|&next| self.faults.is_removed(next)).unwrap_or(wanted);
+        if end > page + 1 {
+            let copied = store.give_run(page + 1..end, &self.uffd, room.start + PAGE_SIZE);
+            self.counters.pages_copied += copied;
         }
     }
 

@@ -131,6 +131,12 @@ impl Store {
         self.mapping.give((page * PAGE_SIZE) as usize, client, address)
     }
 
+    /// As [`Store::give`], for neighbouring pages, as far as the kernel takes them; returns how many those were.
+    pub fn give_run(&self, pages: Range<u64>, client: &Uffd, address: u64) -> u64 {
+        let len = (pages.end - pages.start) * PAGE_SIZE;
+        self.mapping.give_run((pages.start * PAGE_SIZE) as usize, len as usize, client, address) as u64 / PAGE_SIZE
+    }
+
     /// Fills the first pages of a gap, as many as the kernel takes at once; at least one.
     fn fill_gap(&mut self, gap: Range<u64>, bytes: &[u8], filled: &mut Filled) -> io::Result<()> {
         let offset = (gap.start * PAGE_SIZE) as usize;

@@ -11,6 +11,7 @@ use snapshot::image::{ImageError, MemoryImage};
 use snapshot::load::Snapshot;
 use std::io;
 use std::sync::Arc;
+use uffd_handler::ahead::Ahead;
 use uffd_handler::events::{BATCH, EventReader};
 use uffd_handler::region::{CHUNK_PAGES, CHUNK_SIZE, RegionError, Regions};
 use userfaultfd::Uffd;
@@ -54,6 +55,7 @@ pub struct StandIn {
     /// The chunks that were read last, each with its number.
     recent: Vec<(u64, Vec<u8>)>,
     next: usize,
+    ahead: Ahead,
 }
 
 impl StandIn {
@@ -73,6 +75,7 @@ impl StandIn {
             faults: EventReader::new(),
             recent: Vec::new(),
             next: 0,
+            ahead: Ahead::default(),
         })
     }
 
@@ -109,6 +112,13 @@ impl StandIn {
         if !self.put(place, fault.page)? {
             // It is there already, or is no more to come: so whoever waits need not.
             self.uffd.wake(place as *mut _, PAGE_SIZE as usize).map_err(StandInError::Wake)?;
+        }
+        // Whatever becomes of those: they are asked for again if need be.
+        for ahead in self.ahead.pages(fault.page).skip(1) {
+            if !fault.wake.contains(&(place + (ahead - fault.page) * PAGE_SIZE)) {
+                break;
+            }
+            let _ = self.put(place + (ahead - fault.page) * PAGE_SIZE, ahead)?;
         }
         Ok(())
     }
