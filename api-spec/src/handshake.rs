@@ -12,6 +12,8 @@
 //!   (starts vCPUs; the connection stays open for the life of the guest)
 //!   Ping { ping }                             ->     at any time, one after the other
 //!                                             <-     Reply::Pong { ping, waiting, away }
+//!                                             <-     Reply::Report: at any time, if the server is to learn the working set
+//!   Used { read, written, more } ...          ->
 //! ```
 //!
 //! At any step the server may answer [`Reply::Refused`] and close: then the client must not go on with what it was given. Either
@@ -105,6 +107,34 @@ pub struct Ping {
     pub ping: u64,
 }
 
+/// What a served client's guest has used of the image since it was restored: the answer to [`Reply::Report`], in as many messages as
+/// it takes. Only ever advice.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Used {
+    /// Pages of the image that it has read, or run: runs of a first page and a number of pages, in any order.
+    pub read: Vec<(u64, u64)>,
+    /// Pages that it has written.
+    pub written: Vec<(u64, u64)>,
+    /// Another message of this answer follows.
+    pub more: bool,
+}
+
+/// Most runs that one [`Used`] has, so that it is no longer than a message may be.
+pub const MAX_USED_RUNS: usize = 256;
+/// Most messages of one answer.
+pub const MAX_USED_MESSAGES: usize = 64;
+
+/// What a served client says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Word {
+    /// A question.
+    Ping(Ping),
+    /// An answer.
+    Used(Used),
+}
+
 /// What the server answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case", deny_unknown_fields)]
@@ -119,6 +149,8 @@ pub enum Reply {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         away: Option<String>,
     },
+    /// The client is to tell what its guest has used ([`Used`]). It may leave that.
+    Report,
     /// Answer to [`Hello`] of [`Mode::Copy`].
     Image {
         /// Size of the image, in bytes.
@@ -155,5 +187,16 @@ mod tests {
         }]);
         assert_eq!(json, expected);
         assert_eq!(serde_json::from_value::<Vec<CopyRegion>>(json).unwrap(), [region.into()]);
+    }
+
+    #[test]
+    fn the_longest_answer_of_what_was_used_fits_into_its_message() {
+        let runs = vec![(u64::MAX >> 12, u64::MAX >> 12); MAX_USED_RUNS / 2];
+        let used = Used { read: runs.clone(), written: runs, more: false };
+        let json = serde_json::to_vec(&used).unwrap();
+        assert!(json.len() < MAX_MESSAGE, "{} bytes", json.len());
+        assert_eq!(serde_json::from_slice::<Word>(&json).unwrap(), Word::Used(used));
+        assert_eq!(serde_json::from_str::<Word>("{\"ping\":1}").unwrap(), Word::Ping(Ping { ping: 1 }));
+        assert!(serde_json::from_str::<Word>("{\"ping\":1,\"more\":true}").is_err());
     }
 }

@@ -182,6 +182,11 @@ impl Discarded {
         Discarded { waker: Some(uffd), ..Discarded::default() }
     }
 
+    /// Which pages those are.
+    pub(super) fn runs(&self) -> Vec<Range<u64>> {
+        self.pages.runs().collect()
+    }
+
     /// Whether a run of so many pages may be begun.
     fn may_begin(&self, pages: u64) -> bool {
         self.begun < if pages < LONG_RUN { MANY_RUNS } else { MAX_RUNS }

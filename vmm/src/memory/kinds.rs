@@ -10,6 +10,7 @@ use super::{Backing, GuestMemory, GuestRam, PAGE_SIZE};
 use crate::devices::lock;
 use api_spec::stats::{MemoryMap, MemoryMapQuery, MemoryRun, MemoryStats, PageKind};
 use snapshot::manifest::MemoryRegion;
+use snapshot::page_runs::PageRuns;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -118,6 +119,37 @@ impl Kinds {
         })?;
         map.next = next;
         Ok(map)
+    }
+
+    /// The pages of the image that the guest has used since it was restored from it: those that it has read, and those that it has
+    /// written. What it has given back is none of the image's any more.
+    pub fn used(&self, pagemap: &Pagemap, cancelled: &AtomicBool) -> Result<(PageRuns, PageRuns), ScanError> {
+        let (mut read, mut written) = (Vec::new(), Vec::new());
+        self.each_page(0, pagemap, cancelled, |addr, kind| {
+            if let Some(page) = self.image_page(addr) {
+                match kind {
+                    PageKind::Shared => read.push(page),
+                    PageKind::Private => written.push(page),
+                    PageKind::NotLoaded => {}
+                }
+            }
+            true
+        })?;
+        let given_back = match &*lock(&self.backing) {
+            Backing::Image(discarded) => discarded.runs(),
+            Backing::Own(_) => Vec::new(),
+        };
+        let given_back = PageRuns::new(given_back);
+        written.retain(|page| given_back.pages_in(*page..*page + 1) == 0);
+        Ok((PageRuns::of_pages(read), PageRuns::of_pages(written)))
+    }
+
+    /// The page of the image that a guest-physical address is in.
+    fn image_page(&self, addr: u64) -> Option<u64> {
+        let within =
+            |region: &&MemoryRegion| (region.guest_addr..region.guest_addr + region.size_bytes).contains(&addr);
+        let region = self.regions.iter().find(within)?;
+        Some((region.offset + (addr - region.guest_addr)) / PAGE_SIZE)
     }
 
     /// Tells `page` the address and the kind of each page from `start` on, which is the address of one, until it wants no

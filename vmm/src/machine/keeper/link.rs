@@ -2,10 +2,11 @@
 
 use super::plan::Event;
 use crate::memory::uffd::{Mode, Service, Sign};
-use api_spec::handshake::{MAX_MESSAGE, Ping, Reply};
+use api_spec::handshake::{MAX_MESSAGE, MAX_USED_MESSAGES, MAX_USED_RUNS, Ping, Reply, Used, Word};
+use rustix::event::{PollFd, PollFlags};
+use snapshot::page_runs::PageRuns;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
 /// The connection.
@@ -19,6 +20,17 @@ pub struct Link {
     has_store: bool,
     /// The beginning of a line.
     heard: Vec<u8>,
+    /// What is still to be sent.
+    unsaid: Vec<u8>,
+}
+
+/// What the server has said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Heard {
+    /// Something that bears on whether it serves.
+    Event(Event),
+    /// It wants to know what the guest has used.
+    Report,
 }
 
 impl Link {
@@ -32,51 +44,84 @@ impl Link {
             speaks: service.mode.speaks(),
             has_store: matches!(service.mode, Mode::Shared),
             heard: Vec::new(),
+            unsaid: Vec::new(),
         })
     }
 
-    /// What to watch for what the server says, if that means anything.
-    pub fn lines(&self) -> Option<BorrowedFd<'_>> {
-        self.speaks.then(|| self.connection.as_fd())
+    /// What to watch for what the server says, if that means anything, and for room.
+    pub fn poll_fd(&self) -> Option<PollFd<'_>> {
+        let room = if self.unsaid.is_empty() { PollFlags::empty() } else { PollFlags::OUT };
+        self.speaks.then(|| PollFd::new(&self.connection, PollFlags::IN | room))
     }
 
-    /// Asks whether the server is alive. If that cannot be sent there is no answer either.
+    /// Asks whether the server is alive.
     pub fn ping(&mut self, ping: u64) {
-        if let Ok(mut line) = serde_json::to_vec(&Ping { ping }) {
-            line.push(b'\n');
-            let _ = self.connection.write(&line);
+        self.say(&Word::Ping(Ping { ping }));
+    }
+
+    /// Tells what the guest has used.
+    pub fn report(&mut self, read: &PageRuns, written: &PageRuns) {
+        const RUNS: usize = MAX_USED_RUNS / 2;
+        let most = RUNS * MAX_USED_MESSAGES;
+        let [read, written] = [read, written].map(|runs| Vec::<(u64, u64)>::from(runs.clone().bounded(most)));
+        let messages = read.len().max(written.len()).div_ceil(RUNS).max(1);
+        let part =
+            |runs: &[(u64, u64)], number: usize| runs.chunks(RUNS).nth(number).map(<[_]>::to_vec).unwrap_or_default();
+        for number in 0..messages {
+            let (read, written) = (part(&read, number), part(&written, number));
+            self.say(&Word::Used(Used { read, written, more: number + 1 < messages }));
+        }
+    }
+
+    fn say(&mut self, word: &Word) {
+        if let Ok(line) = serde_json::to_vec(word) {
+            self.unsaid.extend_from_slice(&line);
+            self.unsaid.push(b'\n');
+        }
+        self.send();
+    }
+
+    /// Sends what there is room for. What cannot be sent has no answer: that is noticed.
+    fn send(&mut self) {
+        if let Ok(sent) = self.connection.write(&self.unsaid) {
+            self.unsaid.drain(..sent);
         }
     }
 
     /// Takes in what the server has said.
-    pub fn hear(&mut self) -> Vec<Event> {
+    pub fn hear(&mut self) -> Vec<Heard> {
+        if !self.unsaid.is_empty() {
+            self.send();
+        }
         let (mut events, mut bytes) = (Vec::new(), [0; 1024]);
+        let gone = Heard::Event(Event::Gone);
         loop {
             match self.connection.read(&mut bytes) {
-                Ok(0) => break events.push(Event::Gone),
+                Ok(0) => break events.push(gone),
                 Ok(count) => self.heard.extend_from_slice(&bytes[..count]),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => break events.push(Event::Gone),
+                Err(_) => break events.push(gone),
             }
             while let Some(end) = self.heard.iter().position(|&byte| byte == b'\n') {
                 let line: Vec<u8> = self.heard.drain(..=end).collect();
                 events.push(self.meaning(&line));
             }
-            if self.heard.len() > MAX_MESSAGE || events.contains(&Event::Gone) {
-                break events.push(Event::Gone);
+            if self.heard.len() > MAX_MESSAGE || events.contains(&gone) {
+                break events.push(gone);
             }
         }
         events
     }
 
-    fn meaning(&self, line: &[u8]) -> Event {
-        match serde_json::from_slice(line) {
+    fn meaning(&self, line: &[u8]) -> Heard {
+        Heard::Event(match serde_json::from_slice(line) {
+            Ok(Reply::Report) => return Heard::Report,
             Ok(Reply::Pong { ping, waiting, away }) => Event::Pong { ping, waiting, away },
             Ok(Reply::Refused { reason }) if self.has_store => Event::Refused(reason),
             // One that talks nonsense, or refuses a guest that has nothing of it, is no page server any more.
             _ => Event::Gone,
-        }
+        })
     }
 }
 

@@ -15,6 +15,7 @@ use crate::cli::{DONE, FAILED};
 use crate::devices::lock;
 use crate::logging::last_words;
 use crate::machine::driver::RunError;
+use crate::memory::kinds::{Kinds, ScanError};
 use crate::memory::orphan::Orphan;
 use crate::memory::pagemap::Pagemap;
 use crate::memory::stand_in::{StandIn, StandInError};
@@ -23,11 +24,12 @@ use crate::memory::{self, GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier, PageServerWord};
 use api_spec::snapshot::OnHandlerLoss;
 use api_spec::stats::{PageServerState, PageServerStats};
-use link::Link;
+use link::{Heard, Link};
 use plan::{Event, Plan, Step};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use snapshot::load::Snapshot;
+use snapshot::page_runs::PageRuns;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -97,7 +99,9 @@ impl Keeper {
             memory: ram.memory().clone(),
             plan: Plan::new(charge.policy, service.mode.speaks()),
             link: Some(Link::new(&service)?),
-            attempt: Attempt::new()?,
+            attempt: Errand::new()?,
+            report: Errand::new()?,
+            kinds: ram.kinds(),
             sight: Sight::new(&service.uffd),
             stand_in: None,
             store: ram.store(),
@@ -188,33 +192,33 @@ fn number_after(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
 }
 
-/// An attempt to attach to a server, on a thread of its own: it may take seconds.
+/// Something that takes a while, and is done on a thread of its own.
 #[derive(Debug)]
-struct Attempt {
-    sender: mpsc::Sender<Result<Service, UffdError>>,
-    outcome: mpsc::Receiver<Result<Service, UffdError>>,
+struct Errand<T> {
+    sender: mpsc::Sender<T>,
+    outcome: mpsc::Receiver<T>,
     /// Readable when there is one.
     came: Arc<OwnedFd>,
 }
 
-impl Attempt {
+impl<T: Send + 'static> Errand<T> {
     fn new() -> io::Result<Self> {
         let (sender, outcome) = mpsc::channel();
         let came = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        Ok(Attempt { sender, outcome, came })
+        Ok(Errand { sender, outcome, came })
     }
 
-    fn begin(&self, attach: impl FnOnce() -> Result<Service, UffdError> + Send + 'static) -> io::Result<()> {
+    fn begin(&self, name: &str, errand: impl FnOnce() -> T + Send + 'static) -> io::Result<()> {
         let (sender, came) = (self.sender.clone(), self.came.clone());
-        std::thread::Builder::new().name("attach".into()).spawn(move || {
-            // Nobody waits any more if the guest is gone: what was attached is dropped then.
-            let _ = sender.send(attach());
+        std::thread::Builder::new().name(name.into()).spawn(move || {
+            // Nobody waits for it any more if the guest is gone.
+            let _ = sender.send(errand());
             let _ = rustix::io::write(&*came, &1u64.to_ne_bytes());
         })?;
         Ok(())
     }
 
-    fn take(&self) -> Option<Result<Service, UffdError>> {
+    fn take(&self) -> Option<T> {
         let _ = rustix::io::read(&*self.came, &mut [0; 8]);
         self.outcome.try_recv().ok()
     }
@@ -237,7 +241,11 @@ struct Watch {
     plan: Plan,
     /// To the server, while it is there.
     link: Option<Link>,
-    attempt: Attempt,
+    /// Attaching to a server, which may take seconds.
+    attempt: Errand<Result<Service, UffdError>>,
+    /// Looking at what the guest has used.
+    report: Errand<Result<(PageRuns, PageRuns), ScanError>>,
+    kinds: Kinds,
     sight: Sight,
     stand_in: Option<StandIn>,
     /// What the guest maps.
@@ -264,6 +272,7 @@ enum Ready {
     Line,
     Fault,
     Attempt,
+    Report,
 }
 
 impl Watch {
@@ -306,13 +315,14 @@ impl Watch {
         let mut sources = vec![
             (Ready::Released, PollFd::new(&self.released, PollFlags::IN)),
             (Ready::Attempt, PollFd::new(&self.attempt.came, PollFlags::IN)),
+            (Ready::Report, PollFd::new(&self.report.came, PollFlags::IN)),
         ];
         if self.last_orders.is_none() {
             sources.push((Ready::Signal, PollFd::new(&self.charge.signals, PollFlags::IN)));
         }
         if let Some(link) = &self.link {
             sources.push((Ready::ServerGone, link.sign.poll_fd()));
-            sources.extend(link.lines().map(|lines| (Ready::Line, PollFd::from_borrowed_fd(lines, PollFlags::IN))));
+            sources.extend(link.poll_fd().map(|lines| (Ready::Line, lines)));
         }
         if self.plan.waits_for_faults() || self.stand_in.is_some() {
             sources.push((Ready::Fault, PollFd::from_borrowed_fd(self.service.uffd.as_fd(), PollFlags::IN)));
@@ -343,8 +353,18 @@ impl Watch {
             Ready::Line => {
                 // Before its end, which may have come as well.
                 let said = self.link.as_mut().map(Link::hear).unwrap_or_default();
-                said.into_iter().for_each(|event| self.on(event));
+                for word in said {
+                    match word {
+                        Heard::Event(event) => self.on(event),
+                        Heard::Report => self.look_at_use(),
+                    }
+                }
             }
+            Ready::Report => match (self.report.take(), &mut self.link) {
+                (Some(Ok((read, written))), Some(link)) => link.report(&read, &written),
+                (Some(Err(e)), _) => tracing::debug!("the page server is not told what the guest has used: {e}"),
+                _ => {}
+            },
             Ready::ServerGone => self.on(Event::Gone),
             Ready::Fault if self.plan.waits_for_faults() => {
                 self.trouble_at = Instant::now();
@@ -532,12 +552,24 @@ impl Watch {
         Ok(true)
     }
 
+    /// Has the guest's pages looked at, if they tell what it has used: what was copied to it is all its own, read or written.
+    fn look_at_use(&mut self) {
+        if matches!(self.service.mode, Mode::Shared) && lock(&self.stats).takeovers == 0 {
+            let (kinds, ending) = (self.kinds.clone(), self.charge.ending.clone());
+            let begun = self.report.begin("report", move || kinds.used(&Pagemap::open()?, &ending));
+            if let Err(e) = begun {
+                tracing::debug!("the page server is not told what the guest has used: {e}");
+            }
+        }
+    }
+
     fn attach(&mut self) {
         let Service { path, mode, uffd, ranges, .. } = &self.service;
         let (path, mode, uffd, ranges) = (path.clone(), mode.again(), uffd.clone(), ranges.clone());
         let snapshot = self.charge.snapshot.clone();
-        let begun =
-            self.attempt.begin(move || uffd::enlist(&path, &snapshot.manifest().memory.root, mode, &ranges, &uffd));
+        let begun = self
+            .attempt
+            .begin("attach", move || uffd::enlist(&path, &snapshot.manifest().memory.root, mode, &ranges, &uffd));
         if let Err(e) = begun {
             self.on(Event::NotAttached(e.to_string()));
         }
