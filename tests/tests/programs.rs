@@ -144,3 +144,24 @@ fn the_benchmark_of_the_api_prints_one_document() {
     let table = run_vmm(&place, "table", &["bench", "api", "--calls", "20", "--starts", "1"]);
     assert!(table.code() == 0 && table.stdout.contains("GET / on a running VM"), "{table:?}");
 }
+
+#[test]
+fn the_benchmark_of_faults_measures_our_page_server_and_another_one() {
+    require!(Kvm, Userfaultfd);
+    let place = Place::new();
+    let peer = env!("CARGO_BIN_EXE_copy-handler");
+    let arguments = ["bench", "faults", "--pages", "64", "--n", "1", "--peer-handler", peer, "--json"];
+    let done = run_vmm(&place, "bench", &arguments);
+    assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+    let report: Value = serde_json::from_str(&done.stdout).expect("one document");
+    let rows = report["faults"].as_array().expect("a list");
+    for case in ["first", "later", "later_write", "peer"] {
+        for pattern in ["scattered", "contiguous"] {
+            let row = rows.iter().find(|row| row["case"] == case && row["pattern"] == pattern);
+            let [min, p50, max] =
+                ["min_us", "p50_us", "max_us"].map(|field| row.expect(case)[field].as_f64().expect(field));
+            assert!(0.0 <= min && min <= p50 && p50 <= max, "{case}, {pattern}: {report}");
+        }
+    }
+    assert_eq!((&report["pages"], &report["runs"]), (&64.into(), &1.into()));
+}

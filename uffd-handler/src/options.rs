@@ -38,7 +38,8 @@ Usage: uffd-handler --socket PATH --snapshot SNAPSHOT [--snapshot SNAPSHOT]... [
   --once               show it once, after one interval
   --json               once, as a JSON document
 
-`ws show` tells which pages clones of a snapshot use, as far as that was learnt (working-set.json); `ws clear` forgets it.
+`ws show` tells which pages clones of a snapshot use, as far as that was learnt (working-set.json); `ws clear` forgets
+it.
 
   --help               print this
   --version            print the version

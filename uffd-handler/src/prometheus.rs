@@ -136,7 +136,7 @@ fn modes(text: &mut Text, sessions: &[SessionMetrics]) {
             text.sample(&[("mode", mode_name(mode))], count);
         }
     };
-    each("coppice_page_server_sessions", "Guests that are being served, by how pages come to them.", |_| 1);
+    each("coppice_page_server_active_sessions", "Guests that are being served, by how pages come to them.", |_| 1);
     each("coppice_page_server_waiting_faults", "Faults of all guests that wait for bytes.", |one| one.waiting);
 }
 
@@ -288,7 +288,7 @@ mod tests {
             ("coppice_page_server_store_filled_pages", &[image, ("uid", "1000"), ("retired", "true")], 7.0),
             ("coppice_page_server_store_filled_pages", &[image, ("uid", "1000"), ("retired", "false")], 5.0),
             ("coppice_page_server_store_filled_pages", &[image, ("uid", "")], 6.0),
-            ("coppice_page_server_sessions", &[("mode", "copy")], 1.0),
+            ("coppice_page_server_active_sessions", &[("mode", "copy")], 1.0),
             ("coppice_page_server_session_faults_total", &[("session", "2"), ("pid", "42"), ("mode", "copy")], 20.0),
         ] {
             assert_eq!(number(&text, family, labels), Some(value), "{family} {labels:?}");

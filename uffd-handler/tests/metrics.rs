@@ -27,7 +27,7 @@ fn whoever_asks_is_told_as_text_or_as_a_document() {
         let (head, body) = text.split_once("\r\n\r\n").unwrap();
         assert!(head.starts_with("HTTP/1.1 200 ") && head.contains("version=0.0.4"), "{head}");
         openmetrics_parser::prometheus::parse_prometheus(body).unwrap();
-        assert!(body.contains("\ncoppice_page_server_sessions{mode=\"shared\"} 1\n"), "{body}");
+        assert!(body.contains("\ncoppice_page_server_active_sessions{mode=\"shared\"} 1\n"), "{body}");
         assert_eq!(server.metrics().sessions.len(), 1);
         assert!(ask(&sample, "GET /other").starts_with("HTTP/1.1 404 "));
     });
@@ -39,6 +39,7 @@ fn clients_that_say_nothing_keep_nobody_out_for_long() {
         let sample = Sample::of_bytes(MIB);
         let server = Server::start(&sample);
         let client = Client::connect(&sample);
+        client.view.check_page(0);
         let before = server.descriptors();
         let silent: Vec<UnixStream> = (0..64).map(|_| UnixStream::connect(sample.path("m")).unwrap()).collect();
         until("the silent are left", || api_spec::client::metrics::read(&sample.path("m"), PATIENCE).is_ok());

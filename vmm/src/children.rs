@@ -67,12 +67,17 @@ impl Children {
 
     /// Starts this program with the arguments that `arguments` adds; its log goes to `log`.
     pub fn start(&self, name: &str, log: &Path, arguments: impl FnOnce(&mut Command)) -> Result<Child, ChildError> {
-        let log_file = File::create(log).map_err(io_error(format!("cannot write {}", log.display())))?;
         let mut command = Command::new(&self.program);
         arguments(&mut command);
         command.arg("--end-with-parent");
         // Ctrl-C is for us, who then end the children: in the order that leaves nothing behind.
         command.process_group(0);
+        Children::start_other(name, log, command)
+    }
+
+    /// Starts another program; its log goes to `log`. It need not end with this process, but Ctrl-C reaches it.
+    pub fn start_other(name: &str, log: &Path, mut command: Command) -> Result<Child, ChildError> {
+        let log_file = File::create(log).map_err(io_error(format!("cannot write {}", log.display())))?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log_file);
         let process = command.spawn().map_err(io_error(format!("cannot start the process of the {name}")))?;
         Ok(Child { name: name.to_owned(), process, log: log.to_owned() })

@@ -1,6 +1,6 @@
 //! How long a call of the REST API takes, and how soon after its start a vmm can be called.
 
-use super::{BenchError, Spread};
+use super::{BenchError, Spread, io_error};
 use crate::children::{Child, Children};
 use crate::host::{self, Host};
 use api_spec::client::RestClient;
@@ -102,10 +102,6 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     let Options { calls, starts, json: _ } = *options;
     let ratio = (ratio * 10.0).round() / 10.0;
     Ok(Report { host: host::summary(), get_info, socket_round_trip, ratio, start_to_connection, calls, starts })
-}
-
-fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> BenchError {
-    move |source| BenchError::Io { what, source }
 }
 
 /// Tries until a vmm's API takes a connection.

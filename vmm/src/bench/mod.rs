@@ -2,8 +2,10 @@
 //! give each figure beside one of the same machine and run that it can be judged by.
 
 pub mod api;
+pub mod faults;
 
 use crate::children::ChildError;
+use api_spec::client::agent::AgentError;
 use api_spec::client::rest::RestError;
 use serde::Serialize;
 use std::io;
@@ -13,11 +15,20 @@ use std::time::Duration;
 pub const USAGE: &str = "\
 Measures, on this machine, and prints what it found. Leave the machine alone meanwhile.
 
-Usage: vmm bench api [options]   how long calls of the REST API take, and how soon it can be called
+Usage: vmm bench api [options]     how long calls of the REST API take, and how soon it can be called
+       vmm bench faults [options]  what it costs a guest to touch a page that is not there yet
 
-  --calls N   how many calls on one connection, 1 to 1000000 (default 5000)
-  --starts N  how many processes to start, 1 to 1000 (default 20)
-  --json      print one JSON document instead of a table
+  --json                  print one JSON document instead of a table
+
+Of `api`:
+  --calls N               how many calls on one connection, 1 to 1000000 (default 5000)
+  --starts N              how many processes to start, 1 to 1000 (default 20)
+
+Of `faults`:
+  --pages N               how many pages to touch at once, 1 to 8192 (default 2048)
+  --n RUNS                how often to measure everything, 1 to 100 (default 5)
+  --peer-handler PROGRAM  measure another page server of Firecracker's protocol as well; it is started with the path of
+                          its socket and that of the memory file
 
 Ends with 0, 1 on failure, 2 on bad usage, and 77 if this host cannot run microVMs.
 ";
@@ -47,6 +58,12 @@ pub enum BenchError {
     /// A process does not do what it should in time.
     #[error("{0} within {1:?}")]
     Late(&'static str, Duration),
+    /// The agent in a guest.
+    #[error("a guest does not answer as it should: {0}")]
+    Agent(AgentError),
+    /// A guest has other pages than it should.
+    #[error("{0}: the guest has read other pages than were snapshotted; nothing that was measured means anything")]
+    WrongPages(&'static str),
 }
 
 impl BenchError {
@@ -54,6 +71,10 @@ impl BenchError {
     pub fn host_cannot(&self) -> bool {
         matches!(self, BenchError::Child(e) if e.host_cannot())
     }
+}
+
+fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> BenchError {
+    move |source| BenchError::Io { what, source }
 }
 
 /// How some durations are spread, in microseconds.

@@ -25,6 +25,7 @@ Usage: vmm --config FILE [options]            boot what the file describes
        vmm ctl COMMAND [options]              command a vmm over its API; see `vmm ctl --help`
        vmm demo [options]                     boot, snapshot, and restore clones; see `vmm demo --help`
        vmm bench api [options]                measure the REST API; see `vmm bench --help`
+       vmm bench faults [options]             measure page faults of clones
        vmm doctor [--json]                    say what this host can do, with remedies
        vmm guest export FILE                  write the embedded guest's kernel, for other VMMs to boot
        vmm snapshot verify SNAPSHOT [--json]  check every byte of a snapshot
@@ -169,6 +170,8 @@ pub enum Command {
     Demo(DemoOptions),
     /// Measure the API.
     BenchApi(bench::api::Options),
+    /// Measure page faults.
+    BenchFaults(bench::faults::Options),
     /// Print the version of the snapshot format.
     SnapshotVersion,
     /// Print the version of a snapshot's format.
@@ -465,6 +468,31 @@ fn parse_demo(args: Vec<OsString>) -> Result<Command, UsageError> {
 }
 
 fn parse_bench(args: Vec<OsString>) -> Result<Command, UsageError> {
+    match args.split_first() {
+        Some((what, rest)) if what == "faults" => parse_bench_faults(rest.to_vec()),
+        _ => parse_bench_api(args),
+    }
+}
+
+fn parse_bench_faults(args: Vec<OsString>) -> Result<Command, UsageError> {
+    use lexopt::prelude::*;
+    let mut options = bench::faults::Options::default();
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("pages") => options.pages = value(&mut parser, "--pages", "a number")?,
+            Long("n") => options.runs = value(&mut parser, "--n", "a number")?,
+            Long("peer-handler") => options.peer_handler = Some(parser.value()?.into()),
+            Long("json") => options.json = true,
+            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    options.check().map_err(lexopt::Error::from)?;
+    Ok(Command::BenchFaults(options))
+}
+
+fn parse_bench_api(args: Vec<OsString>) -> Result<Command, UsageError> {
     use lexopt::prelude::*;
     let (mut options, mut what) = (bench::api::Options::default(), None);
     let mut parser = lexopt::Parser::from_args(args);
@@ -479,7 +507,7 @@ fn parse_bench(args: Vec<OsString>) -> Result<Command, UsageError> {
         }
     }
     if what.as_deref() != Some(OsStr::new("api")) {
-        return Err(UsageError::Missing("`bench` takes `api`"));
+        return Err(UsageError::Missing("`bench` takes `api` or `faults`"));
     }
     options.check().map_err(lexopt::Error::from)?;
     Ok(Command::BenchApi(options))
@@ -658,6 +686,10 @@ mod tests {
             "bench disks",
             "bench api --calls 0",
             "bench api --starts 1001",
+            "bench faults --pages 0",
+            "bench faults --n 101",
+            "bench faults --calls 5",
+            "bench faults api",
             "demo --clones 0",
             "demo --memory 1",
             "demo --memory 64 --working-set 64",

@@ -39,12 +39,21 @@ fn vmm(ctl: Command) -> Command {
         if json {
             command = command.arg(Arg::new("json").long("json").action(ArgAction::SetTrue));
         }
-        for word in words.iter().rev().skip(1) {
-            command = Command::new((*word).to_owned()).disable_help_subcommand(true).subcommand(command);
-        }
-        vmm = vmm.subcommand(command);
+        vmm = match words[..] {
+            [family, _, ..] => within(vmm, family, command),
+            _ => vmm.subcommand(command),
+        };
     }
     vmm
+}
+
+/// Puts a command into a family of them, which there may be already.
+fn within(vmm: Command, family: &str, command: Command) -> Command {
+    let vmm = match vmm.find_subcommand(family) {
+        Some(_) => vmm,
+        None => vmm.subcommand(Command::new(family.to_owned()).disable_help_subcommand(true)),
+    };
+    vmm.mut_subcommand(family, |family| family.subcommand(command))
 }
 
 /// The options that a text of `--help` lists, one a line, but those that every command has.
@@ -91,6 +100,9 @@ mod tests {
         assert!(options(bench::USAGE).any(|arg| arg.get_long() == Some("calls")));
         assert!(options(demo::USAGE).any(|arg| arg.get_long() == Some("clones")));
         let ctl = Command::new("ctl").subcommand(Command::new("drive"));
-        vmm(ctl).debug_assert();
+        let mut all = vmm(ctl);
+        all.clone().debug_assert();
+        let bench = all.find_subcommand_mut("bench").unwrap();
+        assert!(bench.find_subcommand("api").is_some() && bench.find_subcommand("faults").is_some());
     }
 }

@@ -1,0 +1,556 @@
+//! What it costs a guest to touch a page that is not there yet: by case (who was there before, and how pages come), and by
+//! pattern (how the pages lie).
+//!
+//! The guest is asked to touch many pages at once, and the clock of whoever asks runs meanwhile. The same request, made
+//! again when all pages are there, is taken off. What remains, by page, is what the page faults cost.
+
+use super::{BenchError, io_error};
+use crate::children::{Child, Children};
+use crate::host::{self, Host};
+use api_spec::agent::{Pages, Request, Response, pattern};
+use api_spec::client::{AgentClient, RestClient};
+use api_spec::snapshot::SnapshotCreate;
+use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// How long anything may take that takes milliseconds.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How much longer a guest may take that touches pages, for each of them.
+const PATIENCE_PER_PAGE: Duration = Duration::from_millis(5);
+/// How often to try whether a process is ready.
+const AGAIN: Duration = Duration::from_micros(500);
+/// How often the cost of a request itself is measured.
+const BASE_RUNS: u32 = 5;
+/// What the pages hold.
+const SEED: u64 = 0x0063_6f70_7069_6365;
+/// Distance of scattered pages: each lies in a chunk of its own, which the page server reads and checks as a whole.
+const STRIDE: u32 = 16;
+/// Memory of the guest that is no work page, in MiB, generously.
+const GUEST_OWN_MIB: u64 = 16;
+
+/// What to measure.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// How many pages are touched at once.
+    pub pages: u32,
+    /// How often everything is measured.
+    pub runs: u32,
+    /// Another page server, of Firecracker's protocol.
+    pub peer_handler: Option<PathBuf>,
+    /// Print JSON.
+    pub json: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { pages: 2048, runs: 5, peer_handler: None, json: false }
+    }
+}
+
+impl Options {
+    /// Whether the values make sense.
+    pub fn check(&self) -> Result<(), String> {
+        match self {
+            Options { pages: 0 | 8193.., .. } => Err(format!("--pages {}: must be 1 to 8192", self.pages)),
+            Options { runs: 0 | 101.., .. } => Err(format!("--n {}: must be 1 to 100", self.runs)),
+            _ => Ok(()),
+        }
+    }
+
+    /// The work pages that a pattern chooses: no page is of both.
+    fn pages_of(&self, pattern: Pattern) -> Pages {
+        match pattern {
+            Pattern::Scattered => Pages { first: 0, count: self.pages, stride: STRIDE },
+            Pattern::Contiguous => Pages::run(self.pages * STRIDE, self.pages),
+        }
+    }
+
+    /// All work pages that must hold something, so that none of them is cheaper than another.
+    fn all_pages(&self) -> Pages {
+        Pages::run(0, self.pages * (STRIDE + 1))
+    }
+
+    fn memory_mib(&self) -> u64 {
+        u64::from(self.all_pages().count).div_ceil(256) + GUEST_OWN_MIB
+    }
+
+    fn patience(&self) -> Duration {
+        PATIENCE + PATIENCE_PER_PAGE * self.all_pages().count
+    }
+}
+
+/// Who touches pages, and how they come. What a page server gets ready before it is asked is a case of its own as well, once
+/// there is such a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Case {
+    /// The first clone of all reads: the page server fills its store.
+    First,
+    /// Another one reads what is in the store.
+    Later,
+    /// Another one writes to what is in the store.
+    LaterWrite,
+    /// In copy mode, the first clone of all reads.
+    CopyFirst,
+    /// In copy mode, another one reads the same.
+    CopyLater,
+    /// In copy mode, a clone reads what another program serves.
+    Peer,
+}
+
+impl Case {
+    fn title(self) -> &'static str {
+        match self {
+            Case::First => "first clone",
+            Case::Later => "later clone",
+            Case::LaterWrite => "later clone, writing",
+            Case::CopyFirst => "copy mode, first clone",
+            Case::CopyLater => "copy mode, later clone",
+            Case::Peer => "copy mode, other page server",
+        }
+    }
+
+    fn is_copy(self) -> bool {
+        matches!(self, Case::CopyFirst | Case::CopyLater | Case::Peer)
+    }
+
+    fn request(self, pages: Pages) -> Request {
+        match self {
+            Case::LaterWrite => Request::Write { pages, value: SEED },
+            _ => Request::Touch { pages },
+        }
+    }
+}
+
+/// How pages lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pattern {
+    /// One in each block of 64 KiB.
+    Scattered,
+    /// One after the other.
+    Contiguous,
+}
+
+const PATTERNS: [Pattern; 2] = [Pattern::Scattered, Pattern::Contiguous];
+/// Whose medians are compared: the first of each pair, divided by the second.
+const COMPARED: [(Case, Case); 5] = [
+    (Case::Later, Case::First),
+    (Case::LaterWrite, Case::First),
+    (Case::CopyLater, Case::Later),
+    (Case::Peer, Case::CopyFirst),
+    (Case::Peer, Case::CopyLater),
+];
+
+/// What a page costs, in microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct PerPage {
+    /// In the fastest run.
+    pub min_us: f64,
+    /// In half of the runs no more.
+    pub p50_us: f64,
+    /// In the slowest run.
+    pub max_us: f64,
+}
+
+impl PerPage {
+    /// From what so many pages cost in each run, of which there must be one at least.
+    fn of(mut durations: Vec<Duration>, pages: u32) -> Self {
+        durations.sort_unstable();
+        let us = |at: usize| {
+            let duration = durations.get(at).copied().unwrap_or_default();
+            rounded(duration.as_secs_f64() * 1e6 / f64::from(pages.max(1)))
+        };
+        let last = durations.len().saturating_sub(1);
+        PerPage { min_us: us(0), p50_us: us(last / 2), max_us: us(last) }
+    }
+}
+
+/// To a thousandth.
+fn rounded(number: f64) -> f64 {
+    (number * 1000.0).round() / 1000.0
+}
+
+/// One case with one pattern.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Row {
+    /// Who touches pages, and how they come.
+    pub case: Case,
+    /// How they lie.
+    pub pattern: Pattern,
+    /// What a page costs.
+    #[serde(flatten)]
+    pub per_page: PerPage,
+}
+
+/// One case beside another.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Ratio {
+    /// Whose median.
+    pub of: Case,
+    /// By whose it is divided.
+    pub to: Case,
+    /// How pages lie.
+    pub pattern: Pattern,
+    /// The quotient.
+    pub ratio: f64,
+}
+
+/// A case that could not be measured.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NotMeasured {
+    /// Which.
+    pub case: Case,
+    /// Why not.
+    pub reason: String,
+}
+
+/// What was found out.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// This host.
+    pub host: Host,
+    /// How many pages were touched at once.
+    pub pages: u32,
+    /// How often.
+    pub runs: u32,
+    /// Memory of the guest, in MiB.
+    pub memory_mib: u64,
+    /// What a page costs.
+    pub faults: Vec<Row>,
+    /// How that compares.
+    pub ratios: Vec<Ratio>,
+    /// What is not known.
+    pub not_measured: Vec<NotMeasured>,
+}
+
+impl Report {
+    fn new(options: &Options, host: Host, found: Found) -> Self {
+        let row = |((case, pattern), durations)| Row { case, pattern, per_page: PerPage::of(durations, options.pages) };
+        let faults: Vec<Row> = found.durations.into_iter().map(row).collect();
+        let ratios = ratios(&faults);
+        let Options { pages, runs, .. } = *options;
+        let not_measured = found.not_measured;
+        Report { host, pages, runs, memory_mib: options.memory_mib(), faults, ratios, not_measured }
+    }
+}
+
+fn ratios(rows: &[Row]) -> Vec<Ratio> {
+    let median = |case, pattern| {
+        let row = rows.iter().find(|row| (row.case, row.pattern) == (case, pattern))?;
+        Some(row.per_page.p50_us).filter(|us| *us > 0.0)
+    };
+    let compare = |((of, to), pattern)| {
+        let ratio = rounded(median(of, pattern)? / median(to, pattern)?);
+        Some(Ratio { of, to, pattern, ratio })
+    };
+    COMPARED.iter().flat_map(|pair| PATTERNS.map(|pattern| (*pair, pattern))).filter_map(compare).collect()
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Host { cpu, cpus, kernel, ring0_emulated } = &self.host;
+        let emulated = if *ring0_emulated { ", KVM emulates ring 0" } else { "" };
+        writeln!(f, "host  {cpu}, {cpus} CPUs, Linux {kernel}{emulated}")?;
+        writeln!(f, "guest {} MiB; {} pages at once, {} times\n", self.memory_mib, self.pages, self.runs)?;
+        writeln!(f, "{:<30} {:^29}  {:^29}", "", "one page of each 64 KiB", "neighbouring pages")?;
+        write!(f, "{:<30}", "us a page")?;
+        for _ in PATTERNS {
+            write!(f, " {:>9} {:>9} {:>9} ", "min", "p50", "max")?;
+        }
+        writeln!(f)?;
+        let mut case = None;
+        for Row { case: this, per_page: PerPage { min_us, p50_us, max_us }, .. } in &self.faults {
+            if case.replace(*this) != Some(*this) {
+                write!(f, "{:<30}", this.title())?;
+                write!(f, " {min_us:>9.2} {p50_us:>9.2} {max_us:>9.2} ")?;
+            } else {
+                writeln!(f, " {min_us:>9.2} {p50_us:>9.2} {max_us:>9.2}")?;
+            }
+        }
+        writeln!(f)?;
+        for Ratio { of, to, pattern, ratio } in &self.ratios {
+            let pattern = if *pattern == Pattern::Scattered { "one of each 64 KiB" } else { "neighbouring" };
+            writeln!(f, "{}: {ratio:.3} times {} ({pattern})", of.title(), to.title())?;
+        }
+        for NotMeasured { case, reason } in &self.not_measured {
+            writeln!(f, "{}: not measured: {reason}", case.title())?;
+        }
+        Ok(())
+    }
+}
+
+/// What was found out so far.
+#[derive(Default)]
+struct Found {
+    durations: BTreeMap<(Case, Pattern), Vec<Duration>>,
+    not_measured: Vec<NotMeasured>,
+}
+
+/// Measures.
+pub fn run(options: &Options) -> Result<Report, BenchError> {
+    let place = TempDir::new().map_err(io_error("cannot make a temporary directory"))?;
+    let bench = Bench { options, dir: place.path(), children: Children::new()? };
+    bench.snapshot()?;
+    let mut found = Found::default();
+    for _ in 0..options.runs {
+        bench.run_once(&mut found)?;
+    }
+    Ok(Report::new(options, host::summary(), found))
+}
+
+struct Bench<'a> {
+    options: &'a Options,
+    dir: &'a Path,
+    children: Children,
+}
+
+impl Bench<'_> {
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Boots a guest, lets it fill its pages, and takes the snapshot that everything begins with.
+    fn snapshot(&self) -> Result<(), BenchError> {
+        let (config, api, vsock) = (self.path("vm.json"), self.path("api.sock"), self.path("parent.vsock"));
+        let document = VmConfig {
+            boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
+            machine_config: MachineConfig { mem_size_mib: self.options.memory_mib(), ..Default::default() },
+            vsock: Some(Vsock { guest_cid: 3, uds_path: vsock.clone(), vsock_id: None }),
+            ..Default::default()
+        };
+        let text = serde_json::to_vec(&document).map_err(io::Error::from);
+        text.and_then(|text| std::fs::write(&config, text)).map_err(io_error("cannot write a configuration"))?;
+        let mut parent = self.children.start("guest", &self.path("vm.log"), |vmm| {
+            vmm.arg("--config").arg(&config).arg("--api-sock").arg(&api);
+        })?;
+        let mut agent = self.first_reply(&mut parent, &vsock)?;
+        ask(&mut agent, Request::Fill { pages: self.options.all_pages(), seed: SEED })?;
+        let failed = |source| BenchError::Api { what: "cannot take a snapshot", source };
+        let mut client = RestClient::connect(&api, self.options.patience()).map_err(failed)?;
+        client.put("/snapshot/create", &SnapshotCreate::of(self.path("snap"))).map_err(failed)
+    }
+
+    /// All cases, each with a page server that nobody has asked for anything yet.
+    fn run_once(&self, found: &mut Found) -> Result<(), BenchError> {
+        self.measure_all(&[Case::First, Case::Later, Case::LaterWrite], found)?;
+        self.measure_all(&[Case::CopyFirst, Case::CopyLater], found)?;
+        if self.options.peer_handler.is_some() {
+            self.measure_all(&[Case::Peer], found)?;
+        }
+        Ok(())
+    }
+
+    /// Cases that belong together: a clone each, one after the other, with the same page server.
+    fn measure_all(&self, cases: &[Case], found: &mut Found) -> Result<(), BenchError> {
+        if cases.iter().any(|case| found.not_measured.iter().any(|one| one.case == *case)) {
+            return Ok(());
+        }
+        let socket = self.path("uffd.sock");
+        let _ = std::fs::remove_file(&socket);
+        let mut server = match (cases, &self.options.peer_handler) {
+            ([Case::Peer], Some(program)) => self.start_peer(program, &socket)?,
+            _ => self.start_page_server(&socket)?,
+        };
+        wait_for_listener(&mut server, &socket)?;
+        for &case in cases {
+            let (mut clone, mut agent) = match self.restore(case, &socket) {
+                // Our page server may not offer copy mode. One that has failed has ended.
+                Err(BenchError::Child(reason)) if case.is_copy() && case != Case::Peer && !reason.host_cannot() => {
+                    server.check_alive()?;
+                    let reason = reason.to_string();
+                    let not_measured = |&case| NotMeasured { case, reason: reason.clone() };
+                    found.not_measured.extend(cases.iter().map(not_measured));
+                    return Ok(());
+                }
+                restored => restored?,
+            };
+            for pattern in PATTERNS {
+                let duration = self.measure(case, pattern, &mut agent)?;
+                found.durations.entry((case, pattern)).or_default().push(duration);
+            }
+            clone.check_alive()?;
+        }
+        Ok(())
+    }
+
+    fn start_page_server(&self, socket: &Path) -> Result<Child, BenchError> {
+        Ok(self.children.start("page server", &self.path("uffd.log"), |vmm| {
+            vmm.arg("uffd-handler").arg("--socket").arg(socket).arg("--snapshot").arg(self.path("snap"));
+        })?)
+    }
+
+    fn start_peer(&self, program: &Path, socket: &Path) -> Result<Child, BenchError> {
+        let mut command = Command::new(program);
+        command.arg(socket).arg(self.path("snap").join(snapshot::file::MEMORY));
+        Ok(Children::start_other("other page server", &self.path("peer.log"), command)?)
+    }
+
+    fn restore(&self, case: Case, socket: &Path) -> Result<(Child, AgentClient), BenchError> {
+        let vsock = self.path("clone.vsock");
+        let _ = std::fs::remove_file(&vsock);
+        let mut clone = self.children.start("clone", &self.path("clone.log"), |vmm| {
+            vmm.arg("--restore").arg(self.path("snap")).arg("--uffd").arg(socket).arg("--vsock").arg(&vsock);
+            // Nobody uses the clones for anything, so they need not become themselves first.
+            vmm.arg("--same-generation");
+            if case.is_copy() {
+                vmm.arg("--uffd-mode").arg("copy");
+            }
+        })?;
+        let agent = self.first_reply(&mut clone, &vsock)?;
+        Ok((clone, agent))
+    }
+
+    /// Waits for a guest's first reply; if its process ends instead, says why.
+    fn first_reply(&self, child: &mut Child, vsock: &Path) -> Result<AgentClient, BenchError> {
+        let deadline = Instant::now() + PATIENCE;
+        // In slices, so that a process that fails at once is noticed at once; growing, so that a slow guest has its time.
+        let mut slice = Duration::from_millis(100);
+        loop {
+            let until = deadline.min(Instant::now() + slice);
+            slice *= 2;
+            match AgentClient::first_reply(vsock, self.options.patience(), until, Request::Ping { token: 0 }) {
+                Ok((agent, _)) => return Ok(agent),
+                Err(source) => {
+                    child.check_alive()?;
+                    if Instant::now() >= deadline {
+                        return Err(BenchError::Agent(source));
+                    }
+                }
+            }
+        }
+    }
+
+    /// What it costs to touch pages that are not there yet, all together.
+    fn measure(&self, case: Case, pattern: Pattern, agent: &mut AgentClient) -> Result<Duration, BenchError> {
+        let pages = self.options.pages_of(pattern);
+        let mut touch = || {
+            let before = Instant::now();
+            let response = ask(agent, case.request(pages))?;
+            let elapsed = before.elapsed();
+            check(case, pages, response).map(|()| elapsed)
+        };
+        let with_faults = touch()?;
+        let base = (0..BASE_RUNS).map(|_| touch()).collect::<Result<Vec<_>, _>>()?;
+        Ok(with_faults.saturating_sub(base.into_iter().min().unwrap_or_default()))
+    }
+}
+
+fn ask(agent: &mut AgentClient, request: Request) -> Result<Response, BenchError> {
+    agent.call(request).map_err(BenchError::Agent)
+}
+
+/// A guest that has found other pages than it should has measured nothing.
+fn check(case: Case, pages: Pages, response: Response) -> Result<(), BenchError> {
+    let words = pages.numbers().map(|page| pattern::word(SEED, page, 0));
+    let expected = match case {
+        Case::LaterWrite => Response::Done,
+        _ => Response::Sum(words.fold(0, u64::wrapping_add)),
+    };
+    if response == expected { Ok(()) } else { Err(BenchError::WrongPages(case.title())) }
+}
+
+/// Waits until somebody listens, without connecting: some page servers serve the first who does, and nobody else.
+fn wait_for_listener(server: &mut Child, socket: &Path) -> Result<(), BenchError> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let table = std::fs::read("/proc/net/unix").map_err(io_error("cannot read /proc/net/unix"))?;
+        if listens(&String::from_utf8_lossy(&table), socket) {
+            return Ok(());
+        }
+        server.check_alive()?;
+        if Instant::now() > deadline {
+            return Err(BenchError::Late("the page server does not listen", PATIENCE));
+        }
+        std::thread::sleep(AGAIN);
+    }
+}
+
+/// Whether a socket at this path listens, as /proc/net/unix has it.
+fn listens(table: &str, socket: &Path) -> bool {
+    /// The flag of a socket that listens, as the kernel writes it.
+    const ACCEPTS: &str = "00010000";
+    let path = socket.to_string_lossy();
+    table.lines().any(|line| {
+        let facts = line.strip_suffix(&*path).and_then(|facts| facts.strip_suffix(' '));
+        facts.and_then(|facts| facts.split_whitespace().nth(3)) == Some(ACCEPTS)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn patterns_share_no_page_and_fit_the_guest() {
+        let options = Options::default();
+        let [scattered, contiguous] = PATTERNS.map(|pattern| options.pages_of(pattern));
+        let all = options.all_pages();
+        assert!(scattered.numbers().last() < contiguous.numbers().next());
+        assert!(scattered.fits(all.count) && contiguous.fits(all.count));
+        assert!(scattered.numbers().zip(scattered.numbers().skip(1)).all(|(a, b)| (b - a) * 4096 == 65536));
+        assert!((options.memory_mib() - GUEST_OWN_MIB) << 8 >= u64::from(all.count));
+        for (pages, runs) in [(0, 1), (8193, 1), (1, 0), (1, 101)] {
+            assert!(Options { pages, runs, ..Options::default() }.check().is_err());
+        }
+        assert!(Options { pages: 8192, runs: 100, ..Options::default() }.check().is_ok());
+    }
+
+    fn row(case: Case, pattern: Pattern, us: &[u64]) -> Row {
+        let durations = us.iter().map(|us| Duration::from_micros(*us)).collect();
+        Row { case, pattern, per_page: PerPage::of(durations, 10) }
+    }
+
+    #[test]
+    fn what_is_compared_are_medians_a_page() {
+        let rows = [
+            row(Case::First, Pattern::Scattered, &[500, 100, 400]),
+            row(Case::First, Pattern::Contiguous, &[100]),
+            row(Case::Later, Pattern::Scattered, &[1, 10, 100, 1000]),
+            row(Case::Later, Pattern::Contiguous, &[0]),
+        ];
+        assert_eq!(rows[0].per_page, PerPage { min_us: 10.0, p50_us: 40.0, max_us: 50.0 });
+        let expected = Ratio { of: Case::Later, to: Case::First, pattern: Pattern::Scattered, ratio: 0.025 };
+        assert_eq!(ratios(&rows), [expected], "nothing is divided by zero, or guessed");
+    }
+
+    #[test]
+    fn a_listener_is_known_without_a_connection() {
+        let place = TempDir::new().unwrap();
+        let path = place.path().join("a socket");
+        let table = || String::from_utf8_lossy(&std::fs::read("/proc/net/unix").unwrap()).into_owned();
+        assert!(!listens(&table(), &path));
+        let listener = UnixListener::bind(&path).unwrap();
+        assert!(listens(&table(), &path));
+        listener.set_nonblocking(true).unwrap();
+        assert!(listener.accept().is_err(), "nobody has connected");
+    }
+
+    #[test]
+    fn a_table_has_a_line_for_each_case() {
+        let mut found = Found::default();
+        for pattern in PATTERNS {
+            found.durations.insert((Case::First, pattern), vec![Duration::from_millis(20)]);
+            found.durations.insert((Case::Later, pattern), vec![Duration::from_millis(2)]);
+        }
+        found.not_measured.push(NotMeasured { case: Case::CopyFirst, reason: "no".into() });
+        let host = Host { cpu: "C".into(), cpus: 2, kernel: "6".into(), ring0_emulated: false };
+        let report = Report::new(&Options { pages: 1000, ..Options::default() }, host, found);
+        let text = report.to_string();
+        for line in [
+            "first clone                        20.00     20.00     20.00      20.00     20.00     20.00",
+            "later clone: 0.100 times first clone (one of each 64 KiB)",
+            "copy mode, first clone: not measured: no",
+        ] {
+            assert!(text.lines().any(|one| one == line), "{line}\n{text}");
+        }
+    }
+}
