@@ -92,6 +92,28 @@ fn what_is_away_is_tried_again_until_it_is_back() {
 }
 
 #[test]
+fn one_chunk_that_cannot_be_had_holds_up_no_other() {
+    with_userfaultfd(|| {
+        let (source, hand) = TestSource::boxed("image", SIZE, Weather::AwayAt(5));
+        let server = Local::start(vec![source], Limits::default());
+        let client = server.share("image", SIZE);
+        std::thread::scope(|scope| {
+            let reader = scope.spawn(|| client.view.check_page(5 * 16));
+            until("it was tried again", || server.metrics().images[0].failures >= 2);
+            for chunk in (0..SIZE.div_ceil(CHUNK)).filter(|chunk| *chunk != 5) {
+                client.view.check_page(chunk * 16);
+                assert_eq!(hand.reads(chunk as u64), 1);
+            }
+            let metrics = server.metrics();
+            assert_eq!((metrics.images[0].chunks_waiting, metrics.sessions[0].waiting), (1, 1));
+            assert!(!reader.is_finished());
+            hand.set(Weather::Fine);
+        });
+        client.view.check_all();
+    });
+}
+
+#[test]
 fn what_nobody_waits_for_is_not_tried_again() {
     with_userfaultfd(|| {
         let (away, hand) = TestSource::boxed("away", SIZE, Weather::Away);

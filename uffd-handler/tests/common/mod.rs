@@ -157,7 +157,9 @@ impl Server {
         let mut server = Server { child, metrics, log };
         until("server listens", || {
             assert_eq!(server.child.try_wait().unwrap(), None, "{}", server.log());
-            UnixStream::connect(&server.metrics).is_ok()
+            // An answer, not only a connection: it has set up all that it needs then.
+            UnixStream::connect(&server.metrics)
+                .is_ok_and(|mut stream| stream.read_to_string(&mut String::new()).is_ok_and(|read| read > 0))
         });
         server
     }

@@ -16,6 +16,8 @@ pub enum Weather {
     /// Whoever reads is held until that changes.
     Stuck,
     Away,
+    /// Only this chunk cannot be had.
+    AwayAt(u64),
     Damaged,
 }
 
@@ -75,7 +77,8 @@ impl Source for TestSource {
         *state.reads.entry(index).or_default() += 1;
         let state = self.state.1.wait_while(state, |state| state.weather == Weather::Stuck).unwrap();
         match state.weather {
-            Weather::Away => return Err(SourceError::Away("the test has cut the line".into())),
+            Weather::AwayAt(chunk) if chunk != index => {}
+            Weather::Away | Weather::AwayAt(_) => return Err(SourceError::Away("the test has cut the line".into())),
             Weather::Damaged => return Err(SourceError::Damaged(format!("chunk {index} was spoilt by the test"))),
             Weather::Fine | Weather::Stuck => {}
         }
