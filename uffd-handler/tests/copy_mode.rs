@@ -2,13 +2,15 @@
 #![allow(missing_docs)]
 
 mod common;
-use api_spec::handshake::{Mode, Reply};
+use api_spec::handshake::{CopyRegion, Mode, Reply};
 use common::*;
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 fn small() -> Sample {
@@ -237,4 +239,68 @@ fn what_is_given_back_reads_as_zeros_while_others_fault() {
         }
         assert_eq!(server.metrics().sessions.len(), 1, "{}", server.log());
     });
+}
+
+#[test]
+fn a_client_may_die_at_every_step() {
+    with_userfaultfd(|| {
+        let sample = Sample::of_bytes(MIB);
+        let server = Server::start(&sample);
+        CopyClient::firecracker(&sample.socket(), sample.size(), &[]).view.check_page(0);
+        until("it is gone", || server.metrics().sessions.is_empty());
+        let before = server.descriptors();
+        let (view, uffd) = CopyClient::memory(sample.size());
+        let regions = [CopyRegion::from(region(view.address(), sample.size(), 0))];
+        let message = serde_json::to_vec(&regions).unwrap();
+        let (first, second) = message.split_at(20);
+        let fd = uffd.as_raw_fd();
+        let steps: [&[(&[u8], &[i32])]; 4] =
+            [&[(first, &[])], &[(first, &[fd])], &[(&message, &[])], &[(first, &[]), (second, &[fd])]];
+        for step in steps {
+            send_parts(&UnixStream::connect(sample.socket()).unwrap(), step);
+        }
+        drop(uffd_handler::client::ask_for_copies(&sample.socket(), &sample.hello()).unwrap());
+        until("descriptors are closed", || server.descriptors() == before);
+        let metrics = server.metrics();
+        assert_eq!((metrics.refused_total, metrics.sessions_total, metrics.sessions.len()), (4, 2, 0));
+        assert_eq!(metrics.stores[0].sessions, 0);
+    });
+}
+
+#[test]
+fn a_client_killed_in_a_fault_ends_quietly() {
+    if let Ok(dir) = std::env::var("COPPICE_SAMPLE") {
+        return be_the_client_that_is_killed(&dir);
+    }
+    with_userfaultfd(|| {
+        let sample = Sample::of_bytes(4 * MIB);
+        let server = Server::start(&sample);
+        let bystander = CopyClient::firecracker(&sample.socket(), sample.size(), &[]);
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_client_killed_in_a_fault_ends_quietly", "--nocapture"])
+            .env("COPPICE_SAMPLE", sample.root.path())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        until("the client faults", || server.metrics().sessions.get(1).is_some_and(|s| s.uffd_events > 2));
+        // The server stands still, so that the client is surely waiting for it.
+        server.signal(libc::SIGSTOP);
+        std::thread::sleep(Duration::from_millis(50));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        server.signal(libc::SIGCONT);
+        until("the session ends", || server.metrics().sessions.len() == 1);
+        bystander.view.check_all();
+        assert_eq!(server.logged("ERROR"), 0, "{}", server.log());
+    });
+}
+
+/// What the other process of the test above does: faults slowly, until it is killed.
+fn be_the_client_that_is_killed(dir: &str) {
+    let client = CopyClient::firecracker(&std::path::Path::new(dir).join("s"), 4 * MIB, &[]);
+    for page in 0..4 * MIB / PAGE {
+        client.view.get(page * PAGE / 8);
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(PATIENCE);
 }
