@@ -1,18 +1,21 @@
 //! The client's half of the handshake, for the vmm: from a socket path to a guest that is being served.
 //!
 //! ```text
-//!   greet() -> Greeted { store }    map the store privately, register the ranges with a userfaultfd, then
-//!   Greeted::attach() -> UnixStream keep it open for the life of the guest; its end means that the server is gone
+//!   greet() -> Greeted { store }     map the store privately, register the ranges with a userfaultfd, then
+//!   Greeted::attach() -> UnixStream  keep it open for the life of the guest; its end means that the server is gone
 //!
-//!   hand_over() -> UnixStream       the same in copy mode: there is no store, and no answer; the server may close it and
-//!                                   serve, so its end means something only where the server's process cannot be watched
+//!   ask_for_copies() -> Promised     the same without a store: the server is going to copy into private memory
+//!   Promised::attach() -> UnixStream
+//!
+//!   hand_over() -> UnixStream        copy mode as Firecracker has it: no answer; the server may close it and serve, so its
+//!                                    end means something only where the server's process cannot be watched
 //! ```
 
 use crate::process::unread_by_peer;
 use crate::socket::{Passed, receive};
 use api_spec::client::unix;
 use api_spec::handshake::{
-    Attach, CopyRegion, HELLO_DEADLINE_MS, Hello, MAX_MESSAGE, REPLY_DEADLINE_MS, Region, Reply,
+    Attach, CopyRegion, HELLO_DEADLINE_MS, Hello, MAX_MESSAGE, Mode, REPLY_DEADLINE_MS, Region, Reply,
 };
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -60,31 +63,49 @@ pub struct Greeted {
     pub store: OwnedFd,
 }
 
+/// A client that has nothing yet but a server that will copy pages for it.
+#[derive(Debug)]
+pub struct Promised {
+    stream: UnixStream,
+}
+
 /// Connects and asks for the store of an image.
 pub fn greet(path: &Path, hello: &Hello) -> Result<Greeted, ClientError> {
-    let stream = say_hello(path, hello)?;
-    match receive_reply(&stream, "hello", HELLO_DEADLINE_MS)? {
-        (Reply::Store { size, .. }, Some(store)) if size == hello.size => Ok(Greeted { stream, store }),
-        (other, _) => Err(unexpected(other)),
+    match ask(path, &Hello { mode: Mode::Shared, ..hello.clone() })? {
+        (stream, Reply::Store { size, .. }, Some(store)) if size == hello.size => Ok(Greeted { stream, store }),
+        (_, other, _) => Err(unexpected(other)),
     }
 }
 
-/// Has a server copy the pages of an image, as `hello` says, into memory that is registered already. The caller keeps its own
-/// descriptor of the userfaultfd.
-pub fn enlist(path: &Path, hello: &Hello, regions: Vec<Region>, uffd: &Uffd) -> Result<UnixStream, ClientError> {
-    let stream = say_hello(path, hello)?;
-    match receive_reply(&stream, "hello", HELLO_DEADLINE_MS)? {
-        (Reply::Image { size, .. }, None) if size == hello.size => attach(stream, regions, uffd),
-        (other, _) => Err(unexpected(other)),
+/// Connects and asks for copies of the pages of an image.
+pub fn ask_for_copies(path: &Path, hello: &Hello) -> Result<Promised, ClientError> {
+    match ask(path, &Hello { mode: Mode::Copy, ..hello.clone() })? {
+        (stream, Reply::Image { size, .. }, None) if size == hello.size => Ok(Promised { stream }),
+        (_, other, _) => Err(unexpected(other)),
     }
 }
 
-fn say_hello(path: &Path, hello: &Hello) -> Result<UnixStream, ClientError> {
+fn ask(path: &Path, hello: &Hello) -> Result<(UnixStream, Reply, Option<OwnedFd>), ClientError> {
     let patience = Duration::from_millis(REPLY_DEADLINE_MS);
     let stream = unix::connect(path, patience).map_err(ClientError::Connect)?;
     stream.set_write_timeout(Some(patience))?;
     (&stream).write_all(&line(hello)?).map_err(sending)?;
-    Ok(stream)
+    let (reply, descriptor) = receive_reply(&stream, "hello", HELLO_DEADLINE_MS)?;
+    Ok((stream, reply, descriptor))
+}
+
+impl Greeted {
+    /// Hands over the userfaultfd with which the regions are registered. The caller keeps its own.
+    pub fn attach(self, regions: Vec<Region>, uffd: &Uffd) -> Result<UnixStream, ClientError> {
+        attach(self.stream, regions, uffd)
+    }
+}
+
+impl Promised {
+    /// Hands over the userfaultfd with which the regions are registered. The caller keeps its own.
+    pub fn attach(self, regions: Vec<Region>, uffd: &Uffd) -> Result<UnixStream, ClientError> {
+        attach(self.stream, regions, uffd)
+    }
 }
 
 fn attach(stream: UnixStream, regions: Vec<Region>, uffd: &Uffd) -> Result<UnixStream, ClientError> {
@@ -95,13 +116,6 @@ fn attach(stream: UnixStream, regions: Vec<Region>, uffd: &Uffd) -> Result<UnixS
     match receive_reply(&stream, "attach", REPLY_DEADLINE_MS)? {
         (Reply::Serving, None) => Ok(stream),
         (other, _) => Err(unexpected(other)),
-    }
-}
-
-impl Greeted {
-    /// Hands over the userfaultfd with which the regions are registered. The caller keeps its own.
-    pub fn attach(self, regions: Vec<Region>, uffd: &Uffd) -> Result<UnixStream, ClientError> {
-        attach(self.stream, regions, uffd)
     }
 }
 

@@ -60,8 +60,6 @@ pub enum Kind {
     Filled,
     /// It was there, or is the server's business no more.
     Present,
-    /// Its bytes had to be waited for.
-    Deferred,
     /// It was copied into the guest's memory.
     Copied,
     /// It reads as zeros.
@@ -73,6 +71,8 @@ pub enum Kind {
 pub struct Answer {
     /// How.
     pub kind: Kind,
+    /// Whether its bytes had to be waited for.
+    pub waited: bool,
     /// How many faults there were.
     pub faults: u64,
     /// When the first of them was read.
@@ -219,9 +219,8 @@ impl Faults {
     }
 
     fn answered(&mut self, page: u64, kind: Kind) -> Option<Answer> {
-        let asked = self.asked.remove(&page)?;
-        let kind = if asked.waited && kind != Kind::Zeroed { Kind::Deferred } else { kind };
-        Some(Answer { kind, faults: asked.faults, since: asked.since })
+        let Asked { faults, since, waited, .. } = self.asked.remove(&page)?;
+        Some(Answer { kind, waited, faults, since })
     }
 }
 
@@ -272,7 +271,8 @@ mod tests {
         faults.done(Action::Zero(5), Outcome::Placed);
         faults.arrived(1);
         assert_eq!(faults.next_action(), Some(Action::Give(20)));
-        assert_eq!(faults.done(Action::Give(20), Outcome::Placed).unwrap().kind, Kind::Deferred);
+        let answer = faults.done(Action::Give(20), Outcome::Placed).unwrap();
+        assert_eq!((answer.kind, answer.waited), (Kind::Copied, true));
     }
 
     #[test]

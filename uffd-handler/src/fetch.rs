@@ -22,7 +22,7 @@ use shuttle::sync::{Condvar, Mutex, MutexGuard, mpsc};
 use std::sync::{Condvar, Mutex, MutexGuard, mpsc};
 
 /// Threads of one image, at most.
-const MOST_THREADS: usize = 4;
+const MOST_THREADS: usize = 8;
 /// Chunks of one image that may wait to be read ahead.
 const MOST_AHEAD: usize = 16384;
 /// Chunks that were read and not yet taken by the event loop.
@@ -287,13 +287,13 @@ mod tests {
     #[test]
     fn demand_goes_first_and_one_thread_is_kept_for_it() {
         let mut queue = Queue::default();
-        (0..10).for_each(|chunk| assert!(queue.want(chunk, Urgency::Ahead)));
+        (0..12).for_each(|chunk| assert!(queue.want(chunk, Urgency::Ahead)));
         assert!(queue.want(20, Urgency::Demand) && queue.want(7, Urgency::Demand));
         assert!(!queue.want(7, Urgency::Ahead) && !queue.want(20, Urgency::Demand));
         let taken: Vec<u64> = std::iter::from_fn(|| queue.take()).map(|(chunk, _)| chunk).collect();
-        assert_eq!(taken, [20, 7, 0, 1, 2]);
+        assert_eq!(taken, [20, 7, 0, 1, 2, 3, 4, 5, 6]);
         queue.has_read(Urgency::Ahead);
-        assert_eq!(queue.take(), Some((3, Urgency::Ahead)));
+        assert_eq!(queue.take(), Some((8, Urgency::Ahead)));
     }
 
     #[test]

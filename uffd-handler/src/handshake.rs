@@ -74,6 +74,7 @@ enum Stage {
 
 /// One element of that array, as far as it matters here.
 #[derive(Deserialize)]
+#[serde(expecting = "a region")]
 struct ArrayRegion {
     base_host_virt_addr: u64,
     size: u64,
@@ -310,6 +311,8 @@ fn complete(sent: usize, len: usize) -> io::Result<()> {
 mod tests {
     use super::*;
     use api_spec::handshake::Mode;
+    use proptest::prelude::*;
+    use std::io::Read;
 
     fn pair() -> (Handshake, UnixStream) {
         let (near, far) = UnixStream::pair().unwrap();
@@ -366,5 +369,62 @@ mod tests {
         assert!(handshake.check_deadline(Instant::now()).is_ok());
         let late = Instant::now() + Duration::from_millis(REPLY_DEADLINE_MS + 1);
         assert!(handshake.check_deadline(late).unwrap_err().to_string().contains("hello"));
+    }
+
+    const ARRAY: &[u8] = b"[{\"base_host_virt_addr\":4096,\"size\":8192,\"offset\":0,\"page_size\":4096,\"x\":[]}]";
+
+    #[test]
+    fn an_array_is_whole_with_its_descriptor_wherever_it_is_cut() {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        for cut in 1..ARRAY.len() {
+            for with_first in [false, true] {
+                let (mut handshake, far) = pair();
+                let (first, second) = ARRAY.split_at(cut);
+                for (bytes, passes) in [(first, with_first), (second, !with_first)] {
+                    assert!(handshake.receive().unwrap().is_none());
+                    let descriptors: &[i32] = if passes { &[null.as_raw_fd()] } else { &[] };
+                    far.send_with_fds(&[bytes], descriptors).unwrap();
+                }
+                let Some(Request::Copy(regions, _)) = handshake.receive().unwrap() else { panic!("cut at {cut}") };
+                assert_eq!(regions[0].size, 8192);
+                assert!(!handshake.is_answered());
+            }
+        }
+    }
+
+    /// Bytes that are likely to get somewhere.
+    fn pieces() -> impl Strategy<Value = Vec<(Vec<u8>, usize)>> {
+        let hello = br#"{"version":2,"image":"ab","size":4096,"mode":"copy"}"#;
+        let bytes = prop_oneof![
+            prop::collection::vec(any::<u8>(), 1..40),
+            prop::sample::subsequence(ARRAY.to_vec(), 1..ARRAY.len()),
+            prop::sample::select(vec![ARRAY.to_vec(), hello.to_vec(), b"\n".to_vec(), b"[".to_vec(), b"]".to_vec()]),
+            Just(vec![b' '; MAX_MESSAGE / 2]),
+        ];
+        prop::collection::vec((bytes, prop::sample::select(vec![0, 0, 0, 1, 1, 2, 9])), 0..8)
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_and_descriptors_do_no_harm_and_none_is_kept(pieces in pieces()) {
+            let (mut handshake, far) = pair();
+            // Its end tells when the last descriptor of it is closed.
+            let (kept, passed) = UnixStream::pair().unwrap();
+            for (bytes, descriptors) in pieces {
+                let descriptors = vec![passed.as_raw_fd(); descriptors];
+                far.send_with_fds(&[&bytes[..]], &descriptors).unwrap();
+                match handshake.receive() {
+                    Ok(Some(Request::Hello(_))) => {
+                        // As the server would do.
+                        let _ = handshake.send_image(4096);
+                    }
+                    Ok(None) => {}
+                    Ok(Some(_)) | Err(_) => break,
+                }
+            }
+            drop((handshake, far, passed));
+            kept.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+            prop_assert_eq!((&kept).read(&mut [0; 8]).unwrap(), 0);
+        }
     }
 }

@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause between attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Between two lines in the log that say that an image cannot be read.
+const SAY_AGAIN: Duration = Duration::from_secs(10);
 /// Ranges of a source that are let go at one time.
 const MOST_FORGOTTEN: usize = 256;
 
@@ -50,6 +52,8 @@ pub struct Delivery {
 #[derive(Debug)]
 struct Away {
     reason: String,
+    /// Whether it is in the log.
+    said: bool,
     pause: Duration,
     /// When to try again; no time for that is set while an attempt is under way.
     again: Option<Instant>,
@@ -61,6 +65,8 @@ pub struct Image {
     fetcher: Fetcher,
     damage: Option<String>,
     away: Option<Away>,
+    /// When the log last said that it is away.
+    last_said: Option<Instant>,
     waiters: BTreeMap<u64, BTreeSet<Waiter>>,
     /// Chunks that are in a store now, and perhaps still in the page cache.
     kept_twice: BTreeSet<u64>,
@@ -77,6 +83,7 @@ impl Image {
             source,
             damage: None,
             away: None,
+            last_said: None,
             waiters: BTreeMap::new(),
             kept_twice: BTreeSet::new(),
             chunks_read: 0,
@@ -185,20 +192,20 @@ impl Image {
     pub fn receive(&mut self, fetched: Fetched, now: Instant) -> Option<Delivery> {
         let chunk = fetched.chunk;
         let ahead = self.fetcher.delivered(chunk) == Some(Urgency::Ahead);
-        let checked = fetched.bytes.and_then(|(bytes, len)| Ok((bytes, self.check_len(chunk, len)?)));
-        match &checked {
-            Ok((_, len)) => {
-                self.count_read(*len);
-                self.is_back();
-            }
-            Err(SourceError::Away(reason)) => {
-                self.is_away(reason, now);
-                return None;
-            }
-            Err(SourceError::Damaged(damage)) => self.mark_damaged(damage),
+        let bytes = fetched.bytes.and_then(|(bytes, len)| Ok((bytes, self.check_len(chunk, len)?)));
+        if let Err(SourceError::Away(reason)) = &bytes {
+            self.is_away(reason, now);
+            return None;
         }
         let waiters = self.waiters.remove(&chunk).unwrap_or_default();
-        Some(Delivery { chunk, waiters, ahead, bytes: checked })
+        match &bytes {
+            Ok((_, len)) => {
+                self.count_read(*len);
+                self.is_back(now);
+            }
+            Err(error) => self.mark_damaged(&error.to_string()),
+        }
+        Some(Delivery { chunk, waiters, ahead, bytes })
     }
 
     fn is_away(&mut self, reason: &str, now: Instant) {
@@ -213,17 +220,33 @@ impl Image {
                 }
             }
             None => {
-                tracing::warn!("image {}: {reason}; trying again as long as somebody waits", self.source.root());
+                // A place that comes and goes does not fill the log.
+                let said = self.last_said.is_none_or(|last| now.duration_since(last) >= SAY_AGAIN);
+                if said {
+                    self.last_said = Some(now);
+                    tracing::warn!("image {}: {reason}; trying again as long as somebody waits", self.source.root());
+                }
                 let again = Some(now + FIRST_PAUSE);
-                self.away = Some(Away { reason: reason.to_string(), pause: FIRST_PAUSE, again });
+                self.away = Some(Away { reason: reason.to_string(), said, pause: FIRST_PAUSE, again });
             }
         }
     }
 
-    fn is_back(&mut self) {
-        if self.away.take().is_some() {
-            tracing::info!("image {} can be read again", self.root());
-            self.want_all();
+    fn is_back(&mut self, now: Instant) {
+        match &mut self.away {
+            None => {}
+            // Perhaps it was only this one chunk that could be read: what has failed waits for its time, but a short one.
+            Some(Away { pause, again: Some(again), .. }) => {
+                *pause = FIRST_PAUSE;
+                *again = (*again).min(now + FIRST_PAUSE);
+            }
+            Some(Away { said, .. }) => {
+                if *said {
+                    tracing::info!("image {} can be read again", self.source.root());
+                }
+                self.away = None;
+                self.want_all();
+            }
         }
     }
 

@@ -5,9 +5,16 @@
 //! with its neighbours, into the store and wakes the guest. Every other guest then finds the page by an ordinary kernel
 //! fault: no event, no copy.
 //!
+//! A client that wants copies has its pages copied into private memory instead, from a store that the server keeps for
+//! itself. That is how Firecracker has it.
+//!
 //! Follow a fault: [`event_loop`] (waiting) -> [`server`] (who is that?) -> [`session`] (reads the event, with
-//! [`events`]) -> [`region`] (which chunk?) -> [`store`] (is it there?) -> [`source`] (reads and checks it) -> [`mmap`]
-//! (`UFFDIO_COPY`) -> back in [`session`] (wakes the guest).
+//! [`events`]) -> [`region`] (which page?) -> [`faults`] (what is to be done?) -> [`store`] (is it there?) -> [`image`]
+//! (are its bytes at hand?) -> [`source`] (reads and checks them) -> [`mmap`] (`UFFDIO_COPY`) -> back in [`session`]
+//! (wakes the guest).
+//!
+//! Follow a chunk that has to be waited for: [`image`] (who waits?) -> [`fetch`] (a thread) -> [`source`] -> [`server`] ->
+//! [`stores`] (every store that needs it) -> [`session`].
 //!
 //! Follow a client: [`listener`] -> [`handshake`] (bytes to requests) -> [`server`] ([`stores`] grants one; regions and
 //! userfaultfd are checked) -> [`session`]. [`client`] is the other end of the same conversation.

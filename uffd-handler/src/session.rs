@@ -128,13 +128,13 @@ impl Scratch {
     }
 
     fn count(&mut self, answer: Answer) {
-        let Answer { kind, faults, since } = answer;
+        let Answer { kind, waited, faults, since } = answer;
         *match kind {
+            Kind::Zeroed => &mut self.answered.zeroed,
+            _ if waited => &mut self.answered.deferred,
             Kind::Filled => &mut self.answered.filled,
             Kind::Present => &mut self.answered.present,
-            Kind::Deferred => &mut self.answered.deferred,
             Kind::Copied => &mut self.answered.copied,
-            Kind::Zeroed => &mut self.answered.zeroed,
         } += faults;
         self.latency.record(since.elapsed(), faults);
     }
@@ -330,10 +330,9 @@ impl Session {
 
     fn count(&mut self, answer: Answer) {
         match answer.kind {
-            Kind::Present => self.counters.already_present += answer.faults,
             Kind::Copied | Kind::Zeroed => self.counters.pages_copied += 1,
-            Kind::Deferred if self.guest.mode == Mode::Copy => self.counters.pages_copied += 1,
-            Kind::Filled | Kind::Deferred => {}
+            Kind::Present if !answer.waited => self.counters.already_present += answer.faults,
+            Kind::Present | Kind::Filled => {}
         }
     }
 

@@ -197,7 +197,7 @@ impl Store {
 
     fn pages_of(&self, chunk: u64) -> Range<u64> {
         let end = self.size / PAGE_SIZE;
-        (chunk * CHUNK_PAGES).min(end)..((chunk + 1) * CHUNK_PAGES).min(end)
+        chunk.saturating_mul(CHUNK_PAGES).min(end)..chunk.saturating_add(1).saturating_mul(CHUNK_PAGES).min(end)
     }
 }
 

@@ -5,22 +5,12 @@ mod common;
 use api_spec::handshake::{Attach, Hello, MAX_MESSAGE};
 use common::*;
 use std::fs::File;
-use std::io::{ErrorKind, Read, Write};
+use std::io::Write;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use uffd_handler::client::Greeted;
 use userfaultfd::UffdBuilder;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-
-/// All that the server says until it closes the connection.
-fn last_words(mut stream: UnixStream) -> String {
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    let mut text = Vec::new();
-    match stream.read_to_end(&mut text) {
-        Err(error) if error.kind() != ErrorKind::ConnectionReset => panic!("not closed: {error}"),
-        _ => String::from_utf8_lossy(&text).into_owned(),
-    }
-}
 
 fn connect(sample: &Sample) -> UnixStream {
     UnixStream::connect(sample.socket()).unwrap()
@@ -29,7 +19,7 @@ fn connect(sample: &Sample) -> UnixStream {
 fn say(sample: &Sample, bytes: &[u8]) -> String {
     let mut stream = connect(sample);
     stream.write_all(bytes).unwrap();
-    last_words(stream)
+    last_words(&stream)
 }
 
 fn line(message: &impl serde::Serialize) -> Vec<u8> {
@@ -55,7 +45,7 @@ fn attach_with(sample: &Sample, bytes: &[u8], descriptors: &[RawFd]) -> String {
         stream.send_with_fds(&[bytes], descriptors).unwrap()
     };
     assert_eq!(sent, bytes.len());
-    last_words(stream)
+    last_words(&stream)
 }
 
 fn whole(sample: &Sample) -> Attach {
@@ -109,7 +99,7 @@ fn hello_refusals(sample: &Sample, expect: &mut impl FnMut(String, &str)) {
     let with_descriptor = |descriptors: &[RawFd]| {
         let stream = connect(sample);
         stream.send_with_fds(&[&line(&sample.hello())[..]], descriptors).unwrap();
-        last_words(stream)
+        last_words(&stream)
     };
     expect(with_descriptor(&[null.as_raw_fd()]), "descriptor with the hello");
     expect(with_descriptor(&[null.as_raw_fd(); 30]), "more than one descriptor");
@@ -150,8 +140,8 @@ fn a_silent_peer_is_refused_after_a_while() {
         let (silent, after_hello) = (connect(&sample), connect(&sample));
         (&after_hello).write_all(&line(&sample.hello())).unwrap();
         Client::connect(&sample).view.check_all();
-        assert!(last_words(silent).contains("no complete hello message"));
-        assert!(last_words(after_hello).contains("no complete attach message"));
+        assert!(last_words(&silent).contains("no complete hello message"));
+        assert!(last_words(&after_hello).contains("no complete attach message"));
         assert_eq!(server.metrics().refused_total, 2);
     });
 }
@@ -164,7 +154,7 @@ fn who_talks_or_faults_elsewhere_after_the_handshake_is_dropped() {
         let (good, talker) = (Client::connect(&sample), Client::connect(&sample));
         (&talker.stream).write_all(b"more").unwrap();
         (&talker.stream).write_all(b"\n").unwrap();
-        assert!(last_words(talker.stream.try_clone().unwrap()).contains("nothing but ping"));
+        assert!(last_words(&talker.stream).contains("nothing but ping"));
         // One whose userfaultfd also covers memory that it did not name.
         let stray = Client::connect(&sample);
         let store = Client::greet(&sample).unwrap();

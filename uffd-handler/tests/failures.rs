@@ -72,7 +72,8 @@ fn a_flipped_byte_is_never_served() {
             guest.view.get(5 * CHUNK / 8);
             flag.store(true, Ordering::SeqCst);
         });
-        unlucky.wait_for_end();
+        let words = unlucky.wait_for_end();
+        assert!(words.contains("\"refused\"") && words.contains("is damaged at offset"), "{words}");
         assert!(!has_read.load(Ordering::SeqCst), "a word of the damaged chunk was served");
         let refusal = Client::greet(&sample).unwrap_err().to_string();
         assert!(refusal.contains("damaged"), "{refusal}");

@@ -53,7 +53,7 @@ fn pages_that_cannot_be_found_end_the_sessions_that_might_read_them() {
         let Ok(writable) = reopen(&greeted.store) else { return test_skip::skip("the store cannot be reopened here") };
         // Allocated but never filled: reads as zeros, and looks like a hole.
         rustix::fs::fallocate(&writable, FallocateFlags::empty(), 2 * MIB as u64, CHUNK as u64).unwrap();
-        client.wait_for_end();
+        assert!(client.wait_for_end().contains("cannot be put right"));
         assert_eq!(server.metrics().stores_retired_total, 1);
         Client::connect(&sample).view.check_all();
     });

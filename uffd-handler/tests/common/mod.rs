@@ -1,12 +1,15 @@
 //! A snapshot with known words, a server process, and clients of it.
 #![allow(dead_code, missing_docs, unsafe_code, reason = "each test program uses its part of this; clients map memory")]
 
-use api_spec::handshake::{Hello, Mode, Region, VERSION};
+pub mod source;
+
+use api_spec::handshake::{Hello, Mode, Region, Reply, VERSION};
 use api_spec::page_server::Metrics;
 use snapshot::create::{BytesSource, Facts, Staging};
 use snapshot::manifest::{Cpu, Manifest};
 use snapshot::state::MachineState;
-use std::io::{BufRead, BufReader, Read};
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -16,7 +19,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 use uffd_handler::client::{self, ClientError, Greeted};
-use userfaultfd::Uffd;
+use userfaultfd::{FeatureFlags, Uffd};
 
 pub const PAGE: usize = 4096;
 pub const CHUNK: usize = 65536;
@@ -65,6 +68,10 @@ pub struct Sample {
 
 impl Sample {
     pub fn of_bytes(size: usize) -> Sample {
+        Sample::of_words(size, word)
+    }
+
+    pub fn of_words(size: usize, word: impl Fn(usize) -> u64) -> Sample {
         let root = tempfile::tempdir().unwrap();
         let memory: Vec<u8> = (0..size / 8).flat_map(|index| word(index).to_le_bytes()).collect();
         let mut staging = Staging::begin(&root.path().join("snap")).unwrap();
@@ -123,9 +130,14 @@ pub struct Server {
 
 impl Server {
     pub fn start(sample: &Sample) -> Server {
+        Server::start_with(sample, &[])
+    }
+
+    /// With more arguments.
+    pub fn start_with(sample: &Sample, more: &[&OsStr]) -> Server {
         let metrics = sample.path("m");
         let mut command = server_command();
-        command.arg("--socket").arg(sample.socket()).arg("--metrics").arg(&metrics);
+        command.arg("--socket").arg(sample.socket()).arg("--metrics").arg(&metrics).args(more);
         command.arg("--snapshot").arg(sample.path("snap/snap.json")).stderr(Stdio::piped());
         // SAFETY: a plain system call without pointers.
         let die_with_parent = || match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
@@ -145,7 +157,9 @@ impl Server {
         let mut server = Server { child, metrics, log };
         until("server listens", || {
             assert_eq!(server.child.try_wait().unwrap(), None, "{}", server.log());
-            UnixStream::connect(&server.metrics).is_ok()
+            // An answer, not only a connection: it has set up all that it needs then.
+            UnixStream::connect(&server.metrics)
+                .is_ok_and(|mut stream| stream.read_to_string(&mut String::new()).is_ok_and(|read| read > 0))
         });
         server
     }
@@ -218,6 +232,21 @@ impl View {
         View::try_map(store, len, libc::MAP_SHARED)
     }
 
+    /// Private memory of nobody's, as a guest in copy mode has it.
+    pub fn anonymous(len: usize) -> View {
+        View::try_map(&-1, len, libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_ANONYMOUS).unwrap()
+    }
+
+    /// Puts fresh memory in the place of some that is there, as nobody should who is served.
+    pub fn replace(&self, at: usize, len: usize) {
+        assert!(at + len <= self.len);
+        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: the range lies in this mapping, and stays mapped; its users look at words only.
+        let base = unsafe { libc::mmap(self.base.add(at).cast(), len, prot, flags, -1, 0) };
+        assert_ne!(base, libc::MAP_FAILED);
+    }
+
     fn try_map(store: &impl AsRawFd, len: usize, flags: i32) -> std::io::Result<View> {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice.
@@ -253,11 +282,20 @@ impl View {
     }
 
     pub fn advise(&self, at: usize, len: usize, advice: i32) -> std::io::Result<()> {
-        // SAFETY: only advice that keeps a private file mapping a private file mapping is given.
+        // SAFETY: only advice that leaves the mapping mapped is given.
         match unsafe { libc::madvise(self.base.add(at).cast(), len, advice) } {
             0 => Ok(()),
             _ => Err(std::io::Error::last_os_error()),
         }
+    }
+
+    /// Whether a page is there, without touching it.
+    pub fn is_resident(&self, page: usize) -> bool {
+        assert!((page + 1) * PAGE <= self.len);
+        let mut resident = 0;
+        // SAFETY: the page lies in the mapping, and one byte is written for one page.
+        assert_eq!(unsafe { libc::mincore(self.base.add(page * PAGE).cast(), PAGE, &mut resident) }, 0);
+        resident & 1 == 1
     }
 
     /// Compares the words of one page.
@@ -316,6 +354,77 @@ impl Client {
         (&self.stream).read_to_string(&mut text).unwrap();
         text
     }
+}
+
+/// A guest in copy mode: its memory is private, and tells when some is given back.
+pub struct CopyClient {
+    pub stream: UnixStream,
+    pub view: View,
+    pub uffd: Uffd,
+}
+
+impl CopyClient {
+    /// Connects as Firecracker does, with its memory cut into regions at these offsets.
+    pub fn firecracker(socket: &Path, size: usize, cuts: &[usize]) -> CopyClient {
+        let (view, uffd) = CopyClient::memory(size);
+        let bounds: Vec<usize> = [&[0], cuts, &[size]].concat();
+        let region = |pair: &[usize]| region(view.address() + pair[0] as u64, pair[1] - pair[0], pair[0]);
+        let regions: Vec<Region> = bounds.windows(2).map(region).collect();
+        let stream = client::hand_over(socket, &regions, &uffd).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        CopyClient { stream, view, uffd }
+    }
+
+    /// Connects with a hello of ours.
+    pub fn ours(socket: &Path, hello: &Hello) -> CopyClient {
+        let promised = client::ask_for_copies(socket, hello).unwrap();
+        let (view, uffd) = CopyClient::memory(hello.size as usize);
+        let stream = promised.attach(vec![region(view.address(), hello.size as usize, 0)], &uffd).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        CopyClient { stream, view, uffd }
+    }
+
+    /// Puts a page into this memory, and tells nobody who waits for it.
+    pub fn put_without_waking(&self, at: usize, page: &[u8; PAGE]) {
+        assert!(at + PAGE <= self.view.len);
+        // SAFETY: the source is an array, the target lies in the view; the kernel only adds a page that is absent.
+        let copied = unsafe { self.uffd.copy(page.as_ptr().cast(), self.view.base.add(at).cast(), PAGE, false) };
+        assert_eq!(copied.unwrap(), PAGE);
+    }
+
+    pub fn memory(size: usize) -> (View, Uffd) {
+        let view = View::anonymous(size);
+        let uffd = uffd_handler::uffd::create_with(FeatureFlags::EVENT_REMOVE).unwrap();
+        uffd.register(view.base.cast(), view.len).unwrap();
+        (view, uffd)
+    }
+}
+
+/// All that the server says until it closes the connection.
+pub fn last_words(mut stream: &UnixStream) -> String {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut text = Vec::new();
+    match stream.read_to_end(&mut text) {
+        Err(error) if error.kind() != ErrorKind::ConnectionReset => panic!("not closed: {error}"),
+        _ => String::from_utf8_lossy(&text).into_owned(),
+    }
+}
+
+/// Sends a ping and reads the answer.
+pub fn ping(mut stream: &UnixStream, ping: u64) -> Reply {
+    stream.write_all(format!("{{\"ping\":{ping}}}\n").as_bytes()).unwrap();
+    next_reply(stream)
+}
+
+/// Reads one answer.
+pub fn next_reply(mut stream: &UnixStream) -> Reply {
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        line.extend(byte);
+    }
+    serde_json::from_slice(&line).unwrap()
 }
 
 pub fn register(view: &View) -> Uffd {

@@ -278,7 +278,8 @@ pub fn enlist(path: &Path, image: &str, mode: Mode, ranges: &[Region], uffd: &Ar
         Mode::Shared | Mode::Copied => {
             let size = ranges.iter().map(|range| range.size).sum();
             let hello = Hello { version: VERSION, image: image.to_owned(), size, mode: PageMode::Copy };
-            (client::enlist(path, &hello, ranges.to_vec(), uffd).map_err(failed)?, Mode::Copied)
+            let promised = client::ask_for_copies(path, &hello).map_err(failed)?;
+            (promised.attach(ranges.to_vec(), uffd).map_err(failed)?, Mode::Copied)
         }
     };
     Service::new(path, connection, mode, uffd.clone(), ranges.to_vec()).map_err(|e| failed(e.into()))
