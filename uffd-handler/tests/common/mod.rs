@@ -158,8 +158,7 @@ impl Server {
         until("server listens", || {
             assert_eq!(server.child.try_wait().unwrap(), None, "{}", server.log());
             // An answer, not only a connection: it has set up all that it needs then.
-            UnixStream::connect(&server.metrics)
-                .is_ok_and(|mut stream| stream.read_to_string(&mut String::new()).is_ok_and(|read| read > 0))
+            api_spec::client::metrics::read(&server.metrics, PATIENCE).is_ok()
         });
         server
     }
