@@ -21,11 +21,11 @@ Usage: uffd-handler --socket PATH --snapshot SNAPSHOT [--snapshot SNAPSHOT]... [
   --socket PATH        Unix socket to serve on; created, mode 0600, removed at the end
   --snapshot SNAPSHOT  a snapshot directory, or the snap.json in it
   --metrics PATH       Unix socket for HTTP: GET /metrics tells the counters to Prometheus, /metrics.json as JSON
-  --copy-snapshot SNAPSHOT
-                       one of those that were given with --snapshot: what a client of Firecracker's copy mode gets, if several
-                       have the size of its memory
+  --copy-snapshot SNAPSHOT  one of the above: what a client of Firecracker's copy mode
+                       gets if several have the size of its memory
   --max-sessions N     guests that are served at one time, at most (default 10000)
-  --max-stores-mib M   bytes in all page stores from which on nobody gets a new store (default: no bound)
+  --max-stores-mib M   what all page stores hold together when nobody gets a new one
+                       any more (default: no bound)
   --keep-warm SECONDS  how long a page store is kept that nobody uses (default 600)
   --ready-fd N         write one byte to descriptor N, and close it, when the socket listens
   --end-with-parent    end, as on SIGTERM, when the process that started this one ends

@@ -38,8 +38,10 @@ fn a_firecracker_gets_every_word_and_keeps_its_own() {
         assert_eq!((store.uid, store.filled_pages, store.sessions), (None, pages, 2));
         assert_eq!(metrics.images[0].source, "file");
         assert_eq!(metrics.images[0].bytes_read, sample.size() as u64);
-        assert_eq!(metrics.faults.copied + metrics.faults.deferred, 2 * pages);
-        assert_eq!(metrics.fault_latency.count, 2 * pages);
+        // One page after the other: most were copied before anybody asked.
+        let faults = metrics.faults.copied + metrics.faults.deferred;
+        assert!((2 * pages / 16..pages).contains(&faults), "{faults} faults for twice {pages} pages");
+        assert_eq!(metrics.fault_latency.count, faults);
         drop((client, other));
         until("they are gone", || server.metrics().sessions.is_empty());
     });

@@ -305,3 +305,38 @@ fn a_guest_that_dies_while_it_waits_is_forgotten() {
         std::mem::forget(client);
     });
 }
+
+/// How many pages of a file the kernel has in memory.
+fn cached_pages(path: &std::path::Path) -> usize {
+    let file = std::fs::File::open(path).unwrap();
+    let len = file.metadata().unwrap().len() as usize;
+    View::map_readable(&file, len).resident_pages()
+}
+
+#[test]
+fn a_local_image_is_fetched_from_its_disk_and_not_kept_twice() {
+    with_userfaultfd(|| {
+        let sample = Sample::of_bytes(SIZE);
+        let image = sample.path("snap/mem.bin");
+        let forget = || {
+            let file = std::fs::File::open(&image).unwrap();
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+            cached_pages(&image) == 0
+        };
+        if !forget() {
+            return test_skip::skip("this file system keeps its files in memory");
+        }
+        let server = Server::start(&sample);
+        let client = Client::connect(&sample);
+        std::thread::scope(|scope| {
+            (0..4).for_each(|_| drop(scope.spawn(|| client.view.check_all())));
+        });
+        let metrics = server.metrics();
+        assert_eq!(metrics.stores[0].filled_pages, (SIZE / PAGE) as u64);
+        assert!(metrics.faults.deferred > 0, "{:?}", metrics.faults);
+        until("it is let go", || cached_pages(&image) == 0);
+        // For copies it is read anew.
+        CopyClient::ours(&sample.socket(), &sample.hello()).view.check_all();
+        until("it is let go", || cached_pages(&image) == 0);
+    });
+}

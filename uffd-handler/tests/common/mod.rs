@@ -246,8 +246,16 @@ impl View {
         assert_ne!(base, libc::MAP_FAILED);
     }
 
+    /// Maps a file so as to look at it.
+    pub fn map_readable(file: &impl AsRawFd, len: usize) -> View {
+        View::map_as(file, len, libc::PROT_READ, libc::MAP_SHARED).unwrap()
+    }
+
     fn try_map(store: &impl AsRawFd, len: usize, flags: i32) -> std::io::Result<View> {
-        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        View::map_as(store, len, libc::PROT_READ | libc::PROT_WRITE, flags)
+    }
+
+    fn map_as(store: &impl AsRawFd, len: usize, prot: i32, flags: i32) -> std::io::Result<View> {
         // SAFETY: a new mapping at an address of the kernel's choice.
         let base = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, store.as_raw_fd(), 0) };
         if base == libc::MAP_FAILED {
@@ -295,6 +303,11 @@ impl View {
         // SAFETY: the page lies in the mapping, and one byte is written for one page.
         assert_eq!(unsafe { libc::mincore(self.base.add(page * PAGE).cast(), PAGE, &mut resident) }, 0);
         resident & 1 == 1
+    }
+
+    /// How many pages are there.
+    pub fn resident_pages(&self) -> usize {
+        (0..self.len.div_ceil(PAGE)).filter(|page| self.is_resident(*page)).count()
     }
 
     /// Compares the words of one page.

@@ -110,9 +110,7 @@ impl Local {
     }
 
     pub fn metrics(&self) -> Metrics {
-        let mut text = String::new();
-        UnixStream::connect(self.dir.path().join("m")).unwrap().read_to_string(&mut text).unwrap();
-        serde_json::from_str(&text).unwrap()
+        api_spec::client::metrics::read(&self.dir.path().join("m"), PATIENCE).unwrap()
     }
 
     pub fn greet(&self, root: &str, size: usize) -> Result<Greeted, ClientError> {
