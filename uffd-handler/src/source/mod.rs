@@ -1,8 +1,12 @@
 //! Where pages come from: an immutable memory image that is read, and checked, a chunk at a time.
 
 mod file;
+pub mod open;
+#[cfg(feature = "remote")]
+pub mod remote;
 
 use crate::region::CHUNK_SIZE;
+use std::time::Instant;
 
 /// Room for one chunk.
 pub type Chunk = [u8; CHUNK_SIZE as usize];
@@ -16,6 +20,25 @@ pub enum SourceError {
     /// The place where it comes from cannot be reached, or fails. That may pass.
     #[error("{0}")]
     Away(String),
+}
+
+/// What a source has done so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SourceCounters {
+    /// Chunks that came from where the image lies, and were right; those that came along with others included.
+    pub chunks: u64,
+    /// Bytes that came from there.
+    pub bytes: u64,
+    /// Chunks that were given out of what is kept near.
+    pub cached_chunks: u64,
+    /// Bytes in them.
+    pub cached_bytes: u64,
+    /// Chunks that the cache on disk had wrong, and that were fetched anew.
+    pub cache_faults: u64,
+    /// Reads that failed.
+    pub failures: u64,
+    /// Since when the place has not been reached, if the last attempt failed.
+    pub away_since: Option<Instant>,
 }
 
 /// An immutable memory image.
@@ -38,6 +61,11 @@ pub trait Source: Send + Sync {
     /// As [`Source::read_chunk`], but never waits: `None` if it would have to.
     fn read_chunk_now(&self, _index: u64, _chunk: &mut Chunk) -> Result<Option<usize>, SourceError> {
         Ok(None)
+    }
+
+    /// What it has done so far. Sources that count nothing themselves say so by zeros.
+    fn counters(&self) -> SourceCounters {
+        SourceCounters::default()
     }
 }
 

@@ -123,10 +123,15 @@ pub struct Server {
 
 impl Server {
     pub fn start(sample: &Sample) -> Server {
+        Server::start_from(sample, sample.path("snap/snap.json"))
+    }
+
+    /// Serves the sample from this path or URL.
+    pub fn start_from(sample: &Sample, snapshot: impl AsRef<std::ffi::OsStr>) -> Server {
         let metrics = sample.path("m");
         let mut command = server_command();
         command.arg("--socket").arg(sample.socket()).arg("--metrics").arg(&metrics);
-        command.arg("--snapshot").arg(sample.path("snap/snap.json")).stderr(Stdio::piped());
+        command.arg("--snapshot").arg(snapshot).stderr(Stdio::piped());
         // SAFETY: a plain system call without pointers.
         let die_with_parent = || match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
             0 => Ok(()),
