@@ -227,6 +227,9 @@ fn wrong_answers_are_never_given_out() {
         web.misbehave(fault, 0);
         check_chunk(&image, block * BLOCK + 1);
     }
+    web.misbehave(Fault::Endless, 1);
+    let reason = away(&image, 5 * BLOCK);
+    assert!(reason.contains("access is refused") && reason.contains("403"), "only its beginning is read: {reason}");
     web.misbehave(Fault::Status503, 2);
     check_chunk(&image, 5 * BLOCK);
     web.misbehave(Fault::WrongBytes, 1);

@@ -1,6 +1,6 @@
 //! An S3 server and a web server on loopback, which can be told to misbehave.
 
-use crate::common::PATIENCE;
+use crate::common::{PAGE, PATIENCE};
 use hyper_util::rt::TokioIo;
 use s3s::auth::SimpleAuth;
 use s3s::service::{S3Service, S3ServiceBuilder};
@@ -90,6 +90,8 @@ pub enum Fault {
     Whole,
     /// An error that repeats a secret.
     Status503,
+    /// A refusal that does not end.
+    Endless,
 }
 
 #[derive(Default)]
@@ -201,6 +203,13 @@ fn respond_range(
         Some(Fault::WrongBytes) => respond(stream, partial, &line(&wanted), &body[before]),
         Some(Fault::Whole) => respond(stream, "200 OK", tag, body),
         Some(Fault::Status503) => respond(stream, "503 Service Unavailable", "", b"<Code>SlowDown</Code>private"),
+        Some(Fault::Endless) => {
+            write!(stream, "HTTP/1.1 403 Forbidden\r\nContent-Length: {}\r\n\r\n", u64::MAX >> 1)?;
+            // Until the other side has had enough.
+            loop {
+                stream.write_all(&[b'x'; PAGE])?;
+            }
+        }
         Some(Fault::Truncated) => {
             let head = format!("HTTP/1.1 {partial}\r\n{}Content-Length: {}\r\n\r\n", line(&wanted), wanted.len());
             stream.write_all(head.as_bytes())?;

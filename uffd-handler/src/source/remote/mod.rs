@@ -1,9 +1,10 @@
 //! Memory images that lie in an object store or behind a web server.
 //!
 //! Follow a chunk: [`image`] (zero? kept near?) -> [`span`] (how much to fetch) -> [`flights`] (is somebody at it already?) ->
-//! [`store`] (fetches within a deadline, on the threads of [`runner`]) -> back in [`image`] (checks every chunk) -> [`memory`] and
+//! [`store`] (fetches within a deadline, on the threads of [`runner`], over connections of [`bounded`]) -> back in [`image`] (checks every chunk) -> [`memory`] and
 //! [`disk`] (keep what was right; [`room`] bounds that). [`location`] understands URLs, [`settings`] the environment.
 
+mod bounded;
 mod disk;
 mod flights;
 mod image;

@@ -1,5 +1,6 @@
 //! A snapshot in an object store or behind a web server: reading its files, whole or in parts, within deadlines.
 
+use super::bounded::Connector;
 use super::location::Location;
 use super::plain;
 use super::runner::{Late, Runner};
@@ -245,7 +246,7 @@ fn s3(bucket: &str, settings: &Settings) -> Result<Box<dyn ObjectStore>, String>
     if endpoint.is_some_and(|url| url.starts_with("http://")) && settings.get("AWS_ALLOW_HTTP").is_none() {
         return Err("AWS_ENDPOINT_URL is not encrypted; use https://, or set AWS_ALLOW_HTTP=true".to_owned());
     }
-    let mut builder = AmazonS3Builder::new();
+    let mut builder = AmazonS3Builder::new().with_http_connector(Connector::default());
     for (name, value) in settings.iter() {
         // Others are for other programs.
         if let Ok(key) = name.to_ascii_lowercase().parse::<AmazonS3ConfigKey>() {
@@ -260,7 +261,7 @@ fn s3(bucket: &str, settings: &Settings) -> Result<Box<dyn ObjectStore>, String>
 }
 
 fn web(url: &str, allow_http: bool) -> Result<Box<dyn ObjectStore>, String> {
-    let mut builder = HttpBuilder::new().with_url(url).with_retry(retries());
+    let mut builder = HttpBuilder::new().with_url(url).with_retry(retries()).with_http_connector(Connector::default());
     for (key, value) in client_settings() {
         builder = builder.with_config(key, value);
     }
