@@ -127,6 +127,12 @@ fn wrong_credentials_are_refused_with_what_to_set() {
     let error = refusal(Opener::new(settings(&server, "not-so-secret"), None).unwrap().open(URL));
     assert!(error.contains("s3://images/base/snap.json") && error.contains("AWS_SECRET_ACCESS_KEY"), "{error}");
     assert!(!error.contains("not-so-secret"), "{error}");
+    // Nobody is asked for credentials at that address.
+    let names = ["AWS_ENDPOINT_URL", "AWS_METADATA_ENDPOINT"];
+    let none = names.map(|name| (name.to_owned(), format!("http://{}", server.address)));
+    let none = Settings::new(none.into_iter().chain([("AWS_ALLOW_HTTP".to_owned(), "true".to_owned())]));
+    let error = refusal(Opener::new(none, None).unwrap().open(URL));
+    assert!(error.contains("there are no credentials") && error.contains("AWS_ACCESS_KEY_ID"), "{error}");
     let plain = Settings::new([("AWS_ENDPOINT_URL".to_owned(), format!("http://{}", server.address))]);
     let error = refusal(Opener::new(plain, None).unwrap().open(URL));
     assert!(error.contains("AWS_ALLOW_HTTP"), "{error}");

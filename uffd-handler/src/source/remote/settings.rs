@@ -5,6 +5,15 @@ use std::fmt;
 /// Variables whose values are never shown.
 const SECRET: [&str; 3] = ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_TOKEN"];
 
+/// Variables that say where credentials come from, or that none are needed.
+const CREDENTIALS: [&str; 5] = [
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_SKIP_SIGNATURE",
+];
+
 /// The variables of the environment that begin with `AWS_`.
 #[derive(Clone, Default)]
 pub struct Settings(Vec<(String, String)>);
@@ -37,6 +46,11 @@ impl Settings {
     /// The value of a variable.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.iter().find(|(known, _)| *known == name).map(|(_, value)| value)
+    }
+
+    /// Whether anything is said of credentials.
+    pub fn have_credentials(&self) -> bool {
+        CREDENTIALS.iter().any(|name| self.get(name).is_some())
     }
 
     /// Replaces secrets in a text.

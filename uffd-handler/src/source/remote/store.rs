@@ -3,16 +3,14 @@
 use super::bounded::Connector;
 use super::location::Location;
 use super::plain;
-use super::runner::{Late, Runner};
+use super::runner::Runner;
 use super::settings::Settings;
 use futures_util::StreamExt;
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::http::HttpBuilder;
 use object_store::limit::LimitStore;
 use object_store::path::Path;
-use object_store::{
-    BackoffConfig, ClientConfigKey, Error, GetOptions, GetRange, GetResult, ObjectMeta, ObjectStore, RetryConfig,
-};
+use object_store::{ClientConfigKey, Error, GetOptions, GetRange, GetResult, ObjectMeta, ObjectStore, RetryConfig};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,8 +20,8 @@ pub const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
 /// Longest that an answer of up to a MiB may take, with all that it needs: attempts, connection and transfer. Larger ones have a
 /// second more for each further MiB.
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
-/// Further attempts of one request. Few: whoever waits for it tries again, and wants to know why.
-const RETRIES: usize = 2;
+/// Pauses before further attempts at one request. Few: whoever waits for it tries again, and wants to know why.
+const PAUSES: [Duration; 2] = [Duration::from_millis(100), Duration::from_millis(400)];
 /// Requests that are on their way at the same time, for one snapshot.
 const MOST_REQUESTS: usize = 8;
 
@@ -74,12 +72,16 @@ pub enum StoreError {
         /// So many should have.
         expected: u64,
     },
-    /// No answer in time.
-    #[error("{0}: {1}")]
-    Late(String, Late),
-    /// Any other failure.
+    /// Any other failure, no answer in time among them.
     #[error("{0}: {1}")]
     Failed(String, String),
+}
+
+impl StoreError {
+    /// Whether another attempt at once may do better.
+    fn may_pass(&self) -> bool {
+        matches!(self, StoreError::WrongLength { .. } | StoreError::Failed(..))
+    }
 }
 
 /// An object as it was when it was opened.
@@ -130,10 +132,10 @@ impl Store {
     /// Reads a whole file of at most `limit` bytes.
     pub fn read_whole(&self, file: &str, limit: u64) -> Result<Vec<u8>, StoreError> {
         let url = self.location.name_of(file);
-        self.wait(file, deadline(limit), async {
+        self.wait(file, deadline(limit), async || {
             let answer = self.get(file, GetOptions::default()).await?;
             match answer.meta.size {
-                found if found > limit => Err(StoreError::TooLong { url, found, limit }),
+                found if found > limit => Err(StoreError::TooLong { url: url.clone(), found, limit }),
                 expected => self.collect(file, answer, expected).await,
             }
         })
@@ -142,7 +144,7 @@ impl Store {
     /// Finds out what identifies a file, and that parts of it can be read.
     pub fn pin(&self, file: &str) -> Result<Pin, StoreError> {
         let options = GetOptions { range: Some(GetRange::Bounded(0..1)), ..GetOptions::default() };
-        self.wait(file, REQUEST_DEADLINE, async { Ok(Pin::of(&self.get(file, options).await?.meta)) })
+        self.wait(file, REQUEST_DEADLINE, async || Ok(Pin::of(&self.get(file, options.clone()).await?.meta)))
     }
 
     /// Reads a part of a file, if it still is the one that was pinned.
@@ -150,8 +152,8 @@ impl Store {
         let expected = range.end - range.start;
         let options =
             GetOptions { range: Some(GetRange::Bounded(range)), if_match: pin.condition(), ..GetOptions::default() };
-        self.wait(file, deadline(expected), async {
-            let answer = self.get(file, options).await?;
+        self.wait(file, deadline(expected), async || {
+            let answer = self.get(file, options.clone()).await?;
             if Pin::of(&answer.meta) != *pin {
                 return Err(StoreError::Changed(self.location.name_of(file)));
             }
@@ -159,14 +161,24 @@ impl Store {
         })
     }
 
+    /// Makes attempts at something until one succeeds, fails for good, or was the last.
     fn wait<T>(
         &self,
         file: &str,
         deadline: Duration,
-        work: impl Future<Output = Result<T, StoreError>>,
+        attempt: impl AsyncFn() -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
-        let late = |late| StoreError::Late(self.location.name_of(file), late);
-        self.runner.wait(deadline, work).map_err(late)?
+        let attempts = async {
+            for pause in PAUSES {
+                match attempt().await {
+                    Err(error) if error.may_pass() => tokio::time::sleep(pause).await,
+                    other => return other,
+                }
+            }
+            attempt().await
+        };
+        let late = |late| self.failure(self.location.name_of(file), format!("{late}"));
+        self.runner.wait(deadline, attempts).map_err(late)?
     }
 
     async fn get(&self, file: &str, options: GetOptions) -> Result<GetResult, StoreError> {
@@ -205,7 +217,17 @@ impl Store {
             }
             Error::Precondition { .. } => StoreError::Changed(url),
             Error::NotSupported { .. } => StoreError::NoRanges(url),
-            _ => StoreError::Failed(url, reason()),
+            _ => self.failure(url, reason()),
+        }
+    }
+
+    /// A failure, which may be for want of credentials if there are none.
+    fn failure(&self, url: String, reason: String) -> StoreError {
+        match self.location {
+            Location::S3 { .. } if !self.settings.have_credentials() => {
+                StoreError::Failed(url, format!("{reason}; there are no credentials: {}", self.remedy()))
+            }
+            _ => StoreError::Failed(url, reason),
         }
     }
 
@@ -223,13 +245,9 @@ fn deadline(bytes: u64) -> Duration {
     REQUEST_DEADLINE + Duration::from_secs(bytes >> 20)
 }
 
-fn retries() -> RetryConfig {
-    let backoff = BackoffConfig {
-        init_backoff: Duration::from_millis(100),
-        max_backoff: Duration::from_secs(1),
-        ..BackoffConfig::default()
-    };
-    RetryConfig { backoff, max_retries: RETRIES, retry_timeout: REQUEST_DEADLINE }
+/// The client itself tries once: it would write a line for each further attempt, for as long as a store is away.
+fn no_retries() -> RetryConfig {
+    RetryConfig { max_retries: 0, retry_timeout: REQUEST_DEADLINE, ..RetryConfig::default() }
 }
 
 /// Of every connection. How long a whole answer may take is seen to here, as it depends on its length.
@@ -256,12 +274,13 @@ fn s3(bucket: &str, settings: &Settings) -> Result<Box<dyn ObjectStore>, String>
     for (key, value) in client_settings() {
         builder = builder.with_config(AmazonS3ConfigKey::Client(key), value);
     }
-    let built = builder.with_bucket_name(bucket).with_retry(retries()).build();
+    let built = builder.with_bucket_name(bucket).with_retry(no_retries()).build();
     built.map(|store| Box::new(store) as Box<dyn ObjectStore>).map_err(|error| plain::reason(&error))
 }
 
 fn web(url: &str, allow_http: bool) -> Result<Box<dyn ObjectStore>, String> {
-    let mut builder = HttpBuilder::new().with_url(url).with_retry(retries()).with_http_connector(Connector::default());
+    let mut builder =
+        HttpBuilder::new().with_url(url).with_retry(no_retries()).with_http_connector(Connector::default());
     for (key, value) in client_settings() {
         builder = builder.with_config(key, value);
     }
