@@ -387,6 +387,30 @@ fn a_cache_that_others_could_write_is_refused() {
 }
 
 #[test]
+fn not_even_the_finest_log_has_secrets() {
+    with_userfaultfd(|| {
+        let sample = Sample::of_bytes(MIB);
+        let server = in_s3(&sample);
+        for (secret, url) in [("wrong-secret", URL), (SECRET, "s3://images/absent")] {
+            let mut command = server_command();
+            command
+                .env("AWS_ACCESS_KEY_ID", KEY)
+                .env("AWS_SECRET_ACCESS_KEY", secret)
+                .env("AWS_SESSION_TOKEN", "my-token");
+            command.env("AWS_ENDPOINT_URL", format!("http://{}", server.address)).env("AWS_ALLOW_HTTP", "true");
+            command.arg("--socket").arg(sample.socket()).args(["--snapshot", url, "--log-level", "trace"]);
+            let output = command.output().unwrap();
+            let log = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(1), "{log}");
+            assert!(log.contains(&format!("{url}/snap.json")), "{log}");
+            for hidden in [secret, "my-token", "Signature="] {
+                assert!(!log.contains(hidden), "{hidden}: {log}");
+            }
+        }
+    });
+}
+
+#[test]
 fn a_guest_gets_its_memory_from_a_url() {
     with_userfaultfd(|| {
         let sample = Sample::of_bytes(4 * MIB);

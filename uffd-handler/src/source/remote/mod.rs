@@ -1,8 +1,8 @@
 //! Memory images that lie in an object store or behind a web server.
 //!
-//! Follow a chunk: [`image`] (zero? kept near?) -> [`span`] (how much to fetch) -> [`flights`] (is somebody at it already?) ->
-//! [`store`] (fetches within a deadline, on the threads of [`runner`], over connections of [`bounded`]) -> back in [`image`] (checks every chunk) -> [`memory`] and
-//! [`disk`] (keep what was right; [`room`] bounds that). [`location`] understands URLs, [`settings`] the environment.
+//! Follow a chunk: `image` (zero? kept near?) -> `span` (how much to fetch) -> `flights` (is somebody at it already?) ->
+//! `store` (fetches within a deadline, on the threads of `runner`, over connections of `bounded`) -> back in `image` (checks every chunk) -> `memory` and
+//! `disk` (keep what was right; `room` bounds that). `location` understands URLs, `settings` the environment.
 
 mod bounded;
 mod disk;
