@@ -121,6 +121,16 @@ fn a_whole_image_comes_right_from_s3() {
 }
 
 #[test]
+fn names_of_objects_may_have_odd_characters() {
+    let sample = Sample::of_bytes(MIB);
+    let server = in_s3(&sample);
+    let odd = "of the v~1% (old)+new=é";
+    std::fs::rename(sample.path("s3/images/base"), sample.path("s3/images").join(odd)).unwrap();
+    let image = Opener::new(settings(&server, SECRET), None).unwrap().open(&format!("s3://images/{odd}")).unwrap();
+    check_all(&image);
+}
+
+#[test]
 fn wrong_credentials_are_refused_with_what_to_set() {
     let sample = Sample::of_bytes(MIB);
     let server = in_s3(&sample);
@@ -295,8 +305,10 @@ fn what_was_fetched_once_is_kept_on_disk() {
 
     let image = with_cache(&web, &cache);
     let before = web.asked();
-    // It was written just now, and is in the page cache.
-    assert_eq!(image.read_chunk_now(3, &mut buffer()), Ok(Some(CHUNK)));
+    // It was written just now, and is in the page cache; some file systems cannot tell.
+    let mut chunk = buffer();
+    let read = image.read_chunk_now(3, &mut chunk).unwrap();
+    assert!(read.is_none_or(|_| chunk[..] == expected(&image, 3)));
     // Even if the server has nothing more to say.
     web.misbehave(Fault::Status503, 1000);
     check_all(&image);
