@@ -1,8 +1,8 @@
 //! The memory image: served chunk by chunk, each checked ([`MemoryImage`]), or mapped whole after it was checked once
 //! ([`ensure_trusted`]).
 
-use crate::chunk::{self, DIGEST_BYTES, Digest, ZeroDigests};
 use crate::create::next_data;
+use crate::digests::Digests;
 use crate::dir::FileError;
 use crate::load::Snapshot;
 use crate::stamp::Stamp;
@@ -109,10 +109,7 @@ pub enum ImageError {
 pub struct MemoryImage {
     file: File,
     path: PathBuf,
-    size: u64,
-    root: String,
-    digests: Vec<Digest>,
-    zero: ZeroDigests,
+    digests: Digests,
 }
 
 impl MemoryImage {
@@ -122,34 +119,25 @@ impl MemoryImage {
         let path = dir.join(&memory.file);
         let file = snapshot.memory_file().try_clone();
         let file = file.map_err(|source| ImageError::Read { path: path.clone(), offset: 0, source })?;
-        let table_len = chunk::count(memory.size_bytes) * DIGEST_BYTES as u64;
-        let table = dir.read_sized(&memory.digests, table_len)?;
-        if blake3::hash(&table).to_hex().as_str() != memory.root {
-            return Err(ImageError::Digests { path: dir.join(&memory.digests) });
-        }
-        Ok(MemoryImage {
-            file,
-            path,
-            size: memory.size_bytes,
-            root: memory.root.clone(),
-            digests: table.as_chunks().0.to_vec(),
-            zero: ZeroDigests::new(memory.size_bytes),
-        })
+        let table = dir.read_sized(&memory.digests, Digests::table_bytes(memory))?;
+        let digests = Digests::check(memory, &table);
+        let digests = digests.map_err(|_| ImageError::Digests { path: dir.join(&memory.digests) })?;
+        Ok(MemoryImage { file, path, digests })
     }
 
     /// Size of the image, in bytes.
     pub fn size(&self) -> u64 {
-        self.size
+        self.digests.size()
     }
 
     /// Number of chunks.
     pub fn chunks(&self) -> u64 {
-        self.digests.len() as u64
+        self.digests.chunks()
     }
 
     /// Root digest, in hex. Two images with the same root hold the same memory.
     pub fn root(&self) -> &str {
-        &self.root
+        self.digests.root()
     }
 
     /// The image file, open for reading. Nothing has checked what is read or mapped from it directly.
@@ -159,7 +147,7 @@ impl MemoryImage {
 
     /// Whether a chunk is all zero. Chunks beyond the end are.
     pub fn chunk_is_zero(&self, index: u64) -> bool {
-        self.digest_of(index).is_none_or(|digest| digest == self.zero.of(index))
+        self.digests.is_zero(index)
     }
 
     /// Reads and checks a chunk into the beginning of `buf`, which must have room for it, and returns its length: that
@@ -190,11 +178,11 @@ impl MemoryImage {
         buf: &mut [u8],
         read: impl FnOnce(&mut [u8]) -> Result<bool, ImageError>,
     ) -> Result<Option<usize>, ImageError> {
-        let Some(digest) = self.digest_of(index) else {
+        if index >= self.chunks() {
             return Err(ImageError::NoSuchChunk { path: self.path.clone(), index, chunks: self.chunks() });
-        };
-        let buf = &mut buf[..chunk::len(self.size, index)];
-        if digest == self.zero.of(index) {
+        }
+        let buf = &mut buf[..self.digests.chunk_len(index)];
+        if self.digests.is_zero(index) {
             // What the snapshot was made with, whatever the file holds there.
             buf.fill(0);
             return Ok(Some(buf.len()));
@@ -202,7 +190,7 @@ impl MemoryImage {
         if !read(buf)? {
             return Ok(None);
         }
-        if chunk::digest(buf) != *digest {
+        if !self.digests.is_right(index, buf) {
             return Err(self.damaged(index));
         }
         Ok(Some(buf.len()))
@@ -210,15 +198,11 @@ impl MemoryImage {
 
     /// Tells the kernel that these chunks of the file will hardly be read again, so that it need not keep them in memory.
     pub fn forget(&self, chunks: Range<u64>) {
-        let (start, end) = (chunks.start * CHUNK_BYTES, (chunks.end * CHUNK_BYTES).min(self.size));
+        let (start, end) = (chunks.start * CHUNK_BYTES, (chunks.end * CHUNK_BYTES).min(self.size()));
         if let Some(len) = end.checked_sub(start).and_then(NonZeroU64::new) {
             // Advice that is not taken costs some memory, and nothing else.
             let _ = rustix::fs::fadvise(&self.file, start, Some(len), Advice::DontNeed);
         }
-    }
-
-    fn digest_of(&self, index: u64) -> Option<&Digest> {
-        self.digests.get(usize::try_from(index).ok()?)
     }
 
     fn read_from_file(&self, index: u64, buf: &mut [u8]) -> Result<(), ImageError> {
@@ -248,7 +232,7 @@ impl MemoryImage {
         let (mut bytes, mut index) = (0, 0);
         while index < self.chunks() {
             let at = index * CHUNK_BYTES;
-            let data = next_data(&self.file, at, self.size);
+            let data = next_data(&self.file, at, self.size());
             let data = data.map_err(|source| ImageError::Read { path: self.path.clone(), offset: at, source })?;
             let (from, to) = match data {
                 Some(range) => (range.start / CHUNK_BYTES, range.end.div_ceil(CHUNK_BYTES)),
@@ -258,10 +242,10 @@ impl MemoryImage {
                 damaged(self.damaged(hole))?;
             }
             for chunk in from..to {
-                let buf = &mut buf[..chunk::len(self.size, chunk)];
+                let buf = &mut buf[..self.digests.chunk_len(chunk)];
                 self.read_from_file(chunk, buf)?;
                 bytes += buf.len() as u64;
-                if Some(&chunk::digest(buf)) != self.digest_of(chunk) {
+                if !self.digests.is_right(chunk, buf) {
                     damaged(self.damaged(chunk))?;
                 }
             }

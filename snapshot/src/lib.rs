@@ -5,6 +5,7 @@
 //! - [`create`]: write beside, sync, rename
 //! - [`load`]: read and check everything but the memory; refuse what is not understood
 //! - [`image`]: the memory image, checked chunk by chunk where it is served, or once before it is mapped
+//! - [`digests`]: which bytes are right, wherever they come from
 //! - [`disk`], [`clusters`]: what a snapshot holds of a disk, and the map that says which clusters that is
 //! - [`verify`]: check everything, the whole memory included
 //! - [`working_set`]: which pages clones use, learnt afterwards; [`page_runs`] is how they are told
@@ -18,6 +19,7 @@ mod chunk;
 pub mod clusters;
 pub mod compat;
 pub mod create;
+pub mod digests;
 mod dir;
 pub mod disk;
 pub mod image;

@@ -1,6 +1,6 @@
 //! Reading a snapshot: everything but the memory is read and checked here, in an order that gives each fault its name.
 
-use crate::chunk::{self, DIGEST_BYTES};
+use crate::digests::Digests;
 use crate::dir::{Dir, FileError};
 use crate::manifest::{self, BadField, Manifest};
 use crate::state::{self, MachineState, StateError};
@@ -153,7 +153,7 @@ pub fn open(path: &Path) -> Result<Snapshot, LoadError> {
     let manifest = read_manifest(&dir)?;
     let state = read_state(&dir, &manifest)?;
     let memory = dir.open_sized(&manifest.memory.file, manifest.memory.size_bytes)?;
-    dir.open_sized(&manifest.memory.digests, chunk::count(manifest.memory.size_bytes) * DIGEST_BYTES as u64)?;
+    dir.open_sized(&manifest.memory.digests, Digests::table_bytes(&manifest.memory))?;
     for (drive, held) in manifest.devices.drives.iter().filter_map(|drive| Some((drive, drive.held.as_ref()?))) {
         dir.open_sized(&held.file, drive.size_bytes)?;
         dir.open_sized(&held.map, held.map_bytes)?;
@@ -182,15 +182,19 @@ fn open_dir(path: &Path) -> Result<Dir, LoadError> {
 }
 
 fn read_manifest(dir: &Dir) -> Result<Manifest, LoadError> {
-    let path = || dir.join(file::MANIFEST);
-    let json = dir.read(file::MANIFEST, manifest::MAX_BYTES)?;
+    check_manifest(&dir.join(file::MANIFEST), &dir.read(file::MANIFEST, manifest::MAX_BYTES)?)
+}
+
+/// Decodes and checks the contents of a `snap.json`, wherever they come from. `path` names it in messages.
+pub fn check_manifest(path: &Path, json: &[u8]) -> Result<Manifest, LoadError> {
+    let path = || path.to_owned();
     // The version comes first: a manifest of another version may hold anything else.
     let malformed = |source| LoadError::Manifest { path: path(), source };
-    let AnyVersion { format_version: found } = serde_json::from_slice(&json).map_err(malformed)?;
+    let AnyVersion { format_version: found } = serde_json::from_slice(json).map_err(malformed)?;
     if found != u64::from(FORMAT_VERSION) {
         return Err(LoadError::UnsupportedVersion { path: path(), found, supported: FORMAT_VERSION });
     }
-    let manifest: Manifest = serde_json::from_slice(&json).map_err(malformed)?;
+    let manifest: Manifest = serde_json::from_slice(json).map_err(malformed)?;
     if manifest.digest != manifest.expected_digest() {
         return Err(LoadError::ManifestDigest { path: path() });
     }

@@ -34,6 +34,7 @@ fn main() -> Result<()> {
             Ok(uffd_handler::run(&Options {
                 socket: socket.clone(),
                 snapshots,
+                cache: None,
                 metrics: None,
                 limits: Default::default(),
                 ready_fd: None,

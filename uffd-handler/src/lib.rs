@@ -58,10 +58,7 @@ pub use options::{Command, Options, USAGE, UsageError};
 use listener::{ListenError, Listener};
 use process::Signals;
 use server::Server;
-use snapshot::image::MemoryImage;
-use source::Source;
 use std::io;
-use std::path::PathBuf;
 
 /// Why the page server could not start, or had to stop.
 #[derive(Debug, thiserror::Error)]
@@ -72,12 +69,9 @@ pub enum RunError {
     /// There is no userfaultfd to be had.
     #[error(transparent)]
     Uffd(#[from] uffd::UffdError),
-    /// A snapshot cannot be opened.
-    #[error("snapshot {0}: {1}")]
-    Snapshot(PathBuf, snapshot::load::LoadError),
-    /// The memory image of a snapshot cannot be opened.
-    #[error("snapshot {0}: {1}")]
-    Image(PathBuf, snapshot::image::ImageError),
+    /// A snapshot cannot be served.
+    #[error(transparent)]
+    Open(#[from] source::open::OpenError),
     /// A socket cannot be made.
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -110,8 +104,9 @@ pub fn run(options: &Options) -> Result<(), RunError> {
     if options.end_with_parent {
         process::end_with_parent().map_err(RunError::Setup)?;
     }
-    let images = open_images(&options.snapshots)?;
+    // Before images are opened: those that lie elsewhere start threads, which must not be struck by a signal.
     let signals = Signals::catch().map_err(RunError::Setup)?;
+    let images = source::open::open_images(options)?;
     raise_descriptor_limit();
     let socket = Listener::bind(&options.socket)?;
     let metrics = options.metrics.as_deref().map(Listener::bind).transpose()?;
@@ -126,15 +121,6 @@ pub fn run(options: &Options) -> Result<(), RunError> {
     event_loop::run(server)?;
     tracing::info!("stopped");
     Ok(())
-}
-
-fn open_images(paths: &[PathBuf]) -> Result<Vec<Box<dyn Source>>, RunError> {
-    let open = |path: &PathBuf| -> Result<Box<dyn Source>, RunError> {
-        let snapshot = snapshot::load::open(path).map_err(|error| RunError::Snapshot(path.clone(), error))?;
-        let image = MemoryImage::open(&snapshot).map_err(|error| RunError::Image(path.clone(), error))?;
-        Ok(Box::new(image))
-    };
-    paths.iter().map(open).collect()
 }
 
 /// Lets this process open as many files as it may: a page server needs three for every guest and a vmm one for every

@@ -19,7 +19,10 @@ Usage: uffd-handler --socket PATH --snapshot SNAPSHOT [--snapshot SNAPSHOT]... [
        uffd-handler ws clear SNAPSHOT
 
   --socket PATH        Unix socket to serve on; created, mode 0600, removed at the end
-  --snapshot SNAPSHOT  a snapshot directory, or the snap.json in it
+  --snapshot SNAPSHOT  a snapshot directory, or the snap.json in it; or the URL of one, as
+                       s3://BUCKET/PATH or https://HOST/PATH (see docs/remote-images.md)
+  --cache-dir DIR      directory that keeps what comes from URLs; made if absent, mode 0700
+  --cache-max-mib N    most that it may hold, in MiB (default 10240)
   --metrics PATH       Unix socket for HTTP: GET /metrics tells the counters to Prometheus, /metrics.json as JSON
   --copy-snapshot SNAPSHOT  one of the above: what a client of Firecracker's copy mode
                        gets if several have the size of its memory
@@ -52,8 +55,10 @@ Ends with 0 on SIGTERM or SIGINT, 1 on failure, 2 on bad usage, 77 if userfaultf
 pub struct Options {
     /// Socket to serve on.
     pub socket: PathBuf,
-    /// Snapshots to serve: directories, or `snap.json` files.
+    /// Snapshots to serve: directories, `snap.json` files, or URLs.
     pub snapshots: Vec<PathBuf>,
+    /// Where to keep what comes from URLs.
+    pub cache: Option<CacheSettings>,
     /// Socket for the counters.
     pub metrics: Option<PathBuf>,
     /// What the server may use.
@@ -65,6 +70,18 @@ pub struct Options {
     /// What to log.
     pub log: Settings,
 }
+
+/// A directory that keeps what was fetched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CacheSettings {
+    /// The directory.
+    pub dir: PathBuf,
+    /// Most that it may hold, in bytes.
+    pub max_bytes: u64,
+}
+
+/// Most that a cache directory may hold unless told otherwise, in MiB.
+const CACHE_MAX_MIB: u64 = 10_240;
 
 /// What a command line asks for.
 #[allow(clippy::large_enum_variant, reason = "there is one of it")]
@@ -107,6 +124,9 @@ pub enum UsageError {
     /// There is nothing to say.
     #[error("`ws clear` has no --json")]
     NoJson,
+    /// A bound of nothing, or one that no disk reaches.
+    #[error("--cache-max-mib {0}: must be 1 to {max}, and needs --cache-dir", max = u64::MAX >> 20)]
+    CacheMax(u64),
 }
 
 impl Command {
@@ -171,6 +191,7 @@ impl Command {
         use lexopt::prelude::*;
         let (mut socket, mut snapshots, mut metrics, mut ready_fd) = (None, Vec::new(), None, None);
         let (mut copy, mut max_sessions, mut max_stores_mib, mut keep_warm) = (None, None, None, None);
+        let (mut cache_dir, mut cache_max_mib) = (None, None);
         let mut end_with_parent = false;
         let mut log = Settings::new(Level::Info, "uffd-handler");
         let mut parser = lexopt::Parser::from_args(args);
@@ -178,6 +199,8 @@ impl Command {
             match arg {
                 Long("socket") => once(&mut socket, "--socket", parser.value()?.into())?,
                 Long("snapshot") => snapshots.push(parser.value()?.into()),
+                Long("cache-dir") => once(&mut cache_dir, "--cache-dir", parser.value()?.into())?,
+                Long("cache-max-mib") => once(&mut cache_max_mib, "--cache-max-mib", parser.value()?.parse()?)?,
                 Long("metrics") => once(&mut metrics, "--metrics", parser.value()?.into())?,
                 Long("copy-snapshot") => once(&mut copy, "--copy-snapshot", parser.value()?.into())?,
                 Long("max-sessions") => once(&mut max_sessions, "--max-sessions", parser.value()?.parse()?)?,
@@ -207,7 +230,20 @@ impl Command {
             keep_warm: keep_warm.map_or(usual.keep_warm, |seconds: u32| Duration::from_secs(seconds.into())),
             copy_image: copy.map(|path| position(&snapshots, path)).transpose()?,
         };
-        Ok(Command::Serve(Options { socket, snapshots, metrics, limits, ready_fd, end_with_parent, log }))
+        let cache = cache_settings(cache_dir, cache_max_mib)?;
+        Ok(Command::Serve(Options { socket, snapshots, cache, metrics, limits, ready_fd, end_with_parent, log }))
+    }
+}
+
+fn cache_settings(dir: Option<PathBuf>, max_mib: Option<u64>) -> Result<Option<CacheSettings>, UsageError> {
+    let max_bytes = match max_mib.unwrap_or(CACHE_MAX_MIB) {
+        mib if (1..=u64::MAX >> 20).contains(&mib) => mib << 20,
+        mib => return Err(UsageError::CacheMax(mib)),
+    };
+    match (dir, max_mib) {
+        (Some(dir), _) => Ok(Some(CacheSettings { dir, max_bytes })),
+        (None, Some(mib)) => Err(UsageError::CacheMax(mib)),
+        (None, None) => Ok(None),
     }
 }
 
@@ -244,7 +280,8 @@ mod tests {
     fn all_options() {
         let options = Options {
             socket: "s".into(),
-            snapshots: vec!["a".into(), "b/snap.json".into()],
+            snapshots: vec!["a".into(), "b/snap.json".into(), "s3://b/c".into()],
+            cache: Some(CacheSettings { dir: "d".into(), max_bytes: 3 << 20 }),
             metrics: Some("m".into()),
             limits: Limits {
                 max_sessions: 7,
@@ -260,7 +297,8 @@ mod tests {
                 ..Settings::new(Level::Debug, "uffd-handler")
             },
         };
-        let line = "--socket s --snapshot a --snapshot=b/snap.json --metrics m --ready-fd 5 \
+        let line = "--socket s --snapshot a --snapshot=b/snap.json --snapshot s3://b/c --metrics m --ready-fd 5 \
+            --cache-dir d --cache-max-mib 3 \
             --copy-snapshot b/snap.json --max-sessions 7 --max-stores-mib 3 --keep-warm 0 \
             --log-level debug --log-format json --log-file l";
         assert_eq!(parse(line), Ok(Command::Serve(options)));
@@ -285,6 +323,15 @@ mod tests {
     }
 
     #[test]
+    fn a_cache_has_a_bound() {
+        let cache = |line: &str| match parse(&format!("--socket s --snapshot a {line}")) {
+            Ok(Command::Serve(options)) => options.cache.map(|cache| cache.max_bytes),
+            other => panic!("{line}: {other:?}"),
+        };
+        assert_eq!((cache(""), cache("--cache-dir d")), (None, Some(10 << 30)));
+    }
+
+    #[test]
     fn bad_usage_is_named() {
         for (line, part) in [
             ("--snapshot a", "--socket is missing"),
@@ -299,6 +346,9 @@ mod tests {
             ("--socket s --snapshot a --log-level loud", "a level is"),
             ("--socket s --snapshot a --log-format xml", "a format is"),
             ("--socket s --snapshot a --log-file l --log-file m", "twice"),
+            ("--socket s --snapshot a --cache-max-mib 5", "needs --cache-dir"),
+            ("--socket s --snapshot a --cache-dir d --cache-max-mib 0", "must be 1"),
+            ("--socket s --snapshot a --cache-dir d --cache-max-mib 99999999999999", "must be 1"),
             ("--socket s --snapshot a more", "more"),
             ("--sockets s", "--sockets"),
             ("top", "--metrics is missing"),

@@ -79,7 +79,7 @@ fn each_is_refused_by_name_and_nothing_leaks() {
         assert_eq!(server.metrics().refused_total, refused);
         until("log has them", || server.logged(" refused pid ") as u64 == refused);
         assert_eq!(server.logged("not a valid copy mode message: missing field `page_size`"), 1);
-        until("descriptors are closed", || server.descriptors() == before);
+        until("descriptors are closed", || server.descriptors() <= before);
         let good = Client::connect(&sample);
         good.view.check_all();
         assert_eq!(server.metrics().sessions_total, 2);

@@ -162,7 +162,7 @@ fn bad_firecrackers_are_named_in_the_log_and_hear_nothing() {
         (&no_descriptor).write_all(whole.as_bytes()).unwrap();
         assert_eq!(last_words(&no_descriptor), "");
         until("it is named", || server.logged("no userfaultfd with the copy mode message") == 1);
-        until("descriptors are closed", || server.descriptors() == before);
+        until("descriptors are closed", || server.descriptors() <= before);
         assert_eq!(server.metrics().refused_total, 12);
         // One that was served, and then comes with more.
         let client = CopyClient::firecracker(&sample.socket(), sample.size(), &[]);
@@ -262,7 +262,7 @@ fn a_client_may_die_at_every_step() {
             send_parts(&UnixStream::connect(sample.socket()).unwrap(), step);
         }
         drop(uffd_handler::client::ask_for_copies(&sample.socket(), &sample.hello()).unwrap());
-        until("descriptors are closed", || server.descriptors() == before);
+        until("descriptors are closed", || server.descriptors() <= before);
         let metrics = server.metrics();
         assert_eq!((metrics.refused_total, metrics.sessions_total, metrics.sessions.len()), (4, 2, 0));
         assert_eq!(metrics.stores[0].sessions, 0);

@@ -1,9 +1,13 @@
 //! Where pages come from: an immutable memory image that is read, and checked, a chunk at a time.
 
 mod file;
+pub mod open;
+#[cfg(feature = "remote")]
+pub mod remote;
 
 use crate::region::CHUNK_SIZE;
 use std::ops::Range;
+use std::time::Instant;
 
 /// Room for one chunk.
 pub type Chunk = [u8; CHUNK_SIZE as usize];
@@ -17,6 +21,25 @@ pub enum SourceError {
     /// The place where it comes from cannot be reached, or fails. That may pass.
     #[error("{0}")]
     Away(String),
+}
+
+/// What a source has done so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SourceCounters {
+    /// Chunks that came from where the image lies, and were right; those that came along with others included.
+    pub chunks: u64,
+    /// Bytes that came from there.
+    pub bytes: u64,
+    /// Chunks that were given out of what is kept near.
+    pub cached_chunks: u64,
+    /// Bytes in them.
+    pub cached_bytes: u64,
+    /// Chunks that the cache on disk had wrong, and that were fetched anew.
+    pub cache_faults: u64,
+    /// Reads that failed.
+    pub failures: u64,
+    /// Since when the place has not been reached, if the last attempt failed.
+    pub away_since: Option<Instant>,
 }
 
 /// An immutable memory image.
@@ -44,6 +67,11 @@ pub trait Source: Send + Sync {
     /// Hears that these chunks are in a store, so that nothing but another user's store will ask for them again. Must not
     /// wait.
     fn forget(&self, _chunks: Range<u64>) {}
+
+    /// What it has done so far. Sources that count nothing themselves say so by zeros.
+    fn counters(&self) -> SourceCounters {
+        SourceCounters::default()
+    }
 }
 
 const _: () = assert!(CHUNK_SIZE == snapshot::CHUNK_BYTES, "a chunk is checked against one digest");

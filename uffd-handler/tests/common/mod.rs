@@ -135,10 +135,19 @@ impl Server {
 
     /// With more arguments.
     pub fn start_with(sample: &Sample, more: &[&OsStr]) -> Server {
+        Server::start_program(sample, sample.path("snap/snap.json").as_ref(), more)
+    }
+
+    /// Serves the sample from this path or URL.
+    pub fn start_from(sample: &Sample, snapshot: impl AsRef<OsStr>) -> Server {
+        Server::start_program(sample, snapshot.as_ref(), &[])
+    }
+
+    fn start_program(sample: &Sample, snapshot: &OsStr, more: &[&OsStr]) -> Server {
         let metrics = sample.path("m");
         let mut command = server_command();
         command.arg("--socket").arg(sample.socket()).arg("--metrics").arg(&metrics).args(more);
-        command.arg("--snapshot").arg(sample.path("snap/snap.json")).stderr(Stdio::piped());
+        command.arg("--snapshot").arg(snapshot).stderr(Stdio::piped());
         // SAFETY: a plain system call without pointers.
         let die_with_parent = || match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
             0 => Ok(()),
