@@ -117,7 +117,7 @@ impl MemoryImage {
     pub fn open(snapshot: &Snapshot) -> Result<MemoryImage, ImageError> {
         let (dir, memory) = (snapshot.open_dir(), &snapshot.manifest().memory);
         let path = dir.join(&memory.file);
-        let file = snapshot.memory_file().try_clone();
+        let file = snapshot.memory_file()?.try_clone();
         let file = file.map_err(|source| ImageError::Read { path: path.clone(), offset: 0, source })?;
         let table = dir.read_sized(&memory.digests, Digests::table_bytes(memory))?;
         let digests = Digests::check(memory, &table);
@@ -282,7 +282,7 @@ pub fn ensure_trusted(snapshot: &Snapshot) -> Result<Trust, ImageError> {
     let root = &snapshot.manifest().memory.root;
     let path = || snapshot.open_dir().join(&snapshot.manifest().memory.file);
     let unreadable = |source| ImageError::Read { path: path(), offset: 0, source };
-    let file = snapshot.memory_file().try_clone().map_err(unreadable)?;
+    let file = snapshot.memory_file()?.try_clone().map_err(unreadable)?;
     let now = Stamp::of(&file, root).map_err(unreadable)?;
     if Stamp::read(snapshot.open_dir(), file::STAMP).as_ref() == Some(&now) {
         return Ok(Trust { file, basis: Basis::Stamp });
@@ -300,7 +300,7 @@ pub fn ensure_same(snapshot: &Snapshot, path: &Path) -> Result<Trust, ImageError
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let opened = rustix::fs::open(path, flags, Mode::empty());
     let file = opened.map(File::from).map_err(|e| ImageError::Open { path: path.to_owned(), source: e.into() })?;
-    let (metadata, own) = (file.metadata().map_err(unreadable)?, snapshot.memory_file().metadata());
+    let (metadata, own) = (file.metadata().map_err(unreadable)?, snapshot.memory_file()?.metadata());
     if !metadata.is_file() {
         return Err(ImageError::NotRegular { path: path.to_owned() });
     }
@@ -328,7 +328,7 @@ pub fn ensure_same(snapshot: &Snapshot, path: &Path) -> Result<Trust, ImageError
 /// Stamps an image that was found right, if it is still as it was before the check.
 pub(crate) fn stamp(snapshot: &Snapshot, before: &Stamp) -> Result<(), ImageError> {
     let path = || snapshot.open_dir().join(&snapshot.manifest().memory.file);
-    match before.confirm(snapshot.memory_file(), snapshot.open_dir(), file::STAMP) {
+    match before.confirm(snapshot.memory_file()?, snapshot.open_dir(), file::STAMP) {
         Ok(true) => Ok(()),
         Ok(false) => Err(ImageError::Changed { path: path() }),
         Err(source) => Err(ImageError::Read { path: path(), offset: 0, source }),

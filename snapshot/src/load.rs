@@ -100,14 +100,14 @@ pub enum LoadError {
     },
 }
 
-/// A snapshot whose manifest and state were read and found right. Its memory has the right size; for its contents see
-/// [`crate::image`].
+/// A snapshot whose manifest and state were read and found right. Its memory, if it is there, has the right size; for its contents
+/// see [`crate::image`].
 #[derive(Debug)]
 pub struct Snapshot {
     dir: Dir,
     manifest: Manifest,
     state: MachineState,
-    memory: File,
+    memory: Option<File>,
 }
 
 impl Snapshot {
@@ -135,9 +135,10 @@ impl Snapshot {
         &self.dir
     }
 
-    /// The memory image, as it was opened when the snapshot was.
-    pub(crate) fn memory_file(&self) -> &File {
-        &self.memory
+    /// The memory image, as it was opened when the snapshot was, unless it lies elsewhere.
+    pub(crate) fn memory_file(&self) -> Result<&File, FileError> {
+        let missing = || FileError::Missing { path: self.dir.join(&self.manifest.memory.file) };
+        self.memory.as_ref().ok_or_else(missing)
     }
 }
 
@@ -149,11 +150,26 @@ struct AnyVersion {
 
 /// Opens the snapshot at `path`, which is its directory or the `snap.json` in it.
 pub fn open(path: &Path) -> Result<Snapshot, LoadError> {
+    let snapshot = open_without_memory(path)?;
+    snapshot.memory_file()?;
+    let memory = &snapshot.manifest.memory;
+    snapshot.dir.open_sized(&memory.digests, Digests::table_bytes(&memory))?;
+    Ok(snapshot)
+}
+
+/// As [`open`], of a snapshot whose memory and its digests may lie elsewhere: somebody else has them. What is there must have the
+/// right size.
+pub fn open_without_memory(path: &Path) -> Result<Snapshot, LoadError> {
     let dir = open_dir(path)?;
     let manifest = read_manifest(&dir)?;
     let state = read_state(&dir, &manifest)?;
-    let memory = dir.open_sized(&manifest.memory.file, manifest.memory.size_bytes)?;
-    dir.open_sized(&manifest.memory.digests, Digests::table_bytes(&manifest.memory))?;
+    let there = |name: &str, size: u64| match dir.open_sized(name, size) {
+        Ok(file) => Ok(Some(file)),
+        Err(FileError::Missing { .. }) => Ok(None),
+        Err(e) => Err(e),
+    };
+    let memory = there(&manifest.memory.file, manifest.memory.size_bytes)?;
+    there(&manifest.memory.digests, Digests::table_bytes(&manifest.memory))?;
     for (drive, held) in manifest.devices.drives.iter().filter_map(|drive| Some((drive, drive.held.as_ref()?))) {
         dir.open_sized(&held.file, drive.size_bytes)?;
         dir.open_sized(&held.map, held.map_bytes)?;

@@ -76,7 +76,8 @@ pub fn verify(path: &Path) -> Result<Report, VerifyError> {
     let snapshot = load::open(path)?;
     let image = MemoryImage::open(&snapshot)?;
     let manifest = snapshot.manifest();
-    let before = Stamp::of(snapshot.memory_file(), image.root()).map_err(|source| ImageError::Read {
+    let memory = snapshot.memory_file().map_err(ImageError::from)?;
+    let before = Stamp::of(memory, image.root()).map_err(|source| ImageError::Read {
         path: snapshot.open_dir().join(&manifest.memory.file),
         offset: 0,
         source,

@@ -32,6 +32,7 @@ pub mod random;
 pub mod taps;
 pub mod template;
 pub mod vm;
+pub mod web;
 
 pub use agent::Agent;
 pub use linux::Linux;
@@ -42,6 +43,7 @@ pub use random::Random;
 pub use template::{Template, TemplateOptions};
 pub use test_skip::skip_test;
 pub use vm::{Boot, Restore, Vm};
+pub use web::Web;
 
 use std::time::{Duration, Instant};
 

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 /// Pause before the first new attempt at a place that is away; it doubles with each.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause between attempts.
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 /// Between two lines in the log that say that an image cannot be read.
 const SAY_AGAIN: Duration = Duration::from_secs(10);
 /// Ranges of a source that are let go at one time.

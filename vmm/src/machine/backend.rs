@@ -75,6 +75,11 @@ impl<'a> Backend<'a> {
         }
     }
 
+    /// Whether a page server provides it.
+    pub fn is_served(&self) -> bool {
+        matches!(self, Backend::Shared(_) | Backend::Copy(_))
+    }
+
     /// Maps the memory of a snapshot. Nothing has touched it yet.
     pub fn map(self, snapshot: &Snapshot) -> Result<(GuestRam, Option<Service>), BackendError> {
         let memory = &snapshot.manifest().memory;

@@ -123,7 +123,9 @@ pub enum RestoreError {
 /// Builds a machine from a snapshot. Its vCPUs stand still.
 pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, RestoreError> {
     let backend = Backend::of(request)?;
-    let snapshot = snapshot::load::open(&request.snapshot_path)?;
+    // A page server may have memory from where there is no file.
+    let open = if backend.is_served() { snapshot::load::open_without_memory } else { snapshot::load::open };
+    let snapshot = open(&request.snapshot_path)?;
     check(&snapshot)?;
     let (plan, disks) = devices(&snapshot, request)?;
     let kvm = kvm::open()?;

@@ -9,6 +9,9 @@
 //!   any of them -- its connection or process ends --> Gone -- attached to a server again --> Quiet
 //! ```
 //!
+//! A fault that the server has read of at once, and not answered, is not seen as it is raised. So outstanding faults are looked for now and
+//! then, often ([`CLOSE_LOOK`]) while the guest loads pages and seldom ([`DISTANT_LOOK`]) while it does not.
+//!
 //! A server of Firecracker's protocol says nothing, so it is not asked: it hangs if faults are outstanding and no page comes for
 //! [`ANSWER`].
 //!
@@ -22,6 +25,10 @@ use std::time::Duration;
 pub const GRACE: Duration = Duration::from_millis(10);
 /// How long the server has to say that it is alive, or to deliver a page if it says nothing.
 pub const ANSWER: Duration = Duration::from_millis(50);
+/// How often to look for faults that were not seen.
+pub const CLOSE_LOOK: Duration = Duration::from_millis(50);
+/// And where nothing has happened for some time.
+pub const DISTANT_LOOK: Duration = Duration::from_millis(500);
 /// How often a server that said that faults have to wait is asked again.
 pub const ASK_AGAIN: Duration = Duration::from_millis(25);
 /// And one that cannot get its bytes.
@@ -95,7 +102,11 @@ pub enum Step {
 /// Where the server stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Link {
-    Quiet,
+    Quiet {
+        look_at: Duration,
+        pause: Duration,
+        resident: u64,
+    },
     Seen {
         look_at: Duration,
     },
@@ -140,13 +151,17 @@ pub struct Plan {
     last_failure: Option<String>,
 }
 
+fn quiet(now: Duration) -> Link {
+    Link::Quiet { look_at: now + CLOSE_LOOK, pause: CLOSE_LOOK, resident: 0 }
+}
+
 impl Plan {
     /// Of a guest that its server has just begun to serve.
     pub fn new(policy: OnHandlerLoss, speaks: bool) -> Self {
         Plan {
             policy,
             speaks,
-            link: Link::Quiet,
+            link: quiet(Duration::ZERO),
             away: None,
             here: false,
             unable: None,
@@ -161,7 +176,7 @@ impl Plan {
 
     /// Whether to tell of a fault. The others are not worth a word.
     pub fn waits_for_faults(&self) -> bool {
-        self.link == Link::Quiet && !self.here
+        matches!(self.link, Link::Quiet { .. }) && !self.here
     }
 
     /// Whether faults are served here.
@@ -185,8 +200,7 @@ impl Plan {
             return None;
         }
         let link = match self.link {
-            Link::Quiet => None,
-            Link::Seen { look_at } | Link::Stuck { look_at, .. } => Some(look_at),
+            Link::Quiet { look_at, .. } | Link::Seen { look_at } | Link::Stuck { look_at, .. } => Some(look_at),
             Link::Asked { overdue_at, .. } => Some(overdue_at),
             Link::Silent { look_at, .. } => look_at,
             Link::Gone { attach_at } => attach_at,
@@ -207,8 +221,11 @@ impl Plan {
             return steps;
         }
         match event {
-            Event::Fault if self.link == Link::Quiet => self.link = Link::Seen { look_at: now + GRACE },
-            Event::Fault => {}
+            Event::Fault => {
+                if let Link::Quiet { .. } = self.link {
+                    self.link = Link::Seen { look_at: now + GRACE };
+                }
+            }
             Event::Looked { outstanding, resident } => self.on_looked(now, outstanding, resident, &mut steps),
             Event::Pong { ping, waiting, away } => self.on_pong(now, ping, waiting, away),
             Event::Gone if self.policy == OnHandlerLoss::Kill => self.end("is gone", &mut steps),
@@ -218,7 +235,7 @@ impl Plan {
                 self.link = Link::Gone { attach_at: Some(now) };
             }
             Event::Refused(reason) => self.end(&format!("has taken back what it gave: {reason}"), &mut steps),
-            Event::Attached => (self.link, self.away, self.last_failure) = (Link::Quiet, None, None),
+            Event::Attached => (self.link, self.away, self.last_failure) = (quiet(now), None, None),
             Event::NotAttached(reason) => {
                 self.last_failure = Some(reason);
                 self.link = Link::Gone { attach_at: Some(now + self.retry) };
@@ -233,7 +250,12 @@ impl Plan {
 
     fn on_looked(&mut self, now: Duration, outstanding: bool, resident: u64, steps: &mut Vec<Step>) {
         match self.link {
-            Link::Seen { .. } if !outstanding && self.away.is_none() => self.link = Link::Quiet,
+            Link::Quiet { .. } if outstanding => self.link = Link::Seen { look_at: now + GRACE },
+            Link::Quiet { pause, resident: before, .. } => {
+                let pause = if resident == before { (pause * 2).min(DISTANT_LOOK) } else { CLOSE_LOOK };
+                self.link = Link::Quiet { look_at: now + pause, pause, resident };
+            }
+            Link::Seen { .. } if !outstanding && self.away.is_none() => self.link = quiet(now),
             Link::Seen { .. } if self.speaks => {
                 self.pings += 1;
                 steps.push(Step::Ping(self.pings));
@@ -242,20 +264,20 @@ impl Plan {
             Link::Seen { .. } => {
                 self.link = Link::Stuck { resident, overdue_at: now + ANSWER, look_at: now + GRACE };
             }
-            Link::Stuck { resident: before, .. } if !outstanding || resident != before => self.link = Link::Quiet,
+            Link::Stuck { resident: before, .. } if !outstanding || resident != before => self.link = quiet(now),
             Link::Stuck { resident, overdue_at, .. } if now >= overdue_at => self.link = self.silent(now, resident),
             Link::Stuck { resident, overdue_at, .. } => {
                 self.link = Link::Stuck { resident, overdue_at, look_at: now + GRACE };
             }
             // One who says nothing may have come to life again: the pages tell, or, if they come from here, the next fault.
             Link::Silent { resident: before, .. } if !outstanding || (!self.here && resident != before) => {
-                self.link = Link::Quiet;
+                self.link = quiet(now);
             }
             Link::Silent { since, .. } => {
                 let again = if self.here { STAND_IN } else { ASK_AGAIN_AWAY };
                 self.link = Link::Silent { since, resident, look_at: Some(now + again) };
             }
-            Link::Quiet | Link::Asked { .. } | Link::Gone { .. } => {}
+            Link::Asked { .. } | Link::Gone { .. } => {}
         }
     }
 
@@ -271,7 +293,7 @@ impl Plan {
             return;
         }
         self.link = match (waiting, &away) {
-            (0, None) => Link::Quiet,
+            (0, None) => quiet(now),
             (_, None) => Link::Seen { look_at: now + ASK_AGAIN },
             (_, Some(_)) => Link::Seen { look_at: now + ASK_AGAIN_AWAY },
         };
@@ -280,7 +302,9 @@ impl Plan {
 
     fn on_time(&mut self, now: Duration, steps: &mut Vec<Step>) {
         match self.link {
-            Link::Seen { look_at } | Link::Stuck { look_at, .. } if now >= look_at => steps.push(Step::Look),
+            Link::Quiet { look_at, .. } | Link::Seen { look_at } | Link::Stuck { look_at, .. } if now >= look_at => {
+                steps.push(Step::Look);
+            }
             Link::Silent { since, .. } if self.policy == OnHandlerLoss::Kill && now >= since + DEADLY_SILENCE => {
                 self.end("does not answer", steps);
             }
@@ -365,13 +389,39 @@ mod tests {
     #[test]
     fn a_server_that_answers_in_time_is_left_alone() {
         let mut plan = Plan::new(OnHandlerLoss::Failover, true);
-        assert_eq!((plan.deadline(), plan.waits_for_faults()), (None, true));
+        assert_eq!((plan.deadline(), plan.waits_for_faults()), (Some(CLOSE_LOOK), true));
         assert_eq!(plan.on(ms(0), Event::Fault), []);
         assert_eq!((plan.deadline(), plan.waits_for_faults()), (Some(GRACE), false));
         assert_eq!(plan.on(GRACE, Event::Time), [Step::Look]);
         assert_eq!(plan.on(GRACE, looked(true)), [Step::Ping(1)]);
         assert_eq!(plan.on(ms(30), pong(1)), []);
-        assert_eq!((plan.deadline(), plan.waits_for_faults()), (None, true));
+        assert_eq!((plan.deadline(), plan.waits_for_faults()), (Some(ms(30) + CLOSE_LOOK), true));
+    }
+
+    #[test]
+    fn a_fault_that_the_server_has_read_of_at_once_is_found() {
+        let mut plan = Plan::new(OnHandlerLoss::Failover, true);
+        let mut looks = 0;
+        while plan.deadline().unwrap() < ms(5000) {
+            let now = plan.deadline().unwrap();
+            assert_eq!(plan.on(now, Event::Time), [Step::Look]);
+            assert_eq!(plan.on(now, looked(false)), []);
+            looks += 1;
+        }
+        assert!((10..16).contains(&looks), "{looks} looks in five seconds in which nothing happens");
+        let now = plan.deadline().unwrap();
+        plan.on(now, Event::Time);
+        plan.on(now, looked(true));
+        assert_eq!(plan.on(now + GRACE, Event::Time), [Step::Look]);
+        assert_eq!(plan.on(now + GRACE, looked(true)), [Step::Ping(1)]);
+        plan.on(now + GRACE, pong(1));
+        // While pages come it is looked at often.
+        for (n, resident) in [1, 2, 3].into_iter().enumerate() {
+            let now = plan.deadline().unwrap();
+            plan.on(now, Event::Time);
+            plan.on(now, Event::Looked { outstanding: false, resident });
+            assert_eq!(plan.deadline(), Some(now + CLOSE_LOOK), "{n}");
+        }
     }
 
     #[test]
