@@ -89,6 +89,10 @@ pub struct SnapshotLoad {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub max_private_mib: Option<u64>,
+    /// Have pages ready, while the guest runs, that earlier clones have used, if that was learnt (`working-set.json` beside the
+    /// snapshot). Not in copy mode.
+    #[serde(default = "yes")]
+    pub replay_working_set: bool,
 }
 
 fn yes() -> bool {
@@ -127,6 +131,7 @@ impl SnapshotLoad {
             enable_diff_snapshots: false,
             huge_pages: LoadHugePages::Snapshot,
             max_private_mib: None,
+            replay_working_set: true,
         }
     }
 }

@@ -23,6 +23,11 @@ impl PageServer {
         PageServer::start_program(place, "page-server", snapshot, binaries::uffd_handler(), &[])
     }
 
+    /// As [`PageServer::start`], with further arguments.
+    pub fn start_with(place: &Place, snapshot: &Path, arguments: &[&str]) -> Self {
+        PageServer::start_program(place, "page-server", snapshot, binaries::uffd_handler(), arguments)
+    }
+
     /// As [`PageServer::start`], but with the same server inside the `vmm` program.
     pub fn start_in_vmm(place: &Place, snapshot: &Path) -> Self {
         PageServer::start_program(place, "page-server", snapshot, binaries::vmm(), &["uffd-handler"])

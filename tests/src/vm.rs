@@ -180,6 +180,7 @@ pub struct Restore<'a> {
     page_server: Option<MemBackend>,
     paused: bool,
     same_generation: bool,
+    no_replay: bool,
     max_private_mib: Option<u64>,
     recorded_vsock: Option<PathBuf>,
     drives: Vec<DriveOverride>,
@@ -197,6 +198,7 @@ impl<'a> Restore<'a> {
             page_server: None,
             paused: false,
             same_generation: false,
+            no_replay: false,
             max_private_mib: None,
             recorded_vsock: None,
             drives: Vec::new(),
@@ -226,6 +228,12 @@ impl<'a> Restore<'a> {
     /// What becomes of it if its page server dies or hangs.
     pub fn on_handler_loss(mut self, what: OnHandlerLoss) -> Self {
         self.page_server.as_mut().expect("its memory comes from a page server").on_handler_loss = Some(what);
+        self
+    }
+
+    /// Nothing is got ready of what earlier clones have used.
+    pub fn no_replay(mut self) -> Self {
+        self.no_replay = true;
         self
     }
 
@@ -316,6 +324,7 @@ impl<'a> Restore<'a> {
                 vmm.arg("--max-private-mib").arg(limit.to_string());
             }
             vmm.args(self.paused.then_some("--paused")).args(self.same_generation.then_some("--same-generation"));
+            vmm.args(self.no_replay.then_some("--no-replay"));
         });
         Vm { process, name: name.to_owned(), vsock, api }
     }
@@ -333,6 +342,7 @@ impl<'a> Restore<'a> {
             network_overrides: self.taps,
             new_generation: !self.same_generation,
             max_private_mib: self.max_private_mib,
+            replay_working_set: !self.no_replay,
             ..SnapshotLoad::of(self.snapshot)
         };
         vm.client().snapshot_load(&document).unwrap_or_else(|e| panic!("{name}: cannot load the snapshot: {e}"));

@@ -30,6 +30,8 @@ Usage: uffd-handler --socket PATH --snapshot SNAPSHOT [--snapshot SNAPSHOT]... [
   --max-stores-mib M   what all page stores hold together when nobody gets a new one
                        any more (default: no bound)
   --keep-warm SECONDS  how long a page store is kept that nobody uses (default 600)
+  --record CLONES      learn from the next so many clones of each local snapshot which pages
+                       they use, and write that beside it; see `ws show`
   --ready-fd N         write one byte to descriptor N, and close it, when the socket listens
   --end-with-parent    end, as on SIGTERM, when the process that started this one ends
   --log-level LEVEL    off, error, warn, info, debug or trace (default `info`)
@@ -191,6 +193,7 @@ impl Command {
         use lexopt::prelude::*;
         let (mut socket, mut snapshots, mut metrics, mut ready_fd) = (None, Vec::new(), None, None);
         let (mut copy, mut max_sessions, mut max_stores_mib, mut keep_warm) = (None, None, None, None);
+        let mut record = None;
         let (mut cache_dir, mut cache_max_mib) = (None, None);
         let mut end_with_parent = false;
         let mut log = Settings::new(Level::Info, "uffd-handler");
@@ -206,6 +209,7 @@ impl Command {
                 Long("max-sessions") => once(&mut max_sessions, "--max-sessions", parser.value()?.parse()?)?,
                 Long("max-stores-mib") => once(&mut max_stores_mib, "--max-stores-mib", parser.value()?.parse()?)?,
                 Long("keep-warm") => once(&mut keep_warm, "--keep-warm", parser.value()?.parse()?)?,
+                Long("record") => once(&mut record, "--record", parser.value()?.parse()?)?,
                 Long("ready-fd") => once(&mut ready_fd, "--ready-fd", parser.value()?.parse()?)?,
                 Long("end-with-parent") => end_with_parent = true,
                 Long("log-level") => log.level = parser.value()?.parse()?,
@@ -229,6 +233,7 @@ impl Command {
             max_stores: max_stores_mib.map(bytes).transpose()?,
             keep_warm: keep_warm.map_or(usual.keep_warm, |seconds: u32| Duration::from_secs(seconds.into())),
             copy_image: copy.map(|path| position(&snapshots, path)).transpose()?,
+            record: record.map_or(Ok(usual.record), |n| at_least_1("--record", n))?,
         };
         let cache = cache_settings(cache_dir, cache_max_mib)?;
         Ok(Command::Serve(Options { socket, snapshots, cache, metrics, limits, ready_fd, end_with_parent, log }))
@@ -288,6 +293,7 @@ mod tests {
                 max_stores: Some(3 << 20),
                 keep_warm: Duration::ZERO,
                 copy_image: Some(1),
+                record: 4,
             },
             ready_fd: Some(5),
             end_with_parent: false,
@@ -299,7 +305,7 @@ mod tests {
         };
         let line = "--socket s --snapshot a --snapshot=b/snap.json --snapshot s3://b/c --metrics m --ready-fd 5 \
             --cache-dir d --cache-max-mib 3 \
-            --copy-snapshot b/snap.json --max-sessions 7 --max-stores-mib 3 --keep-warm 0 \
+            --copy-snapshot b/snap.json --max-sessions 7 --max-stores-mib 3 --keep-warm 0 --record 4 \
             --log-level debug --log-format json --log-file l";
         assert_eq!(parse(line), Ok(Command::Serve(options)));
         assert_eq!(parse("--socket s --help"), Ok(Command::Help));

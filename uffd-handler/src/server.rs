@@ -24,9 +24,10 @@ use crate::stores::{GrantError, Stores};
 use crate::timer::Timer;
 use crate::token::Token;
 use crate::uffd::{self, AdoptError};
-use api_spec::handshake::{Hello, Mode, Ping, Region, Reply, VERSION};
+use api_spec::handshake::{Hello, Mode, Ping, Region, Reply, VERSION, Word};
 use api_spec::page_server::Metrics;
 use event_manager::{EventOps, Events, MutEventSubscriber};
+use snapshot::working_set::Used;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -55,11 +56,22 @@ pub struct Limits {
     pub keep_warm: Duration,
     /// Which image a client gets that names none, if several have the size of its memory.
     pub copy_image: Option<usize>,
+    /// From how many clones of each image its working set is learnt; from none if 0.
+    pub record: usize,
 }
+
+/// For how long a guest is served before it is asked what it has used.
+const USED_AFTER: Duration = Duration::from_secs(2);
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_sessions: 10_000, max_stores: None, keep_warm: Duration::from_secs(600), copy_image: None }
+        Self {
+            max_sessions: 10_000,
+            max_stores: None,
+            keep_warm: Duration::from_secs(600),
+            copy_image: None,
+            record: 0,
+        }
     }
 }
 
@@ -137,6 +149,8 @@ impl Server {
         limits: Limits,
     ) -> io::Result<Self> {
         let inbox = Inbox::new()?;
+        let mut stores = Stores::new(images, limits.max_stores, limits.record, &inbox);
+        stores.prepare(rustix::process::getuid().as_raw(), Instant::now());
         let tick = Timer::new()?;
         tick.set(Some(TICK), TICK)?;
         Ok(Self {
@@ -146,7 +160,7 @@ impl Server {
             tick,
             alarm: Timer::new()?,
             alarm_at: None,
-            stores: Stores::new(images, limits.max_stores, &inbox),
+            stores,
             inbox,
             limits,
             newcomers: BTreeMap::new(),
@@ -405,17 +419,19 @@ impl Server {
         self.serve(id, ops);
     }
 
-    /// Gives a guest a turn: answers its faults, and then its pings.
+    /// Gives a guest a turn: answers its faults, and then its words.
     fn serve(&mut self, id: u32, ops: &mut EventOps) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let key = session.store();
         let served = self.stores.serve(session, &mut self.scratch);
-        let answered = served.map_err(|error| Parting::from(&error)).and_then(|turn| {
-            answer_pings(session, self.stores.away(key))?;
-            Ok(turn)
-        });
+        let answered = served
+            .map_err(|error| Parting::from(&error))
+            .and_then(|turn| Ok((turn, answer_words(session, self.stores.away(key))?)));
         match answered {
-            Ok(turn) => {
+            Ok((turn, used)) => {
+                if let Some(used) = used {
+                    self.stores.learn(key, used);
+                }
                 if session.has_more_to_do() || session.talk.has_line() {
                     self.unfinished.insert(id);
                     self.next_turn.get_or_insert_with(|| Instant::now() + NEXT_TURN);
@@ -541,7 +557,25 @@ impl Server {
         }
         self.refuse_overdue(now, ops);
         self.audit_stores(ops);
+        self.ask_what_was_used(now, ops);
         self.stores.tick(now, self.limits.keep_warm);
+    }
+
+    /// Asks guests that have been served for a while what they have used, where that is to be learnt.
+    fn ask_what_was_used(&mut self, now: Instant, ops: &mut EventOps) {
+        let mut deaf = Vec::new();
+        for (&id, session) in &mut self.sessions {
+            let is_ripe = session.shares() && session.speaks() && now.duration_since(session.began) >= USED_AFTER;
+            if is_ripe && self.stores.wants_to_learn(session.store()) && session.telling.ask() {
+                self.stores.asked(session.store());
+                if send(&session.stream, &Reply::Report).is_err() {
+                    deaf.push(id);
+                }
+            }
+        }
+        for id in deaf {
+            self.end_session(id, &Parting::silent("it does not read what it is asked"), ops);
+        }
     }
 
     fn refuse_overdue(&mut self, now: Instant, ops: &mut EventOps) {
@@ -647,17 +681,25 @@ fn hear(session: &mut Session) -> Result<(), Parting> {
     session.talk.hear(&bytes[..count]).map_err(|error| Parting::told(error.to_string()))
 }
 
-/// Answers the pings of a guest, if all of its faults are answered, or wait.
-fn answer_pings(session: &mut Session, away: Option<&str>) -> Result<(), Parting> {
+/// Answers the words of a guest, if all of its faults are answered, or wait. Returns what it has used, if it has told all of that.
+fn answer_words(session: &mut Session, away: Option<&str>) -> Result<Option<Used>, Parting> {
+    let mut used = None;
     while session.is_settled() && session.talk.has_line() {
-        let taken = session.talk.take().map_err(|error| Parting::told(error.to_string()))?;
-        let Some(Ping { ping }) = taken else { break };
+        let ping = match session.talk.take().map_err(|error| Parting::told(error.to_string()))? {
+            Some(Word::Ping(Ping { ping })) => ping,
+            Some(Word::Used(message)) => {
+                let told = session.telling.hear(message).map_err(|error| Parting::told(error.to_string()))?;
+                used = told.or(used);
+                continue;
+            }
+            None => break,
+        };
         let waiting = session.waiting();
         let away = away.filter(|_| waiting > 0).map(str::to_string);
         let pong = Reply::Pong { ping, waiting, away };
         send(&session.stream, &pong).map_err(|_| Parting::silent("it does not read what it is answered"))?;
     }
-    Ok(())
+    Ok(used)
 }
 
 /// Text that may contain what a client sent, fit for one line of a log.

@@ -17,6 +17,7 @@ use crate::histogram::Histogram;
 use crate::image::{Image, Waiter};
 use crate::mmap::give_zeros;
 use crate::process::{Credentials, peer_pidfd};
+use crate::recorder::Telling;
 use crate::region::{PAGE_SIZE, Regions};
 use crate::source::{Chunk, SourceError};
 use crate::store::{FillError, Store};
@@ -70,7 +71,7 @@ pub enum SessionError {
 impl SessionError {
     /// Whether the client is at the end of what it has, so that another server, or a second attempt, would not do.
     fn is_final(&self) -> bool {
-        matches!(self, SessionError::Outside(_) | SessionError::TooMany(_) | SessionError::Source(_))
+        matches!(self, SessionError::Outside(_) | SessionError::TooMany(_))
     }
 }
 
@@ -186,6 +187,10 @@ pub struct Session {
     pub pidfd: Option<OwnedFd>,
     /// What it says.
     pub talk: Talk,
+    /// What it tells of the pages that it has used.
+    pub telling: Telling,
+    /// Since when it is served.
+    pub began: Instant,
     faults: Faults,
     ahead: Ahead,
     counters: SessionMetrics,
@@ -212,10 +217,17 @@ impl Session {
             uffd,
             pidfd,
             talk: Talk::default(),
+            telling: Telling::default(),
+            began: Instant::now(),
             counters,
             is_read: false,
             other_event_logged: false,
         }
+    }
+
+    /// Whether it shares what it has not written, so that what it uses can be told from what it has.
+    pub fn shares(&self) -> bool {
+        self.guest.mode == Mode::Shared
     }
 
     /// Number of the session.

@@ -12,12 +12,14 @@
 
 use crate::fetch::{Fetched, Inbox};
 use crate::image::{Delivery, Image, Waiter};
+use crate::learning::Learning;
 use crate::region::{CHUNK_PAGES, PAGE_SIZE};
 use crate::session::{Parting, Scratch, Session, SessionError, Turn};
 use crate::source::{Chunk, Source};
 use crate::store::{Audit, CreateError, Store};
 use api_spec::handshake::Hello;
 use api_spec::page_server::{ImageMetrics, StoreMetrics};
+use snapshot::working_set::Used;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -119,6 +121,8 @@ pub struct Delivered {
 /// The images and stores of a server. A store is known by its key.
 pub struct Stores {
     images: Vec<Image>,
+    /// Of each image.
+    learning: Vec<Learning>,
     entries: BTreeMap<u64, Entry>,
     /// Most bytes in all stores together.
     bound: Option<u64>,
@@ -128,10 +132,46 @@ pub struct Stores {
 
 impl Stores {
     /// Images to serve; there are no stores yet. What has to be waited for arrives in `inbox`.
-    pub fn new(images: Vec<Box<dyn Source>>, bound: Option<u64>, inbox: &Inbox) -> Self {
+    /// With `record`, their working sets are learnt from so many clones.
+    pub fn new(images: Vec<Box<dyn Source>>, bound: Option<u64>, record: usize, inbox: &Inbox) -> Self {
+        let learning = images.iter().map(|source| Learning::begin(source.snapshot(), record)).collect();
         let images = images.into_iter().map(Arc::from).enumerate();
         let images = images.map(|(number, source)| Image::new(number, source, inbox)).collect();
-        Self { images, entries: BTreeMap::new(), bound, last_key: 0, retired_total: 0 }
+        Self { images, learning, entries: BTreeMap::new(), bound, last_key: 0, retired_total: 0 }
+    }
+
+    /// Makes the stores that a user is likely to ask for: those of images whose working set is known. It is read into them
+    /// meanwhile.
+    pub fn prepare(&mut self, uid: u32, now: Instant) {
+        for image in 0..self.images.len() {
+            if !self.learning[image].hot().is_empty() {
+                match self.grant(image, Some(uid)) {
+                    Ok(key) => self.release(key, now),
+                    Err(error) => tracing::warn!("no store is made ready: {error}"),
+                }
+            }
+        }
+    }
+
+    // ---- working sets ----
+
+    /// Whether another guest with this store is to be asked what it has used.
+    pub fn wants_to_learn(&self, key: u64) -> bool {
+        self.entries.get(&key).is_some_and(|entry| self.learning[entry.image].wants_more())
+    }
+
+    /// One is asked.
+    pub fn asked(&mut self, key: u64) {
+        if let Some(entry) = self.entries.get(&key) {
+            self.learning[entry.image].asked();
+        }
+    }
+
+    /// One tells what it has used.
+    pub fn learn(&mut self, key: u64, used: Used) {
+        if let Some(entry) = self.entries.get(&key) {
+            self.learning[entry.image].hear(used);
+        }
     }
 
     // ---- who gets what ----
@@ -212,6 +252,11 @@ impl Stores {
         self.last_key += 1;
         let entry = Entry { store, image, uid, retired: false, mending: None, users: 0, unused_since: None };
         self.entries.insert(self.last_key, entry);
+        let Self { images, learning, .. } = self;
+        let wanted = learning[image].hot().iter().filter(|&&chunk| images[image].read_ahead(chunk)).count();
+        if wanted > 0 {
+            tracing::debug!("store {}: {wanted} chunks of the working set are read ahead", self.last_key);
+        }
         Ok(self.last_key)
     }
 
@@ -245,6 +290,9 @@ impl Stores {
         if let Some(entry) = self.entries.get(&session.store()) {
             let image = &mut self.images[entry.image];
             session.waiting_chunks().into_iter().for_each(|chunk| image.leave(chunk, session.waiter()));
+            if session.telling.is_awaited() {
+                self.learning[entry.image].went();
+            }
         }
         self.release(session.store(), now);
     }

@@ -1,23 +1,23 @@
-//! What a served client says: pings, one on a line, and nothing else. No I/O.
+//! What a served client says: pings, and what it was asked for, each on a line. No I/O.
 
-use api_spec::handshake::Ping;
+use api_spec::handshake::{MAX_MESSAGE, Word};
 use std::collections::VecDeque;
 
 /// Bytes that a client may have sent beyond what was answered.
-const MOST_UNANSWERED: usize = 4096;
+const MOST_UNANSWERED: usize = MAX_MESSAGE + 4096;
 
 /// Why a client is not listened to any longer.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TalkError {
-    /// Something else than a ping.
-    #[error("a served client may send nothing but ping messages: {0}")]
-    NoPing(String),
-    /// Pings without end, or a line without one.
+    /// Something else.
+    #[error("a served client may send nothing but ping and used messages: {0}")]
+    NoWord(String),
+    /// Words without end, or a line without one.
     #[error("it has sent more than {MOST_UNANSWERED} bytes that were not answered")]
     TooMuch,
 }
 
-/// The pings of one client that were not answered yet.
+/// The words of one client that were not answered yet.
 #[derive(Debug, Default)]
 pub struct Talk {
     bytes: VecDeque<u8>,
@@ -38,28 +38,29 @@ impl Talk {
         self.bytes.contains(&b'\n')
     }
 
-    /// The next ping, which is to be answered; `None` until it is complete.
-    pub fn take(&mut self) -> Result<Option<Ping>, TalkError> {
+    /// The next word, which is to be answered; `None` until it is complete.
+    pub fn take(&mut self) -> Result<Option<Word>, TalkError> {
         let Some(end) = self.bytes.iter().position(|&byte| byte == b'\n') else { return Ok(None) };
         let line: Vec<u8> = self.bytes.drain(..=end).collect();
-        serde_json::from_slice(&line).map(Some).map_err(|error| TalkError::NoPing(error.to_string()))
+        serde_json::from_slice(&line).map(Some).map_err(|error| TalkError::NoWord(error.to_string()))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use api_spec::handshake::Ping;
     use proptest::prelude::*;
 
     #[test]
-    fn what_is_no_ping_is_named() {
+    fn what_is_no_word_is_named() {
         for (bytes, part) in
-            [(&b"\n"[..], "EOF"), (b"{\"ping\":-1}\n", "invalid"), (b"{\"pong\":1}\n", "unknown field")]
+            [(&b"\n"[..], "EOF"), (b"{\"ping\":-1}\n", "did not match"), (b"{\"pong\":1}\n", "did not match")]
         {
             let mut talk = Talk::default();
             talk.hear(bytes).unwrap();
             let error = talk.take().unwrap_err().to_string();
-            assert!(error.contains("ping messages") && error.contains(part), "{error}");
+            assert!(error.contains("ping and used messages") && error.contains(part), "{error}");
         }
     }
 
@@ -81,7 +82,7 @@ mod tests {
                 let (now, later) = left.split_at(cut.min(left.len()));
                 talk.hear(now).unwrap();
                 left = later;
-                while let Some(Ping { ping }) = talk.take().unwrap() {
+                while let Some(Word::Ping(Ping { ping })) = talk.take().unwrap() {
                     taken.push(ping);
                 }
             }

@@ -73,7 +73,8 @@ fn a_flipped_byte_is_never_served() {
             flag.store(true, Ordering::SeqCst);
         });
         let words = unlucky.wait_for_end();
-        assert!(words.contains("\"refused\"") && words.contains("is damaged at offset"), "{words}");
+        assert_eq!(words, "", "there may be another server with a good image");
+        assert!(server.logged("is damaged at offset") > 0, "{}", server.log());
         assert!(!has_read.load(Ordering::SeqCst), "a word of the damaged chunk was served");
         let refusal = Client::greet(&sample).unwrap_err().to_string();
         assert!(refusal.contains("damaged"), "{refusal}");

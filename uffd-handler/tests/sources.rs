@@ -135,7 +135,7 @@ fn what_nobody_waits_for_is_not_tried_again() {
 }
 
 #[test]
-fn a_damaged_chunk_ends_who_needs_it_with_a_word() {
+fn a_damaged_chunk_ends_who_needs_it_without_a_word() {
     with_userfaultfd(|| {
         let (bad, hand) = TestSource::boxed("bad", SIZE, Weather::Fine);
         let server = Local::start(vec![bad], Limits::default());
@@ -145,7 +145,7 @@ fn a_damaged_chunk_ends_who_needs_it_with_a_word() {
         let guest = unlucky.clone();
         let reader = std::thread::spawn(move || guest.view.get(64 * PAGE / 8));
         let words = last_words(&unlucky.stream);
-        assert!(words.contains("\"refused\"") && words.contains("spoilt by the test"), "{words}");
+        assert_eq!(words, "", "there may be another server with a good image");
         assert!(!reader.is_finished());
         assert!(server.greet("bad", SIZE).unwrap_err().to_string().contains("damaged"));
         lucky.view.check_page(5);
@@ -247,7 +247,7 @@ fn reading_ahead_fills_the_stores_that_there_are() {
     with_userfaultfd(|| {
         let (source, hand) = TestSource::boxed("image", SIZE, Weather::Fine);
         let inbox = Inbox::new().unwrap();
-        let mut stores = Stores::new(vec![source], None, &inbox);
+        let mut stores = Stores::new(vec![source], None, 0, &inbox);
         assert_eq!(stores.prefetch("image", 0..10), 0, "there is no store that it would be for");
         stores.grant(0, Some(1)).unwrap();
         stores.grant(0, None).unwrap();

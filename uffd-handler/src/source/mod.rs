@@ -1,12 +1,14 @@
 //! Where pages come from: an immutable memory image that is read, and checked, a chunk at a time.
 
-mod file;
+pub mod file;
 pub mod open;
 #[cfg(feature = "remote")]
 pub mod remote;
 
 use crate::region::CHUNK_SIZE;
+use snapshot::load::Snapshot;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Room for one chunk.
@@ -67,6 +69,11 @@ pub trait Source: Send + Sync {
     /// Hears that these chunks are in a store, so that nothing but another user's store will ask for them again. Must not
     /// wait.
     fn forget(&self, _chunks: Range<u64>) {}
+
+    /// The snapshot that it is of, if that lies on this host: its working set is beside it.
+    fn snapshot(&self) -> Option<Arc<Snapshot>> {
+        None
+    }
 
     /// What it has done so far. Sources that count nothing themselves say so by zeros.
     fn counters(&self) -> SourceCounters {

@@ -1,8 +1,9 @@
 //! Opens what `--snapshot` names: a local directory, or a URL.
 
 use super::Source;
+use super::file::LocalImage;
 use crate::options::{CacheSettings, Options};
-use snapshot::image::{ImageError, MemoryImage};
+use snapshot::image::ImageError;
 use snapshot::load::LoadError;
 use std::path::{Path, PathBuf};
 
@@ -37,7 +38,7 @@ pub fn open_images(options: &Options) -> Result<Vec<Box<dyn Source>>, OpenError>
 
 fn open_local(path: &Path) -> Result<Box<dyn Source>, OpenError> {
     let snapshot = snapshot::load::open(path).map_err(|error| OpenError::Snapshot(path.to_owned(), error))?;
-    let image = MemoryImage::open(&snapshot).map_err(|error| OpenError::Image(path.to_owned(), error))?;
+    let image = LocalImage::open(snapshot).map_err(|error| OpenError::Image(path.to_owned(), error))?;
     Ok(Box::new(image))
 }
 

@@ -44,6 +44,7 @@ Options:
                          snapshot's own; once for each interface
   --paused               with --restore: leave the vCPUs standing still
   --max-private-mib N    with --restore: pause the guest when it has N MiB of private memory
+  --no-replay            with --restore: do not get pages ready that earlier clones have used (working-set.json)
   --same-generation      with --restore: keep the generation id, so that the guest takes itself for the original (tests)
   --console PLACE        where the guest's COM1 leads: `stdio` (default), `pty`, or a file that output is appended to
   --api-sock PATH        Unix socket of the REST API; created, mode 0600, removed at the end
@@ -134,6 +135,8 @@ pub struct LoadOptions {
     pub same_generation: bool,
     /// Most private memory, in MiB.
     pub max_private_mib: Option<u64>,
+    /// Make nothing of the snapshot's working set.
+    pub no_replay: bool,
 }
 
 impl LoadOptions {
@@ -150,6 +153,7 @@ impl LoadOptions {
             network_overrides: self.taps.clone(),
             new_generation: !self.same_generation,
             max_private_mib: self.max_private_mib,
+            replay_working_set: !self.no_replay,
             ..SnapshotLoad::of(self.snapshot.clone())
         }
     }
@@ -278,7 +282,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
     let mut level = None;
     let (mut snapshot, mut uffd, mut copy, mut on_handler_loss, mut vsock) = (None, None, None, None, None);
     let (mut drives, mut taps) = (Vec::new(), Vec::new());
-    let (mut paused, mut same_generation, mut max_private_mib) = (false, false, None);
+    let (mut paused, mut same_generation, mut max_private_mib, mut no_replay) = (false, false, None, false);
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
         match arg {
@@ -302,6 +306,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             Long("tap") => taps.push(tap(&parser.value()?.string()?)?),
             Long("paused") => paused = true,
             Long("same-generation") => same_generation = true,
+            Long("no-replay") => no_replay = true,
             Long("max-private-mib") => {
                 max_private_mib = Some(value(&mut parser, "--max-private-mib", "a number of MiB")?);
             }
@@ -359,6 +364,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         ("--tap", !taps.is_empty()),
         ("--paused", paused),
         ("--same-generation", same_generation),
+        ("--no-replay", no_replay),
         ("--max-private-mib", max_private_mib.is_some()),
     ];
     if copy.is_some() && uffd.is_none() {
@@ -381,6 +387,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
                 paused,
                 same_generation,
                 max_private_mib,
+                no_replay,
             });
         }
         (None, _) => {

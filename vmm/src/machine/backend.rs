@@ -80,6 +80,11 @@ impl<'a> Backend<'a> {
         matches!(self, Backend::Shared(_) | Backend::Copy(_))
     }
 
+    /// Whether clones share what they have not written.
+    pub fn shares(&self) -> bool {
+        !matches!(self, Backend::Copy(_))
+    }
+
     /// Maps the memory of a snapshot. Nothing has touched it yet.
     pub fn map(self, snapshot: &Snapshot) -> Result<(GuestRam, Option<Service>), BackendError> {
         let memory = &snapshot.manifest().memory;

@@ -109,6 +109,7 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
         vm: vm.fd,
         ram,
         page_server: None,
+        replay: None,
         ending: Default::default(),
         plan: devices_plan,
         running: false,

@@ -35,6 +35,7 @@ use crate::devices::lock;
 use crate::devices::virtio::block::overlay::Folded;
 use crate::memory::GuestRam;
 use crate::memory::kinds::Kinds;
+use crate::memory::replay::Replay;
 use crate::notice::Notifier;
 use crate::vcpu::state::StateShape;
 use crate::vcpu::{self, Brake, Buses, Vcpu, VcpuError};
@@ -57,6 +58,8 @@ pub struct Machine {
     vm: VmFd,
     ram: GuestRam,
     page_server: Option<Keeper>,
+    /// Pages that are being got ready.
+    replay: Option<Replay>,
     /// Set when this process is about to end.
     ending: Arc<AtomicBool>,
     plan: DevicePlan,
@@ -216,6 +219,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        self.replay = None;
         let mut ended = vcpu::end_all(&self.vcpus);
         if let Some(server) = &self.page_server {
             // Closing the VM waits for page faults that the kernel has taken over from vCPUs; see `Service`. A vCPU

@@ -13,6 +13,7 @@ use crate::host;
 use crate::kvm::state::{Clock, VmStateError};
 use crate::kvm::{self, KvmError};
 use crate::memory::layout;
+use crate::memory::replay::Replay;
 use crate::memory::uffd::Service;
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
@@ -147,6 +148,13 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
         Keeper::start(service, &ram, charge).map_err(RestoreError::Guard)
     };
     let page_server = service.map(keep).transpose()?;
+    let replay = request.replay_working_set && backend.shares();
+    let replay = replay.then(|| Replay::start(snapshot.clone(), &ram, request.max_private_mib.is_none())).transpose();
+    // Advice that is not taken.
+    let replay = replay.unwrap_or_else(|e| {
+        tracing::warn!("no thread to get the pages of the working set ready: {e}");
+        None
+    });
     let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
     let state = snapshot.state();
     for (number, (vcpu, saved)) in vm.vcpus.iter().zip(&state.vcpus).enumerate() {
@@ -170,7 +178,19 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
 
     let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
-    Ok(Machine { vcpus, devices, shape, vm: vm.fd, ram, page_server, ending, plan, running: false, halting: false })
+    Ok(Machine {
+        vcpus,
+        devices,
+        shape,
+        vm: vm.fd,
+        ram,
+        page_server,
+        ending,
+        plan,
+        replay: replay.flatten(),
+        running: false,
+        halting: false,
+    })
 }
 
 /// Whether this program on this host can run the snapshot.
