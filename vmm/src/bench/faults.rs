@@ -86,8 +86,7 @@ impl Options {
     }
 }
 
-/// Who touches pages, and how they come. What a page server gets ready before it is asked is a case of its own as well, once
-/// there is such a server.
+/// Who touches pages, and how they come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Case {
@@ -97,6 +96,10 @@ pub enum Case {
     Later,
     /// Another one writes to what is in the store.
     LaterWrite,
+    /// One reads what was got ready to be read, since earlier clones did so.
+    ReplayRead,
+    /// One writes to what was got ready to be written.
+    ReplayWrite,
     /// In copy mode, the first clone of all reads.
     CopyFirst,
     /// In copy mode, another one reads the same.
@@ -111,6 +114,8 @@ impl Case {
             Case::First => "first clone",
             Case::Later => "later clone",
             Case::LaterWrite => "later clone, writing",
+            Case::ReplayRead => "working set, replayed",
+            Case::ReplayWrite => "working set, replayed, writing",
             Case::CopyFirst => "copy mode, first clone",
             Case::CopyLater => "copy mode, later clone",
             Case::Peer => "copy mode, other page server",
@@ -121,9 +126,18 @@ impl Case {
         matches!(self, Case::CopyFirst | Case::CopyLater | Case::Peer)
     }
 
+    /// The working set that is replayed for it, if one is, once that is learnt.
+    fn working_set(self) -> Option<&'static str> {
+        match self {
+            Case::ReplayRead => Some("read.json"),
+            Case::ReplayWrite => Some("written.json"),
+            _ => None,
+        }
+    }
+
     fn request(self, pages: Pages) -> Request {
         match self {
-            Case::LaterWrite => Request::Write { pages, value: SEED },
+            Case::LaterWrite | Case::ReplayWrite => Request::Write { pages, value: SEED },
             _ => Request::Touch { pages },
         }
     }
@@ -141,9 +155,11 @@ pub enum Pattern {
 
 const PATTERNS: [Pattern; 2] = [Pattern::Scattered, Pattern::Contiguous];
 /// Whose medians are compared: the first of each pair, divided by the second.
-const COMPARED: [(Case, Case); 5] = [
+const COMPARED: [(Case, Case); 7] = [
     (Case::Later, Case::First),
     (Case::LaterWrite, Case::First),
+    (Case::ReplayRead, Case::First),
+    (Case::ReplayWrite, Case::LaterWrite),
     (Case::CopyLater, Case::Later),
     (Case::Peer, Case::CopyFirst),
     (Case::Peer, Case::CopyLater),
@@ -341,11 +357,73 @@ impl Bench<'_> {
     /// All cases, each with a page server that nobody has asked for anything yet.
     fn run_once(&self, found: &mut Found) -> Result<(), BenchError> {
         self.measure_all(&[Case::First, Case::Later, Case::LaterWrite], found)?;
+        for case in [Case::ReplayRead, Case::ReplayWrite] {
+            self.measure_replay(case, found)?;
+        }
         self.measure_all(&[Case::CopyFirst, Case::CopyLater], found)?;
         if self.options.peer_handler.is_some() {
             self.measure_all(&[Case::Peer], found)?;
         }
         Ok(())
+    }
+
+    /// A case with the working set of a clone that has done the same before. For other cases none is there.
+    fn measure_replay(&self, case: Case, found: &mut Found) -> Result<(), BenchError> {
+        let place = self.path("snap").join(snapshot::file::WORKING_SET);
+        let kept = self.path(case.working_set().unwrap_or_default());
+        let moved = |from: &Path, to: &Path| std::fs::rename(from, to).map_err(io_error("cannot move a working set"));
+        if !kept.exists() {
+            self.learn(case, &place)?;
+            moved(&place, &kept)?;
+        }
+        moved(&kept, &place)?;
+        let measured = self.measure_all(&[case], found);
+        moved(&place, &kept)?;
+        measured
+    }
+
+    /// Has the page server learn what a clone uses that does what a case is about.
+    fn learn(&self, case: Case, place: &Path) -> Result<(), BenchError> {
+        let socket = self.path("uffd.sock");
+        let _ = std::fs::remove_file(&socket);
+        let mut server = self.start_page_server(&socket, &["--record", "1"])?;
+        wait_for_listener(&mut server, &socket)?;
+        let (mut clone, mut agent) = self.restore(case, &socket)?;
+        for pattern in PATTERNS {
+            ask(&mut agent, case.request(self.options.pages_of(pattern)))?;
+        }
+        let deadline = Instant::now() + PATIENCE;
+        while !place.exists() {
+            clone.check_alive()?;
+            server.check_alive()?;
+            if Instant::now() > deadline {
+                return Err(BenchError::Late("the page server has not learnt what a clone uses", PATIENCE));
+            }
+            std::thread::sleep(AGAIN);
+        }
+        Ok(())
+    }
+
+    /// Waits until a process has no more memory than it had a while ago: what is got ready for it is ready.
+    fn wait_for_replay(&self, clone: &mut Child) -> Result<(), BenchError> {
+        const A_WHILE: Duration = Duration::from_millis(100);
+        let resident = |pid: u32| {
+            let text = std::fs::read_to_string(format!("/proc/{pid}/statm"));
+            text.map_err(io_error("cannot read /proc/PID/statm"))
+        };
+        let (deadline, mut before) = (Instant::now() + PATIENCE, String::new());
+        loop {
+            let now = resident(clone.pid())?;
+            if now == before {
+                return Ok(());
+            }
+            clone.check_alive()?;
+            if Instant::now() > deadline {
+                return Err(BenchError::Late("the working set of a clone is not ready", PATIENCE));
+            }
+            before = now;
+            std::thread::sleep(A_WHILE);
+        }
     }
 
     /// Cases that belong together: a clone each, one after the other, with the same page server.
@@ -357,7 +435,7 @@ impl Bench<'_> {
         let _ = std::fs::remove_file(&socket);
         let mut server = match (cases, &self.options.peer_handler) {
             ([Case::Peer], Some(program)) => self.start_peer(program, &socket)?,
-            _ => self.start_page_server(&socket)?,
+            _ => self.start_page_server(&socket, &[])?,
         };
         wait_for_listener(&mut server, &socket)?;
         for &case in cases {
@@ -372,6 +450,9 @@ impl Bench<'_> {
                 }
                 restored => restored?,
             };
+            if case.working_set().is_some() {
+                self.wait_for_replay(&mut clone)?;
+            }
             for pattern in PATTERNS {
                 let duration = self.measure(case, pattern, &mut agent)?;
                 found.durations.entry((case, pattern)).or_default().push(duration);
@@ -381,9 +462,9 @@ impl Bench<'_> {
         Ok(())
     }
 
-    fn start_page_server(&self, socket: &Path) -> Result<Child, BenchError> {
+    fn start_page_server(&self, socket: &Path, more: &[&str]) -> Result<Child, BenchError> {
         Ok(self.children.start("page server", &self.path("uffd.log"), |vmm| {
-            vmm.arg("uffd-handler").arg("--socket").arg(socket).arg("--snapshot").arg(self.path("snap"));
+            vmm.arg("uffd-handler").arg("--socket").arg(socket).arg("--snapshot").arg(self.path("snap")).args(more);
         })?)
     }
 
@@ -451,7 +532,7 @@ fn ask(agent: &mut AgentClient, request: Request) -> Result<Response, BenchError
 fn check(case: Case, pages: Pages, response: Response) -> Result<(), BenchError> {
     let words = pages.numbers().map(|page| pattern::word(SEED, page, 0));
     let expected = match case {
-        Case::LaterWrite => Response::Done,
+        Case::LaterWrite | Case::ReplayWrite => Response::Done,
         _ => Response::Sum(words.fold(0, u64::wrapping_add)),
     };
     if response == expected { Ok(()) } else { Err(BenchError::WrongPages(case.title())) }
