@@ -127,6 +127,14 @@ impl Drop for StoreMapping {
     }
 }
 
+/// Copies a page of bytes to an address of the process that `client` is of, where there is none.
+pub fn give_page(client: &Uffd, address: u64, page: &[u8]) -> io::Result<Outcome> {
+    assert_eq!(page.len() as u64, PAGE_SIZE, "a page is copied whole");
+    // SAFETY: the source is a slice. The kernel accepts only what the process that made `client` has registered, which is memory
+    // that is filled in this way, by whomever, and to which no Rust reference exists; and it only adds pages that are absent.
+    placed(unsafe { client.copy(page.as_ptr().cast(), address as *mut _, page.len(), true) })
+}
+
 /// Puts a page of zeros to an address of the process that `client` is of.
 pub fn give_zeros(client: &Uffd, address: u64) -> io::Result<Outcome> {
     // SAFETY: as in `StoreMapping::give`: the kernel accepts only what the process that made `client` has registered.

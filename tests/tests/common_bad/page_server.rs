@@ -239,12 +239,13 @@ fn idle_server(socket: &Path) -> (JoinHandle<Peer>, UnixStream) {
     (server, near)
 }
 
-fn clone_of_idle_server(template: &Template) -> (Process, Peer) {
+fn clone_of_idle_server(template: &Template, on_loss: &str) -> (Process, Peer) {
     let socket = template.place.join("s");
     let (server, mut serving) = idle_server(&socket);
     let clone = Process::start(&template.place, "clone", binaries::vmm(), |vmm| {
         vmm.arg("--restore").arg(&template.snapshot).arg("--uffd").arg(&socket);
         vmm.arg("--vsock").arg(template.place.join("c.v")).arg("--api-sock").arg(template.place.join("c.api"));
+        vmm.args(["--on-handler-loss", on_loss]);
     });
     serving.set_read_timeout(Some(tests::PATIENCE)).expect("a socket takes a timeout");
     serving.read_exact(&mut [0]).expect("the server serves");
@@ -259,13 +260,16 @@ fn sockets(place: &Place) -> Vec<String> {
 fn a_guest_whose_page_server_gives_no_page_can_be_ended() {
     require!(Kvm, Userfaultfd);
     let template = template();
-    let (clone, peer) = clone_of_idle_server(&template);
-    std::thread::sleep(Duration::from_millis(100));
-    let done = clone.stop();
-    super::no_panic(&done.stderr);
-    assert_eq!(done.status.code(), Some(0), "{done:?}");
-    assert_eq!(sockets(&template.place), [""; 0], "its sockets are gone");
-    drop(peer);
+    for on_loss in ["failover", "reattach", "pause", "kill"] {
+        let (clone, peer) = clone_of_idle_server(&template, on_loss);
+        std::thread::sleep(Duration::from_millis(100));
+        let done = clone.stop();
+        super::no_panic(&done.stderr);
+        assert_eq!(done.status.code(), Some(0), "{on_loss}: {done:?}");
+        assert_eq!(sockets(&template.place), [""; 0], "its sockets are gone");
+        drop(peer);
+        std::fs::remove_file(template.place.join("s")).expect("it is ours");
+    }
 }
 
 #[test]
@@ -273,7 +277,7 @@ fn a_guest_that_waits_for_a_page_ends_with_its_page_server() {
     require!(Kvm, Userfaultfd);
     let template = template();
     for delay_ms in [0, 5, 100] {
-        let (clone, peer) = clone_of_idle_server(&template);
+        let (clone, peer) = clone_of_idle_server(&template, "kill");
         std::thread::sleep(Duration::from_millis(delay_ms));
         drop(peer);
         let done = clone.finish();

@@ -9,7 +9,6 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
-use userfaultfd::Uffd;
 use vm_memory::MmapRegion;
 
 /// What the kernel is to get ready.
@@ -28,30 +27,6 @@ pub fn populate(region: &MmapRegion, range: Range<u64>, how: Populate) -> io::Re
         Populate::Read => libc::MADV_POPULATE_READ,
         Populate::Write => libc::MADV_POPULATE_WRITE,
     })
-}
-
-/// Attempts at a copy that the kernel asks to repeat, before it counts as failed.
-const COPY_ATTEMPTS: u32 = 1000;
-
-/// Puts a page at an address of guest memory, where none is, and wakes who waits for it. False if there is one already, or if
-/// nothing is registered there (any more).
-pub fn copy_page(uffd: &Uffd, addr: u64, page: &[u8]) -> io::Result<bool> {
-    for _ in 0..COPY_ATTEMPTS {
-        // SAFETY: the source is a slice. The kernel writes to no memory but ranges that are registered with a userfaultfd, which in
-        // this process guest memory alone is; no Rust reference points to that; and it only adds pages that are absent.
-        let copied = unsafe { uffd.copy(page.as_ptr().cast(), addr as *mut _, page.len(), true) };
-        return match copied {
-            Ok(_) => Ok(true),
-            Err(userfaultfd::Error::PartiallyCopied(_)) => continue,
-            Err(userfaultfd::Error::CopyFailed(errno)) => match errno as i32 {
-                libc::EEXIST | libc::ENOENT => Ok(false),
-                libc::EAGAIN => continue,
-                other => Err(io::Error::from_raw_os_error(other)),
-            },
-            Err(other) => Err(io::Error::other(other.to_string())),
-        };
-    }
-    Err(io::ErrorKind::WouldBlock.into())
 }
 
 /// Keeps a region out of core dumps and out of child processes.

@@ -5,7 +5,6 @@
 //! put only where none is, and whoever puts it there puts the same bytes; what the guest has discarded is registered no more.
 
 use super::PAGE_SIZE;
-use super::mmap::copy_page;
 use api_spec::handshake::Region;
 use snapshot::image::{ImageError, MemoryImage};
 use snapshot::load::Snapshot;
@@ -13,11 +12,15 @@ use std::io;
 use std::sync::Arc;
 use uffd_handler::ahead::Ahead;
 use uffd_handler::events::{BATCH, EventReader};
+use uffd_handler::faults::Outcome;
+use uffd_handler::mmap::give_page;
 use uffd_handler::region::{CHUNK_PAGES, CHUNK_SIZE, RegionError, Regions};
 use userfaultfd::Uffd;
 
 /// Chunks that are kept, in case that their other pages are wanted too: 1 MiB.
 const RECENT: usize = 16;
+/// Attempts at a copy that the kernel asks to repeat, before it counts as failed.
+const COPY_ATTEMPTS: u32 = 1000;
 /// Batches of events that are answered at a time.
 const BATCHES_IN_A_TURN: usize = 16;
 
@@ -128,7 +131,14 @@ impl StandIn {
         let slot = self.chunk(page / CHUNK_PAGES)?;
         let start = (page % CHUNK_PAGES * PAGE_SIZE) as usize;
         let bytes = &self.recent[slot].1[start..start + PAGE_SIZE as usize];
-        copy_page(&self.uffd, place, bytes).map_err(|error| StandInError::Copy(place, error))
+        for _ in 0..COPY_ATTEMPTS {
+            match give_page(&self.uffd, place, bytes).map_err(|error| StandInError::Copy(place, error))? {
+                // The mappings of this process change just now.
+                Outcome::Again => {}
+                outcome => return Ok(outcome == Outcome::Placed),
+            }
+        }
+        Err(StandInError::Copy(place, io::ErrorKind::WouldBlock.into()))
     }
 
     /// Has a chunk among the recent ones, and tells where.
