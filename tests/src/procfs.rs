@@ -64,6 +64,14 @@ pub fn resident(pid: u32, kind: &str) -> u64 {
     kib.unwrap_or_else(|| panic!("the kernel does not tell {kind} of process {pid}"))
 }
 
+/// Memory that the host can give to new processes, in MiB.
+pub fn available_mib() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").expect("the kernel tells how much memory there is");
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+    kib.expect("the kernel tells how much memory is available") >> 10
+}
+
 /// The guest RAM of the vmm `pid`, restored from a page server.
 pub fn guest_ram(pid: u32) -> Memory {
     memory(pid, |name| name.starts_with(STORE))
@@ -98,6 +106,26 @@ pub fn descriptors(pid: u32) -> Vec<String> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).expect("the process is there to be looked at");
     let names = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
     names.map(|name| name.to_string_lossy().into_owned()).collect()
+}
+
+/// Processor time that process `pid` has used, in ticks of 10 ms.
+pub fn ticks(pid: u32) -> u64 {
+    stat_ticks(&format!("/proc/{pid}/stat")).expect("the process is there to be looked at")
+}
+
+/// Processor time that the threads of this name have used in process `pid`, in ticks of 10 ms.
+pub fn thread_ticks(pid: u32, name: &str) -> u64 {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the process is there to be looked at");
+    let paths = tasks.filter_map(|task| Some(task.ok()?.path()));
+    let named = paths.filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|found| found.trim() == name));
+    named.filter_map(|task| stat_ticks(&task.join("stat").to_string_lossy())).sum()
+}
+
+/// User and system time; the fields before may have spaces in the name of the process, which ends with the last parenthesis.
+fn stat_ticks(path: &str) -> Option<u64> {
+    let stat = fs::read_to_string(path).ok()?;
+    let (_, fields) = stat.rsplit_once(") ")?;
+    fields.split(' ').skip(11).take(2).map(|time| time.parse::<u64>().ok()).sum()
 }
 
 /// Processor time that each vCPU thread of the vmm `pid` has used, in nanoseconds.
