@@ -1,7 +1,6 @@
 //! Programs as a user without privileges, to whom the devices of this host may be open or closed.
 //!
-//! Nothing of the host is changed for that: such a program has a mount namespace of its own, with nodes of its own in the place of
-//! the devices.
+//! Nothing of the host is changed for that: such a program has a mount namespace of its own, with a /dev of its own.
 
 use crate::place::Place;
 use crate::process::Process;
@@ -12,24 +11,35 @@ use std::process::Command;
 /// Who it is: nobody, on most systems.
 pub const UID: u32 = 65534;
 
-/// What the shell does as root before it becomes the program: `$1` is a directory, `$2` the mode of /dev/userfaultfd, `$3` are words
-/// for setpriv, and what follows is the program.
+/// What the shell does as root before it becomes the program: `$1` is a directory, which becomes /dev, `$2` the mode of userfaultfd
+/// there, or nothing if it is not to be there, `$3` are words for setpriv, and what follows is the program.
 const SCRIPT: &str = r#"
-mount -t tmpfs -o mode=755,size=64k devices "$1"
-cp -a /dev/kvm /dev/userfaultfd "$1"
-chmod 666 "$1/kvm"
-chmod "$2" "$1/userfaultfd"
-for device in kvm userfaultfd; do mount --bind "$1/$device" "/dev/$device"; done
-words=$3
+dev=$1 mode=$2 words=$3
 shift 3
+mount -t tmpfs -o mode=755,size=64k devices "$dev"
+for device in null zero random urandom kvm ${mode:+userfaultfd}; do cp -a "/dev/$device" "$dev"; done
+chmod 666 "$dev/kvm"
+[ -z "$mode" ] || chmod "$mode" "$dev/userfaultfd"
+mount --bind "$dev" /dev
 exec setpriv --reuid=65534 --regid=65534 --clear-groups $words "$@"
 "#;
 
+/// What a user finds at /dev/userfaultfd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// It may be opened.
+    Open,
+    /// It may not.
+    Closed,
+    /// There is none, as in many a container.
+    Absent,
+}
+
 /// A user without privileges, apart from what is said here.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct User {
-    /// Whether /dev/userfaultfd is open to it.
-    pub has_device: bool,
+    /// What becomes of /dev/userfaultfd.
+    pub device: Device,
     /// Whether its programs have CAP_SYS_PTRACE.
     pub has_ptrace: bool,
 }
@@ -42,7 +52,7 @@ impl User {
             return Some(format!("there is no {device} to be shown to another user"));
         }
         let place = Place::new();
-        let user = User { has_device: true, has_ptrace: true };
+        let user = User { device: Device::Open, has_ptrace: true };
         user.take(place.path());
         let done = user.start(&place, "probe", Path::new("true"), |_| {}).finish();
         (done.status.code() != Some(0)).then(|| {
@@ -65,7 +75,11 @@ impl User {
         std::fs::create_dir_all(&devices).expect("a directory can be made in the test's directory");
         let open = std::fs::Permissions::from_mode(0o755);
         std::fs::set_permissions(&devices, open).expect("it is ours");
-        let mode = if self.has_device { "666" } else { "600" };
+        let mode = match self.device {
+            Device::Open => "666",
+            Device::Closed => "600",
+            Device::Absent => "",
+        };
         let words =
             if self.has_ptrace { "--inh-caps=+sys_ptrace --ambient-caps=+sys_ptrace" } else { "--inh-caps=-all" };
         Process::start(place, name, Path::new("unshare"), |command| {

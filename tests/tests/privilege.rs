@@ -5,15 +5,15 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use tests::user::{UID, User};
+use tests::user::{Device, UID, User};
 use tests::{PageServer, Place, Process, Template, Vm, binaries, procfs, require};
 
 /// With access to the device, and without privileges.
-const WITH_DEVICE: User = User { has_device: true, has_ptrace: false };
+const WITH_DEVICE: User = User { device: Device::Open, has_ptrace: false };
 /// Without access to the device, and with the one capability that stands in for it.
-const WITH_CAPABILITY: User = User { has_device: false, has_ptrace: true };
+const WITH_CAPABILITY: User = User { device: Device::Closed, has_ptrace: true };
 /// With neither.
-const WITH_NOTHING: User = User { has_device: false, has_ptrace: false };
+const WITH_NOTHING: User = User { device: Device::Closed, has_ptrace: false };
 /// CAP_SYS_PTRACE, as the kernel shows a set of capabilities.
 const PTRACE: u64 = 1 << 19;
 
@@ -108,6 +108,14 @@ fn a_capability_is_enough_for_the_vmm() {
 }
 
 #[test]
+fn a_capability_is_enough_for_the_vmm_where_there_is_no_device() {
+    require!(Kvm, Userfaultfd);
+    require_user!();
+    let absent = |user: User| User { device: Device::Absent, ..user };
+    check_that_clones_live(&absent(WITH_CAPABILITY), &absent(WITH_NOTHING));
+}
+
+#[test]
 fn a_vmm_with_neither_says_what_it_needs_and_restores_from_the_file() {
     require!(Kvm, Userfaultfd);
     require_user!();
@@ -118,12 +126,16 @@ fn a_vmm_with_neither_says_what_it_needs_and_restores_from_the_file() {
     let (place, snapshot) = place_of(&WITH_NOTHING, &template);
     let server = PageServer::start_as(&WITH_NOTHING, &place, &snapshot);
     let socket = server.socket.to_str().expect("the path is text");
-    for mode in ["shared", "copy"] {
-        let vm = restore(&WITH_NOTHING, &place, &snapshot, &["--uffd", socket, "--uffd-mode", mode], mode);
-        let done = vm.process.finish();
-        assert_eq!(done.code(), 77, "{}", done.stderr);
-        for part in ["/dev/userfaultfd", "CAP_SYS_PTRACE", "vm.unprivileged_userfaultfd=1"] {
-            assert!(done.one_line().contains(part), "{part}: {}", done.stderr);
+    for device in [Device::Closed, Device::Absent] {
+        for mode in ["shared", "copy"] {
+            let user = User { device, ..WITH_NOTHING };
+            let vm = restore(&user, &place, &snapshot, &["--uffd", socket, "--uffd-mode", mode], mode);
+            let done = vm.process.finish();
+            assert_eq!(done.code(), 77, "{}", done.stderr);
+            println!("{device:?}: {}", done.one_line());
+            for part in ["not permitted", "/dev/userfaultfd", "CAP_SYS_PTRACE", "vm.unprivileged_userfaultfd=1"] {
+                assert!(done.one_line().contains(part), "{part}: {}", done.stderr);
+            }
         }
     }
     let doctor = WITH_NOTHING
