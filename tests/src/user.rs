@@ -47,6 +47,9 @@ pub struct User {
 impl User {
     /// Why this host, or who runs the tests on it, cannot run programs so; `None` if it can.
     pub fn missing() -> Option<String> {
+        if !rustix::process::geteuid().is_root() {
+            return Some("only root can run programs as another user".to_owned());
+        }
         let devices = ["/dev/kvm", "/dev/userfaultfd"];
         if let Some(device) = devices.into_iter().find(|device| !Path::new(device).exists()) {
             return Some(format!("there is no {device} to be shown to another user"));
@@ -56,7 +59,7 @@ impl User {
         user.take(place.path());
         let done = user.start(&place, "probe", Path::new("true"), |_| {}).finish();
         (done.status.code() != Some(0)).then(|| {
-            format!("programs cannot be run as another user (root, unshare and setpriv do that): {}", done.stderr)
+            format!("programs cannot be run as another user (unshare, mount and setpriv do that): {}", done.stderr)
         })
     }
 
