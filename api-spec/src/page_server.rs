@@ -50,6 +50,10 @@ pub struct ImageMetrics {
     pub chunks_read: u64,
     /// Bytes in them.
     pub bytes_read: u64,
+    /// Chunks of a remote image for which nobody had to be asked: they had come along with others, or were in the cache on disk.
+    pub cached_chunks: u64,
+    /// How often a chunk was found wrong in the cache on disk, which is then fetched anew. May count one chunk twice.
+    pub cache_faults: u64,
     /// Chunks that are being waited for.
     pub chunks_waiting: u64,
     /// Reads that failed, and will be tried again.

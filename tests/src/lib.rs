@@ -11,6 +11,7 @@
 //! - [`page_server`]: starts page servers
 //! - [`linux`]: Linux guests, and what they say on their consoles
 //! - [`taps`]: tap devices of a test's own
+//! - [`user`]: programs as a user without privileges
 //! - [`agent`]: talks to the agent in a guest
 //! - [`random`]: numbers that look random and are the same each time
 //! - [`template`]: a snapshot with known contents, and the one check that holds after every step of a guest's life
@@ -31,6 +32,7 @@ pub mod procfs;
 pub mod random;
 pub mod taps;
 pub mod template;
+pub mod user;
 pub mod vm;
 pub mod web;
 
@@ -42,6 +44,7 @@ pub use process::Process;
 pub use random::Random;
 pub use template::{Template, TemplateOptions};
 pub use test_skip::skip_test;
+pub use user::User;
 pub use vm::{Boot, Restore, Vm};
 pub use web::Web;
 

@@ -2,9 +2,11 @@
 
 use crate::place::Place;
 use crate::process::Process;
+use crate::user::User;
 use crate::{PATIENCE, binaries, until};
 use api_spec::client::metrics;
 use api_spec::page_server::{Metrics, SessionMetrics};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 /// A running page server.
@@ -20,7 +22,16 @@ pub struct PageServer {
 impl PageServer {
     /// Starts the `uffd-handler` program for a snapshot, and waits until it listens.
     pub fn start(place: &Place, snapshot: &Path) -> Self {
-        PageServer::start_program(place, "page-server", snapshot, binaries::uffd_handler(), &[])
+        PageServer::start_of(place, &[snapshot])
+    }
+
+    /// Starts the `uffd-handler` program for several snapshots.
+    pub fn start_of(place: &Place, snapshots: &[&Path]) -> Self {
+        PageServer::start_program(place, snapshots, |name, arguments| {
+            Process::start(place, name, binaries::uffd_handler(), |command| {
+                command.args(arguments);
+            })
+        })
     }
 
     /// As [`PageServer::start`], with further arguments.
@@ -30,15 +41,30 @@ impl PageServer {
 
     /// As [`PageServer::start`], but with the same server inside the `vmm` program.
     pub fn start_in_vmm(place: &Place, snapshot: &Path) -> Self {
-        PageServer::start_program(place, "page-server", snapshot, binaries::vmm(), &["uffd-handler"])
+        PageServer::start_program(place, &[snapshot], |name, arguments| {
+            Process::start(place, name, binaries::vmm(), |command| {
+                command.arg("uffd-handler").args(arguments);
+            })
+        })
     }
 
-    fn start_program(place: &Place, name: &str, snapshot: &Path, program: &Path, first: &[&str]) -> Self {
+    /// As [`PageServer::start`], but as another user.
+    pub fn start_as(user: &User, place: &Place, snapshot: &Path) -> Self {
+        PageServer::start_program(place, &[snapshot], |name, arguments| {
+            user.start(place, name, binaries::uffd_handler(), |command| {
+                command.args(arguments);
+            })
+        })
+    }
+
+    /// `start` is given the name of the process and the arguments.
+    fn start_program(place: &Place, snapshots: &[&Path], start: impl FnOnce(&str, &[OsString]) -> Process) -> Self {
+        let name = "page-server";
         let (socket, metrics) = (place.join(format!("{name}.sock")), place.join(format!("{name}.metrics")));
-        let mut process = Process::start(place, name, program, |command| {
-            command.args(first).arg("--socket").arg(&socket).arg("--metrics").arg(&metrics);
-            command.arg("--snapshot").arg(snapshot);
-        });
+        let mut arguments: Vec<OsString> = vec!["--socket".into(), (&socket).into()];
+        arguments.extend(["--metrics".into(), (&metrics).into()]);
+        arguments.extend(snapshots.iter().flat_map(|snapshot| ["--snapshot".into(), snapshot.into()]));
+        let mut process = start(name, &arguments);
         until("the page server listens", || {
             process.check_alive();
             metrics::read(&metrics, PATIENCE).is_ok()

@@ -64,6 +64,14 @@ pub fn resident(pid: u32, kind: &str) -> u64 {
     kib.unwrap_or_else(|| panic!("the kernel does not tell {kind} of process {pid}"))
 }
 
+/// Memory that the host can give to new processes, in MiB.
+pub fn available_mib() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").expect("the kernel tells how much memory there is");
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+    kib.expect("the kernel tells how much memory is available") >> 10
+}
+
 /// The guest RAM of the vmm `pid`, restored from a page server.
 pub fn guest_ram(pid: u32) -> Memory {
     memory(pid, |name| name.starts_with(STORE))
@@ -100,20 +108,38 @@ pub fn descriptors(pid: u32) -> Vec<String> {
     names.map(|name| name.to_string_lossy().into_owned()).collect()
 }
 
+/// Processor time that process `pid` has used, in ticks of 10 ms.
+pub fn ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the process is there to be looked at");
+    // The name of the process comes before, and may have spaces and parentheses.
+    let fields = stat.rsplit_once(") ").map_or("", |(_, fields)| fields);
+    let times = fields.split(' ').skip(11).take(2);
+    times.map(|time| time.parse::<u64>().expect("user and system time are numbers")).sum()
+}
+
+/// Processor time that the threads of process `pid` whose names are wanted have used, in nanoseconds.
+pub fn thread_time(pid: u32, is_wanted: impl Fn(&str) -> bool) -> u64 {
+    thread_times(pid).into_iter().filter(|(name, _)| is_wanted(name)).map(|(_, time)| time).sum()
+}
+
 /// Processor time that each vCPU thread of the vmm `pid` has used, in nanoseconds.
 pub fn vcpu_times(pid: u32) -> Vec<u64> {
+    let mut times = thread_times(pid);
+    times.retain(|(name, _)| name.starts_with("vcpu"));
+    times.sort();
+    times.into_iter().map(|(_, time)| time).collect()
+}
+
+fn thread_times(pid: u32) -> Vec<(String, u64)> {
     let tasks = fs::read_dir(format!("/proc/{pid}/task")).expect("the process is there to be looked at");
-    let mut times: Vec<(String, u64)> = tasks
+    tasks
         .filter_map(|task| {
             let task = task.ok()?.path();
             let name = fs::read_to_string(task.join("comm")).ok()?.trim().to_owned();
             let schedstat = fs::read_to_string(task.join("schedstat")).ok()?;
-            let time = schedstat.split_whitespace().next()?.parse().ok()?;
-            name.starts_with("vcpu").then_some((name, time))
+            Some((name, schedstat.split_whitespace().next()?.parse().ok()?))
         })
-        .collect();
-    times.sort();
-    times.into_iter().map(|(_, time)| time).collect()
+        .collect()
 }
 
 /// As [`vcpu_times`], once all `count` threads are there and stand still; panics if they do not come to that.

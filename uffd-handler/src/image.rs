@@ -11,7 +11,7 @@
 
 use crate::fetch::{Fetched, Fetcher, Inbox, Urgency};
 use crate::region::{CHUNK_SIZE, PAGE_SIZE};
-use crate::source::{Chunk, Source, SourceError};
+use crate::source::{Chunk, Source, SourceCounters, SourceError};
 use api_spec::page_server::ImageMetrics;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -288,11 +288,14 @@ impl Image {
 
     /// The counters as of now.
     pub fn metrics(&self) -> ImageMetrics {
+        let SourceCounters { cached_chunks, cache_faults, .. } = self.source.counters();
         ImageMetrics {
             image: self.root().to_string(),
             source: self.source.kind().to_string(),
             chunks_read: self.chunks_read,
             bytes_read: self.bytes_read,
+            cached_chunks,
+            cache_faults,
             chunks_waiting: self.waiters.len() as u64,
             failures: self.failures,
             away: self.away().map(str::to_string),

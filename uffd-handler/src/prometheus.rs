@@ -90,6 +90,18 @@ fn images(text: &mut Text, images: &[ImageMetrics]) {
         |one| one.failures,
     );
     each(
+        "coppice_page_server_image_cached_chunks_total",
+        Kind::Counter,
+        "Chunks of a remote image that had come along with others, or were in the cache on disk.",
+        |one| one.cached_chunks,
+    );
+    each(
+        "coppice_page_server_image_cache_faults_total",
+        Kind::Counter,
+        "How often a chunk was found wrong in the cache on disk, and was fetched anew.",
+        |one| one.cache_faults,
+    );
+    each(
         "coppice_page_server_image_waiting_chunks",
         Kind::Gauge,
         "Chunks of the image that are being waited for.",
@@ -258,6 +270,8 @@ mod tests {
             image: "ab".repeat(32),
             source: "remote".into(),
             bytes_read: 65536,
+            cached_chunks: 12,
+            cache_faults: 2,
             away: Some("timed out".into()),
             ..Default::default()
         };
@@ -283,6 +297,8 @@ mod tests {
             ("coppice_page_server_sessions_total", &[][..], 9.0),
             ("coppice_page_server_faults_total", &[("kind", "deferred")], 8.0),
             ("coppice_page_server_image_read_bytes_total", &[image, ("source", "remote")], 65536.0),
+            ("coppice_page_server_image_cached_chunks_total", &[image, ("source", "remote")], 12.0),
+            ("coppice_page_server_image_cache_faults_total", &[image, ("source", "remote")], 2.0),
             ("coppice_page_server_image_away", &[image], 1.0),
             ("coppice_page_server_image_damaged", &[image], 0.0),
             ("coppice_page_server_store_filled_pages", &[image, ("uid", "1000"), ("retired", "true")], 7.0),

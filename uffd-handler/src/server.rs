@@ -135,6 +135,7 @@ pub struct Server {
     refused_total: u64,
     events_total: u64,
     accepting: bool,
+    accepting_readers: bool,
     stopping: bool,
     fatal: Option<event_manager::Error>,
 }
@@ -174,6 +175,7 @@ impl Server {
             refused_total: 0,
             events_total: 0,
             accepting: true,
+            accepting_readers: true,
             stopping: false,
             fatal: None,
         })
@@ -225,7 +227,10 @@ impl Server {
             let stream = match self.listener.accept() {
                 Ok(Some(stream)) => stream,
                 Ok(None) => return,
-                Err(error) => return self.pause_accepting(ops, &error),
+                Err(error) => {
+                    self.accepting = !pause(&self.listener, Token::Listener, &error, ops);
+                    return;
+                }
             };
             let id = self.next_id();
             let added =
@@ -251,17 +256,12 @@ impl Server {
         }
     }
 
-    /// A listener that cannot accept (no descriptors left) stays ready; do not spin on it, try again with the next tick.
-    fn pause_accepting(&mut self, ops: &mut EventOps, error: &io::Error) {
-        tracing::error!("cannot accept connections: {error}; trying again in a second");
-        let paused = Events::with_data(&self.listener, Token::Listener.encode(), EventSet::empty());
-        self.accepting = ops.modify(paused).is_err();
-    }
-
     fn resume_accepting(&mut self, ops: &mut EventOps) {
         if !self.accepting {
-            let resumed = Events::with_data(&self.listener, Token::Listener.encode(), EventSet::IN);
-            self.accepting = ops.modify(resumed).is_ok();
+            self.accepting = resume(&self.listener, Token::Listener, ops);
+        }
+        if let (false, Some(listener)) = (self.accepting_readers, &self.metrics) {
+            self.accepting_readers = resume(listener, Token::Metrics, ops);
         }
     }
 
@@ -515,7 +515,16 @@ impl Server {
     // ---- metrics ----
 
     fn on_metrics_listener(&mut self, ops: &mut EventOps) {
-        while let Some(stream) = self.metrics.as_ref().and_then(|listener| listener.accept().ok().flatten()) {
+        for _ in 0..ACCEPTS_IN_A_TURN {
+            let Some(listener) = &self.metrics else { return };
+            let stream = match listener.accept() {
+                Ok(Some(stream)) => stream,
+                Ok(None) => return,
+                Err(error) => {
+                    self.accepting_readers = !pause(listener, Token::Metrics, &error, ops);
+                    return;
+                }
+            };
             if self.readers.len() >= MAX_READERS {
                 continue;
             }
@@ -648,6 +657,18 @@ impl MutEventSubscriber for Server {
             }
         }
     }
+}
+
+/// A listener that cannot accept (no descriptors left) stays ready; so as not to spin on it, it is not looked at until the next
+/// tick. False if it cannot be paused.
+fn pause(listener: &Listener, token: Token, error: &io::Error, ops: &mut EventOps) -> bool {
+    tracing::error!("cannot accept connections at {}: {error}; trying again in a second", listener.path().display());
+    ops.modify(Events::with_data(listener, token.encode(), EventSet::empty())).is_ok()
+}
+
+/// Looks at a listener again; false if that is not possible.
+fn resume(listener: &Listener, token: Token, ops: &mut EventOps) -> bool {
+    ops.modify(Events::with_data(listener, token.encode(), EventSet::IN)).is_ok()
 }
 
 fn watch(ops: &mut EventOps, fd: RawFd, token: Token) -> Result<(), Refusal> {

@@ -252,6 +252,7 @@ pub struct View {
 }
 
 const MIB_PAGES: f64 = 256.0;
+const MIB_CHUNKS: f64 = 16.0;
 
 impl View {
     /// What there is to show of the counters `now`, which are by `elapsed` younger than those `before`.
@@ -326,8 +327,8 @@ impl View {
         }
         writeln!(
             text,
-            "\n{:<12} {:<8} {:>10} {:>8} {:>8}  STATE",
-            "IMAGE", "SOURCE", "READ MiB", "WAITING", "FAILURES"
+            "\n{:<12} {:<8} {:>10} {:>10} {:>8} {:>8}  STATE",
+            "IMAGE", "SOURCE", "READ MiB", "CACHED MiB", "WAITING", "FAILURES"
         )?;
         for one in &self.images {
             let state = match (&one.damage, &one.away) {
@@ -336,7 +337,12 @@ impl View {
                 (None, None) => "ok".into(),
             };
             let (image, source, mib) = (one_line(&short(&one.image)), one_line(&one.source), one.bytes_read >> 20);
-            writeln!(text, "{image:<12} {source:<8} {mib:>10} {:>8} {:>8}  {state}", one.chunks_waiting, one.failures)?;
+            let cached = one.cached_chunks as f64 / MIB_CHUNKS;
+            writeln!(
+                text,
+                "{image:<12} {source:<8} {mib:>10} {cached:>10.0} {:>8} {:>8}  {state}",
+                one.chunks_waiting, one.failures
+            )?;
         }
         Ok(())
     }
@@ -469,6 +475,7 @@ mod tests {
                 image: "0123456789abcdef".into(),
                 source: "remote".into(),
                 bytes_read: 3 << 20,
+                cached_chunks: 16,
                 chunks_waiting: 2,
                 away: Some("no\x1b[31m route\nto host".into()),
                 ..Default::default()
@@ -490,8 +497,8 @@ per second             50.0          0.0          0.0          0.5          0.0 
 in all                  150            0            0            1            0          151
 answered       half within 10 us, 99 of 100 within 20 us, mean 10 us
 
-IMAGE        SOURCE     READ MiB  WAITING FAILURES  STATE
-0123456789ab remote            3        2        0  away: no [31m route to host
+IMAGE        SOURCE     READ MiB CACHED MiB  WAITING FAILURES  STATE
+0123456789ab remote            3          1        2        0  away: no [31m route to host
 
 STORE OF          UID FILLED MiB     OF MiB      %   GUESTS  STATE
 0123456789ab     1000        1.0        4.0   25.0        2  ok

@@ -82,15 +82,22 @@ fn create_for(faults: Faults, features: FeatureFlags) -> Result<Uffd, UffdError>
         // The device is there but closed to us; the system call may yet be open.
         Err(userfaultfd::Error::OpenDevUserfaultfd(device)) => create_by_syscall(faults, features)
             .map_err(|call| describe(&format!("/dev/userfaultfd: {device}; system call: {call}"), Some(&call))),
+        // Said by the device, if it is there, or by the system call; the crate's text for it names no reason.
+        Err(userfaultfd::Error::SystemError(errno)) => {
+            let error = io::Error::from_raw_os_error(errno as i32);
+            Err(describe(&error.to_string(), Some(&error)))
+        }
         Err(other) => Err(describe(&other.to_string(), None)),
     }
 }
 
-fn describe(reasons: &str, call: Option<&io::Error>) -> UffdError {
-    let (remedy, host_cannot) = match call.and_then(io::Error::raw_os_error) {
+/// Says what to do about the error that the kernel gave last.
+fn describe(reasons: &str, last: Option<&io::Error>) -> UffdError {
+    let (remedy, host_cannot) = match last.and_then(io::Error::raw_os_error) {
         Some(libc::EMFILE | libc::ENFILE) => ("raise the limit of open files (ulimit -n)", false),
         Some(libc::ENOMEM) => ("free some memory", false),
         Some(libc::ENOSYS) => ("this kernel has none: one built with CONFIG_USERFAULTFD is needed", true),
+        Some(libc::EINVAL) => ("this kernel's lacks what is needed: use a newer kernel", true),
         _ => (
             "give this user access to /dev/userfaultfd, or CAP_SYS_PTRACE, or set sysctl vm.unprivileged_userfaultfd=1",
             true,
@@ -172,9 +179,22 @@ mod tests {
     }
 
     #[test]
+    fn what_the_kernel_says_is_passed_on_whichever_way_was_taken() {
+        // A feature that no kernel has.
+        let error = create_for(Faults::User, FeatureFlags::from_bits_retain(1 << 62)).unwrap_err();
+        if error.remedy().contains("CONFIG_USERFAULTFD") {
+            return println!("skipped: no userfaultfd here: {error}");
+        }
+        assert!(error.host_cannot() && error.remedy().contains("newer kernel"), "{error}");
+        assert!(error.reasons().contains("Invalid argument"), "{error}");
+    }
+
+    #[test]
     fn the_error_says_what_is_missing() {
         let text = describe("system call: EPERM", Some(&io::Error::from_raw_os_error(libc::EPERM))).to_string();
         assert!(text.contains("/dev/userfaultfd") && text.contains("CAP_SYS_PTRACE"), "{text}");
+        let limit = describe("x", Some(&io::Error::from_raw_os_error(libc::EMFILE)));
+        assert!(!limit.host_cannot() && limit.remedy().contains("ulimit"), "{limit}");
         assert!(describe("x", Some(&io::Error::from_raw_os_error(libc::ENOSYS))).to_string().contains("CONFIG"));
     }
 }

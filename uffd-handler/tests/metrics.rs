@@ -2,7 +2,10 @@
 #![allow(missing_docs)]
 
 mod common;
+use api_spec::page_server::{Bucket, Histogram, ImageMetrics, Metrics, SessionMetrics, StoreMetrics};
 use common::*;
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
@@ -49,6 +52,69 @@ fn clients_that_say_nothing_keep_nobody_out_for_long() {
             stream.set_read_timeout(Some(PATIENCE)).unwrap();
             assert_eq!(stream.read(&mut [0; 8]).unwrap(), 0);
         }
+    });
+}
+
+/// The names of all fields of a document, and of the documents in it.
+fn fields(document: &serde_json::Value, names: &mut BTreeSet<String>) {
+    match document {
+        serde_json::Value::Object(members) => members.iter().for_each(|(name, value)| {
+            names.insert(name.clone());
+            fields(value, names);
+        }),
+        serde_json::Value::Array(items) => items.iter().for_each(|item| fields(item, names)),
+        _ => {}
+    }
+}
+
+#[test]
+fn the_guide_to_operations_names_every_field() {
+    let metrics = Metrics {
+        stores: vec![StoreMetrics::default()],
+        images: vec![ImageMetrics::default()],
+        sessions: vec![SessionMetrics::default()],
+        fault_latency: Histogram { buckets: vec![Bucket::default()], ..Default::default() },
+        ..Default::default()
+    };
+    let mut names = BTreeSet::new();
+    fields(&serde_json::to_value(metrics).unwrap(), &mut names);
+    let guide = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operations.md")).unwrap();
+    let row = guide.lines().find(|line| line.contains("`GET /metrics.json`")).unwrap();
+    let absent: Vec<_> = names.iter().filter(|name| !row.contains(&format!("`{name}`"))).collect();
+    assert!(names.len() > 30 && absent.is_empty(), "docs/operations.md does not name {absent:?}");
+}
+
+/// Processor time that a process has used, in ticks of 10 ms.
+fn ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    fields.split(' ').skip(11).take(2).map(|time| time.parse::<u64>().unwrap()).sum()
+}
+
+#[test]
+fn without_descriptors_whoever_connects_waits_and_the_server_does_not_spin() {
+    with_userfaultfd(|| {
+        let sample = Sample::of_bytes(MIB);
+        let server = Server::start(&sample);
+        let pid = Pid::from_raw(server.pid() as i32).unwrap();
+        // What is open stays so; a server has the limits of who has started it.
+        let none = Rlimit { current: Some(0), ..getrlimit(Resource::Nofile) };
+        let before = prlimit(Some(pid), Resource::Nofile, none).unwrap();
+        let reader = std::thread::spawn({
+            let path = sample.path("m");
+            move || api_spec::client::metrics::read(&path, PATIENCE)
+        });
+        let guest = UnixStream::connect(sample.socket()).unwrap();
+        let tries = |name| server.logged(&format!("cannot accept connections at {}:", sample.path(name).display()));
+        until("it has tried both", || tries("m") > 0 && tries("s") > 0);
+        let before_both = (ticks(server.pid()), tries("m"), tries("s"));
+        until("it has tried both again", || tries("m") >= before_both.1 + 2 && tries("s") >= before_both.2 + 2);
+        let (ticks, tries) = (ticks(server.pid()) - before_both.0, tries("m") + tries("s"));
+        assert!(ticks < 50 && tries < 50, "{ticks} ticks of processor time and {tries} tries");
+        prlimit(Some(pid), Resource::Nofile, before).unwrap();
+        assert_eq!(reader.join().unwrap().unwrap().sessions_total, 0);
+        drop(guest);
+        Client::connect(&sample).view.check_all();
     });
 }
 

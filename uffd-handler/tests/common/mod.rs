@@ -143,7 +143,8 @@ impl Server {
         Server::start_program(sample, snapshot.as_ref(), &[])
     }
 
-    fn start_program(sample: &Sample, snapshot: &OsStr, more: &[&OsStr]) -> Server {
+    /// Serves this path or URL, with more arguments.
+    pub fn start_program(sample: &Sample, snapshot: &OsStr, more: &[&OsStr]) -> Server {
         let metrics = sample.path("m");
         let mut command = server_command();
         command.arg("--socket").arg(sample.socket()).arg("--metrics").arg(&metrics).args(more);

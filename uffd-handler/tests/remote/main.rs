@@ -423,6 +423,30 @@ fn not_even_the_finest_log_has_secrets() {
 }
 
 #[test]
+fn the_counters_tell_what_the_cache_has_saved_and_what_it_had_wrong() {
+    with_userfaultfd(|| {
+        let sample = Sample::of_bytes(2 * MIB);
+        let web = Web::start(sample.root.path());
+        let cache = cache(&sample.path("cache"), 100);
+        check_all(&with_cache(&web, &cache));
+        let file = cache.dir.join(format!("{}.mem", sample.manifest.memory.root));
+        let mut bytes = std::fs::read(&file).unwrap();
+        bytes[5 * CHUNK + 17] ^= 1;
+        std::fs::write(&file, &bytes).unwrap();
+
+        let url = web.url("snap");
+        let server = Server::start_program(&sample, url.as_ref(), &["--cache-dir".as_ref(), cache.dir.as_ref()]);
+        Client::connect(&sample).view.check_all();
+        let image = server.metrics().images.remove(0);
+        assert_eq!(image.source, "remote");
+        // Once by the event loop, which reads what is at hand, and once by the thread that then fetches it.
+        assert!((1..=2).contains(&image.cache_faults), "{image:?}");
+        // What came along with the chunk that had to be fetched may count as well.
+        assert!((20..=2 * (2 * MIB / CHUNK) as u64).contains(&image.cached_chunks), "{image:?}");
+    });
+}
+
+#[test]
 fn a_guest_gets_its_memory_from_a_url() {
     with_userfaultfd(|| {
         let sample = Sample::of_bytes(4 * MIB);
