@@ -74,10 +74,10 @@ fn what_is_no_ping_ends_the_session_with_a_word() {
         let endless = vec![b' '; 6000];
         for (bytes, part) in [
             (&b"hello\n"[..], "nothing but ping"),
-            (b"{\"ping\":1,\"more\":2}\n", "unknown field"),
+            (b"{\"ping\":1,\"more\":2}\n", "did not match"),
             (b"{\"ping\":1}{\"ping\":2}\n", "trailing characters"),
             (b"\xff\xfe\n", "nothing but ping"),
-            (&endless, "more than 4096 bytes"),
+            (&endless, "more than 20480 bytes"),
         ] {
             for copies in [false, true] {
                 let words = if copies {
