@@ -36,7 +36,11 @@ impl PageServer {
 
     /// As [`PageServer::start`], with further arguments.
     pub fn start_with(place: &Place, snapshot: &Path, arguments: &[&str]) -> Self {
-        PageServer::start_program(place, "page-server", snapshot, binaries::uffd_handler(), arguments)
+        PageServer::start_program(place, &[snapshot], |name, usual| {
+            Process::start(place, name, binaries::uffd_handler(), |command| {
+                command.args(usual).args(arguments);
+            })
+        })
     }
 
     /// As [`PageServer::start`], but with the same server inside the `vmm` program.

@@ -71,7 +71,7 @@ fn what_is_no_ping_ends_the_session_with_a_word() {
         let sample = Sample::of_bytes(MIB);
         let server = Server::start(&sample);
         let good = Client::connect(&sample);
-        let endless = vec![b' '; 6000];
+        let endless = vec![b' '; 21_000];
         for (bytes, part) in [
             (&b"hello\n"[..], "nothing but ping"),
             (b"{\"ping\":1,\"more\":2}\n", "did not match"),
