@@ -61,7 +61,7 @@ fn a_hundred_restores_from_a_page_server_leave_nothing_behind() {
     let (before, threads) = (descriptors(), threads(server.process.pid()));
     cycle(&template, &place, restore);
     until("all sessions have ended", || server.metrics().sessions.is_empty());
-    until("no descriptor is left in the page server", || descriptors() == before);
+    until("no descriptor is left in the page server", || descriptors() <= before);
     assert_eq!(self::threads(server.process.pid()), threads, "threads are left in the page server");
     let metrics = server.metrics();
     assert_eq!((metrics.sessions_total, metrics.refused_total, metrics.stores_retired_total), (102, 0, 0));

@@ -11,7 +11,7 @@
 //!                                    end means something only where the server's process cannot be watched
 //! ```
 
-use crate::process::unread_by_peer;
+use crate::process::{peer_credentials, unread_by_peer};
 use crate::socket::{Passed, receive};
 use api_spec::client::unix;
 use api_spec::handshake::{
@@ -34,6 +34,14 @@ pub enum ClientError {
     /// It said no.
     #[error("refused: {0}")]
     Refused(String),
+    /// It is somebody else's.
+    #[error("it is of user {found}, and should be of user {expected}: a guest is handed to nobody else")]
+    OtherUser {
+        /// Whose it is.
+        found: u32,
+        /// Whose it should be, or root's.
+        expected: u32,
+    },
     /// It does not answer.
     #[error(
         "no answer to the {0} message in time; a Firecracker-style handler stays silent like this, since it speaks copy mode: `--uffd-mode copy`, or `backend_type` `Uffd` over the API"
@@ -102,6 +110,11 @@ impl Greeted {
 }
 
 impl Promised {
+    /// See [`check_user`].
+    pub fn check_user(&self, uid: u32) -> Result<(), ClientError> {
+        check_user(&self.stream, uid)
+    }
+
     /// Hands over the userfaultfd with which the regions are registered. The caller keeps its own.
     pub fn attach(self, regions: Vec<Region>, uffd: &Uffd) -> Result<UnixStream, ClientError> {
         attach(self.stream, regions, uffd)
@@ -119,12 +132,22 @@ fn attach(stream: UnixStream, regions: Vec<Region>, uffd: &Uffd) -> Result<UnixS
     }
 }
 
+/// Whether the server is of this user, or root's.
+pub fn check_user(stream: &UnixStream, expected: u32) -> Result<(), ClientError> {
+    match peer_credentials(stream)?.uid {
+        found if found == expected || found == 0 => Ok(()),
+        found => Err(ClientError::OtherUser { found, expected }),
+    }
+}
+
 /// Copy mode: connects and hands over the userfaultfd with which the regions are registered, of which the caller keeps its
-/// own. Returns when the server has taken them, which is all that it does: it never answers.
-pub fn hand_over(path: &Path, regions: &[Region], uffd: &Uffd) -> Result<UnixStream, ClientError> {
+/// own. Returns when the server has taken them, which is all that it does: it never answers. With `uid`, it must be of that user,
+/// or root's.
+pub fn hand_over(path: &Path, uid: Option<u32>, regions: &[Region], uffd: &Uffd) -> Result<UnixStream, ClientError> {
     let patience = Duration::from_millis(REPLY_DEADLINE_MS);
     let deadline = Instant::now() + patience;
     let stream = unix::connect(path, patience).map_err(ClientError::Connect)?;
+    uid.map_or(Ok(()), |uid| check_user(&stream, uid))?;
     stream.set_write_timeout(Some(patience))?;
     let regions: Vec<CopyRegion> = regions.iter().copied().map(CopyRegion::from).collect();
     let message = serde_json::to_vec(&regions).map_err(io::Error::from)?;

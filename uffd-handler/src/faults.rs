@@ -163,13 +163,6 @@ impl Faults {
         self.waiting.values().map(|asked| asked.faults).sum()
     }
 
-    /// Chunks that are waited for.
-    pub fn waiting_chunks(&self) -> Vec<u64> {
-        let mut chunks: Vec<u64> = self.waiting.keys().map(|page| page / CHUNK_PAGES).collect();
-        chunks.dedup();
-        chunks
-    }
-
     /// What to do next, if anything. [`Faults::done`] must hear what came of it before anything else happens.
     pub fn next_action(&self) -> Option<Action> {
         if self.must_read {
@@ -264,7 +257,7 @@ mod tests {
         let mut faults = faults_at(&[5, 20]);
         faults.done(Action::Give(5), Outcome::Waits);
         faults.done(Action::Give(20), Outcome::Waits);
-        assert_eq!((faults.waiting(), faults.waiting_chunks()), (2, vec![0, 1]));
+        assert_eq!(faults.waiting(), 2);
         faults.remove(0..6);
         faults.drained();
         assert_eq!(faults.next_action(), Some(Action::Zero(5)));

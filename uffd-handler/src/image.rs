@@ -165,14 +165,12 @@ impl Image {
         }
     }
 
-    /// Somebody waits no longer.
-    pub fn leave(&mut self, chunk: u64, waiter: Waiter) {
-        if let Some(waiters) = self.waiters.get_mut(&chunk) {
+    /// Somebody waits for nothing any more.
+    pub fn leave(&mut self, waiter: Waiter) {
+        self.waiters.retain(|_, waiters| {
             waiters.remove(&waiter);
-            if waiters.is_empty() {
-                self.waiters.remove(&chunk);
-            }
-        }
+            !waiters.is_empty()
+        });
     }
 
     /// Nobody waits for the sake of a store that is no more.
@@ -236,7 +234,7 @@ impl Image {
         match &mut self.away {
             None => {}
             // Perhaps it was only this one chunk that could be read: what has failed waits for its time, but a short one.
-            Some(Away { pause, again: Some(again), .. }) => {
+            Some(Away { pause, again: Some(again), .. }) if !self.waiters.is_empty() => {
                 *pause = FIRST_PAUSE;
                 *again = (*again).min(now + FIRST_PAUSE);
             }

@@ -49,6 +49,9 @@ pub struct StoreMapping {
     uffd: Uffd,
 }
 
+// SAFETY: the mapping belongs to this value alone and is bound to no thread: any one may fill it, or unmap it.
+unsafe impl Send for StoreMapping {}
+
 impl StoreMapping {
     /// Maps the first `len` bytes (not zero) of `memfd`.
     pub fn new(memfd: BorrowedFd, len: usize) -> Result<Self, MapError> {

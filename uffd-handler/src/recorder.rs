@@ -52,9 +52,21 @@ impl Telling {
         matches!(self, Telling::Asked(..))
     }
 
+    /// It is waited for no longer. False if it was not.
+    pub fn give_up(&mut self) -> bool {
+        let was_awaited = self.is_awaited();
+        if was_awaited {
+            *self = Telling::Told;
+        }
+        was_awaited
+    }
+
     /// Takes a message; returns what the clone has used once that is complete.
     pub fn hear(&mut self, message: Message) -> Result<Option<Used>, TellError> {
-        let Telling::Asked(read, written, messages) = self else { return Err(TellError::Unasked) };
+        let Telling::Asked(read, written, messages) = self else {
+            // It may be late.
+            return if matches!(self, Telling::Told) { Ok(None) } else { Err(TellError::Unasked) };
+        };
         *messages += 1;
         if *messages > MAX_USED_MESSAGES || message.read.len() + message.written.len() > MAX_USED_RUNS {
             return Err(TellError::TooMuch);
@@ -110,7 +122,7 @@ impl Recorder {
         if self.heard.len() < self.enough {
             return None;
         }
-        Some((std::mem::take(&mut self.heard), self.enough.div_ceil(2)))
+        Some((std::mem::take(&mut self.heard), self.enough / 2 + 1))
     }
 }
 
@@ -131,8 +143,12 @@ mod tests {
         assert_eq!(telling.hear(message(&[(5, 2)], true)), Ok(None));
         let used = telling.hear(message(&[(1, 1), (7, 1)], false)).unwrap().unwrap();
         assert_eq!(used.read, PageRuns::new([1..2, 5..8]));
-        assert_eq!(telling.hear(message(&[], false)), Err(TellError::Unasked));
-        assert!(!telling.ask());
+        assert_eq!(telling.hear(message(&[], false)), Ok(None), "once");
+        assert!(!telling.ask() && !telling.give_up());
+        let mut telling = Telling::default();
+        telling.ask();
+        assert!(telling.give_up());
+        assert_eq!(telling.hear(message(&[(5, 2)], false)), Ok(None), "too late");
     }
 
     #[test]
@@ -160,7 +176,7 @@ mod tests {
         assert!(recorder.wants_more());
         recorder.asked();
         assert_eq!(recorder.hear(Used::default()), None);
-        assert_eq!(recorder.hear(Used::default()).unwrap(), (vec![Used::default(); 2], 1));
+        assert_eq!(recorder.hear(Used::default()).unwrap(), (vec![Used::default(); 2], 2));
         assert!(!recorder.wants_more());
     }
 

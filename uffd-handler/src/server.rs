@@ -63,6 +63,9 @@ pub struct Limits {
 /// For how long a guest is served before it is asked what it has used.
 const USED_AFTER: Duration = Duration::from_secs(2);
 
+/// How long it has to tell that, before somebody else is asked.
+const USED_WITHIN: Duration = Duration::from_secs(30);
+
 impl Default for Limits {
     fn default() -> Self {
         Self {
@@ -574,7 +577,11 @@ impl Server {
     fn ask_what_was_used(&mut self, now: Instant, ops: &mut EventOps) {
         let mut deaf = Vec::new();
         for (&id, session) in &mut self.sessions {
-            let is_ripe = session.shares() && session.speaks() && now.duration_since(session.began) >= USED_AFTER;
+            let age = now.duration_since(session.began);
+            if age >= USED_AFTER + USED_WITHIN && session.telling.give_up() {
+                self.stores.gave_up(session.store());
+            }
+            let is_ripe = session.shares() && session.speaks() && age >= USED_AFTER && age < USED_AFTER + USED_WITHIN;
             if is_ripe && self.stores.wants_to_learn(session.store()) && session.telling.ask() {
                 self.stores.asked(session.store());
                 if send(&session.stream, &Reply::Report).is_err() {

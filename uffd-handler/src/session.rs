@@ -34,7 +34,7 @@ use userfaultfd::Uffd;
 /// Batches of one guest that are read before others get their turn.
 const BATCHES_IN_A_TURN: usize = 4;
 /// Pages of one guest that are seen to before others get their turn.
-const ACTIONS_IN_A_TURN: usize = 2 * BATCHES_IN_A_TURN * BATCH;
+const ACTIONS_IN_A_TURN: usize = 2 * BATCH;
 
 /// Why a session cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +60,9 @@ pub enum SessionError {
     /// The page cannot be put into the client's memory.
     #[error("cannot copy a page into its memory: {0}")]
     Copy(io::Error),
+    /// Too much of the store is wrong.
+    #[error("{0} chunks of its store have pages that nobody has put there, too many to put right")]
+    Spoilt(usize),
     /// The store cannot be looked at.
     #[error("cannot look for pages in the store: {0}")]
     Look(io::Error),
@@ -248,11 +251,6 @@ impl Session {
     /// As whom it waits for chunks.
     pub fn waiter(&self) -> Waiter {
         Waiter { store: self.guest.store, peer: Some(self.guest.peer) }
-    }
-
-    /// Chunks that it waits for.
-    pub fn waiting_chunks(&self) -> Vec<u64> {
-        self.faults.waiting_chunks()
     }
 
     /// Faults that wait for bytes.

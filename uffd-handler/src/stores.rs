@@ -25,6 +25,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// Chunks of a store with pages that nobody has put there, at most, that are put right. Who has spoilt more is one of those whose it is.
+const MOST_MENDED: usize = 64;
 /// How long a store may have wrong pages whose right bytes have to be waited for, before its guests are sent away.
 const MENDING_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -167,6 +169,13 @@ impl Stores {
         }
     }
 
+    /// One that was asked will not tell.
+    pub fn gave_up(&mut self, key: u64) {
+        if let Some(entry) = self.entries.get(&key) {
+            self.learning[entry.image].went();
+        }
+    }
+
     /// One tells what it has used.
     pub fn learn(&mut self, key: u64, used: Used) {
         if let Some(entry) = self.entries.get(&key) {
@@ -252,8 +261,9 @@ impl Stores {
         self.last_key += 1;
         let entry = Entry { store, image, uid, retired: false, mending: None, users: 0, unused_since: None };
         self.entries.insert(self.last_key, entry);
-        let Self { images, learning, .. } = self;
-        let wanted = learning[image].hot().iter().filter(|&&chunk| images[image].read_ahead(chunk)).count();
+        let learning_hot = self.learning[image].hot().to_vec();
+        let root = self.images[image].root().to_owned();
+        let wanted = self.prefetch(&root, learning_hot);
         if wanted > 0 {
             tracing::debug!("store {}: {wanted} chunks of the working set are read ahead", self.last_key);
         }
@@ -289,7 +299,7 @@ impl Stores {
     pub fn end(&mut self, session: &Session, now: Instant) {
         if let Some(entry) = self.entries.get(&session.store()) {
             let image = &mut self.images[entry.image];
-            session.waiting_chunks().into_iter().for_each(|chunk| image.leave(chunk, session.waiter()));
+            image.leave(session.waiter());
             if session.telling.is_awaited() {
                 self.learning[entry.image].went();
             }
@@ -306,7 +316,9 @@ impl Stores {
             |key: u64| waiters.iter().filter(move |waiter| waiter.store == key).filter_map(|waiter| waiter.peer);
         let mut keys: BTreeSet<u64> = waiters.iter().map(|waiter| waiter.store).collect();
         if ahead {
-            keys.extend(self.entries.iter().filter(|(_, entry)| entry.image == image).map(|(&key, _)| key));
+            let has_room = self.bound.is_none_or(|bound| self.filled() < bound);
+            let takes = |entry: &Entry| has_room && entry.image == image && !entry.retired;
+            keys.extend(self.entries.iter().filter(|(_, entry)| takes(entry)).map(|(&key, _)| key));
         }
         for key in keys {
             let filled = match &bytes {
@@ -413,6 +425,9 @@ impl Stores {
         let image = &mut self.images[entry.image];
         let foreign = entry.store.foreign_pages().map_err(SessionError::Look)?;
         let chunks: BTreeSet<u64> = foreign.into_iter().map(|page| page / CHUNK_PAGES).collect();
+        if chunks.len() > MOST_MENDED {
+            return Err(SessionError::Spoilt(chunks.len()));
+        }
         let mut mended = 0;
         for chunk in chunks {
             match image.read_now(chunk, buffer)? {
@@ -453,6 +468,11 @@ impl Stores {
     fn drop_store(&mut self, key: u64) {
         if let Some(entry) = self.entries.remove(&key) {
             self.images[entry.image].leave_store(key);
+            // Giving its memory back takes the kernel a third of a second for each GiB.
+            let dropped = std::thread::Builder::new().name("drop-store".into()).spawn(move || drop(entry.store));
+            if let Err(error) = dropped {
+                tracing::debug!("no thread to drop a store: {error}");
+            }
         }
     }
 

@@ -140,6 +140,15 @@ fn create_by_syscall(faults: Faults, features: FeatureFlags) -> io::Result<Uffd>
     Ok(uffd)
 }
 
+/// Sees to it that reading a userfaultfd never waits: whoever else has it may have changed that.
+pub fn make_nonblocking(uffd: &Uffd) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(uffd)?;
+    if !flags.contains(rustix::fs::OFlags::NONBLOCK) {
+        rustix::fs::fcntl_setfl(uffd, flags | rustix::fs::OFlags::NONBLOCK)?;
+    }
+    Ok(())
+}
+
 /// Takes a descriptor that a client sent, if it is a userfaultfd that can be read without blocking.
 pub fn adopt(fd: OwnedFd) -> Result<Uffd, AdoptError> {
     check(&fd)?;

@@ -286,3 +286,46 @@ fn a_guest_that_waits_for_a_page_ends_with_its_page_server() {
         std::fs::remove_file(template.place.join("s")).expect("it is ours");
     }
 }
+
+/// A server's last word comes with its end: whatever the policy, a store that was taken back is not used any more.
+#[test]
+fn a_guest_whose_store_is_taken_back_ends_whatever_else_it_is_to_do() {
+    require!(Kvm, Userfaultfd);
+    let template = template();
+    for on_loss in ["failover", "reattach", "pause", "kill"] {
+        let (clone, mut peer) = clone_of_idle_server(&template, on_loss);
+        peer.reply(&Reply::Refused { reason: "there are wrong pages".into() }, &[]);
+        drop(peer);
+        let done = clone.finish();
+        super::refusal("clone", &done, FAILED, &["page server at", "taken back", "there are wrong pages"]);
+        assert_eq!(sockets(&template.place), [""; 0], "its sockets are gone");
+        std::fs::remove_file(template.place.join("s")).expect("it is ours");
+    }
+}
+
+/// A server that talks without end, or asks without end, does not keep a guest from being ended, nor make it grow.
+#[test]
+fn a_server_that_talks_without_end_is_left() {
+    require!(Kvm, Userfaultfd);
+    let template = template();
+    for (name, words) in
+        [("reports", serde_json::to_vec(&Reply::Report).expect("it has a JSON form")), ("noise", vec![b'x'; 100])]
+    {
+        let (clone, peer) = clone_of_idle_server(&template, "failover");
+        let mut stream = peer.0.try_clone().expect("it can be cloned");
+        stream.set_write_timeout(Some(Duration::from_millis(500))).expect("a socket takes a timeout");
+        let line = [&words[..], if name == "noise" { b"" } else { b"\n" }].concat();
+        for _ in 0..20_000 {
+            if stream.write_all(&line).is_err() {
+                break;
+            }
+        }
+        let threads = std::fs::read_dir(format!("/proc/{}/task", clone.pid())).expect("it lives").count();
+        assert!(threads < 12, "{name}: {threads} threads");
+        assert!(tests::procfs::rss_kib(clone.pid()) < 64 << 10, "{name}");
+        let done = clone.stop();
+        assert_eq!(done.status.code(), Some(0), "{name}: {done:?}");
+        drop(peer);
+        std::fs::remove_file(template.place.join("s")).expect("it is ours");
+    }
+}

@@ -392,7 +392,7 @@ impl CopyClient {
         let bounds: Vec<usize> = [&[0], cuts, &[size]].concat();
         let region = |pair: &[usize]| region(view.address() + pair[0] as u64, pair[1] - pair[0], pair[0]);
         let regions: Vec<Region> = bounds.windows(2).map(region).collect();
-        let stream = client::hand_over(socket, &regions, &uffd).unwrap();
+        let stream = client::hand_over(socket, None, &regions, &uffd).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         CopyClient { stream, view, uffd }
     }

@@ -199,10 +199,9 @@ impl Machine {
         Ok(())
     }
 
-    /// Lets all vCPUs run, also if they are being halted.
-    pub fn go_on(&mut self) {
+    /// The vCPUs are not to be halted any more. Those that stand still do so until [`Machine::resume`].
+    pub fn forget_halt(&mut self) {
         self.halting = false;
-        self.resume();
     }
 
     /// The keeper of its memory, if that comes from a page server.

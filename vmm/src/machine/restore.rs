@@ -133,7 +133,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
 
     let Outside { notifier, signals, .. } = &outside;
     let ending = Arc::<AtomicBool>::default();
-    let snapshot = Arc::new(snapshot);
+    let (snapshot, shares, replay_over) = (Arc::new(snapshot), backend.shares(), Arc::<AtomicBool>::default());
     let (ram, service) = backend.map(&snapshot)?;
     // Before anything touches guest memory and may have to wait.
     let keep = |service: Service| -> Result<Keeper, RestoreError> {
@@ -144,17 +144,11 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
             signals: signals.try_clone().map_err(RestoreError::Guard)?,
             notifier: notifier.clone(),
             ending: ending.clone(),
+            replay_over: replay_over.clone(),
         };
         Keeper::start(service, &ram, charge).map_err(RestoreError::Guard)
     };
     let page_server = service.map(keep).transpose()?;
-    let replay = request.replay_working_set && backend.shares();
-    let replay = replay.then(|| Replay::start(snapshot.clone(), &ram, request.max_private_mib.is_none())).transpose();
-    // Advice that is not taken.
-    let replay = replay.unwrap_or_else(|e| {
-        tracing::warn!("no thread to get the pages of the working set ready: {e}");
-        None
-    });
     let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
     let state = snapshot.state();
     for (number, (vcpu, saved)) in vm.vcpus.iter().zip(&state.vcpus).enumerate() {
@@ -178,7 +172,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
 
     let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
-    Ok(Machine {
+    let mut machine = Machine {
         vcpus,
         devices,
         shape,
@@ -187,10 +181,19 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
         page_server,
         ending,
         plan,
-        replay: replay.flatten(),
+        replay: None,
         running: false,
         halting: false,
-    })
+    };
+    if request.replay_working_set && shares {
+        // Last, when whatever fails takes the memory away before its page server is let go.
+        let writes = request.max_private_mib.is_none();
+        machine.replay = Replay::start(snapshot, &machine.ram, writes, replay_over).unwrap_or_else(|e| {
+            tracing::warn!("no thread to get the pages of the working set ready: {e}");
+            None
+        });
+    }
+    Ok(machine)
 }
 
 /// Whether this program on this host can run the snapshot.

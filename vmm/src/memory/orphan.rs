@@ -11,7 +11,9 @@ use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use uffd_handler::page_set::PageSet;
+use uffd_handler::region::CHUNK_PAGES;
 
 /// A store without a server.
 #[derive(Debug)]
@@ -25,12 +27,23 @@ pub struct Orphan {
 }
 
 impl Orphan {
-    /// Takes over a store of so many bytes, with what is in it.
-    pub fn adopt(store: File, size: u64) -> io::Result<Self> {
+    /// Takes over a store of so many bytes, with what is in it. Servers fill whole chunks: pages of others are doubtful, and
+    /// returned.
+    pub fn adopt(store: File, size: u64) -> io::Result<(Self, Vec<u64>)> {
         let pages = size / PAGE_SIZE;
         let mut orphan = Orphan { store, known: PageSet::new(pages), blocks: 0, pages };
-        orphan.foreign()?;
-        Ok(orphan)
+        let mut doubtful = orphan.foreign()?;
+        let of_chunk =
+            |page: u64| page / CHUNK_PAGES * CHUNK_PAGES..((page / CHUNK_PAGES + 1) * CHUNK_PAGES).min(pages);
+        doubtful.retain(|page| orphan.known.first_gap(of_chunk(*page)).is_some());
+        Ok((orphan, doubtful))
+    }
+
+    /// The bytes of a page that is there.
+    pub fn page(&self, page: u64) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; PAGE_SIZE as usize];
+        self.store.read_exact_at(&mut bytes, page * PAGE_SIZE)?;
+        Ok(bytes)
     }
 
     /// The pages that have appeared since this was last asked.
@@ -42,7 +55,9 @@ impl Orphan {
         }
         let mut from = 0;
         while let Some(data) = self.next_data(from)? {
-            while let Some(gap) = self.known.first_gap(data.clone()) {
+            let mut at = data.start;
+            while let Some(gap) = self.known.first_gap(at..data.end) {
+                at = gap.end;
                 foreign.extend(gap.clone());
                 self.known.insert(gap);
             }
@@ -72,15 +87,16 @@ impl Orphan {
 mod tests {
     use super::*;
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-    use std::os::unix::fs::FileExt;
 
     #[test]
     fn what_appears_later_is_found_once() {
         let store = File::from(memfd_create("store", MemfdFlags::CLOEXEC).unwrap());
         ftruncate(&store, 64 * PAGE_SIZE).unwrap();
         let write = |page: u64| store.write_all_at(&[0; PAGE_SIZE as usize], page * PAGE_SIZE).unwrap();
+        (16..32).for_each(write);
         (4..8).for_each(write);
-        let mut orphan = Orphan::adopt(store.try_clone().unwrap(), 64 * PAGE_SIZE).unwrap();
+        let (mut orphan, doubtful) = Orphan::adopt(store.try_clone().unwrap(), 64 * PAGE_SIZE).unwrap();
+        assert_eq!(doubtful, [4, 5, 6, 7], "part of a chunk");
         assert!(orphan.foreign().unwrap().is_empty());
         [3, 8, 63].into_iter().for_each(write);
         assert_eq!(orphan.foreign().unwrap(), [3, 8, 63]);

@@ -29,11 +29,17 @@ pub struct Replay {
 impl Replay {
     /// Begins to get ready what the snapshot's working set names, if it has one. With `writes`, also what is to be written: that is
     /// private memory from then on.
-    pub fn start(snapshot: Arc<Snapshot>, ram: &GuestRam, writes: bool) -> io::Result<Option<Self>> {
+    ///
+    /// It ends when `over` is set.
+    pub fn start(
+        snapshot: Arc<Snapshot>,
+        ram: &GuestRam,
+        writes: bool,
+        over: Arc<AtomicBool>,
+    ) -> io::Result<Option<Self>> {
         if !WorkingSet::exists(&snapshot) {
             return Ok(None);
         }
-        let over = Arc::<AtomicBool>::default();
         let work = Work { memory: ram.memory().clone(), regions: ram.regions().to_vec(), over: over.clone() };
         std::thread::Builder::new().name("replay".into()).spawn(move || match WorkingSet::load(&snapshot) {
             Ok(Some(set)) => work.run(&set, writes),

@@ -67,9 +67,7 @@ impl StandIn {
     pub fn begin(snapshot: &Snapshot, uffd: Arc<Uffd>, ranges: &[Region]) -> Result<Self, StandInError> {
         let image = MemoryImage::open(snapshot)?;
         let regions = Regions::check(ranges.to_vec(), image.size())?;
-        for range in ranges {
-            uffd.wake(range.base_host_virt_addr as *mut _, range.size as usize).map_err(StandInError::Wake)?;
-        }
+        wake_all(&uffd, ranges)?;
         Ok(StandIn {
             uffd,
             regions,
@@ -80,6 +78,18 @@ impl StandIn {
             next: 0,
             ahead: Ahead::default(),
         })
+    }
+
+    /// Begins once more, as [`StandIn::begin`] does.
+    pub fn begin_again(&self) -> Result<(), StandInError> {
+        wake_all(&self.uffd, &self.ranges)
+    }
+
+    /// Whether these are the bytes of a page of the image. False if that cannot be told.
+    pub fn is_right(&mut self, page: u64, bytes: io::Result<Vec<u8>>) -> bool {
+        let start = (page % CHUNK_PAGES * PAGE_SIZE) as usize;
+        let Ok(slot) = self.chunk(page / CHUNK_PAGES) else { return false };
+        bytes.is_ok_and(|bytes| self.recent[slot].1[start..start + PAGE_SIZE as usize] == bytes[..])
     }
 
     /// Answers the faults that wait, without waiting for more; returns how many those were.
@@ -121,7 +131,9 @@ impl StandIn {
             if !fault.wake.contains(&(place + (ahead - fault.page) * PAGE_SIZE)) {
                 break;
             }
-            let _ = self.put(place + (ahead - fault.page) * PAGE_SIZE, ahead)?;
+            if !self.put(place + (ahead - fault.page) * PAGE_SIZE, ahead).unwrap_or(false) {
+                break;
+            }
         }
         Ok(())
     }
@@ -157,4 +169,9 @@ impl StandIn {
         self.next = slot + 1;
         Ok(slot)
     }
+}
+
+fn wake_all(uffd: &Uffd, ranges: &[Region]) -> Result<(), StandInError> {
+    let wake = |range: &Region| uffd.wake(range.base_host_virt_addr as *mut _, range.size as usize);
+    ranges.iter().try_for_each(wake).map_err(StandInError::Wake)
 }

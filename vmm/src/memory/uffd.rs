@@ -28,7 +28,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 use uffd_handler::client::{self, ClientError};
-use uffd_handler::process::{Signals, living_peer};
+use uffd_handler::process::{Signals, living_peer, peer_credentials};
 use userfaultfd::{FeatureFlags, Uffd};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -121,6 +121,8 @@ pub struct Service {
     pub uffd: Arc<Uffd>,
     /// The ranges that are registered.
     pub ranges: Vec<Region>,
+    /// The user whose server it is.
+    pub uid: u32,
 }
 
 /// How pages come from a server.
@@ -148,7 +150,9 @@ pub const ALL_AT_ONCE: Duration = Duration::from_millis(20);
 impl Service {
     fn new(path: &Path, connection: UnixStream, mode: Mode, uffd: Arc<Uffd>, ranges: Vec<Region>) -> io::Result<Self> {
         let connection = fcntl_dupfd_cloexec(&connection, CONNECTION_FD_MIN)?.into();
-        Ok(Service { path: path.to_owned(), connection, mode, uffd, ranges })
+        let connection: UnixStream = connection;
+        let uid = peer_credentials(&connection)?.uid;
+        Ok(Service { path: path.to_owned(), connection, mode, uffd, ranges, uid })
     }
 
     /// Waits until the server has shown that it serves: in copy mode, until it has delivered a page. In shared mode it has
@@ -266,12 +270,20 @@ impl Mode {
     }
 }
 
-/// Has the page server at `path` serve a guest that another one has served before, by copies. Returns its end of the connection.
-pub fn enlist(path: &Path, image: &str, mode: Mode, ranges: &[Region], uffd: &Arc<Uffd>) -> Result<Service, UffdError> {
+/// Has the page server at `path` serve a guest that one of user `uid` has served before, by copies.
+pub fn enlist(
+    path: &Path,
+    uid: u32,
+    image: &str,
+    mode: Mode,
+    ranges: &[Region],
+    uffd: &Arc<Uffd>,
+) -> Result<Service, UffdError> {
+    // Whoever gets a userfaultfd has the guest in his hands.
     let failed = |source| UffdError::Server { path: path.to_owned(), source };
     let (connection, mode) = match mode {
         Mode::Foreign(_) => {
-            let connection = client::hand_over(path, ranges, uffd).map_err(failed)?;
+            let connection = client::hand_over(path, Some(uid), ranges, uffd).map_err(failed)?;
             let process = living_peer(&connection);
             (connection, Mode::Foreign(process))
         }
@@ -279,6 +291,7 @@ pub fn enlist(path: &Path, image: &str, mode: Mode, ranges: &[Region], uffd: &Ar
             let size = ranges.iter().map(|range| range.size).sum();
             let hello = Hello { version: VERSION, image: image.to_owned(), size, mode: PageMode::Copy };
             let promised = client::ask_for_copies(path, &hello).map_err(failed)?;
+            promised.check_user(uid).map_err(failed)?;
             (promised.attach(ranges.to_vec(), uffd).map_err(failed)?, Mode::Copied)
         }
     };
@@ -324,7 +337,7 @@ pub fn connect_in_copy_mode(path: &Path, regions: Vec<MemoryRegion>) -> Result<(
     let uffd = Arc::new(uffd_handler::uffd::create_with(FeatureFlags::EVENT_REMOVE)?);
     let ram = GuestRam::copied_into(uffd.clone(), regions)?;
     let ranges = register(&uffd, &ram)?;
-    let connection = client::hand_over(path, &ranges, &uffd).map_err(failed)?;
+    let connection = client::hand_over(path, None, &ranges, &uffd).map_err(failed)?;
     let mode = Mode::Foreign(living_peer(&connection));
     let service = Service::new(path, connection, mode, uffd, ranges).map_err(|e| failed(e.into()))?;
     Ok((ram, service))

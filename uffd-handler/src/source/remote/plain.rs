@@ -20,6 +20,14 @@ pub fn reason(error: &dyn Error) -> String {
 /// The beginning of a text, up to where a document begins in it, and the error code in that.
 fn line(text: &str) -> String {
     let (head, body) = text.split_at(text.find(['<', '{', '\n', '\r']).unwrap_or(text.len()));
+    // The text of an answer need not look like a document.
+    let head = match head.split_once("status code: ") {
+        Some((before, after)) => {
+            let status = after.split_once(": ").map_or(after, |(status, _)| status);
+            format!("{before}status code: {status}")
+        }
+        None => head.to_owned(),
+    };
     let head: String = head.chars().filter(|c| !c.is_control()).take(LONGEST).collect();
     let head = head.trim_end_matches([':', ' ']);
     match code(body) {
@@ -46,6 +54,8 @@ mod tests {
         let text = "Server returned 403 Forbidden: <?xml?><Error><Code>AccessDenied</Code><Token>hush</Token></Error>";
         assert_eq!(line(text), "Server returned 403 Forbidden (AccessDenied)");
         assert_eq!(line("Server returned 500: \n hush"), "Server returned 500");
+        let text = "Server returned non-2xx status code: 403 Forbidden: token hush is not valid";
+        assert_eq!(line(text), "Server returned non-2xx status code: 403 Forbidden");
         assert_eq!(line("Server returned 500: <Code>two words</Code>"), "Server returned 500");
         assert_eq!(line("Connection refused (os error 111)"), "Connection refused (os error 111)");
     }

@@ -215,7 +215,8 @@ impl Driver {
     /// Has the guest stand still, and takes a snapshot after which the vmm ends.
     fn save(&mut self, save: VmSave, from: Pending) -> Result<(), RequestError> {
         let VmSave { snapshot_path } = save;
-        let was_running = self.phase() == Phase::Running;
+        // One that stands still for want of a page server would go on by itself.
+        let was_running = self.phase() == Phase::Running || matches!(self.halt, Some(Halt::PageServer { .. }));
         self.patch_vm(VmPatch { state: VmState::Paused })?;
         self.save = Some(Save { was_running });
         let asked = self.ask_for_snapshot(SnapshotCreate::of(snapshot_path), from);

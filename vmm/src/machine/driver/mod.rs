@@ -564,7 +564,7 @@ impl Driver {
         if self.forget_halt()
             && let Some(machine) = &mut self.machine
         {
-            machine.go_on();
+            machine.resume();
             tracing::info!("the guest goes on: its page server serves it again");
             self.look_at_private_memory();
         }
@@ -582,6 +582,7 @@ impl Driver {
         if late {
             self.halt_is_late = false;
             self.retry.set(None);
+            self.machine.iter_mut().for_each(Machine::forget_halt);
         }
         self.halt.take_if(is_for_want).is_some() || late
     }

@@ -9,6 +9,9 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 
+/// How many pieces of what the server says are taken in at a time.
+const TURNS: u32 = 64;
+
 /// The connection.
 #[derive(Debug)]
 pub struct Link {
@@ -93,7 +96,7 @@ impl Link {
         if !self.unsaid.is_empty() {
             self.send();
         }
-        let (mut events, mut bytes) = (Vec::new(), [0; 1024]);
+        let (mut events, mut bytes, mut turns) = (Vec::new(), [0; 1024], 0);
         let gone = Heard::Event(Event::Gone);
         loop {
             match self.connection.read(&mut bytes) {
@@ -107,6 +110,10 @@ impl Link {
                 let line: Vec<u8> = self.heard.drain(..=end).collect();
                 events.push(self.meaning(&line));
             }
+            turns += 1;
+            if turns == TURNS {
+                break;
+            }
             if self.heard.len() > MAX_MESSAGE || events.contains(&gone) {
                 break events.push(gone);
             }
@@ -117,7 +124,10 @@ impl Link {
     fn meaning(&self, line: &[u8]) -> Heard {
         Heard::Event(match serde_json::from_slice(line) {
             Ok(Reply::Report) => return Heard::Report,
-            Ok(Reply::Pong { ping, waiting, away }) => Event::Pong { ping, waiting, away },
+            Ok(Reply::Pong { ping, waiting, away }) => {
+                let one_line = |text: String| text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+                Event::Pong { ping, waiting, away: away.map(one_line) }
+            }
             Ok(Reply::Refused { reason }) if self.has_store => Event::Refused(reason),
             // One that talks nonsense, or refuses a guest that has nothing of it, is no page server any more.
             _ => Event::Gone,

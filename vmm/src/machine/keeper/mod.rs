@@ -69,6 +69,8 @@ pub struct Charge {
     pub notifier: Notifier,
     /// Is set when this process is about to end, for whatever the event loop is in the midst of and can give up.
     pub ending: Arc<AtomicBool>,
+    /// Is set when pages are not to be got ready any more that nobody has asked for.
+    pub replay_over: Arc<AtomicBool>,
 }
 
 /// The keeper of one guest's memory. It works until this is dropped.
@@ -102,8 +104,10 @@ impl Keeper {
             attempt: Errand::new()?,
             report: Errand::new()?,
             kinds: ram.kinds(),
+            has_reported: false,
             sight: Sight::new(&service.uffd),
             stand_in: None,
+            spare: None,
             store: ram.store(),
             orphan: None,
             audited_at: began,
@@ -170,9 +174,9 @@ impl Sight {
         }
     }
 
-    /// How many faults nobody has answered yet; 1 if that cannot be told.
-    fn outstanding(&self) -> u64 {
-        read_start(&self.faults).and_then(|text| number_after(&text, "total:")).unwrap_or(1)
+    /// How many faults nobody has answered yet, if that can be told.
+    fn outstanding(&self) -> Option<u64> {
+        number_after(&read_start(&self.faults)?, "total:")
     }
 
     /// Pages of this process that are resident.
@@ -246,8 +250,12 @@ struct Watch {
     /// Looking at what the guest has used.
     report: Errand<Result<(PageRuns, PageRuns), ScanError>>,
     kinds: Kinds,
+    /// A server asks for that once.
+    has_reported: bool,
     sight: Sight,
     stand_in: Option<StandIn>,
+    /// That of the last time.
+    spare: Option<StandIn>,
     /// What the guest maps.
     store: Option<Arc<File>>,
     /// The same, once its server is gone.
@@ -321,8 +329,9 @@ impl Watch {
             sources.push((Ready::Signal, PollFd::new(&self.charge.signals, PollFlags::IN)));
         }
         if let Some(link) = &self.link {
-            sources.push((Ready::ServerGone, link.sign.poll_fd()));
+            // What it has said comes before its end, which may have come as well.
             sources.extend(link.poll_fd().map(|lines| (Ready::Line, lines)));
+            sources.push((Ready::ServerGone, link.sign.poll_fd()));
         }
         if self.plan.waits_for_faults() || self.stand_in.is_some() {
             sources.push((Ready::Fault, PollFd::from_borrowed_fd(self.service.uffd.as_fd(), PollFlags::IN)));
@@ -351,7 +360,6 @@ impl Watch {
                 self.last_orders = Some(LastOrders { at: Instant::now() + SIGNAL_ORDERS, words: None });
             }
             Ready::Line => {
-                // Before its end, which may have come as well.
                 let said = self.link.as_mut().map(Link::hear).unwrap_or_default();
                 for word in said {
                     match word {
@@ -372,7 +380,11 @@ impl Watch {
             }
             Ready::Attempt => match self.attempt.take() {
                 Some(Ok(service)) => self.on_attached(service),
-                Some(Err(e)) => self.on(Event::NotAttached(e.to_string())),
+                Some(Err(e)) => {
+                    // It may have read of faults before it failed.
+                    self.wake_all();
+                    self.on(Event::NotAttached(e.to_string()));
+                }
                 None => {}
             },
             Ready::Fault | Ready::Released => {}
@@ -402,7 +414,7 @@ impl Watch {
     fn wake_forgotten(&mut self) {
         if self.stands_in() && self.looked_at.elapsed() >= LOOK_AGAIN {
             self.looked_at = Instant::now();
-            if self.sight.outstanding() > 0 {
+            if self.sight.outstanding() != Some(0) {
                 self.wake_all();
             }
         }
@@ -422,7 +434,7 @@ impl Watch {
             Event::Gone if self.link.take().is_some() => {
                 self.trouble_at = Instant::now();
                 lock(&self.stats).losses += 1;
-                if self.charge.policy != OnHandlerLoss::Kill {
+                if self.charge.policy != OnHandlerLoss::Kill && !self.plan.has_ended() {
                     tracing::warn!("the page server at {} is gone", self.service.path.display());
                 }
                 if self.stand_in.is_some() {
@@ -433,10 +445,17 @@ impl Watch {
             _ => {}
         }
         let (now, lost) = (self.now(), event == Event::Gone && self.orphan.is_none());
-        for step in self.plan.on(now, event) {
+        let mut steps = self.plan.on(now, event);
+        // A look has consequences of its own, so it comes after all else.
+        let looks = steps.contains(&Step::Look);
+        steps.retain(|step| *step != Step::Look);
+        for step in steps {
             self.take(step);
         }
         self.tell_state();
+        if looks {
+            self.look();
+        }
         if lost {
             // After those who wait were served.
             self.adopt_store();
@@ -445,10 +464,8 @@ impl Watch {
 
     fn take(&mut self, step: Step) {
         match step {
-            Step::Look => {
-                let (outstanding, resident) = (self.sight.outstanding() > 0, self.sight.resident());
-                self.on(Event::Looked { outstanding, resident });
-            }
+            Step::Look => self.look(),
+            Step::Wake => self.wake_all(),
             Step::Ping(number) => {
                 if let Some(link) = &mut self.link {
                     link.ping(number);
@@ -456,7 +473,7 @@ impl Watch {
             }
             Step::TakeOver => self.take_over(),
             Step::StandDown => {
-                self.stand_in = None;
+                self.spare = self.stand_in.take();
                 tracing::info!("the page server at {} serves the guest again", self.service.path.display());
             }
             Step::Attach => self.attach(),
@@ -464,6 +481,17 @@ impl Watch {
             Step::Resume => self.tell(PageServerWord::Resume),
             Step::End(reason) => self.end(reason),
         }
+    }
+
+    fn look(&mut self) {
+        // What cannot be seen is not held against one who could not contradict.
+        let unseen = u64::from(self.service.mode.speaks());
+        let outstanding = self.sight.outstanding().unwrap_or(unseen) > 0;
+        if outstanding && self.plan.waits_for_faults() {
+            self.trouble_at = Instant::now();
+        }
+        let resident = self.sight.resident();
+        self.on(Event::Looked { outstanding, resident });
     }
 
     fn tell(&self, word: PageServerWord) {
@@ -476,7 +504,15 @@ impl Watch {
             lock(&self.stats).hangs += 1;
             tracing::warn!("the page server at {path} does not deliver: the guest is served without it meanwhile");
         }
-        match StandIn::begin(&self.charge.snapshot, uffd, &self.service.ranges) {
+        if let Err(e) = uffd_handler::uffd::make_nonblocking(&uffd) {
+            tracing::warn!("the userfaultfd cannot be made non-blocking: {e}");
+        }
+        self.charge.replay_over.store(true, Ordering::Relaxed);
+        let begun = match self.spare.take() {
+            Some(stand_in) => stand_in.begin_again().map(|()| stand_in),
+            None => StandIn::begin(&self.charge.snapshot, uffd, &self.service.ranges),
+        };
+        match begun {
             Ok(stand_in) => {
                 self.stand_in = Some(stand_in);
                 let before = lock(&self.stats).faults_served;
@@ -501,6 +537,8 @@ impl Watch {
     fn cannot_serve(&mut self, reason: String) {
         self.stand_in = None;
         tracing::error!("the guest cannot be served without its page server: {reason}");
+        // Faults that were read here and not answered.
+        self.wake_all();
         self.on(Event::CannotServe(reason));
     }
 
@@ -509,7 +547,10 @@ impl Watch {
         let (Mode::Shared, Some(store)) = (&self.service.mode, &self.store) else { return };
         let size = self.service.ranges.iter().map(|range| range.size).sum();
         match store.try_clone().and_then(|store| Orphan::adopt(store, size)) {
-            Ok(orphan) => self.orphan = Some(orphan),
+            Ok((orphan, doubtful)) => {
+                self.orphan = Some(orphan);
+                self.hide_foreign(&doubtful);
+            }
             Err(e) => tracing::error!("the store of the page server that is gone cannot be looked after: {e}"),
         }
     }
@@ -517,12 +558,18 @@ impl Watch {
     /// Hides pages that have appeared in the store from the guest. If it may have seen one, it must not go on.
     fn audit(&mut self) {
         self.audited_at = Instant::now();
-        let foreign = self.orphan.as_mut().map(Orphan::foreign);
-        let Some(Ok(foreign)) = foreign.filter(|foreign| !matches!(foreign, Ok(pages) if pages.is_empty())) else {
+        match self.orphan.as_mut().map(Orphan::foreign) {
+            Some(Ok(pages)) => self.hide_foreign(&pages),
+            Some(Err(e)) => tracing::error!("the store of the page server that is gone cannot be looked at: {e}"),
+            None => {}
+        }
+    }
+
+    fn hide_foreign(&mut self, pages: &[u64]) {
+        if pages.is_empty() {
             return;
-        };
-        tracing::warn!("{} pages of zeros have appeared in the store of a page server that is gone", foreign.len());
-        match self.hide(&foreign) {
+        }
+        match self.hide(pages) {
             Ok(true) => {}
             Ok(false) => {
                 self.end("is gone, and the guest may have read zeros that somebody has put into its store".into())
@@ -533,28 +580,40 @@ impl Watch {
         }
     }
 
-    /// Puts pages of the guest's own before those of the store. False if it has mapped one of those already.
+    /// Puts pages of the guest's own before those of the store that are not the image's. False if the guest has mapped one of those
+    /// already.
     fn hide(&mut self, pages: &[u64]) -> Result<bool, StandInError> {
         let Service { uffd, ranges, .. } = &self.service;
         let mut temporary = None;
-        let stand_in = match &mut self.stand_in {
+        let stand_in = match self.stand_in.as_mut().or(self.spare.as_mut()) {
             Some(stand_in) => stand_in,
             None => temporary.insert(StandIn::begin(&self.charge.snapshot, uffd.clone(), ranges)?),
         };
-        let pagemap = Pagemap::open().ok();
-        for page in pages {
+        let (pagemap, mut hidden) = (Pagemap::open().ok(), 0);
+        for &page in pages {
+            // A server that has let this guest go, and lives, goes on filling the store for others.
+            if self.orphan.as_ref().is_some_and(|orphan| stand_in.is_right(page, orphan.page(page))) {
+                continue;
+            }
+            hidden += 1;
             // What is there may be the guest's own.
             let own = |at| pagemap.as_ref().is_some_and(|map| map.entry(at).is_ok_and(|entry| !entry.is_of_file()));
-            if stand_in.provide(*page)?.is_some_and(|at| !own(at)) {
+            if stand_in.provide(page)?.is_some_and(|at| !own(at)) {
                 return Ok(false);
             }
+        }
+        if hidden > 0 {
+            tracing::warn!(
+                "{hidden} pages have appeared in the store of a page server that is gone, and are none of the image's"
+            );
         }
         Ok(true)
     }
 
     /// Has the guest's pages looked at, if they tell what it has used: what was copied to it is all its own, read or written.
     fn look_at_use(&mut self) {
-        if matches!(self.service.mode, Mode::Shared) && lock(&self.stats).takeovers == 0 {
+        let is_first = !std::mem::replace(&mut self.has_reported, true);
+        if is_first && matches!(self.service.mode, Mode::Shared) && lock(&self.stats).takeovers == 0 {
             let (kinds, ending) = (self.kinds.clone(), self.charge.ending.clone());
             let begun = self.report.begin("report", move || kinds.used(&Pagemap::open()?, &ending));
             if let Err(e) = begun {
@@ -564,12 +623,12 @@ impl Watch {
     }
 
     fn attach(&mut self) {
-        let Service { path, mode, uffd, ranges, .. } = &self.service;
-        let (path, mode, uffd, ranges) = (path.clone(), mode.again(), uffd.clone(), ranges.clone());
+        let Service { path, mode, uffd, ranges, uid, .. } = &self.service;
+        let (path, uid, mode, uffd, ranges) = (path.clone(), *uid, mode.again(), uffd.clone(), ranges.clone());
         let snapshot = self.charge.snapshot.clone();
         let begun = self
             .attempt
-            .begin("attach", move || uffd::enlist(&path, &snapshot.manifest().memory.root, mode, &ranges, &uffd));
+            .begin("attach", move || uffd::enlist(&path, uid, &snapshot.manifest().memory.root, mode, &ranges, &uffd));
         if let Err(e) = begun {
             self.on(Event::NotAttached(e.to_string()));
         }
@@ -652,6 +711,6 @@ mod tests {
         let uffd = Arc::new(uffd);
         let sight = Sight::new(&uffd);
         assert!(sight.resident() > 0);
-        assert_eq!(sight.outstanding(), 0);
+        assert_eq!(sight.outstanding(), Some(0));
     }
 }

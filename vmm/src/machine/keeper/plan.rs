@@ -42,6 +42,15 @@ pub const DEADLY_SILENCE: Duration = Duration::from_secs(5);
 /// The pauses between attempts to attach to a server again.
 const FIRST_RETRY: Duration = Duration::from_millis(50);
 const LAST_RETRY: Duration = Duration::from_secs(1);
+/// How long a guest must have been served before the next attempt is made at once.
+const LASTING: Duration = Duration::from_secs(10);
+/// How long faults may wait for bytes, while no page comes at all, before they are taken not to come.
+pub const SLOW: Duration = Duration::from_secs(2);
+/// Looks at which faults are outstanding, and no page has come since the first of them, although the server says that it has answered
+/// all: then they were lost.
+const LOST_AFTER: u32 = 4;
+/// Longest that a server which says nothing is stood in for before it is looked at anew.
+const LONGEST_STAND_IN: Duration = Duration::from_secs(60);
 
 /// What has happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,6 +96,8 @@ pub enum Step {
     Ping(u64),
     /// Wake all who wait, and serve faults here.
     TakeOver,
+    /// Wake all who wait, so that their faults are raised again.
+    Wake,
     /// Leave faults to the server again.
     StandDown,
     /// Try to attach to a server, and tell what comes of it.
@@ -148,6 +159,14 @@ pub struct Plan {
     ended: bool,
     pings: u64,
     retry: Duration,
+    attached_at: Duration,
+    /// Faults wait for bytes since then, while no page has come.
+    waiting_since: Option<Duration>,
+    /// How much was resident at the last look, and at how many looks in a row with outstanding faults it was the same.
+    stuck_at: (u64, u32),
+    /// How long to stand in for a server that says nothing; and when it was last taken to have come to life.
+    doubt: Duration,
+    recovered_at: Option<Duration>,
     last_failure: Option<String>,
 }
 
@@ -170,6 +189,11 @@ impl Plan {
             ended: false,
             pings: 0,
             retry: FIRST_RETRY,
+            attached_at: Duration::ZERO,
+            waiting_since: None,
+            stuck_at: (0, 0),
+            doubt: STAND_IN,
+            recovered_at: None,
             last_failure: None,
         }
     }
@@ -182,6 +206,11 @@ impl Plan {
     /// Whether faults are served here.
     pub fn serves_here(&self) -> bool {
         self.here
+    }
+
+    /// Whether the guest was told to end.
+    pub fn has_ended(&self) -> bool {
+        self.ended
     }
 
     /// Whether the server is gone.
@@ -205,13 +234,8 @@ impl Plan {
             Link::Silent { look_at, .. } => look_at,
             Link::Gone { attach_at } => attach_at,
         };
-        let end = match self.link {
-            Link::Silent { since, .. } if self.policy == OnHandlerLoss::Kill => Some(since + DEADLY_SILENCE),
-            _ => None,
-        };
-        let pauses = !self.paused && self.policy != OnHandlerLoss::Kill;
-        let pause = self.unserved_since.filter(|_| pauses).map(|since| since + self.patience());
-        link.into_iter().chain(end).chain(pause).min()
+        let consequence = self.unserved_since.filter(|_| !self.paused).map(|since| since + self.patience());
+        link.into_iter().chain(consequence).min()
     }
 
     /// Takes in what has happened, and says what to do, in this order.
@@ -231,11 +255,22 @@ impl Plan {
             Event::Gone if self.policy == OnHandlerLoss::Kill => self.end("is gone", &mut steps),
             Event::Gone if self.is_gone() => {}
             Event::Gone => {
-                (self.away, self.retry) = (None, FIRST_RETRY);
-                self.link = Link::Gone { attach_at: Some(now) };
+                self.away = None;
+                let attach_at = if now < self.attached_at + LASTING {
+                    let at = now + self.retry;
+                    self.retry = (self.retry * 2).min(LAST_RETRY);
+                    at
+                } else {
+                    self.retry = FIRST_RETRY;
+                    now
+                };
+                self.link = Link::Gone { attach_at: Some(attach_at) };
             }
             Event::Refused(reason) => self.end(&format!("has taken back what it gave: {reason}"), &mut steps),
-            Event::Attached => (self.link, self.away, self.last_failure) = (quiet(now), None, None),
+            Event::Attached => {
+                (self.link, self.away, self.last_failure, self.unable) = (quiet(now), None, None, None);
+                (self.attached_at, self.waiting_since) = (now, None);
+            }
             Event::NotAttached(reason) => {
                 self.last_failure = Some(reason);
                 self.link = Link::Gone { attach_at: Some(now + self.retry) };
@@ -249,6 +284,18 @@ impl Plan {
     }
 
     fn on_looked(&mut self, now: Duration, outstanding: bool, resident: u64, steps: &mut Vec<Step>) {
+        let (before, times) = self.stuck_at;
+        self.stuck_at = match outstanding {
+            true if resident == before => (resident, times + 1),
+            _ => (resident, 0),
+        };
+        if resident != before {
+            self.waiting_since = None;
+        }
+        if self.stuck_at.1 >= LOST_AFTER && self.waiting_since.is_none() && self.speaks && !self.here {
+            self.stuck_at.1 = 0;
+            steps.push(Step::Wake);
+        }
         match self.link {
             Link::Quiet { .. } if outstanding => self.link = Link::Seen { look_at: now + GRACE },
             Link::Quiet { pause, resident: before, .. } => {
@@ -265,16 +312,17 @@ impl Plan {
                 self.link = Link::Stuck { resident, overdue_at: now + ANSWER, look_at: now + GRACE };
             }
             Link::Stuck { resident: before, .. } if !outstanding || resident != before => self.link = quiet(now),
-            Link::Stuck { resident, overdue_at, .. } if now >= overdue_at => self.link = self.silent(now, resident),
+            Link::Stuck { resident, overdue_at, .. } if now >= overdue_at => self.fall_silent(now, resident),
             Link::Stuck { resident, overdue_at, .. } => {
                 self.link = Link::Stuck { resident, overdue_at, look_at: now + GRACE };
             }
             // One who says nothing may have come to life again: the pages tell, or, if they come from here, the next fault.
             Link::Silent { resident: before, .. } if !outstanding || (!self.here && resident != before) => {
+                self.recovered_at = Some(now);
                 self.link = quiet(now);
             }
             Link::Silent { since, .. } => {
-                let again = if self.here { STAND_IN } else { ASK_AGAIN_AWAY };
+                let again = if self.here { self.doubt } else { ASK_AGAIN_AWAY };
                 self.link = Link::Silent { since, resident, look_at: Some(now + again) };
             }
             Link::Asked { .. } | Link::Gone { .. } => {}
@@ -282,8 +330,13 @@ impl Plan {
     }
 
     /// A server that speaks is heard when it does so again. The others are looked at.
-    fn silent(&self, now: Duration, resident: u64) -> Link {
-        Link::Silent { since: now, resident, look_at: (!self.speaks).then_some(now + STAND_IN) }
+    fn fall_silent(&mut self, now: Duration, resident: u64) {
+        // One that had not come to life after all is doubted for longer each time.
+        self.doubt = match self.recovered_at {
+            Some(at) if now < at + self.doubt * 2 => (self.doubt * 2).min(LONGEST_STAND_IN),
+            _ => STAND_IN,
+        };
+        self.link = Link::Silent { since: now, resident, look_at: (!self.speaks).then_some(now + self.doubt) };
     }
 
     fn on_pong(&mut self, now: Duration, ping: u64, waiting: u64, away: Option<String>) {
@@ -297,7 +350,13 @@ impl Plan {
             (_, None) => Link::Seen { look_at: now + ASK_AGAIN },
             (_, Some(_)) => Link::Seen { look_at: now + ASK_AGAIN_AWAY },
         };
+        self.unable = None;
         self.away = away;
+        if waiting == 0 {
+            self.waiting_since = None;
+        } else if now >= *self.waiting_since.get_or_insert(now) + SLOW {
+            self.away.get_or_insert_with(|| "its bytes do not come".to_owned());
+        }
     }
 
     fn on_time(&mut self, now: Duration, steps: &mut Vec<Step>) {
@@ -305,11 +364,12 @@ impl Plan {
             Link::Quiet { look_at, .. } | Link::Seen { look_at } | Link::Stuck { look_at, .. } if now >= look_at => {
                 steps.push(Step::Look);
             }
-            Link::Silent { since, .. } if self.policy == OnHandlerLoss::Kill && now >= since + DEADLY_SILENCE => {
-                self.end("does not answer", steps);
-            }
             Link::Silent { look_at: Some(at), .. } if now >= at => steps.push(Step::Look),
-            Link::Asked { overdue_at } if now >= overdue_at => self.link = self.silent(now, 0),
+            Link::Asked { overdue_at } if now >= overdue_at => self.fall_silent(now, 0),
+            // Whoever listens there in the place of one that says nothing may serve another image, and would not say so.
+            Link::Gone { attach_at: Some(at) } if now >= at && self.here && !self.speaks => {
+                self.link = Link::Gone { attach_at: Some(now + LAST_RETRY) };
+            }
             Link::Gone { attach_at: Some(at) } if now >= at => {
                 self.link = Link::Gone { attach_at: None };
                 steps.push(Step::Attach);
@@ -337,14 +397,24 @@ impl Plan {
             return;
         }
         let since = *self.unserved_since.get_or_insert(now);
-        if !self.paused && self.policy != OnHandlerLoss::Kill && now >= since + self.patience() {
+        if self.paused || now < since + self.patience() {
+            return;
+        }
+        if self.policy == OnHandlerLoss::Kill {
+            let what = if self.away.is_some() { "cannot get its pages" } else { "does not answer" };
+            self.end(what, steps);
+        } else {
             self.paused = true;
             steps.push(Step::Pause(self.reason()));
         }
     }
 
     fn patience(&self) -> Duration {
-        if self.policy == OnHandlerLoss::Pause { Duration::ZERO } else { PATIENCE }
+        match self.policy {
+            OnHandlerLoss::Failover | OnHandlerLoss::Reattach => PATIENCE,
+            OnHandlerLoss::Pause => Duration::ZERO,
+            OnHandlerLoss::Kill => DEADLY_SILENCE,
+        }
     }
 
     /// Why the server does not serve.
@@ -483,6 +553,7 @@ mod tests {
                         plan.on(now, away(ping));
                     }
                     Step::Pause(reason) => paused.push((now, reason)),
+                    Step::Wake => {}
                     other => panic!("{other:?}"),
                 }
             }
@@ -518,6 +589,70 @@ mod tests {
         assert!((ms(100) + STAND_IN..ms(200) + STAND_IN).contains(&look));
         assert_eq!(plan.on(look, Event::Time), [Step::Look]);
         assert_eq!(plan.on(look, looked(false)), [Step::StandDown]);
+        // It had not come to life: so it is doubted for longer.
+        let again = stuck(&mut plan, look + ms(10));
+        assert!(again >= look + STAND_IN * 2, "{again:?}");
+    }
+
+    #[test]
+    fn one_who_says_nothing_is_not_followed_by_whoever_listens_there_next_while_the_guest_is_served_here() {
+        let mut plan = Plan::new(OnHandlerLoss::Failover, false);
+        plan.on(ms(0), Event::Gone);
+        for _ in 0..10 {
+            let now = plan.deadline().unwrap();
+            assert_eq!(plan.on(now, Event::Time), []);
+        }
+        plan.on(ms(20_000), Event::CannotServe("no image".into()));
+        let steps = plan.on(plan.deadline().unwrap().max(ms(20_000)) + LAST_RETRY, Event::Time);
+        assert!(steps.contains(&Step::Attach), "{steps:?}");
+    }
+
+    #[test]
+    fn faults_that_the_server_has_lost_are_raised_again_and_bytes_that_do_not_come_are_away() {
+        let mut plan = Plan::new(OnHandlerLoss::Reattach, true);
+        let (mut now, mut wakes, mut waiting) = (ms(0), 0, 0);
+        plan.on(now, Event::Fault);
+        while now < ms(2000) || (waiting > 0 && now < ms(8000)) {
+            now = plan.deadline().unwrap();
+            for step in plan.on(now, Event::Time) {
+                match step {
+                    Step::Look => {
+                        for step in plan.on(now, looked(true)) {
+                            match step {
+                                Step::Ping(ping) => {
+                                    assert_eq!(plan.on(now, Event::Pong { ping, waiting, away: None }), []);
+                                }
+                                Step::Wake => wakes += 1,
+                                other => panic!("{other:?}"),
+                            }
+                        }
+                    }
+                    Step::Pause(reason) => {
+                        assert!(waiting > 0 && reason.contains("do not come"), "{reason}");
+                        return;
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+            waiting = u64::from(now > ms(1500));
+        }
+        panic!("it is never paused; {wakes} wakes");
+    }
+
+    #[test]
+    fn a_server_that_serves_for_moments_only_is_not_attached_to_without_a_pause() {
+        let mut plan = Plan::new(OnHandlerLoss::Failover, true);
+        let (mut now, mut attached) = (ms(20_000), 0);
+        plan.on(now, Event::Gone);
+        while now < ms(25_000) {
+            now = plan.deadline().unwrap();
+            if plan.on(now, Event::Time).contains(&Step::Attach) {
+                plan.on(now, Event::Attached);
+                plan.on(now, Event::Gone);
+                attached += 1;
+            }
+        }
+        assert!(attached < 12, "{attached} times in five seconds");
     }
 
     #[test]
@@ -531,6 +666,13 @@ mod tests {
         assert_eq!(plan.on(ms(60), Event::Time), []);
         assert_eq!(plan.deadline(), Some(ms(60) + DEADLY_SILENCE));
         assert!(matches!(&plan.on(ms(60) + DEADLY_SILENCE, Event::Time)[..], [Step::End(_)]));
+        // One that lives and cannot get its bytes is no better.
+        let mut plan = Plan::new(OnHandlerLoss::Kill, true);
+        plan.on(ms(0), Event::Fault);
+        plan.on(ms(10), Event::Time);
+        plan.on(ms(10), looked(true));
+        plan.on(ms(11), away(1));
+        assert!(matches!(&plan.on(ms(11) + DEADLY_SILENCE, Event::Time)[..], [.., Step::End(_)]));
     }
 
     #[test]
@@ -577,6 +719,8 @@ mod tests {
                     Event::Attached | Event::NotAttached(_) if !plan.is_gone() => continue,
                     Event::CannotServe(_) if !here => continue,
                     Event::CannotServe(_) => (here, able) = (false, false),
+                    // Whoever could not serve here may be able to by now.
+                    Event::Attached => able = true,
                     _ => {}
                 }
                 for step in plan.on(now, event) {
@@ -587,7 +731,7 @@ mod tests {
                         Step::Pause(_) => prop_assert!(!std::mem::replace(&mut paused, true) && !here),
                         Step::Resume => prop_assert!(std::mem::replace(&mut paused, false)),
                         Step::End(_) => ended = true,
-                        Step::Look | Step::Ping(_) | Step::Attach => {}
+                        Step::Look | Step::Ping(_) | Step::Attach | Step::Wake => {}
                     }
                 }
                 prop_assert_eq!(plan.serves_here(), here);
