@@ -350,7 +350,6 @@ impl Plan {
             (_, None) => Link::Seen { look_at: now + ASK_AGAIN },
             (_, Some(_)) => Link::Seen { look_at: now + ASK_AGAIN_AWAY },
         };
-        self.unable = None;
         self.away = away;
         if waiting == 0 {
             self.waiting_since = None;
@@ -384,6 +383,10 @@ impl Plan {
             return;
         }
         let needs_help = self.away.is_some() || matches!(self.link, Link::Silent { .. } | Link::Gone { .. });
+        if !needs_help {
+            // Next time it may do.
+            self.unable = None;
+        }
         let helps = needs_help && self.policy == OnHandlerLoss::Failover && self.unable.is_none();
         if helps != self.here {
             self.here = helps;
@@ -510,13 +513,13 @@ mod tests {
     #[test]
     fn a_guest_whose_server_is_gone_is_served_here_and_then_by_the_next() {
         let mut plan = Plan::new(OnHandlerLoss::Failover, true);
-        assert_eq!(plan.on(ms(5), Event::Gone), [Step::TakeOver]);
+        assert_eq!(plan.on(ms(20_005), Event::Gone), [Step::TakeOver]);
         assert_eq!(plan.on(plan.deadline().unwrap(), Event::Time), [Step::Attach]);
         assert_eq!(plan.deadline(), None, "one attempt at a time");
-        plan.on(ms(10), Event::NotAttached("refused".into()));
-        assert_eq!(plan.deadline(), Some(ms(10) + FIRST_RETRY));
-        assert_eq!(plan.on(ms(60), Event::Time), [Step::Attach]);
-        assert_eq!(plan.on(ms(61), Event::Attached), [Step::StandDown]);
+        plan.on(ms(20_010), Event::NotAttached("refused".into()));
+        assert_eq!(plan.deadline(), Some(ms(20_010) + FIRST_RETRY));
+        assert_eq!(plan.on(ms(20_060), Event::Time), [Step::Attach]);
+        assert_eq!(plan.on(ms(20_061), Event::Attached), [Step::StandDown]);
     }
 
     #[test]
@@ -719,8 +722,6 @@ mod tests {
                     Event::Attached | Event::NotAttached(_) if !plan.is_gone() => continue,
                     Event::CannotServe(_) if !here => continue,
                     Event::CannotServe(_) => (here, able) = (false, false),
-                    // Whoever could not serve here may be able to by now.
-                    Event::Attached => able = true,
                     _ => {}
                 }
                 for step in plan.on(now, event) {
@@ -735,6 +736,8 @@ mod tests {
                     }
                 }
                 prop_assert_eq!(plan.serves_here(), here);
+                // Whoever could not serve here may be able to when that is needed again.
+                able |= plan.unserved().is_none() && !here && !plan.is_gone();
                 prop_assert!(!(here && paused));
                 prop_assert_eq!(plan.unserved().is_none() && paused, false);
                 if policy == OnHandlerLoss::Kill {
