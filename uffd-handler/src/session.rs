@@ -18,7 +18,7 @@ use crate::image::{Image, Waiter};
 use crate::mmap::give_zeros;
 use crate::process::{Credentials, peer_pidfd};
 use crate::recorder::Telling;
-use crate::region::{PAGE_SIZE, Regions};
+use crate::region::{CHUNK_PAGES, PAGE_SIZE, Regions};
 use crate::source::{Chunk, SourceError};
 use crate::store::{FillError, Store};
 use crate::talk::Talk;
@@ -196,6 +196,9 @@ pub struct Session {
     pub began: Instant,
     faults: Faults,
     ahead: Ahead,
+    chunks_ahead: Ahead,
+    /// Chunks to put into the store once all faults are answered.
+    to_fill: Range<u64>,
     counters: SessionMetrics,
     /// Whether the last read left no event.
     is_read: bool,
@@ -214,7 +217,9 @@ impl Session {
         };
         Self {
             faults: Faults::new(guest.pages),
-            ahead: Ahead::default(),
+            ahead: Ahead::of_pages(),
+            chunks_ahead: Ahead::of_chunks(),
+            to_fill: 0..0,
             guest,
             stream,
             uffd,
@@ -299,7 +304,39 @@ impl Session {
                 break;
             }
         }
+        self.fill_ahead(store, image, scratch, &mut turn)?;
         Ok(turn)
+    }
+
+    /// Puts the chunks into the store that a guest which goes through its memory in order will want next; what is not at hand is
+    /// read meanwhile.
+    fn fill_ahead(
+        &mut self,
+        store: &mut Store,
+        image: &mut Image,
+        scratch: &mut Scratch,
+        turn: &mut Turn,
+    ) -> Result<(), SessionError> {
+        let end = (self.guest.pages).div_ceil(CHUNK_PAGES);
+        for chunk in std::mem::take(&mut self.to_fill).take_while(|chunk| *chunk < end) {
+            if store.has_chunk(chunk) {
+                continue;
+            }
+            match image.read_now(chunk, &mut scratch.chunk) {
+                Ok(Some(len)) => {
+                    let filled = store.fill(chunk, &scratch.chunk[..len])?;
+                    image.is_stored(chunk);
+                    self.counters.pages_filled += filled.pages;
+                    turn.foreign += filled.foreign;
+                }
+                Ok(None) => {
+                    image.read_ahead(chunk);
+                }
+                // Who has not asked for it goes on.
+                Err(_) => break,
+            }
+        }
+        Ok(())
     }
 
     /// Reads a batch of events; returns how many faults there were.
@@ -377,6 +414,11 @@ impl Session {
                     }
                     Ok(outcome)
                 }
+                Outcome::Filled => {
+                    let wanted = self.chunks_ahead.at(fault.chunk);
+                    self.to_fill = wanted.start + 1..wanted.end;
+                    Ok(Outcome::Filled)
+                }
                 there => Ok(there),
             },
         }
@@ -385,7 +427,7 @@ impl Session {
     /// Copies the pages after one that was copied, as far as they are likely to be asked for next; their chunk is in the store. Where
     /// that fails they are asked for if need be.
     fn give_ahead(&mut self, page: u64, room: Range<u64>, store: &Store) {
-        let wanted = self.ahead.pages(page).end.min(page + (room.end - room.start) / PAGE_SIZE);
+        let wanted = self.ahead.at(page).end.min(page + (room.end - room.start) / PAGE_SIZE);
         let end = (page + 1..wanted).find(|&next| self.faults.is_removed(next)).unwrap_or(wanted);
         if end > page + 1 {
             let copied = store.give_run(page + 1..end, &self.uffd, room.start + PAGE_SIZE);

@@ -76,7 +76,7 @@ impl StandIn {
             faults: EventReader::new(),
             recent: Vec::new(),
             next: 0,
-            ahead: Ahead::default(),
+            ahead: Ahead::of_pages(),
         })
     }
 
@@ -127,7 +127,7 @@ impl StandIn {
             self.uffd.wake(place as *mut _, PAGE_SIZE as usize).map_err(StandInError::Wake)?;
         }
         // Whatever becomes of those: they are asked for again if need be.
-        for ahead in self.ahead.pages(fault.page).skip(1) {
+        for ahead in self.ahead.at(fault.page).skip(1) {
             if !fault.wake.contains(&(place + (ahead - fault.page) * PAGE_SIZE)) {
                 break;
             }

@@ -115,7 +115,7 @@ impl RemoteImage {
     fn is_whole(&self, index: u64, bytes: &[u8]) -> bool {
         let right = self.digests.is_right(index, bytes);
         if !right && bytes.iter().any(|byte| *byte != 0) {
-            self.tally.found_bad();
+            self.tally.found_bad(index);
         }
         right
     }

@@ -1,12 +1,17 @@
 //! What a remote image counts.
 
 use crate::source::SourceCounters;
+use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// Counters that several threads move.
 #[derive(Debug, Default)]
-pub struct Tally(Mutex<SourceCounters>);
+pub struct Tally {
+    counters: Mutex<SourceCounters>,
+    /// Chunks that the cache on disk had wrong: several may look before one is put right.
+    bad: Mutex<BTreeSet<u64>>,
+}
 
 impl Tally {
     /// So many chunks were fetched and right, in an answer of so many bytes.
@@ -24,9 +29,10 @@ impl Tally {
         counters.cached_bytes += bytes as u64;
     }
 
-    /// What the cache on disk held was wrong.
-    pub fn found_bad(&self) {
-        self.lock().cache_faults += 1;
+    /// What the cache on disk held of a chunk was wrong.
+    pub fn found_bad(&self, chunk: u64) {
+        let is_new = self.bad.lock().unwrap_or_else(PoisonError::into_inner).insert(chunk);
+        self.lock().cache_faults += u64::from(is_new);
     }
 
     /// A read failed; `away` if the place cannot be reached.
@@ -44,6 +50,6 @@ impl Tally {
     }
 
     fn lock(&self) -> MutexGuard<'_, SourceCounters> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.counters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
