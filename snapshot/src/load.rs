@@ -153,7 +153,7 @@ pub fn open(path: &Path) -> Result<Snapshot, LoadError> {
     let snapshot = open_without_memory(path)?;
     snapshot.memory_file()?;
     let memory = &snapshot.manifest.memory;
-    snapshot.dir.open_sized(&memory.digests, Digests::table_bytes(&memory))?;
+    snapshot.dir.open_sized(&memory.digests, Digests::table_bytes(memory))?;
     Ok(snapshot)
 }
 

@@ -188,7 +188,7 @@ pub enum Command {
     /// Write the embedded guest to a file.
     GuestExport(PathBuf),
     /// Run the page server.
-    PageServer(uffd_handler::Options),
+    PageServer(Box<uffd_handler::Options>),
     /// Look at a page server, or at what belongs to one.
     PageServerTool(uffd_handler::tool::Tool),
     /// Check a snapshot.
@@ -576,7 +576,7 @@ fn verb_and_path(args: Vec<OsString>) -> Result<Option<Parsed>, UsageError> {
 
 fn parse_page_server(args: Vec<OsString>) -> Result<Command, UsageError> {
     Ok(match uffd_handler::Command::parse(args)? {
-        uffd_handler::Command::Serve(options) => Command::PageServer(options),
+        uffd_handler::Command::Serve(options) => Command::PageServer(Box::new(options)),
         uffd_handler::Command::Tool(tool) => Command::PageServerTool(tool),
         uffd_handler::Command::Help => Command::Help(uffd_handler::USAGE),
         uffd_handler::Command::Version => Command::Version,
