@@ -15,6 +15,7 @@ use api_spec::snapshot::{
     DriveOverride, MemBackend, MemBackendType, NetworkOverride, OnHandlerLoss, SnapshotCreate, SnapshotLoad,
     SnapshotState, SnapshotStatus, VsockOverride,
 };
+use api_spec::stats::{PageServerState, PageServerStats};
 use api_spec::vm::{BootSource, InstanceInfo, InstanceState, MachineConfig, VmConfig, Vsock};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -416,6 +417,22 @@ impl Vm {
     /// Where the VM stands.
     pub fn state(&mut self) -> InstanceState {
         self.info().state
+    }
+
+    /// How its page server has done, of which it must have one.
+    pub fn page_server(&mut self) -> PageServerStats {
+        let stats = self.client().stats().unwrap_or_else(|e| panic!("{}: GET /vm/stats: {e}", self.name));
+        stats.page_server.expect("its memory comes from a page server")
+    }
+
+    /// Waits until its pages are served by whom this says.
+    pub fn until_served(&mut self, state: PageServerState) -> PageServerStats {
+        let mut last = PageServerStats::default();
+        until(&format!("{}: {state:?}", self.name), || {
+            last = self.page_server();
+            last.state == state
+        });
+        last
     }
 
     /// Pauses it.

@@ -174,10 +174,6 @@ fn a_clone_that_works_while_its_page_server_is_killed_reads_nothing_wrong_and_en
     ends_for_want_of(&socket, clone);
 }
 
-fn until_state(vm: &mut Vm, state: PageServerState) {
-    until(&format!("{state:?}"), || vm.info().page_server == Some(state));
-}
-
 #[test]
 fn a_clone_outlives_its_page_server() {
     require!(Kvm, Userfaultfd);
@@ -190,19 +186,19 @@ fn a_clone_outlives_its_page_server() {
     // It hangs, goes on, and is found to do so.
     handler.process.signal(Signal::STOP);
     assert_eq!(agent.mismatches(part(1), SEED), 0);
-    until_state(&mut clone, PageServerState::Failover);
+    clone.until_served(PageServerState::Failover);
     handler.process.signal(Signal::CONT);
-    until_state(&mut clone, PageServerState::Serving);
+    clone.until_served(PageServerState::Serving);
     assert_eq!(agent.mismatches(part(2), SEED), 0);
     let socket = handler.socket.clone();
     handler.process.kill();
     assert_eq!(agent.mismatches(part(3), SEED), 0);
-    until_state(&mut clone, PageServerState::Failover);
+    clone.until_served(PageServerState::Failover);
     // Whoever listens there next may have another guest's memory.
     std::fs::remove_file(&socket).expect("the page server has left it");
     let handler = Handler::start(&place, &template.snapshot, &[]);
     template.facts.check(&mut agent);
-    until_state(&mut clone, PageServerState::Failover);
+    clone.until_served(PageServerState::Failover);
     assert_eq!(handler.said("message").len(), 0);
     clone.stop();
 }
@@ -216,10 +212,10 @@ fn a_clone_that_is_to_wait_for_the_next_page_server_does() {
         from(&place, &template, &handler).on_handler_loss(OnHandlerLoss::Reattach).ready("clone");
     let socket = handler.socket.clone();
     handler.process.kill();
-    until_state(&mut clone, PageServerState::Lost);
+    clone.until_served(PageServerState::Lost);
     std::fs::remove_file(&socket).expect("the page server has left it");
     let mut handler = Handler::start(&place, &template.snapshot, &[]);
-    until_state(&mut clone, PageServerState::Serving);
+    clone.until_served(PageServerState::Serving);
     handler.until_it_says("message");
     template.facts.check(&mut agent);
     clone.stop();

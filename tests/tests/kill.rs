@@ -67,11 +67,6 @@ fn work(agent: &mut Agent, course: &Course, mut random: Random) -> Duration {
     }
 }
 
-fn stats(vm: &mut Vm) -> PageServerStats {
-    let stats = vm.client().stats().unwrap_or_else(|e| panic!("{}: GET /vm/stats: {e}", vm.name));
-    stats.page_server.expect("its memory comes from a page server")
-}
-
 #[test]
 fn no_clone_is_lost_whatever_becomes_of_the_page_server() {
     require!(Kvm, Userfaultfd);
@@ -112,14 +107,14 @@ fn no_clone_is_lost_whatever_becomes_of_the_page_server() {
             println!("round {round}: {blow:?} with faults of {waiting} clones outstanding, {pause:?}");
             server = strike(server, blow, pause, &place, &template);
             for vm in &mut vms {
-                until("the clone is served", || stats(vm).state == PageServerState::Serving);
+                vm.until_served(PageServerState::Serving);
             }
         }
         drop(over);
         workers.into_iter().map(|worker| worker.join().expect("every word is right")).collect::<Vec<_>>()
     });
     let longest = *results.iter().max().expect("there are clones");
-    let all: Vec<PageServerStats> = vms.iter_mut().map(stats).collect();
+    let all: Vec<PageServerStats> = vms.iter_mut().map(Vm::page_server).collect();
     let takeover = all.iter().filter_map(|stats| stats.takeover_us).max().expect("the vmms took over");
     let (losses, hangs, served) = all.iter().fold((0, 0, 0), |(losses, hangs, served), stats| {
         (losses + stats.losses, hangs + stats.hangs, served + stats.faults_served)

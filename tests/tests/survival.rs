@@ -11,24 +11,10 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::time::Duration;
 use tests::template::SEED;
-use tests::{Agent, PageServer, Place, Restore, Template, TemplateOptions, Vm, require, until};
+use tests::{Agent, PageServer, Place, Restore, Template, TemplateOptions, require, until};
 
 fn large() -> Template {
     Template::make(TemplateOptions { memory_mib: 64, working_set_mib: 48, ..Default::default() })
-}
-
-fn stats(vm: &mut Vm) -> PageServerStats {
-    let stats = vm.client().stats().unwrap_or_else(|e| panic!("{}: GET /vm/stats: {e}", vm.name));
-    stats.page_server.expect("its memory comes from a page server")
-}
-
-fn until_state(vm: &mut Vm, state: PageServerState) -> PageServerStats {
-    let mut last = PageServerStats::default();
-    until(&format!("{state:?}"), || {
-        last = stats(vm);
-        last.state == state
-    });
-    last
 }
 
 /// A part of the working set, of twelve, each of pages that no other part has.
@@ -48,27 +34,27 @@ fn a_clone_whose_page_server_is_killed_goes_on_and_is_served_by_the_next() {
     let server = PageServer::start(&place, &template.snapshot);
     let (mut clone, mut agent) = Restore::new(&place, &template.snapshot).uffd(&server).ready("clone");
     check_part(&template, &mut agent, 0);
-    assert_eq!(stats(&mut clone), PageServerStats::default());
+    assert_eq!(clone.page_server(), PageServerStats::default());
 
     server.process.kill();
     check_part(&template, &mut agent, 1);
-    let lost = until_state(&mut clone, PageServerState::Failover);
+    let lost = clone.until_served(PageServerState::Failover);
     assert_eq!((lost.losses, lost.hangs, lost.takeovers, lost.reattachments), (1, 0, 1, 0));
     assert!(lost.faults_served >= 50 && lost.reason.is_some(), "{lost:?}");
     assert_eq!(clone.info().page_server, Some(PageServerState::Failover));
 
     let server = PageServer::start(&place, &template.snapshot);
-    let found = until_state(&mut clone, PageServerState::Serving);
+    let found = clone.until_served(PageServerState::Serving);
     assert_eq!((found.losses, found.takeovers, found.reattachments, found.reason), (1, 1, 1, None));
     check_part(&template, &mut agent, 2);
-    assert_eq!(stats(&mut clone).faults_served, found.faults_served, "the new server serves");
+    assert_eq!(clone.page_server().faults_served, found.faults_served, "the new server serves");
     let session = server.session(clone.pid());
     assert!(session.pages_copied > 0, "by copies: {session:?}");
 
     // Everything, and once more without any server.
     server.process.kill();
     template.facts.check(&mut agent);
-    let lost = until_state(&mut clone, PageServerState::Failover);
+    let lost = clone.until_served(PageServerState::Failover);
     assert_eq!((lost.losses, lost.takeovers), (2, 2));
     clone.stop();
 }
@@ -90,7 +76,7 @@ fn a_clone_that_waits_for_a_page_when_its_server_is_killed_gets_it() {
             server.process.kill();
             assert_eq!(reader.join().expect("the guest answers"), 0);
         });
-        let stats = stats(&mut clone);
+        let stats = clone.page_server();
         assert_eq!((stats.state, stats.losses), (PageServerState::Failover, 1), "{stats:?}");
         assert!(stats.takeover_us.is_some());
         clone.stop();
@@ -110,16 +96,16 @@ fn a_server_that_stands_still_is_stood_in_for_and_serves_again_when_it_goes_on()
     let (mut clone, mut agent) = Restore::new(&place, &template.snapshot).uffd(&server).ready("clone");
     server.process.signal(Signal::STOP);
     check_part(&template, &mut agent, 0);
-    let silent = until_state(&mut clone, PageServerState::Failover);
+    let silent = clone.until_served(PageServerState::Failover);
     assert_eq!((silent.losses, silent.hangs, silent.takeovers), (0, 1, 1), "{silent:?}");
     server.process.signal(Signal::CONT);
-    let back = until_state(&mut clone, PageServerState::Serving);
+    let back = clone.until_served(PageServerState::Serving);
     assert_eq!((back.losses, back.takeovers, back.reattachments), (0, 1, 0), "{back:?}");
     // What it does late does no harm, and what it serves is shared again.
     let before = server.filled_pages();
     check_part(&template, &mut agent, 1);
     assert!(server.filled_pages() >= before + 100);
-    assert_eq!(stats(&mut clone).faults_served, back.faults_served);
+    assert_eq!(clone.page_server().faults_served, back.faults_served);
     template.facts.check(&mut agent);
     assert_eq!(server.metrics().stores_retired_total, 0);
     clone.stop();
@@ -166,7 +152,7 @@ fn a_guest_that_is_to_wait_for_a_server_is_paused_with_the_reason_and_goes_on_wi
         until("the guest goes on", || clone.state() == InstanceState::Running);
         assert_eq!(clone.info().pause_reason, None);
         template.facts.check(&mut agent);
-        let stats = stats(&mut clone);
+        let stats = clone.page_server();
         assert_eq!((stats.takeovers, stats.reattachments), (0, 1), "{stats:?}");
         clone.stop();
         server.process.kill();
@@ -185,7 +171,7 @@ fn a_guest_that_was_paused_meanwhile_stays_so_when_there_is_a_server_again() {
     until("the guest is paused", || clone.state() == InstanceState::Paused);
     clone.pause();
     let _server = PageServer::start(&place, &template.snapshot);
-    until_state(&mut clone, PageServerState::Serving);
+    clone.until_served(PageServerState::Serving);
     assert_eq!(clone.state(), InstanceState::Paused);
     clone.resume();
     template.facts.check(&mut clone.agent());

@@ -48,6 +48,7 @@ pub mod source;
 pub mod store;
 pub mod stores;
 pub mod talk;
+pub mod text;
 pub mod timer;
 pub mod token;
 pub mod tool;

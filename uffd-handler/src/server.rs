@@ -21,6 +21,7 @@ use crate::session::{Guest, Parting, Scratch, Session};
 use crate::socket::{Passed, receive};
 use crate::source::Source;
 use crate::stores::{GrantError, Stores};
+use crate::text::one_line;
 use crate::timer::Timer;
 use crate::token::Token;
 use crate::uffd::{self, AdoptError};
@@ -197,12 +198,6 @@ impl Server {
     /// Fault events answered so far.
     pub fn events_total(&self) -> u64 {
         self.events_total
-    }
-
-    /// Has chunks of an image read, in this order, when there is nothing better to do, and put into the stores of it that
-    /// there are. Returns how many of them are new; what is beyond a bound is not.
-    pub fn prefetch(&mut self, root: &str, chunks: impl IntoIterator<Item = u64>) -> usize {
-        self.stores.prefetch(root, chunks)
     }
 
     /// The counters as of now.
@@ -728,19 +723,4 @@ fn answer_words(session: &mut Session, away: Option<&str>) -> Result<Option<Used
         send(&session.stream, &pong).map_err(|_| Parting::silent("it does not read what it is answered"))?;
     }
     Ok(used)
-}
-
-/// Text that may contain what a client sent, fit for one line of a log.
-fn one_line(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_peer_cannot_forge_log_lines() {
-        assert_eq!(one_line("a\nb\u{1b}[0m"), "a b [0m");
-    }
 }

@@ -261,9 +261,9 @@ impl Stores {
         self.last_key += 1;
         let entry = Entry { store, image, uid, retired: false, mending: None, users: 0, unused_since: None };
         self.entries.insert(self.last_key, entry);
-        let learning_hot = self.learning[image].hot().to_vec();
+        let hot = self.learning[image].hot().to_vec();
         let root = self.images[image].root().to_owned();
-        let wanted = self.prefetch(&root, learning_hot);
+        let wanted = self.prefetch(&root, hot);
         if wanted > 0 {
             tracing::debug!("store {}: {wanted} chunks of the working set are read ahead", self.last_key);
         }

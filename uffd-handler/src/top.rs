@@ -5,6 +5,7 @@
 
 use crate::process::Signals;
 use crate::prometheus::{mode_name, short};
+use crate::text::one_line;
 use api_spec::client::metrics;
 use api_spec::page_server::{FaultMetrics, Histogram, ImageMetrics, Metrics, SessionMetrics, StoreMetrics};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -412,11 +413,6 @@ fn kinds(faults: &FaultMetrics) -> [(&'static str, u64); 5] {
 fn per_second(count: u64, elapsed: Duration) -> f64 {
     let seconds = elapsed.as_secs_f64();
     if seconds > 0.0 { count as f64 / seconds } else { 0.0 }
-}
-
-/// A text that others have written, fit for one line of a terminal.
-fn one_line(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 #[cfg(test)]

@@ -316,16 +316,22 @@ fn what_was_fetched_once_is_kept_on_disk() {
     assert_eq!((image.counters().chunks, image.counters().bytes), (0, 0));
 }
 
-#[test]
-fn a_flipped_bit_in_the_cache_is_put_right() {
-    let sample = Sample::of_bytes(2 * MIB);
-    let web = Web::start(sample.root.path());
+/// A cache that has the whole sample, and one bit of it wrong.
+fn cache_with_a_flipped_bit(sample: &Sample, web: &Web) -> CacheSettings {
     let cache = cache(&sample.path("cache"), 100);
-    check_all(&with_cache(&web, &cache));
+    check_all(&with_cache(web, &cache));
     let file = cache.dir.join(format!("{}.mem", sample.manifest.memory.root));
     let mut bytes = std::fs::read(&file).unwrap();
     bytes[5 * CHUNK + 17] ^= 1;
     std::fs::write(&file, &bytes).unwrap();
+    cache
+}
+
+#[test]
+fn a_flipped_bit_in_the_cache_is_put_right() {
+    let sample = Sample::of_bytes(2 * MIB);
+    let web = Web::start(sample.root.path());
+    let cache = cache_with_a_flipped_bit(&sample, &web);
 
     let image = with_cache(&web, &cache);
     check_all(&image);
@@ -427,12 +433,7 @@ fn the_counters_tell_what_the_cache_has_saved_and_what_it_had_wrong() {
     with_userfaultfd(|| {
         let sample = Sample::of_bytes(2 * MIB);
         let web = Web::start(sample.root.path());
-        let cache = cache(&sample.path("cache"), 100);
-        check_all(&with_cache(&web, &cache));
-        let file = cache.dir.join(format!("{}.mem", sample.manifest.memory.root));
-        let mut bytes = std::fs::read(&file).unwrap();
-        bytes[5 * CHUNK + 17] ^= 1;
-        std::fs::write(&file, &bytes).unwrap();
+        let cache = cache_with_a_flipped_bit(&sample, &web);
 
         let url = web.url("snap");
         let server = Server::start_program(&sample, url.as_ref(), &["--cache-dir".as_ref(), cache.dir.as_ref()]);

@@ -5,6 +5,7 @@
 //! put only where none is, and whoever puts it there puts the same bytes; what the guest has discarded is registered no more.
 
 use super::PAGE_SIZE;
+use super::uffd::wake_all;
 use api_spec::handshake::Region;
 use snapshot::image::{ImageError, MemoryImage};
 use snapshot::load::Snapshot;
@@ -67,7 +68,7 @@ impl StandIn {
     pub fn begin(snapshot: &Snapshot, uffd: Arc<Uffd>, ranges: &[Region]) -> Result<Self, StandInError> {
         let image = MemoryImage::open(snapshot)?;
         let regions = Regions::check(ranges.to_vec(), image.size())?;
-        wake_all(&uffd, ranges)?;
+        wake_all(&uffd, ranges).map_err(StandInError::Wake)?;
         Ok(StandIn {
             uffd,
             regions,
@@ -82,7 +83,7 @@ impl StandIn {
 
     /// Begins once more, as [`StandIn::begin`] does.
     pub fn begin_again(&self) -> Result<(), StandInError> {
-        wake_all(&self.uffd, &self.ranges)
+        wake_all(&self.uffd, &self.ranges).map_err(StandInError::Wake)
     }
 
     /// Whether these are the bytes of a page of the image. False if that cannot be told.
@@ -169,9 +170,4 @@ impl StandIn {
         self.next = slot + 1;
         Ok(slot)
     }
-}
-
-fn wake_all(uffd: &Uffd, ranges: &[Region]) -> Result<(), StandInError> {
-    let wake = |range: &Region| uffd.wake(range.base_host_virt_addr as *mut _, range.size as usize);
-    ranges.iter().try_for_each(wake).map_err(StandInError::Wake)
 }

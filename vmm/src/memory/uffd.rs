@@ -298,6 +298,11 @@ pub fn enlist(
     Service::new(path, connection, mode, uffd.clone(), ranges.to_vec()).map_err(|e| failed(e.into()))
 }
 
+/// Wakes all who wait for a page in these ranges: they look again at what is there, and fault once more if need be.
+pub fn wake_all(uffd: &Uffd, ranges: &[Region]) -> Result<(), userfaultfd::Error> {
+    ranges.iter().try_for_each(|range| uffd.wake(range.base_host_virt_addr as *mut _, range.size as usize))
+}
+
 fn has_hung_up(connection: &UnixStream) -> bool {
     // That is told unasked.
     poll_now(connection, PollFlags::empty())

@@ -8,6 +8,7 @@ use snapshot::page_runs::PageRuns;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use uffd_handler::text::one_line;
 
 /// How many pieces of what the server says are taken in at a time.
 const TURNS: u32 = 64;
@@ -125,8 +126,7 @@ impl Link {
         Heard::Event(match serde_json::from_slice(line) {
             Ok(Reply::Report) => return Heard::Report,
             Ok(Reply::Pong { ping, waiting, away }) => {
-                let one_line = |text: String| text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
-                Event::Pong { ping, waiting, away: away.map(one_line) }
+                Event::Pong { ping, waiting, away: away.as_deref().map(one_line) }
             }
             Ok(Reply::Refused { reason }) if self.has_store => Event::Refused(reason),
             // One that talks nonsense, or refuses a guest that has nothing of it, is no page server any more.

@@ -421,10 +421,8 @@ impl Watch {
     }
 
     fn wake_all(&self) {
-        for range in &self.service.ranges {
-            if let Err(e) = self.service.uffd.wake(range.base_host_virt_addr as *mut _, range.size as usize) {
-                tracing::warn!("cannot wake those who wait for pages: {e}");
-            }
+        if let Err(e) = uffd::wake_all(&self.service.uffd, &self.service.ranges) {
+            tracing::warn!("cannot wake those who wait for pages: {e}");
         }
     }
 
