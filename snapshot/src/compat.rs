@@ -64,7 +64,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut staging = Staging::begin(&dir.path().join("s")).unwrap();
         let memory = staging.write_memory(&mut BytesSource::new(&[1; 4096]), &AtomicBool::new(false)).unwrap();
-        let facts = Facts { vmm_version: "0.1.0".into(), host, devices: Devices::default(), readiness: None };
+        let facts =
+            Facts { vmm_version: "0.1.0".into(), host, devices: Devices::default(), readiness: None, config: None };
         staging.commit(memory, facts, &MachineState::blank(1)).unwrap()
     }
 

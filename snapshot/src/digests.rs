@@ -87,6 +87,9 @@ mod tests {
             chunk_bytes: CHUNK_BYTES,
             digests: file::DIGESTS.to_owned(),
             root: blake3::hash(&table).to_hex().to_string(),
+            packed: None,
+            parent: None,
+            map: None,
         };
         (memory, table)
     }

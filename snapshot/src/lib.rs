@@ -5,6 +5,7 @@
 //! - [`create`]: write beside, sync, rename
 //! - [`load`]: read and check everything but the memory; refuse what is not understood
 //! - [`image`]: the memory image, checked chunk by chunk where it is served, or once before it is mapped
+//! - [`packed`]: an image whose chunks are compressed, where each of them lies
 //! - [`digests`]: which bytes are right, wherever they come from
 //! - [`disk`], [`clusters`]: what a snapshot holds of a disk, and the map that says which clusters that is
 //! - [`verify`]: check everything, the whole memory included
@@ -25,6 +26,7 @@ pub mod disk;
 pub mod image;
 pub mod load;
 pub mod manifest;
+pub mod packed;
 pub mod page_runs;
 mod stamp;
 pub mod state;
@@ -34,8 +36,10 @@ pub mod working_set;
 pub use dir::FileError;
 pub use stamp::FILE_TIME_GRANULARITY;
 
-/// Version of the format that this crate writes, and the only one that it reads.
-pub const FORMAT_VERSION: u32 = 1;
+/// The newest version of the format: the last that this crate reads. It writes the lowest that can say what is to be said.
+pub const FORMAT_VERSION: u32 = 2;
+/// The first version of the format that this crate reads.
+pub const OLDEST_FORMAT_VERSION: u32 = 1;
 /// Unit in which memory is laid out and left out when it is zero, in bytes.
 pub const PAGE_BYTES: u64 = 4096;
 /// Unit in which memory is digested, in bytes.
@@ -49,6 +53,10 @@ pub mod file {
     pub const STATE: &str = "state.bin";
     /// The memory image.
     pub const MEMORY: &str = "mem.bin";
+    /// The same, packed.
+    pub const PACKED_MEMORY: &str = "mem.pack";
+    /// Which pages the memory image holds, if it lies over that of another snapshot.
+    pub const PAGE_MAP: &str = "mem.map";
     /// Digests of the memory image, one per chunk.
     pub const DIGESTS: &str = "mem.b3";
     /// A note that the memory image has not changed since it was checked. Advisory, local to the host.
@@ -75,4 +83,4 @@ pub mod file {
 
 // The format is pinned. A change of any of these strands every stored snapshot: read "Versions" in
 // docs/snapshot-format.md first.
-const _: () = assert!(FORMAT_VERSION == 1 && PAGE_BYTES == 4096 && CHUNK_BYTES == 65536);
+const _: () = assert!(FORMAT_VERSION == 2 && PAGE_BYTES == 4096 && CHUNK_BYTES == 65536);

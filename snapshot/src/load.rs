@@ -4,7 +4,7 @@ use crate::digests::Digests;
 use crate::dir::{Dir, FileError};
 use crate::manifest::{self, BadField, Manifest};
 use crate::state::{self, MachineState, StateError};
-use crate::{FORMAT_VERSION, file};
+use crate::{FORMAT_VERSION, OLDEST_FORMAT_VERSION, file};
 use serde::Deserialize;
 use std::ffi::OsStr;
 use std::fs::File;
@@ -33,20 +33,17 @@ pub enum LoadError {
     File(#[from] FileError),
     /// A format that this program does not read.
     #[error(
-        "{path} has format version {found} and this program reads version {supported}; use the program that wrote it, or create the snapshot anew"
+        "{path} has format version {found} and this program reads versions {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}; use the program that wrote it, or create the snapshot anew"
     )]
     UnsupportedVersion {
         /// The manifest.
         path: PathBuf,
         /// Its version.
         found: u64,
-        /// The version that is read.
-        supported: u32,
     },
     /// The manifest is no JSON document of this version.
     #[error(
-        "{path} is not a manifest of format version {}: {source}; copy it again or create the snapshot anew",
-        FORMAT_VERSION
+        "{path} is not a manifest of a format version from {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}: {source}; copy it again or create the snapshot anew"
     )]
     Manifest {
         /// The manifest.
@@ -207,8 +204,8 @@ pub fn check_manifest(path: &Path, json: &[u8]) -> Result<Manifest, LoadError> {
     // The version comes first: a manifest of another version may hold anything else.
     let malformed = |source| LoadError::Manifest { path: path(), source };
     let AnyVersion { format_version: found } = serde_json::from_slice(json).map_err(malformed)?;
-    if found != u64::from(FORMAT_VERSION) {
-        return Err(LoadError::UnsupportedVersion { path: path(), found, supported: FORMAT_VERSION });
+    if !(u64::from(OLDEST_FORMAT_VERSION)..=u64::from(FORMAT_VERSION)).contains(&found) {
+        return Err(LoadError::UnsupportedVersion { path: path(), found });
     }
     let manifest: Manifest = serde_json::from_slice(json).map_err(malformed)?;
     if manifest.digest != manifest.expected_digest() {

@@ -1,7 +1,11 @@
 //! `snap.json`: the readable description of a snapshot, which binds all its other files by size and digest.
+//!
+//! One type describes all versions of the format that are read: what a later version has added is absent from an earlier one, in
+//! the type and in the document, so that a manifest of an earlier version keeps its digest.
 
 use crate::clusters::Clusters;
-use crate::{CHUNK_BYTES, FORMAT_VERSION, PAGE_BYTES, file};
+use crate::packed;
+use crate::{CHUNK_BYTES, FORMAT_VERSION, OLDEST_FORMAT_VERSION, PAGE_BYTES, file};
 use serde::{Deserialize, Serialize};
 
 /// Longest manifest that is read, in bytes.
@@ -31,7 +35,7 @@ const MAX_PATH: usize = 4096;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// Version of the format: [`FORMAT_VERSION`].
+    /// Version of the format: [`OLDEST_FORMAT_VERSION`] to [`FORMAT_VERSION`], the lowest that can say the rest.
     pub format_version: u32,
     /// Version of the vmm that wrote the snapshot.
     pub vmm_version: String,
@@ -53,6 +57,10 @@ pub struct Manifest {
     pub devices: Devices,
     /// What the agent in the guest had announced when the snapshot was taken.
     pub readiness: Option<Readiness>,
+    /// Digest, in hex, of the configuration that the machine was started with, if it is to be compared with that of a later
+    /// start. Since version 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<String>,
     /// BLAKE3 of this manifest, in hex: see [`Manifest::expected_digest`].
     pub digest: String,
 }
@@ -99,6 +107,49 @@ pub struct Memory {
     pub digests: String,
     /// BLAKE3 of the file of digests, in hex. It names the contents of the memory.
     pub root: String,
+    /// How the image file is packed, if it is no raw image. Since version 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub packed: Option<Packed>,
+    /// The snapshot whose memory is seen where this image holds nothing. Since version 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<Parent>,
+    /// Which pages a raw image with a parent holds. Since version 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map: Option<PageMap>,
+}
+
+/// A packed image file: see [`crate::packed`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Packed {
+    /// Length of the file, in bytes.
+    pub file_bytes: u64,
+    /// BLAKE3 of its beginning, which says where each chunk lies, in hex.
+    pub index_digest: String,
+}
+
+/// The snapshot that a memory image lies over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Parent {
+    /// Its directory, as seen from the directory of this snapshot.
+    pub path: String,
+    /// The root digest of its memory.
+    pub root: String,
+    /// The digest of its manifest.
+    pub digest: String,
+}
+
+/// A file that says which pages of the memory an image holds: a [map](Clusters) whose clusters are pages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PageMap {
+    /// Its name.
+    pub file: String,
+    /// Its length, in bytes.
+    pub bytes: u64,
+    /// Its BLAKE3, in hex.
+    pub digest: String,
 }
 
 /// A run of guest memory.
@@ -324,6 +375,13 @@ impl Manifest {
         to_json(self, true)
     }
 
+    /// The lowest version of the format that can say what this manifest says.
+    pub fn lowest_version(&self) -> u32 {
+        let Memory { packed, parent, map, .. } = &self.memory;
+        let newer = packed.is_some() || parent.is_some() || map.is_some() || self.config.is_some();
+        if newer { 2 } else { 1 }
+    }
+
     /// Number of chunks of the memory image.
     pub fn chunks(&self) -> u64 {
         self.memory.size_bytes.div_ceil(CHUNK_BYTES)
@@ -343,10 +401,20 @@ impl Manifest {
             state,
             devices,
             readiness: _,
+            config,
             digest: _,
         } = self;
-        if *format_version != FORMAT_VERSION {
-            return Err(BadField::new("format_version", format!("must be {FORMAT_VERSION}")));
+        if !(OLDEST_FORMAT_VERSION..=FORMAT_VERSION).contains(format_version) {
+            let problem = format!("must be {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}");
+            return Err(BadField::new("format_version", problem));
+        }
+        let lowest = self.lowest_version();
+        if *format_version < lowest {
+            let problem = format!("is {format_version}, and there are fields of version {lowest}");
+            return Err(BadField::new("format_version", problem));
+        }
+        if let Some(config) = config {
+            check_hex("config", config)?;
         }
         for (field, text) in [
             ("vmm_version", vmm_version),
@@ -366,10 +434,12 @@ impl Manifest {
         if state.size_bytes > MAX_STATE_BYTES {
             return Err(BadField::new("state.size_bytes", format!("must be at most {MAX_STATE_BYTES}")));
         }
-        let mut names = [&memory.file, &memory.digests, &state.file];
+        let mut names = vec![&memory.file, &memory.digests, &state.file];
+        names.extend(memory.map.as_ref().map(|map| &map.file));
         names.sort_unstable();
         if names.windows(2).any(|pair| pair[0] == pair[1]) {
-            return Err(BadField::new("memory.file", "and `memory.digests` and `state.file` must be three files"));
+            let problem = "and `memory.digests`, `memory.map.file` and `state.file` must be different files";
+            return Err(BadField::new("memory.file", problem));
         }
         let Devices { vsock, drives, network, entropy, balloon } = devices;
         vsock.as_ref().map_or(Ok(()), VsockDevice::check)?;
@@ -504,10 +574,36 @@ fn check_rate(field: String, rate: Option<&RateLimit>) -> Result<(), BadField> {
 
 impl Memory {
     fn check(&self, memory_bytes: u64) -> Result<(), BadField> {
-        let Memory { file, size_bytes, regions, chunk_bytes, digests, root } = self;
+        let Memory { file, size_bytes, regions, chunk_bytes, digests, root, packed, parent, map } = self;
         check_name("memory.file", file)?;
         check_name("memory.digests", digests)?;
         check_hex("memory.root", root)?;
+        if let Some(Packed { file_bytes, index_digest }) = packed {
+            check_hex("memory.packed.index_digest", index_digest)?;
+            let longest = packed::longest(*size_bytes);
+            if *file_bytes > longest {
+                let problem = format!("must be at most {longest}, which a packed image of this memory can have");
+                return Err(BadField::new("memory.packed.file_bytes", problem));
+            }
+        }
+        if let Some(Parent { path, root, digest }) = parent {
+            check_path("memory.parent.path".to_owned(), path)?;
+            if path.starts_with('/') {
+                return Err(BadField::new("memory.parent.path", "must be relative to the snapshot's directory"));
+            }
+            check_hex("memory.parent.root", root)?;
+            check_hex("memory.parent.digest", digest)?;
+        }
+        if map.is_some() != (parent.is_some() && packed.is_none()) {
+            return Err(BadField::new("memory.map", "must be there if a raw image has a parent, and only then"));
+        }
+        if let Some(PageMap { file, bytes, digest }) = map {
+            check_name("memory.map.file", file)?;
+            check_hex("memory.map.digest", digest)?;
+            if *bytes > Clusters::max_encoded(*size_bytes) {
+                return Err(BadField::new("memory.map.bytes", "is more than the map of such a memory takes"));
+            }
+        }
         if *chunk_bytes != CHUNK_BYTES {
             return Err(BadField::new("memory.chunk_bytes", format!("must be {CHUNK_BYTES}, not {chunk_bytes}")));
         }

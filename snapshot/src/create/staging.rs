@@ -8,7 +8,7 @@ use crate::dir::Dir;
 use crate::manifest::{Devices, Machine, Manifest, Memory, MemoryRegion, Readiness, StateFile};
 use crate::stamp::Stamp;
 use crate::state::{self, MachineState};
-use crate::{CHUNK_BYTES, FORMAT_VERSION, PAGE_BYTES, file};
+use crate::{CHUNK_BYTES, PAGE_BYTES, file};
 use rustix::fs::{FlockOperation, Mode, RenameFlags};
 use rustix::io::Errno;
 use std::ffi::OsStr;
@@ -50,6 +50,8 @@ pub struct Facts {
     pub devices: Devices,
     /// What the agent in the guest had announced when the state was saved.
     pub readiness: Option<Readiness>,
+    /// Digest of the configuration that the machine was started with, if a later start is to compare its own with it.
+    pub config: Option<String>,
 }
 
 /// What [`Staging::write_memory`] has written.
@@ -231,10 +233,10 @@ impl Drop for Staging {
 
 /// What the manifest says of all this.
 fn describe(memory: &MemoryDigest, facts: Facts, vcpus: usize, state: &[u8]) -> Manifest {
-    let Facts { vmm_version, host: HostFacts { arch, cpu, kernel }, devices, readiness } = facts;
+    let Facts { vmm_version, host: HostFacts { arch, cpu, kernel }, devices, readiness, config } = facts;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut manifest = Manifest {
-        format_version: FORMAT_VERSION,
+        format_version: 0,
         vmm_version,
         created_unix_ms: now.as_millis() as u64,
         arch,
@@ -248,6 +250,9 @@ fn describe(memory: &MemoryDigest, facts: Facts, vcpus: usize, state: &[u8]) -> 
             chunk_bytes: CHUNK_BYTES,
             digests: file::DIGESTS.into(),
             root: memory.root(),
+            packed: None,
+            parent: None,
+            map: None,
         },
         state: StateFile {
             file: file::STATE.into(),
@@ -256,8 +261,10 @@ fn describe(memory: &MemoryDigest, facts: Facts, vcpus: usize, state: &[u8]) -> 
         },
         devices,
         readiness,
+        config,
         digest: String::new(),
     };
+    manifest.format_version = manifest.lowest_version();
     manifest.seal();
     manifest
 }

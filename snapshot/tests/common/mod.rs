@@ -45,6 +45,7 @@ pub fn facts(staging: &mut Staging) -> Facts {
             entropy: Some(EntropyDevice { rate_limit: Some(rate_limit()) }),
         },
         readiness: Some(Readiness::Full),
+        config: None,
     }
 }
 

@@ -246,7 +246,7 @@ fn each_manifest_of_something_else_is_refused_by_name() {
         copy.write("snap.json", manifest.to_string().as_bytes());
         copy.expect_refused(name, words);
     };
-    edited("newer", &["version 2", "snap.json"], &set("/format_version", json!(2)));
+    edited("newer", &["version 3", "snap.json"], &set("/format_version", json!(3)));
     edited("newest", &["snap.json", "18446744073709551615"], &set("/format_version", json!(u64::MAX)));
     edited("older", &["snap.json"], &set("/format_version", json!(0)));
     edited("version-text", &["snap.json"], &set("/format_version", json!("1")));

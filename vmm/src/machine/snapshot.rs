@@ -257,6 +257,7 @@ fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
         // The disks are added when they are written.
         devices: record::devices(&machine.plan),
         readiness: readiness.map(record::readiness),
+        config: None,
     }
 }
 
