@@ -67,7 +67,12 @@ impl Digests {
         self.get(index).is_some_and(|digest| chunk::digest(bytes) == *digest)
     }
 
-    fn get(&self, index: u64) -> Option<&Digest> {
+    /// Whether two images hold the same in a chunk.
+    pub fn agree(&self, other: &Digests, index: u64) -> bool {
+        self.get(index) == other.get(index)
+    }
+
+    pub(crate) fn get(&self, index: u64) -> Option<&Digest> {
         self.table.get(usize::try_from(index).ok()?)
     }
 }

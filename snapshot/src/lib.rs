@@ -65,6 +65,14 @@ pub mod file {
     /// Which pages clones use. Advisory, and learnt after the snapshot was made.
     pub const WORKING_SET: &str = "working-set.json";
 
+    /// A note that the snapshot with this digest of its manifest lies over the one that the note is in: where it is.
+    pub fn child(digest: &str) -> String {
+        format!("{CHILD}{}", digest.get(..16).unwrap_or(digest))
+    }
+
+    /// How the names of such notes begin.
+    pub const CHILD: &str = "child-";
+
     /// What is held of the disk `drive_id`: its clusters, at their places.
     pub fn disk(drive_id: &str) -> String {
         format!("disk-{drive_id}.img")

@@ -10,6 +10,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// Why a snapshot is refused.
 #[derive(Debug, thiserror::Error)]
@@ -95,22 +96,104 @@ pub enum LoadError {
         /// The state file.
         path: PathBuf,
     },
+    /// The snapshot whose memory is below cannot be used.
+    #[error("{path} lies over another snapshot, its parent: {source}")]
+    Parent {
+        /// The manifest of the child.
+        path: PathBuf,
+        /// What is wrong with the parent.
+        source: Box<LoadError>,
+    },
+    /// What is in the parent's place is another snapshot.
+    #[error(
+        "{path} is not the snapshot that {child} lies over; put that one there, or use a snapshot that stands alone"
+    )]
+    OtherParent {
+        /// The directory where the parent should be.
+        path: PathBuf,
+        /// The manifest of the child.
+        child: PathBuf,
+    },
+    /// Too many snapshots lie over each other.
+    #[error(
+        "more than {MAX_LEVELS} snapshots lie over each other at {path}; flatten one of them (vmm snapshot flatten)"
+    )]
+    TooDeep {
+        /// The manifest of the snapshot that has too many below it.
+        path: PathBuf,
+    },
+}
+
+/// Most snapshots that may lie over each other, the lowest included.
+pub const MAX_LEVELS: usize = 64;
+
+/// The part of a snapshot that its memory is made of: what [`Snapshot`] has, and what its parents are looked at for.
+#[derive(Debug)]
+pub(crate) struct Level {
+    pub(crate) dir: Dir,
+    pub(crate) manifest: Manifest,
+    /// The memory image, as it was opened when the snapshot was, unless it lies elsewhere.
+    memory: Option<File>,
+}
+
+impl Level {
+    /// The memory image.
+    pub(crate) fn file(&self) -> Result<&File, FileError> {
+        self.memory.as_ref().ok_or_else(|| FileError::Missing { path: self.path() })
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> PathBuf {
+        self.dir.join(&self.manifest.memory.file)
+    }
+
+    fn open(dir: Dir) -> Result<Level, LoadError> {
+        let manifest = read_manifest(&dir)?;
+        let memory = &manifest.memory;
+        let file_bytes = memory.packed.as_ref().map_or(memory.size_bytes, |packed| packed.file_bytes);
+        let there = |name: &str, size: u64| match dir.open_sized(name, size) {
+            Ok(file) => Ok(Some(file)),
+            Err(FileError::Missing { .. }) => Ok(None),
+            Err(e) => Err(e),
+        };
+        let file = there(&memory.file, file_bytes)?;
+        there(&memory.digests, Digests::table_bytes(memory))?;
+        if let Some(map) = &memory.map {
+            there(&map.file, map.bytes)?;
+        }
+        Ok(Level { dir, memory: file, manifest })
+    }
+
+    /// The snapshot below, if there is one.
+    fn parent(&self) -> Result<Option<Level>, LoadError> {
+        let Some(parent) = &self.manifest.memory.parent else { return Ok(None) };
+        let child = || self.dir.join(file::MANIFEST);
+        let path = self.dir.path().join(&parent.path);
+        let level = open_dir(&path).and_then(Level::open);
+        let level = level.map_err(|source| LoadError::Parent { path: child(), source: Box::new(source) })?;
+        let (Manifest { digest, memory, .. }, own) = (&level.manifest, &self.manifest.memory);
+        if (digest, &memory.root) != (&parent.digest, &parent.root) || memory.size_bytes != own.size_bytes {
+            return Err(LoadError::OtherParent { path, child: child() });
+        }
+        let missing = |source| LoadError::Parent { path: child(), source: Box::new(LoadError::File(source)) };
+        level.file().map_err(missing)?;
+        Ok(Some(level))
+    }
 }
 
 /// A snapshot whose manifest and state were read and found right. Its memory, if it is there, has the right size; for its contents
 /// see [`crate::image`].
 #[derive(Debug)]
 pub struct Snapshot {
-    dir: Dir,
-    manifest: Manifest,
+    level: Level,
     state: MachineState,
-    memory: Option<File>,
+    below: OnceLock<Vec<Level>>,
 }
 
 impl Snapshot {
     /// The manifest.
     pub fn manifest(&self) -> &Manifest {
-        &self.manifest
+        &self.level.manifest
     }
 
     /// The saved state.
@@ -125,17 +208,31 @@ impl Snapshot {
 
     /// The directory of the snapshot.
     pub fn dir(&self) -> &Path {
-        self.dir.path()
+        self.level.dir.path()
     }
 
     pub(crate) fn open_dir(&self) -> &Dir {
-        &self.dir
+        &self.level.dir
     }
 
-    /// The memory image, as it was opened when the snapshot was, unless it lies elsewhere.
-    pub(crate) fn memory_file(&self) -> Result<&File, FileError> {
-        let missing = || FileError::Missing { path: self.dir.join(&self.manifest.memory.file) };
-        self.memory.as_ref().ok_or_else(missing)
+    pub(crate) fn level(&self) -> &Level {
+        &self.level
+    }
+
+    /// The snapshots whose memory is seen where this one's holds nothing, the uppermost first. They are opened when they are asked
+    /// for first, and then kept.
+    pub(crate) fn below(&self) -> Result<&[Level], LoadError> {
+        if let Some(below) = self.below.get() {
+            return Ok(below);
+        }
+        let mut below = Vec::new();
+        while let Some(level) = below.last().unwrap_or(&self.level).parent()? {
+            below.push(level);
+            if below.len() >= MAX_LEVELS {
+                return Err(LoadError::TooDeep { path: self.level.dir.join(file::MANIFEST) });
+            }
+        }
+        Ok(self.below.get_or_init(|| below))
     }
 }
 
@@ -148,30 +245,27 @@ struct AnyVersion {
 /// Opens the snapshot at `path`, which is its directory or the `snap.json` in it.
 pub fn open(path: &Path) -> Result<Snapshot, LoadError> {
     let snapshot = open_without_memory(path)?;
-    snapshot.memory_file()?;
-    let memory = &snapshot.manifest.memory;
-    snapshot.dir.open_sized(&memory.digests, Digests::table_bytes(memory))?;
+    let Level { dir, manifest: Manifest { memory, .. }, .. } = &snapshot.level;
+    snapshot.level.file()?;
+    dir.open_sized(&memory.digests, Digests::table_bytes(memory))?;
+    if let Some(map) = &memory.map {
+        dir.open_sized(&map.file, map.bytes)?;
+    }
+    snapshot.below()?;
     Ok(snapshot)
 }
 
 /// As [`open`], of a snapshot whose memory and its digests may lie elsewhere: somebody else has them. What is there must have the
 /// right size.
 pub fn open_without_memory(path: &Path) -> Result<Snapshot, LoadError> {
-    let dir = open_dir(path)?;
-    let manifest = read_manifest(&dir)?;
-    let state = read_state(&dir, &manifest)?;
-    let there = |name: &str, size: u64| match dir.open_sized(name, size) {
-        Ok(file) => Ok(Some(file)),
-        Err(FileError::Missing { .. }) => Ok(None),
-        Err(e) => Err(e),
-    };
-    let memory = there(&manifest.memory.file, manifest.memory.size_bytes)?;
-    there(&manifest.memory.digests, Digests::table_bytes(&manifest.memory))?;
+    let level = Level::open(open_dir(path)?)?;
+    let state = read_state(&level.dir, &level.manifest)?;
+    let Level { dir, manifest, .. } = &level;
     for (drive, held) in manifest.devices.drives.iter().filter_map(|drive| Some((drive, drive.held.as_ref()?))) {
         dir.open_sized(&held.file, drive.size_bytes)?;
         dir.open_sized(&held.map, held.map_bytes)?;
     }
-    Ok(Snapshot { dir, manifest, state, memory })
+    Ok(Snapshot { level, state, below: OnceLock::new() })
 }
 
 fn open_dir(path: &Path) -> Result<Dir, LoadError> {

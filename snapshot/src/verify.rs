@@ -3,7 +3,6 @@
 use crate::disk::{self, DiskError};
 use crate::image::{self, ImageError, MemoryImage};
 use crate::load::{self, LoadError};
-use crate::stamp::Stamp;
 use serde::Serialize;
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -19,7 +18,9 @@ pub struct Report {
     pub vcpus: u32,
     /// Guest memory, in bytes.
     pub memory_bytes: u64,
-    /// Memory that the file holds data for and that was therefore read, in bytes.
+    /// How many snapshots its memory is made of: itself, and those that it lies over.
+    pub levels: u64,
+    /// Memory that the files hold data for and that was therefore read, in bytes.
     pub checked_bytes: u64,
     /// Chunks of memory that are all zero.
     pub zero_chunks: u64,
@@ -33,12 +34,25 @@ pub struct Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Report { path, format_version, vcpus, memory_bytes, checked_bytes, zero_chunks, chunks, root, disk_bytes } =
-            self;
+        let Report {
+            path,
+            format_version,
+            vcpus,
+            memory_bytes,
+            levels,
+            checked_bytes,
+            zero_chunks,
+            chunks,
+            root,
+            disk_bytes,
+        } = self;
         writeln!(f, "{} is whole: every byte is what was written", path.display())?;
         writeln!(f, "  format   {format_version}")?;
         writeln!(f, "  machine  {vcpus} vCPU{}, {} MiB", if *vcpus == 1 { "" } else { "s" }, memory_bytes >> 20)?;
         writeln!(f, "  memory   {} KiB read; {zero_chunks} of {chunks} chunks are zero", checked_bytes >> 10)?;
+        if *levels > 1 {
+            writeln!(f, "  chain    of {levels} snapshots")?;
+        }
         writeln!(f, "  root     {root}")?;
         if *disk_bytes > 0 {
             writeln!(f, "  disks    {} KiB read", disk_bytes >> 10)?;
@@ -76,23 +90,22 @@ pub fn verify(path: &Path) -> Result<Report, VerifyError> {
     let snapshot = load::open(path)?;
     let image = MemoryImage::open(&snapshot)?;
     let manifest = snapshot.manifest();
-    let memory = snapshot.memory_file().map_err(ImageError::from)?;
-    let before = Stamp::of(memory, image.root()).map_err(|source| ImageError::Read {
-        path: snapshot.open_dir().join(&manifest.memory.file),
-        offset: 0,
-        source,
-    })?;
-
-    let (mut first, mut damaged) = (None, 0);
-    let checked_bytes = image.check_file(|fault| {
-        damaged += 1;
-        first.get_or_insert(fault);
-        Ok(())
-    })?;
+    let levels = image::levels(&snapshot)?;
+    let (mut first, mut damaged, mut checked_bytes) = (None, 0, 0);
+    // From below: what a level is compared with is right by then.
+    for at in (0..levels.len()).rev() {
+        let before = image::stamp_of(levels[at])?;
+        let checked = image::check_level(&levels[at..])?;
+        damaged += checked.damaged;
+        checked_bytes += checked.bytes;
+        match checked.first {
+            Some(fault) => first = first.or(Some(fault)),
+            None => image::stamp(levels[at], &before)?,
+        }
+    }
     if let Some(first) = first {
         return Err(VerifyError::Damaged { first, damaged, chunks: image.chunks() });
     }
-    image::stamp(&snapshot, &before)?;
     let mut disk_bytes = 0;
     for drive in &manifest.devices.drives {
         disk_bytes += disk::check(&snapshot, drive)?;
@@ -103,6 +116,7 @@ pub fn verify(path: &Path) -> Result<Report, VerifyError> {
         format_version: manifest.format_version,
         vcpus: manifest.machine.vcpus,
         memory_bytes: manifest.machine.memory_bytes,
+        levels: levels.len() as u64,
         checked_bytes,
         zero_chunks: (0..image.chunks()).filter(|i| image.chunk_is_zero(*i)).count() as u64,
         chunks: image.chunks(),

@@ -4,7 +4,7 @@
 mod common;
 
 use common::*;
-use snapshot::image::{Basis, ImageError, MemoryImage, ensure_same, ensure_trusted};
+use snapshot::image::{Basis, ImageError, MemoryImage, TrustedMemory, ensure_same, ensure_trusted};
 use snapshot::load;
 use snapshot::verify::{VerifyError, verify};
 use std::fs::{self, File, Permissions};
@@ -200,7 +200,8 @@ fn memory_in_another_place_is_the_snapshots_or_is_refused() {
         assert!(matches!(same(&copy).unwrap(), Basis::Verified { .. }), "no stamp is made of it");
     }
     let trusted = ensure_same(&snapshot, &copy).unwrap();
-    assert_eq!(trusted.file.metadata().unwrap().len(), memory().len() as u64);
+    let TrustedMemory::Files(files) = trusted.memory else { panic!("it is not packed") };
+    assert_eq!(files[0].file.metadata().unwrap().len(), memory().len() as u64);
     for at in [0, 2 * CHUNK + 9, memory().len() - 1] {
         let mut bytes = memory();
         bytes[at] ^= 0x40;

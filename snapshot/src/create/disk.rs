@@ -5,7 +5,7 @@
 //! and read through by [`Staging::describe_disk`] when it goes on.
 
 use super::staging::Staging;
-use super::{Cancel, CreateError, next_data};
+use super::{Cancel, CreateError, LayerSource, next_data};
 use crate::chunk::is_zero;
 use crate::clusters::{CLUSTER_BYTES, Cluster, Clusters};
 use crate::manifest::HeldDisk;
@@ -20,18 +20,6 @@ use std::os::unix::fs::FileExt;
 /// How much is copied at a time, in bytes.
 const PIECE: u64 = 16 << 20;
 
-/// A disk as layers that do not change.
-pub trait DiskSource {
-    /// Size of the disk, in bytes.
-    fn size(&self) -> u64;
-
-    /// Which clusters are to be written, and which are zero whatever the image below says.
-    fn clusters(&self) -> &Clusters;
-
-    /// Reads the bytes at `offset` until `buf` is full.
-    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
-}
-
 /// A disk that was copied whole.
 #[derive(Debug)]
 pub struct CopiedDisk {
@@ -45,7 +33,7 @@ impl Staging {
     pub fn write_disk(
         &mut self,
         drive_id: &str,
-        source: &dyn DiskSource,
+        source: &dyn LayerSource,
         cancel: &dyn Cancel,
     ) -> Result<HeldDisk, CreateError> {
         let (file, size) = (self.create_disk(drive_id, source.size())?, source.size());

@@ -3,7 +3,8 @@
 //! ```text
 //!   Staging::begin        .NAME.partial-PID-N/ is made beside the target and locked
 //!        |
-//!   write_memory          mem.bin, chunk by chunk; may take long, may be cancelled
+//!   write_memory,         mem.bin, chunk by chunk; may take long, may be cancelled
+//!     write_changes       the same from what has changed of the memory of another snapshot: all of it, or what differs
 //!   write_disk, ...       disk-ID.img and disk-ID.map, as often as there are disks to hold; the same
 //!        |
 //!   commit                mem.b3, state.bin, snap.json; a second name for mem.bin, if one is wanted; stamps; sync;
@@ -14,16 +15,21 @@
 //! behind is found by its lock being free, and removed by the next `begin` for the same target, the second name of its memory
 //! file included: a note in the directory says where that is.
 
+mod base;
 mod disk;
 mod link;
+mod memory;
 mod source;
 mod staging;
 
-pub use disk::{CopiedDisk, DiskSource};
+pub use base::{Base, BaseError};
+pub use disk::CopiedDisk;
+pub use memory::{MemoryDigest, Stored};
 pub(crate) use source::next_data;
-pub use source::{BytesSource, FileSource, MemorySource};
-pub use staging::{Facts, MemoryDigest, Staging};
+pub use source::{BytesSource, FileSource, LayerSource, MemorySource};
+pub use staging::{Facts, Staging};
 
+use crate::image::ImageError;
 use crate::manifest::BadField;
 use crate::state::StateError;
 use std::io;
@@ -127,6 +133,23 @@ pub enum CreateError {
         /// Where, in bytes.
         offset: u64,
         /// What the source said.
+        source: io::Error,
+    },
+    /// The memory that was to be written over cannot be read.
+    #[error("the memory of the snapshot that this one lies over cannot be read: {0}")]
+    Base(#[from] ImageError),
+    /// The snapshot that this one was to lie over is being removed.
+    #[error("{path} is being removed; nothing can lie over it any more")]
+    BaseRemoved {
+        /// Its directory.
+        path: PathBuf,
+    },
+    /// The snapshot that this one was to lie over cannot be protected.
+    #[error("cannot note in {path} that a snapshot lies over it: {source}; write a full snapshot instead")]
+    Note {
+        /// Its directory.
+        path: PathBuf,
+        /// What the system said.
         source: io::Error,
     },
     /// The state cannot be saved.

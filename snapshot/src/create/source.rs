@@ -1,5 +1,6 @@
-//! Where the memory of a snapshot comes from.
+//! Where the memory of a snapshot, and what it holds of disks, comes from.
 
+use crate::clusters::Clusters;
 use crate::manifest::MemoryRegion;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -23,6 +24,18 @@ pub trait MemorySource {
 
     /// Reads the bytes at `offset` until `buf` is full. Holes read as zeros.
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+}
+
+/// What lies over something else, and does not change: a disk as layers, or the pages that a guest has changed of its memory.
+pub trait LayerSource {
+    /// Size of all of it, in bytes.
+    fn size(&self) -> u64;
+
+    /// Which clusters (pages) are to be written, and which are zero whatever lies below.
+    fn clusters(&self) -> &Clusters;
+
+    /// Reads the bytes at `offset`, which are those of clusters that are data, until `buf` is full.
+    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
 }
 
 /// Memory in a file whose holes the kernel knows, such as a memfd.

@@ -4,7 +4,9 @@
 use proptest::prelude::*;
 use snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters};
 use snapshot::compat::HostFacts;
-use snapshot::create::{BytesSource, CreateError, DiskSource, Facts, Staging};
+use snapshot::create::{Base, BytesSource, CreateError, Facts, LayerSource, Staging, Stored};
+use snapshot::image::MemoryImage;
+use snapshot::load;
 use snapshot::manifest::{
     BalloonDevice, CacheType, Cpu, Devices, DiskImage, DriveDevice, EntropyDevice, Manifest, NetworkDevice, RateLimit,
     Readiness, TokenBucket, VsockDevice,
@@ -86,7 +88,7 @@ impl Disk {
     }
 }
 
-impl DiskSource for Disk {
+impl LayerSource for Disk {
     fn size(&self) -> u64 {
         Disk::SIZE
     }
@@ -146,6 +148,65 @@ pub fn memory() -> Vec<u8> {
     fill(CHUNK + 4 * PAGE, CHUNK + 5 * PAGE);
     fill(3 * CHUNK + 15 * PAGE, 4 * CHUNK + PAGE);
     memory
+}
+
+/// All of an image, chunk by chunk.
+pub fn read_all(image: &MemoryImage) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut buf = vec![0xaa; CHUNK];
+    for index in 0..image.chunks() {
+        let len = image.read_chunk(index, &mut buf).unwrap();
+        bytes.extend_from_slice(&buf[..len]);
+    }
+    bytes
+}
+
+/// Pages that have changed of a memory.
+pub struct Changes {
+    pub memory: Vec<u8>,
+    pub pages: Clusters,
+}
+
+impl Changes {
+    /// The memory as it is now, of which these pages may have changed.
+    pub fn new(memory: Vec<u8>, pages: impl IntoIterator<Item = usize>) -> Changes {
+        let mut map = Clusters::new(memory.len() as u64);
+        for page in pages {
+            let bytes = &memory[page * PAGE..][..PAGE];
+            let state = if bytes.iter().all(|b| *b == 0) { Cluster::Zero } else { Cluster::Data };
+            map.set(page as u64..page as u64 + 1, state);
+        }
+        Changes { memory, pages: map }
+    }
+}
+
+impl LayerSource for Changes {
+    fn size(&self) -> u64 {
+        self.memory.len() as u64
+    }
+
+    fn clusters(&self) -> &Clusters {
+        &self.pages
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        let bytes = &self.memory[offset as usize..][..buf.len()];
+        for (page, bytes) in (offset / PAGE as u64..).zip(bytes.chunks(PAGE)) {
+            let state = self.pages.get(page);
+            assert!(state == Cluster::Data && bytes.iter().any(|b| *b != 0), "page {page} is not there to be read");
+        }
+        buf.copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+/// A snapshot at `target` of what has become of the memory of the one at `base`.
+pub fn create_over(base: &Path, target: &Path, changes: &Changes, stored: Stored) -> Result<Manifest, CreateError> {
+    let base = Base::open(&load::open(base).unwrap()).unwrap();
+    let mut staging = Staging::begin(target)?;
+    let digest = staging.write_changes(&base, changes, stored, &NEVER)?;
+    let facts = facts(&mut staging);
+    staging.commit(digest, facts, &state(1))
 }
 
 pub fn create_at(target: &Path, memory: &[u8], state: &MachineState) -> Result<Manifest, CreateError> {

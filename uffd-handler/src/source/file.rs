@@ -22,7 +22,7 @@ impl LocalImage {
 
 impl Source for LocalImage {
     fn kind(&self) -> &'static str {
-        "file"
+        self.image.kind()
     }
 
     fn root(&self) -> &str {

@@ -1,8 +1,9 @@
 //! Where the memory of a restored guest comes from: what a request says of it (pure), and bringing it about.
 
 use crate::logging::warn_once;
+use crate::memory::GuestRam;
+use crate::memory::image::LayError;
 use crate::memory::uffd::{self, Service, UffdError};
-use crate::memory::{GuestRam, MemoryError};
 use api_spec::snapshot::{LoadHugePages, MemBackend, MemBackendType, SnapshotLoad};
 use snapshot::image::{ImageError, ensure_same, ensure_trusted};
 use snapshot::load::Snapshot;
@@ -30,7 +31,7 @@ pub enum BackendError {
     Uffd(#[from] UffdError),
     /// Guest memory.
     #[error(transparent)]
-    Memory(#[from] MemoryError),
+    Lay(#[from] LayError),
 }
 
 /// Where memory comes from.
@@ -101,7 +102,7 @@ impl<'a> Backend<'a> {
                 return Ok((ram, Some(service)));
             }
         };
-        Ok((GuestRam::private_view(&trusted.file, regions)?, None))
+        Ok((GuestRam::of_trusted(trusted.memory, regions)?, None))
     }
 }
 

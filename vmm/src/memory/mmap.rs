@@ -153,6 +153,23 @@ pub fn cut_off(region: &MmapRegion) -> io::Result<()> {
     if nothing == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Puts a private mapping of part of `file`, from `offset` on, in the place of part of a region: `range` in bytes from its start,
+/// whole pages. Others may access the region meanwhile; they find what was there before, or what is in the file.
+pub fn map_over(region: &MmapRegion, range: Range<u64>, file: &File, offset: u64) -> io::Result<()> {
+    let part = Part::of(region, range)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: `Part::of` has checked that the range lies within the region's own mapping, so nothing else is unmapped. MAP_FIXED
+    // replaces it in one step by a mapping with the same protection, so every pointer into the region stays valid; the bytes are
+    // volatile guest memory that no Rust reference points to.
+    let put =
+        unsafe { libc::mmap(part.addr.cast(), part.len, protection, flags, file.as_raw_fd(), offset as libc::off_t) };
+    if put == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    PRIVACY.into_iter().try_for_each(|advice| part.advise(advice))
+}
+
 /// A mapping that was moved aside: nothing refers to it any more, and it is waiting to be unmapped.
 #[derive(Debug)]
 pub struct Aside {

@@ -3,6 +3,7 @@
 //! - [`layout`]: which guest-physical addresses are RAM (pure)
 //! - [`limit`]: how much of it may be the guest's own (pure)
 //! - [`freeze`]: turns the RAM of a booted guest into an immutable image without copying it
+//! - [`image`]: the first view of an image that is not one raw file
 //! - [`uffd`]: memory whose pages a page server provides: a view of its store, or anonymous memory that it copies pages into
 //! - [`replay`]: gets pages ready that earlier clones have needed
 //! - [`stand_in`]: serving page faults without a page server
@@ -13,6 +14,7 @@
 
 pub mod discard;
 pub mod freeze;
+pub mod image;
 pub mod kinds;
 pub mod layout;
 pub mod limit;

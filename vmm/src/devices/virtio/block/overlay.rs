@@ -16,7 +16,7 @@
 
 use rustix::fs::FallocateFlags;
 use snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters};
-use snapshot::create::DiskSource;
+use snapshot::create::LayerSource;
 use snapshot::disk::Held;
 use std::fs::File;
 use std::io;
@@ -152,7 +152,7 @@ pub struct Flattened {
     clusters: Clusters,
 }
 
-impl DiskSource for Flattened {
+impl LayerSource for Flattened {
     fn size(&self) -> u64 {
         self.stack.size
     }

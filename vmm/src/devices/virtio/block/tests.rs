@@ -662,7 +662,7 @@ fn held(rig: &Rig) -> snapshot::disk::Held {
     let dir = tempfile::tempdir().unwrap();
     let file = File::create_new(dir.path().join("held")).unwrap();
     let flat = stack.flattened();
-    let clusters = snapshot::create::DiskSource::clusters(&flat).clone();
+    let clusters = snapshot::create::LayerSource::clusters(&flat).clone();
     for (run, _) in clusters.runs(0..clusters.count()).filter(|(_, s)| *s == snapshot::clusters::Cluster::Data) {
         let mut bytes = vec![0; ((run.end - run.start) * 4096) as usize];
         stack.read(run.start * 4096, &mut bytes).unwrap();

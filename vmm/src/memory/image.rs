@@ -1,0 +1,287 @@
+//! The first view of a memory image that is not one raw file: several files over each other, or a packed one.
+//!
+//! | image | view |
+//! |---|---|
+//! | a raw file | a private mapping of it: nothing is read |
+//! | files over each other | a private mapping of the lowest; over it the longer runs of the others are mapped, the shorter ones copied, and what became zero is discarded |
+//! | packed | it is unpacked into memory that is this guest's alone, which is mapped privately as a file is |
+
+use super::{GuestRam, MemoryError, PAGE_SIZE, mmap};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use snapshot::clusters::{Cluster, Clusters};
+use snapshot::image::{ImageError, MemoryImage, TrustedLayer, TrustedMemory};
+use snapshot::manifest::MemoryRegion;
+use snapshot::{CHUNK_BYTES, PAGE_BYTES};
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+/// Most runs that are mapped: each may take two of the mappings that a process can have.
+const MAX_MAPPED: usize = 450;
+/// How many pages a run has that is worth a mapping: 64 KiB.
+const LONG_RUN: u64 = 16;
+/// Most bytes that are copied at a time.
+const PIECE: u64 = 1 << 20;
+
+/// Why an image could not be put into guest memory.
+#[derive(Debug, thiserror::Error)]
+pub enum LayError {
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A layer of it.
+    #[error("cannot read the memory of the snapshot at offset {offset:#x}: {source}")]
+    Read {
+        /// Where, in bytes.
+        offset: u64,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// No memory to unpack it into.
+    #[error("no memory to unpack {size} bytes of guest memory into: {source}")]
+    Unpack {
+        /// Size of the image.
+        size: u64,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A view of it.
+    #[error("cannot put the pages of a snapshot over those of its parent: {0}")]
+    Lay(io::Error),
+}
+
+/// Part of an image as it is seen from above.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Piece {
+    /// Pages of the image.
+    pages: Range<u64>,
+    /// The layer that holds them; `None` if they are zero.
+    layer: Option<usize>,
+}
+
+/// What is seen of layers that lie over a whole image, the uppermost first.
+fn visible(layers: &[&Clusters]) -> Vec<Piece> {
+    let Some(uppermost) = layers.first() else { return Vec::new() };
+    let (mut taken, mut pieces) = (Clusters::new(uppermost.count() * PAGE_BYTES), Vec::new());
+    for (number, layer) in layers.iter().enumerate() {
+        for (held, state) in layer.runs(0..layer.count()).filter(|(_, state)| *state != Cluster::Absent) {
+            let layer = (state == Cluster::Data).then_some(number);
+            let free = taken.runs(held).filter(|(_, above)| *above == Cluster::Absent);
+            pieces.extend(free.map(|(pages, _)| Piece { pages, layer }));
+        }
+        taken.lay(layer);
+    }
+    pieces
+}
+
+/// Cuts pieces where regions meet.
+fn cut(pieces: Vec<Piece>, regions: &[MemoryRegion]) -> impl Iterator<Item = (usize, Piece)> + '_ {
+    let places = regions.iter().map(|r| r.offset / PAGE_BYTES..(r.offset + r.size_bytes) / PAGE_BYTES);
+    let places: Vec<Range<u64>> = places.collect();
+    pieces.into_iter().flat_map(move |piece| {
+        let part = |(number, place): (usize, &Range<u64>)| {
+            let pages = piece.pages.start.max(place.start)..piece.pages.end.min(place.end);
+            (!pages.is_empty()).then_some((number, Piece { pages, layer: piece.layer }))
+        };
+        places.iter().enumerate().filter_map(part).collect::<Vec<_>>()
+    })
+}
+
+impl GuestRam {
+    /// A private view over the memory of a snapshot.
+    pub fn of_trusted(memory: TrustedMemory, regions: Vec<MemoryRegion>) -> Result<Self, LayError> {
+        match memory {
+            TrustedMemory::Image(image) => Ok(GuestRam::private_view(&unpack(&image)?, regions)?),
+            TrustedMemory::Files(files) => {
+                let Some((lowest, above)) = files.split_last() else {
+                    return Err(LayError::Lay(io::ErrorKind::NotFound.into()));
+                };
+                let ram = GuestRam::private_view(&lowest.file, regions)?;
+                ram.lay(above)?;
+                Ok(ram)
+            }
+        }
+    }
+
+    /// Puts what these layers hold, the uppermost first, over what is there. Nobody has used the memory yet.
+    fn lay(&self, layers: &[TrustedLayer]) -> Result<(), LayError> {
+        let maps: Vec<&Clusters> = layers.iter().filter_map(|layer| layer.pages.as_ref()).collect();
+        let mut pieces: Vec<(usize, Piece)> = cut(visible(&maps), &self.regions).collect();
+        // The longest are mapped, as far as there are mappings.
+        pieces.sort_by_key(|(_, piece)| std::cmp::Reverse(piece.pages.end - piece.pages.start));
+        let (discarder, mut mapped) = (self.discarder(), 0);
+        for (region, piece) in pieces {
+            let pages = piece.pages.end - piece.pages.start;
+            match piece.layer {
+                None => {
+                    let first = (self.guest_addr(region, piece.pages.start)) / PAGE_SIZE;
+                    if discarder.discard(first..first + pages).discarded < pages {
+                        self.write(region, &piece.pages, |_, buf| {
+                            buf.fill(0);
+                            Ok(())
+                        })?;
+                    }
+                }
+                Some(layer) if pages >= LONG_RUN && mapped < MAX_MAPPED => {
+                    self.map_over(region, &piece.pages, &layers[layer].file).map_err(LayError::Lay)?;
+                    mapped += 1;
+                }
+                Some(layer) => {
+                    let file = &layers[layer].file;
+                    self.write(region, &piece.pages, |offset, buf| file.read_exact_at(buf, offset))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn guest_addr(&self, region: usize, page: u64) -> u64 {
+        let MemoryRegion { guest_addr, offset, .. } = self.regions[region];
+        guest_addr + (page * PAGE_BYTES - offset)
+    }
+
+    fn map_over(&self, region: usize, pages: &Range<u64>, file: &File) -> io::Result<()> {
+        let mapped = self.memory.iter().nth(region).ok_or(io::ErrorKind::NotFound)?;
+        let offset = pages.start * PAGE_BYTES;
+        let start = offset - self.regions[region].offset;
+        let range = start..start + (pages.end - pages.start) * PAGE_BYTES;
+        mmap::map_over(&mapped.get_mmap(), range, file, offset)
+    }
+
+    /// Writes pages that `read` tells by their offset in the image.
+    fn write(
+        &self,
+        region: usize,
+        pages: &Range<u64>,
+        mut read: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
+    ) -> Result<(), LayError> {
+        let (mut at, end) = (pages.start * PAGE_BYTES, pages.end * PAGE_BYTES);
+        let mut buf = vec![0; (end - at).min(PIECE) as usize];
+        while at < end {
+            let buf = &mut buf[..(end - at).min(PIECE) as usize];
+            read(at, buf).map_err(|source| LayError::Read { offset: at, source })?;
+            let to = GuestAddress(self.guest_addr(region, at / PAGE_BYTES));
+            self.memory.write_slice(buf, to).map_err(|e| LayError::Lay(io::Error::other(e)))?;
+            at += buf.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Unpacks an image into memory of its own, sealed, on as many threads as there are CPUs.
+fn unpack(image: &MemoryImage) -> Result<File, LayError> {
+    let failed = |source| LayError::Unpack { size: image.size(), source };
+    let fd = memfd_create("coppice-image", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING);
+    let file = File::from(fd.map_err(|e| failed(e.into()))?);
+    ftruncate(&file, image.size()).map_err(|e| failed(e.into()))?;
+    let next = AtomicU64::new(0);
+    let work = || -> Result<(), LayError> {
+        let mut buf = vec![0; CHUNK_BYTES as usize];
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            if index >= image.chunks() {
+                return Ok(());
+            }
+            if !image.chunk_is_zero(index) {
+                let len = image.read_chunk(index, &mut buf)?;
+                file.write_all_at(&buf[..len], index * CHUNK_BYTES).map_err(failed)?;
+            }
+        }
+    };
+    let others = std::thread::available_parallelism().map_or(0, |cpus| cpus.get() - 1);
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (0..others).map(|_| scope.spawn(work)).collect();
+        let own = work();
+        let joined =
+            others.into_iter().map(|other| other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        joined.fold(own, Result::and)
+    })?;
+    let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+    fcntl_add_seals(&file, seals).map_err(|e| failed(e.into()))?;
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PAGES: u64 = 200;
+
+    fn layer() -> impl Strategy<Value = Clusters> {
+        prop::collection::vec((0..PAGES, 1u64..40, 0u8..3), 0..8).prop_map(|runs| {
+            let mut map = Clusters::new(PAGES * PAGE_BYTES);
+            for (from, len, state) in runs {
+                map.set(from..from + len, [Cluster::Absent, Cluster::Data, Cluster::Zero][usize::from(state)]);
+            }
+            map
+        })
+    }
+
+    /// What a page of a chain holds, by layer: each layer's pages hold its number, those of the lowest 99.
+    fn seen(layers: &[Clusters], page: u64) -> u8 {
+        for (number, layer) in layers.iter().enumerate() {
+            match layer.get(page) {
+                Cluster::Absent => {}
+                Cluster::Data => return number as u8 + 1,
+                Cluster::Zero => return 0,
+            }
+        }
+        99
+    }
+
+    fn file(fill: u8) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&vec![fill; (PAGES * PAGE_BYTES) as usize], 0).unwrap();
+        file
+    }
+
+    fn regions() -> Vec<MemoryRegion> {
+        let first = 70 * PAGE_BYTES;
+        vec![
+            MemoryRegion { guest_addr: 0, size_bytes: first, offset: 0 },
+            MemoryRegion { guest_addr: 1 << 32, size_bytes: PAGES * PAGE_BYTES - first, offset: first },
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_visible_is_what_is_seen_from_above(layers in prop::collection::vec(layer(), 0..5)) {
+            let maps: Vec<&Clusters> = layers.iter().collect();
+            let mut covered = vec![false; PAGES as usize];
+            for piece in visible(&maps) {
+                for page in piece.pages {
+                    prop_assert!(!std::mem::replace(&mut covered[page as usize], true), "no page is there twice");
+                    let wanted = seen(&layers, page);
+                    prop_assert_eq!(piece.layer.map_or(0, |layer| layer as u8 + 1), wanted);
+                }
+            }
+            for page in 0..PAGES {
+                prop_assert_eq!(covered[page as usize], seen(&layers, page) != 99);
+            }
+        }
+
+        #[test]
+        fn a_view_of_a_chain_shows_each_page_of_the_uppermost_that_has_it(layers in prop::collection::vec(layer(), 0..4)) {
+            let mut files: Vec<TrustedLayer> = (1..).zip(&layers)
+                .map(|(fill, map)| TrustedLayer { file: file(fill), pages: Some(map.clone()) })
+                .collect();
+            files.push(TrustedLayer { file: file(99), pages: None });
+            let ram = GuestRam::of_trusted(TrustedMemory::Files(files), regions()).unwrap();
+            for page in 0..PAGES {
+                let region = ram.regions().iter().rposition(|r| r.offset <= page * PAGE_BYTES).unwrap();
+                let mut bytes = [77; PAGE_BYTES as usize];
+                ram.memory().read_slice(&mut bytes, GuestAddress(ram.guest_addr(region, page))).unwrap();
+                prop_assert_eq!(bytes, [seen(&layers, page); PAGE_BYTES as usize]);
+                // And what is written stays there.
+                ram.memory().write_slice(&[55; 8], GuestAddress(ram.guest_addr(region, page))).unwrap();
+            }
+        }
+    }
+}
