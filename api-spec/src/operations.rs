@@ -6,7 +6,7 @@ use crate::devices::{
     NetworkUpdate, Serial,
 };
 use crate::logger::{Logger, MetricsSink};
-use crate::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotStatus};
+use crate::snapshot::{SnapshotCancel, SnapshotCreate, SnapshotLoad, SnapshotStatus};
 use crate::stats::{MemoryMap, MemoryMapQuery, VmStats};
 use crate::strict::{self, DocumentError};
 use crate::vm::{
@@ -439,6 +439,14 @@ pub static OPERATIONS: &[Operation] = &[
     )
     .at(When::Fresh)
     .by(&[with_argument("snapshot load", "snapshot_path")]),
+    put(
+        "putSnapshotCancel",
+        "/snapshot/cancel",
+        "Give up the snapshot that is being written; whoever asked for it is told, and nothing of it is kept",
+        shape::<SnapshotCancel>("{}"),
+    )
+    .at(When::AfterStart)
+    .by(&[fixed("snapshot cancel", "", "{}")]),
     get(
         "getSnapshotStatus",
         "/snapshot/status",

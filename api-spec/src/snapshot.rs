@@ -22,12 +22,16 @@ pub struct SnapshotCreate {
     /// which must not exist yet, on the same file system. None when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem_file_path: Option<PathBuf>,
+    /// Most MiB of memory that are written in a second while the guest runs; no bound when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub max_write_mib_s: Option<u64>,
 }
 
 impl SnapshotCreate {
     /// A full snapshot in this directory.
     pub fn of(snapshot_path: PathBuf) -> Self {
-        SnapshotCreate { snapshot_path, snapshot_type: SnapshotType::Full, mem_file_path: None }
+        SnapshotCreate { snapshot_path, snapshot_type: SnapshotType::Full, mem_file_path: None, max_write_mib_s: None }
     }
 }
 
@@ -37,9 +41,15 @@ pub enum SnapshotType {
     /// All of the guest's memory.
     #[default]
     Full,
-    /// Only what changed since the parent. Not offered yet: refused by name.
+    /// Only the memory that is not as it was in the snapshot before it, its parent: the last that was taken of this guest, or else
+    /// the one that it was loaded from. The parent is needed to load it. A guest that has none gets a full one.
     Diff,
 }
+
+/// Body of `PUT /snapshot/cancel`: nothing is to be said.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotCancel {}
 
 /// Body of `PUT /snapshot/load`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -230,9 +240,12 @@ pub struct SnapshotStatus {
     /// From the request until the snapshot was complete on disk, in microseconds.
     #[serde(default)]
     pub total_us: u64,
-    /// Bytes of memory that were written (holes are not).
+    /// Bytes of memory that were written (holes are not), so far if it is being written.
     #[serde(default)]
     pub memory_bytes: u64,
+    /// The snapshot that this one lies over; absent if it stands alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<PathBuf>,
     /// What went wrong.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,

@@ -13,7 +13,7 @@ use api_spec::devices::{Balloon, Drive, Entropy, NetworkInterface};
 use api_spec::mac::MacAddr;
 use api_spec::snapshot::{
     DriveOverride, MemBackend, MemBackendType, NetworkOverride, OnHandlerLoss, SnapshotCreate, SnapshotLoad,
-    SnapshotState, SnapshotStatus, VsockOverride,
+    SnapshotState, SnapshotStatus, SnapshotType, VsockOverride,
 };
 use api_spec::stats::{PageServerState, PageServerStats};
 use api_spec::vm::{BootSource, InstanceInfo, InstanceState, MachineConfig, VmConfig, Vsock};
@@ -452,6 +452,13 @@ impl Vm {
         let status = status.unwrap_or_else(|e| panic!("{}: GET /snapshot/status: {e}", self.name));
         assert_eq!((status.state, &status.error), (SnapshotState::Done, &None), "{}", self.name);
         status
+    }
+
+    /// Takes a snapshot of what has changed since the last one.
+    pub fn snapshot_changes(&mut self, path: &Path) -> SnapshotStatus {
+        let create = SnapshotCreate { snapshot_type: SnapshotType::Diff, ..SnapshotCreate::of(path.to_owned()) };
+        self.client().snapshot_create(&create).unwrap_or_else(|e| panic!("{}: no diff: {e}", self.name));
+        self.client().snapshot_status().unwrap_or_else(|e| panic!("{}: GET /snapshot/status: {e}", self.name))
     }
 
     /// As [`Vm::snapshot`], and gives the vmm's refusal back.

@@ -6,7 +6,7 @@ use crate::devices::{
     NetworkUpdate, Serial,
 };
 use crate::logger::{Logger, MetricsSink};
-use crate::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotStatus};
+use crate::snapshot::{SnapshotCancel, SnapshotCreate, SnapshotLoad, SnapshotStatus};
 use crate::stats::{MemoryMap, MemoryMapQuery, VmStats};
 use crate::vm::{
     Action, ActionType, BootSource, InstanceInfo, MachineConfig, MachinePatch, Version, VmConfig, VmPatch, VmSave,
@@ -197,7 +197,12 @@ impl VmClient {
         self.rest.put("/snapshot/load", load)
     }
 
-    /// How the last snapshot went.
+    /// Gives up the snapshot that is being written.
+    pub fn snapshot_cancel(&mut self, cancel: &SnapshotCancel) -> Done {
+        self.rest.put("/snapshot/cancel", cancel)
+    }
+
+    /// How the last snapshot went, or how far it is.
     pub fn snapshot_status(&mut self) -> Result<SnapshotStatus, RestError> {
         self.rest.get("/snapshot/status")
     }

@@ -282,6 +282,7 @@ impl<'f> ImageWriter<'f> {
                 self.digests.extend_from_slice(zero.of(hole));
             }
             for chunk in from..to {
+                cancel.progress(self.data_bytes);
                 if cancel.is_cancelled() {
                     return Err(Fault::Cancelled);
                 }
@@ -311,6 +312,7 @@ impl<'f> ImageWriter<'f> {
         let (zero, mut held) = (ZeroDigests::new(self.size), Clusters::new(self.size));
         let (mut before, mut after) = (vec![0; CHUNK_BYTES as usize], vec![0; CHUNK_BYTES as usize]);
         for index in 0..chunk::count(self.size) {
+            cancel.progress(self.data_bytes);
             if cancel.is_cancelled() {
                 return Err(Fault::Cancelled.into());
             }

@@ -40,6 +40,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub trait Cancel {
     /// It is not.
     fn is_cancelled(&self) -> bool;
+
+    /// Hears, before each piece of the memory, how much of it was written so far, in bytes. May wait, so that writing takes longer.
+    fn progress(&self, _written: u64) {}
 }
 
 impl Cancel for AtomicBool {

@@ -215,7 +215,8 @@ fn requests_out_of_order_are_refused_by_name() {
         refuses("PUT", path, body, "started already");
     }
     accepts("PATCH", "/vm", r#"{"state":"Resumed"}"#);
-    refuses("PUT", "/snapshot/create", r#"{"snapshot_path":"s","snapshot_type":"Diff"}"#, "Diff");
+    refuses("PUT", "/snapshot/create", r#"{"snapshot_path":"s","max_write_mib_s":0}"#, "max_write_mib_s");
+    refuses("PUT", "/snapshot/cancel", "{}", "no snapshot is being written");
     refuses("PUT", "/snapshot/create", r#"{"snapshot_path":"s","mem_file_path":"s"}"#, "mem_file_path");
     template.facts.check(&mut vm.agent());
     vm.stop();

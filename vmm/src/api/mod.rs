@@ -20,7 +20,7 @@ use api_spec::devices::{
 };
 use api_spec::logger::{Logger, MetricsSink};
 use api_spec::operations::Operation;
-use api_spec::snapshot::{SnapshotCreate, SnapshotLoad};
+use api_spec::snapshot::{SnapshotCancel, SnapshotCreate, SnapshotLoad};
 use api_spec::stats::MemoryMapQuery;
 use api_spec::vm::{Action, BootSource, MachineConfig, MachinePatch, VmPatch, VmSave, Vsock};
 
@@ -87,6 +87,8 @@ pub enum Request {
     SnapshotCreate(SnapshotCreate),
     /// `PUT /snapshot/load`
     SnapshotLoad(SnapshotLoad),
+    /// Give up a snapshot.
+    SnapshotCancel(SnapshotCancel),
     /// `GET /snapshot/status`
     SnapshotStatus,
 }

@@ -52,6 +52,7 @@ pub fn route(message: &Message) -> Result<Request, Response> {
         "getVmStats" => Ok(Request::GetStats),
         "getMemoryMap" => query(message).map(Request::GetMemoryMap),
         "putSnapshotCreate" => body(message).map(Request::SnapshotCreate),
+        "putSnapshotCancel" => body(message).map(Request::SnapshotCancel),
         "putSnapshotLoad" => body(message).map(Request::SnapshotLoad),
         "getSnapshotStatus" => Ok(Request::SnapshotStatus),
         "putLogger" => body(message).map(Request::PutLogger),

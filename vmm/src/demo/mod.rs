@@ -406,7 +406,7 @@ impl Demo<'_> {
         let mut client =
             RestClient::connect(&self.workplace.join("api.sock"), PATIENCE).map_err(api("cannot reach the API"))?;
         let snapshot_path = path.to_owned();
-        let create = SnapshotCreate { snapshot_path, snapshot_type: Default::default(), mem_file_path: None };
+        let create = SnapshotCreate::of(snapshot_path);
         client.put("/snapshot/create", &create).map_err(api("cannot take a snapshot"))?;
         client.get("/snapshot/status").map_err(api("cannot ask how the snapshot went"))
     }

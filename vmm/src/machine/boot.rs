@@ -112,6 +112,7 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
         replay: None,
         ending: Default::default(),
         plan: devices_plan,
+        bases: Default::default(),
         running: false,
         halting: false,
     })

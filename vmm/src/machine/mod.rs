@@ -19,6 +19,7 @@
 //! - [`keeper`]: keeps memory coming whatever the page server does, and ends the process when the event loop cannot
 
 pub mod backend;
+mod bases;
 pub mod boot;
 pub mod config;
 pub mod disks;
@@ -41,9 +42,11 @@ use crate::vcpu::state::StateShape;
 use crate::vcpu::{self, Brake, Buses, Vcpu, VcpuError};
 use api_spec::devices::{BalloonStatistics, Drive, NetworkInterface};
 use api_spec::stats::VmStats;
+use bases::Bases;
 use config::DevicePlan;
 use keeper::Keeper;
 use kvm_ioctls::{VcpuFd, VmFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -63,6 +66,8 @@ pub struct Machine {
     /// Set when this process is about to end.
     ending: Arc<AtomicBool>,
     plan: DevicePlan,
+    /// Snapshots of its memory.
+    bases: Bases,
     /// Whether vCPUs run, or one of them may.
     running: bool,
     /// The vCPUs are to stand still, whoever else lets them run: see [`Machine::halt`].
@@ -73,6 +78,11 @@ impl Machine {
     /// Whether vCPUs run.
     pub fn is_running(&self) -> bool {
         self.running
+    }
+
+    /// A snapshot was taken of the machine, whose manifest has this digest.
+    pub fn remember_snapshot(&mut self, dir: &Path, digest: String) {
+        self.bases.add(dir, digest);
     }
 
     /// Guest memory, in bytes.

@@ -43,6 +43,9 @@ pub enum NotNow {
     /// One snapshot at a time.
     #[error("a snapshot is still being written; `GET /snapshot/status` says when it is done")]
     Writing,
+    /// There is no snapshot to give up.
+    #[error("no snapshot is being written; `GET /snapshot/status` tells how the last one went")]
+    NotWriting,
     /// A guest that is being saved stands still.
     #[error("the VM is being saved, and stands still until that has succeeded, which ends it, or failed")]
     Saving,
@@ -91,6 +94,7 @@ pub fn may(request: &Request, phase: Phase, work: Work) -> Result<(), NotNow> {
         | Request::GetMemoryMap(_)
         | Request::PatchBalloon(_)
         | Request::GetBalloonStatistics
+        | Request::SnapshotCancel(_)
         | Request::PatchBalloonStatistics(_) => refuse_if(!started, NotNow::NotStarted),
         Request::SnapshotCreate(_) | Request::SaveVm(_) => {
             refuse_if(!started, NotNow::NotStarted)?;

@@ -2,6 +2,7 @@
 //! standing still.
 
 use super::backend::{Backend, BackendError};
+use super::bases::Bases;
 use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
 use super::disks::{self, RestoreDisksError};
@@ -172,6 +173,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
 
     let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
+    let bases = Bases::of(&snapshot);
     let mut machine = Machine {
         vcpus,
         devices,
@@ -181,6 +183,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
         page_server,
         ending,
         plan,
+        bases,
         replay: None,
         running: false,
         halting: false,

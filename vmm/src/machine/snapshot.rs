@@ -8,13 +8,16 @@
 //! Layers are folded however the snapshot went: one that fails leaves no more of them behind than one that succeeds.
 //!
 //! Memory comes last because saving devices may still change it. A guest that is itself a private view (a clone) has
-//! nothing to freeze: its memory is copied while it stands still. So is an image that the guest writes itself; overlays are
-//! frozen ([`super::disks`]).
+//! nothing to freeze: what it has changed of its image is copied while it stands still, and written over a snapshot of that
+//! image when it goes on ([`super::bases`]). Where there is no such snapshot any more, all of its memory is written while it
+//! stands still. So is a disk image that the guest writes itself; overlays are frozen ([`super::disks`]).
 
+use super::bases::NoBase;
 use super::{Machine, disks, record};
 use crate::devices::virtio::block::overlay::Folded;
 use crate::host;
 use crate::kvm::state::VmStateError;
+use crate::memory::changes::{CaptureError, Changes};
 use crate::memory::discard::Contents;
 use crate::memory::freeze::{FreezeError, Frozen};
 use crate::memory::{GuestMemory, GuestRam};
@@ -23,25 +26,31 @@ use crate::vcpu::VcpuError;
 use crate::vcpu::state::VcpuStateError;
 use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus, SnapshotType};
 use api_spec::vm::Readiness;
-use snapshot::create::{Cancel, CreateError, Facts, FileSource, MemoryDigest, MemorySource, Staging};
+use snapshot::create::{Base, Cancel, CreateError, Facts, FileSource, MemoryDigest, MemorySource, Staging, Stored};
 use snapshot::manifest::MemoryRegion;
 use snapshot::state::MachineState;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use uffd_handler::process::Signals;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Why a snapshot could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
-    /// Something was asked for that this program does not have.
-    #[error("snapshot_type `Diff` is not offered yet; use `Full`")]
-    Diff,
+    /// It would never end.
+    #[error("max_write_mib_s is 0; it must be at least 1, or be absent")]
+    NoRate,
+    /// There is nothing that a snapshot could lie over.
+    #[error("snapshot_type `Diff`: the snapshot that this one was to lie over cannot be used: {0}; use `Full`")]
+    NoBase(NoBase),
+    /// What the guest has changed.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
     /// vCPUs.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
@@ -80,16 +89,63 @@ pub enum SnapshotError {
 pub struct Job {
     /// `None` once it was waited for.
     thread: Option<JoinHandle<Vec<(usize, Folded)>>>,
-    written: mpsc::Receiver<Result<u64, SnapshotError>>,
-    cancel: Arc<AtomicBool>,
+    written: mpsc::Receiver<Result<Written, SnapshotError>>,
+    writing: Arc<Writing>,
     path: PathBuf,
     started: Instant,
     pause_us: u64,
 }
 
+/// A snapshot that is complete.
+#[derive(Debug)]
+struct Written {
+    memory_bytes: u64,
+    /// The digest of its manifest.
+    digest: String,
+    parent: Option<PathBuf>,
+}
+
+/// What whoever writes a snapshot shares with whoever waits for it.
+#[derive(Debug)]
+struct Writing {
+    cancelled: AtomicBool,
+    /// Bytes of memory so far.
+    written: AtomicU64,
+    /// Most bytes of memory in a second.
+    limit: Option<u64>,
+    started: Instant,
+}
+
+/// How long a writer that is to be slow waits before it looks whether it is wanted any more.
+const NAP: Duration = Duration::from_millis(20);
+
+impl Cancel for Writing {
+    fn is_cancelled(&self) -> bool {
+        self.cancelled.is_cancelled()
+    }
+
+    fn progress(&self, written: u64) {
+        self.written.store(written, Ordering::Relaxed);
+        let Some(limit) = self.limit else { return };
+        let due = self.started + Duration::from_secs_f64(written as f64 / limit as f64);
+        while !self.is_cancelled() {
+            match due.checked_duration_since(Instant::now()) {
+                Some(left) if !left.is_zero() => std::thread::sleep(left.min(NAP)),
+                _ => return,
+            }
+        }
+    }
+}
+
 impl Job {
-    /// How the snapshot went. To be called once, when [`Notice::SnapshotWritten`] has come; waits otherwise.
-    pub fn status(&self) -> SnapshotStatus {
+    /// How much memory was written so far, in bytes.
+    pub fn written_bytes(&self) -> u64 {
+        self.writing.written.load(Ordering::Relaxed)
+    }
+
+    /// How the snapshot went, and the digest of its manifest if it is complete. To be called once, when
+    /// [`Notice::SnapshotWritten`] has come; waits otherwise.
+    pub fn status(&self) -> (SnapshotStatus, Option<String>) {
         let written = self.written.recv();
         let status = SnapshotStatus {
             state: SnapshotState::Done,
@@ -99,16 +155,18 @@ impl Job {
             ..Default::default()
         };
         let error = match written {
-            Ok(Ok(memory_bytes)) => return SnapshotStatus { memory_bytes, ..status },
+            Ok(Ok(Written { memory_bytes, digest, parent })) => {
+                return (SnapshotStatus { memory_bytes, parent, ..status }, Some(digest));
+            }
             Ok(Err(e)) => e.to_string(),
             Err(mpsc::RecvError) => "the thread that writes the snapshot panicked".to_owned(),
         };
-        SnapshotStatus { state: SnapshotState::Failed, error: Some(error), ..status }
+        (SnapshotStatus { state: SnapshotState::Failed, error: Some(error), ..status }, None)
     }
 
     /// Has the snapshot be given up, unless it is complete, and remove what it has written.
     pub fn cancel(&self) {
-        self.cancel.store(true, Ordering::Relaxed);
+        self.writing.cancelled.store(true, Ordering::Relaxed);
     }
 
     /// What became of the disks' layers. To be called when [`Notice::LayersFolded`] has come; waits otherwise.
@@ -131,6 +189,8 @@ impl Drop for Job {
 enum Captured {
     /// Immutable from now on; still to be written.
     Frozen(Frozen, Vec<MemoryRegion>),
+    /// What has changed of a snapshot; still to be written over it.
+    Changed(Changes, Box<Base>, Stored),
     /// Written already.
     Written(MemoryDigest),
 }
@@ -145,9 +205,21 @@ pub fn create(
     signals: &Signals,
 ) -> Result<Job, SnapshotError> {
     let started = Instant::now();
-    if request.snapshot_type == SnapshotType::Diff {
-        return Err(SnapshotError::Diff);
+    if request.max_write_mib_s == Some(0) {
+        return Err(SnapshotError::NoRate);
     }
+    let stored = match request.snapshot_type {
+        SnapshotType::Full => Stored::Whole,
+        SnapshotType::Diff => Stored::Changes,
+    };
+    let base = match machine.bases.open(stored == Stored::Changes) {
+        Ok(base) => base,
+        Err(e) if stored == Stored::Changes => return Err(SnapshotError::NoBase(e)),
+        Err(e) => {
+            tracing::warn!("the guest's memory is copied while it stands still, for want of the snapshot below: {e}");
+            None
+        }
+    };
     let mut staging = Staging::begin(&request.snapshot_path)?;
     if let Some(path) = &request.mem_file_path {
         staging.link_memory(path)?;
@@ -156,30 +228,36 @@ pub fn create(
 
     let was_running = machine.is_running();
     let stood_still = Instant::now();
-    let captured = machine.pause().map_err(SnapshotError::from).and_then(|()| capture(machine, &mut staging, signals));
+    let captured = machine.pause().map_err(SnapshotError::from);
+    let captured = captured.and_then(|()| capture(machine, &mut staging, base.map(|base| (base, stored)), signals));
     if was_running {
         machine.resume();
     }
     let pause_us = stood_still.elapsed().as_micros() as u64;
 
     let layers = disks::layers(&machine.devices);
-    let cancel = Arc::<AtomicBool>::default();
-    let cancelled = cancel.clone();
+    let writing = Arc::new(Writing {
+        cancelled: AtomicBool::new(false),
+        written: AtomicU64::new(0),
+        limit: request.max_write_mib_s.map(|mib| mib.max(1).saturating_mul(1 << 20)),
+        started: Instant::now(),
+    });
+    let shared = writing.clone();
     let (sender, written) = mpsc::channel();
     let thread = std::thread::Builder::new()
         .name("snapshot".into())
         .spawn(move || {
             let result =
-                captured.and_then(|(state, disks, memory)| write(staging, memory, disks, facts, &state, &cancelled));
+                captured.and_then(|(state, disks, memory)| write(staging, memory, disks, facts, &state, &shared));
             let _ = sender.send(result); // Nobody asks any more only when the process is ending.
             notifier.send(Notice::SnapshotWritten);
-            let folded = disks::fold(&layers, &cancelled);
+            let folded = disks::fold(&layers, &shared.cancelled);
             notifier.send(Notice::LayersFolded);
             folded
         })
         .map_err(SnapshotError::Thread)?;
     let path = request.snapshot_path.clone();
-    Ok(Job { thread: Some(thread), written, cancel, path, started, pause_us })
+    Ok(Job { thread: Some(thread), written, writing, path, started, pause_us })
 }
 
 /// Whether the process is about to end: because its page server is gone, or because it was asked to.
@@ -198,6 +276,7 @@ impl Cancel for Ending<'_> {
 fn capture(
     machine: &mut Machine,
     staging: &mut Staging,
+    base: Option<(Base, Stored)>,
     signals: &Signals,
 ) -> Result<(MachineState, Vec<disks::Captured>, Captured), SnapshotError> {
     let state = save(machine)?;
@@ -206,7 +285,12 @@ fn capture(
     let disks = disks::capture(&machine.devices, &machine.plan.drives, staging, &ending)?;
     let captured = match machine.ram.freeze()? {
         Some(frozen) => Captured::Frozen(frozen, machine.ram.regions().to_vec()),
-        None => Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &ending)?),
+        None => match (base, machine.ram.capture(&ending)) {
+            (Some((base, stored)), Ok(Some(changes))) => Captured::Changed(changes, Box::new(base), stored),
+            (Some((_, Stored::Changes)), Err(e)) | (_, Err(e @ CaptureError::Cancelled)) => return Err(e.into()),
+            // Nothing to write it over, or no means to tell what has changed.
+            _ => Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &ending)?),
+        },
     };
     Ok((state, disks, captured))
 }
@@ -227,27 +311,32 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState, SnapshotError> {
     Ok(MachineState { vcpus, vm, devices })
 }
 
-/// The part that may take long. Returns how many bytes of memory were written.
+/// The part that may take long.
 fn write(
     mut staging: Staging,
     memory: Captured,
     disks: Vec<disks::Captured>,
     mut facts: Facts,
     state: &MachineState,
-    cancel: &AtomicBool,
-) -> Result<u64, SnapshotError> {
+    writing: &Writing,
+) -> Result<Written, SnapshotError> {
+    let mut parent = None;
     let digest = match memory {
         Captured::Written(digest) => digest,
+        Captured::Changed(changes, base, stored) => {
+            parent = (stored == Stored::Changes).then(|| base.dir().to_owned());
+            staging.write_changes(&base, &changes, stored, writing)?
+        }
         Captured::Frozen(frozen, regions) => {
             let image = frozen.finish()?;
             let unreadable = |source| CreateError::Source { offset: 0, source };
-            staging.write_memory(&mut FileSource::new(&image, regions).map_err(unreadable)?, cancel)?
+            staging.write_memory(&mut FileSource::new(&image, regions).map_err(unreadable)?, writing)?
         }
     };
-    facts.devices.drives = disks::write(&mut staging, disks, cancel)?;
+    facts.devices.drives = disks::write(&mut staging, disks, &writing.cancelled)?;
     let memory_bytes = digest.data_bytes();
-    staging.commit(digest, facts, state)?;
-    Ok(memory_bytes)
+    let manifest = staging.commit(digest, facts, state)?;
+    Ok(Written { memory_bytes, digest: manifest.digest, parent })
 }
 
 fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {

@@ -3,6 +3,7 @@
 //! - [`layout`]: which guest-physical addresses are RAM (pure)
 //! - [`limit`]: how much of it may be the guest's own (pure)
 //! - [`freeze`]: turns the RAM of a booted guest into an immutable image without copying it
+//! - [`changes`]: what a guest has made of its image
 //! - [`image`]: the first view of an image that is not one raw file
 //! - [`uffd`]: memory whose pages a page server provides: a view of its store, or anonymous memory that it copies pages into
 //! - [`replay`]: gets pages ready that earlier clones have needed
@@ -12,6 +13,7 @@
 //! - [`kinds`]: which pages are loaded, and which of them are shared
 //! - `mmap`: the system calls that change mappings
 
+pub mod changes;
 pub mod discard;
 pub mod freeze;
 pub mod image;

@@ -14,7 +14,7 @@ use crate::notice::Halt;
 use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate, DriveUpdate, NetworkUpdate};
 use api_spec::error::ErrorBody;
 use api_spec::logger::Logger;
-use api_spec::snapshot::{SnapshotCreate, SnapshotStatus};
+use api_spec::snapshot::{SnapshotCancel, SnapshotCreate, SnapshotState, SnapshotStatus};
 use api_spec::vm::{
     Action, ActionType, InstanceInfo, InstanceState, MachinePatch, Version, VmConfig, VmPatch, VmSave, VmState,
 };
@@ -59,7 +59,7 @@ impl Driver {
             Request::Version => Response::document(&Version { firecracker_version: env!("CARGO_PKG_VERSION").into() }),
             Request::Config => Response::document(&self.config),
             Request::GetMachineConfig => Response::document(&self.config.machine_config),
-            Request::SnapshotStatus => Response::document(&self.status),
+            Request::SnapshotStatus => Response::document(&self.snapshot_status()),
             Request::GetBalloon => Response::document(self.config.balloon.as_ref().ok_or(RequestError::NoBalloon)?),
             Request::GetBalloonStatistics => {
                 let statistics = self.machine.as_ref().and_then(Machine::balloon_statistics);
@@ -131,6 +131,7 @@ impl Driver {
             },
             Request::PatchVm(patch) => self.patch_vm(patch),
             Request::SnapshotLoad(load) => self.load(&load),
+            Request::SnapshotCancel(SnapshotCancel {}) => self.cancel_snapshot(),
             Request::Declined(operation) => Err(RequestError::Declined(operation)),
             // Those that are answered with more than that they were done.
             Request::Info
@@ -209,6 +210,25 @@ impl Driver {
         }
         self.status = SnapshotStatus::writing(create.snapshot_path.clone());
         self.next = Some((create, from));
+        Ok(())
+    }
+
+    /// How the last snapshot went, or how far it is.
+    fn snapshot_status(&self) -> SnapshotStatus {
+        let memory_bytes = match (&self.job, self.status.state) {
+            (Some(job), SnapshotState::Writing) if self.next.is_none() => job.written_bytes(),
+            _ => self.status.memory_bytes,
+        };
+        SnapshotStatus { memory_bytes, ..self.status.clone() }
+    }
+
+    /// Has the snapshot that is being written given up, or the one that waits for its turn.
+    fn cancel_snapshot(&mut self) -> Result<(), RequestError> {
+        match (&self.job, &self.waiting, &self.next) {
+            (Some(job), Some(_), _) => job.cancel(),
+            (_, None, Some(_)) => self.next_is_cancelled = true,
+            _ => return Err(NotNow::NotWriting.into()),
+        }
         Ok(())
     }
 

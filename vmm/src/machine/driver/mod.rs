@@ -34,6 +34,7 @@ use api_spec::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotSt
 use api_spec::stats::Latencies;
 use api_spec::vm::{Readiness, VmConfig};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use snapshot::create::CreateError;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
@@ -289,6 +290,8 @@ struct Driver {
     save: Option<Save>,
     /// The snapshot that is to be taken when that is over.
     next: Option<(SnapshotCreate, Pending)>,
+    /// It was given up before its turn came.
+    next_is_cancelled: bool,
     status: SnapshotStatus,
     latencies: Latencies,
     scanner: Scanner,
@@ -330,6 +333,7 @@ impl Driver {
             waiting: None,
             save: None,
             next: None,
+            next_is_cancelled: false,
             status: SnapshotStatus::default(),
             latencies: Latencies::default(),
             scanner: Scanner::new(notifier.clone()),
@@ -393,7 +397,7 @@ impl Driver {
         let job = self.job.take().inspect(Job::cancel);
         if let Some(api) = &mut self.api {
             if let (Some(job), Some(from)) = (&job, self.waiting.take()) {
-                api.answer_last(from, &told(&job.status()));
+                api.answer_last(from, &told(&job.status().0));
             }
             api.refuse_pending(answers::ENDING);
             api.flush(LAST_ANSWERS);
@@ -622,7 +626,11 @@ impl Driver {
 
     fn on_snapshot_written(&mut self, ops: &mut EventOps) {
         let (Some(job), Some(from)) = (&self.job, self.waiting.take()) else { return };
-        self.status = job.status();
+        let (status, digest) = job.status();
+        self.status = status;
+        if let (Some(machine), Some(dir), Some(digest)) = (&mut self.machine, &self.status.snapshot_path, digest) {
+            machine.remember_snapshot(dir, digest);
+        }
         if self.status.state == SnapshotState::Done {
             self.latencies.snapshot_pause_us = Some(self.status.pause_us);
             self.latencies.snapshot_total_us = Some(self.status.total_us);
@@ -646,9 +654,13 @@ impl Driver {
         if let Some(machine) = &mut self.machine {
             machine.adopt_folded(folded);
         }
-        if let Some((create, from)) = self.next.take()
-            && let Err(e) = self.create_snapshot(&create, from)
-        {
+        let is_cancelled = std::mem::take(&mut self.next_is_cancelled);
+        let Some((create, from)) = self.next.take() else { return };
+        let begun = match is_cancelled {
+            false => self.create_snapshot(&create, from),
+            true => Err(RequestError::Snapshot(SnapshotError::Create(CreateError::Cancelled))),
+        };
+        if let Err(e) = begun {
             self.status.state = SnapshotState::Failed;
             self.status.error = Some(e.to_string());
             self.saved(false);

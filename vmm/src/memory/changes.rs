@@ -1,0 +1,203 @@
+//! What a guest has made of the image that it began with: copied while it stands still, written when it goes on.
+//!
+//! A page counts as changed if this process has it for itself, or if the guest has given it back. Pages that were loaded by copying
+//! (in copy mode, or when no page server was there) look no different from pages that were written: they are copied too, and
+//! whoever writes them leaves out those that are as they were.
+
+use super::pagemap::Pagemap;
+use super::{Backing, GuestRam, PAGE_SIZE};
+use crate::devices::lock;
+use snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters};
+use snapshot::create::{Cancel, LayerSource};
+use std::io;
+use std::ops::Range;
+use vm_memory::{Bytes, GuestAddress};
+
+const _: () = assert!(CLUSTER_BYTES == PAGE_SIZE, "a cluster of the map is a page");
+
+/// Most bytes that are copied before whoever wants to end is asked again.
+const PIECE: u64 = 4 << 20;
+
+/// Why changes could not be copied.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The kernel does not tell.
+    #[error("the kernel does not tell what the guest has written (/proc/self/pagemap): {0}")]
+    Pagemap(io::Error),
+    /// They do not fit.
+    #[error("there is no memory to copy the {0} bytes that the guest has written")]
+    NoMemory(u64),
+    /// They cannot be read.
+    #[error("cannot read the guest's memory at image offset {offset:#x}: {source}")]
+    Read {
+        /// Where, in bytes.
+        offset: u64,
+        /// What went wrong.
+        source: vm_memory::GuestMemoryError,
+    },
+    /// Given up on request.
+    #[error("cancelled; nothing was kept")]
+    Cancelled,
+}
+
+/// The pages that a guest has changed.
+#[derive(Debug)]
+pub struct Changes {
+    size: u64,
+    pages: Clusters,
+    /// Runs of pages that are data, in order, and where each lies in `bytes`.
+    runs: Vec<(Range<u64>, usize)>,
+    bytes: Vec<u8>,
+}
+
+impl GuestRam {
+    /// Copies what the guest has changed of its image. No vCPU and no device may write meanwhile. `None` if the guest was booted
+    /// here and has no image.
+    pub fn capture(&self, cancel: &dyn Cancel) -> Result<Option<Changes>, CaptureError> {
+        let given_back = match &*lock(&self.backing) {
+            Backing::Own(_) => return Ok(None),
+            Backing::Image(discarded) => discarded.runs(),
+        };
+        let mut pages = Clusters::new(self.size());
+        for run in given_back {
+            pages.set(run, Cluster::Zero);
+        }
+        let pagemap = Pagemap::open().map_err(CaptureError::Pagemap)?;
+        // In the order of the image, in which the regions are.
+        let mut runs = Vec::<Range<u64>>::new();
+        for (region, address) in self.mappings() {
+            let (start, first) = (address as u64, region.offset / PAGE_SIZE);
+            let private = pagemap.private_runs(start..start + region.size_bytes).map_err(CaptureError::Pagemap)?;
+            for run in private {
+                let run = first + (run.start - start) / PAGE_SIZE..first + (run.end - start) / PAGE_SIZE;
+                pages.set(run.clone(), Cluster::Data);
+                match runs.last_mut() {
+                    Some(last) if last.end == run.start => last.end = run.end,
+                    _ => runs.push(run),
+                }
+            }
+        }
+        let (runs, bytes) = self.copy(runs, pages.data() * PAGE_SIZE, cancel)?;
+        Ok(Some(Changes { size: self.size(), pages, runs, bytes }))
+    }
+
+    /// Copies runs of pages of the image, of so many bytes in all.
+    #[expect(clippy::type_complexity, reason = "the runs with their places, and the bytes")]
+    fn copy(
+        &self,
+        runs: Vec<Range<u64>>,
+        total: u64,
+        cancel: &dyn Cancel,
+    ) -> Result<(Vec<(Range<u64>, usize)>, Vec<u8>), CaptureError> {
+        let mut bytes = Vec::new();
+        bytes.try_reserve_exact(total as usize).map_err(|_| CaptureError::NoMemory(total))?;
+        let mut placed = Vec::with_capacity(runs.len());
+        for run in runs {
+            placed.push((run.clone(), bytes.len()));
+            let (mut at, end) = (run.start * PAGE_SIZE, run.end * PAGE_SIZE);
+            while at < end {
+                if cancel.is_cancelled() {
+                    return Err(CaptureError::Cancelled);
+                }
+                let region = self.regions.iter().find(|r| (r.offset..r.offset + r.size_bytes).contains(&at));
+                let Some(region) = region else { break };
+                let len = (end - at).min(region.offset + region.size_bytes - at).min(PIECE);
+                let (start, from) = (bytes.len(), GuestAddress(region.guest_addr + (at - region.offset)));
+                bytes.resize(start + len as usize, 0);
+                let read = self.memory.read_slice(&mut bytes[start..], from);
+                read.map_err(|source| CaptureError::Read { offset: at, source })?;
+                at += len;
+            }
+        }
+        Ok((placed, bytes))
+    }
+}
+
+impl LayerSource for Changes {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn clusters(&self) -> &Clusters {
+        &self.pages
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let page = offset / PAGE_SIZE;
+        let run = self.runs.partition_point(|(run, _)| run.start <= page).checked_sub(1).map(|at| &self.runs[at]);
+        let bytes = run.filter(|(run, _)| run.contains(&page)).and_then(|(run, place)| {
+            let at = place + (offset - run.start * PAGE_SIZE) as usize;
+            let end = place + ((run.end - run.start) * PAGE_SIZE) as usize;
+            self.bytes.get(at..(at + buf.len()).min(end))
+        });
+        match bytes {
+            Some(bytes) if bytes.len() == buf.len() => buf.copy_from_slice(bytes),
+            _ => return Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::layout;
+    use std::os::unix::fs::FileExt;
+    use std::sync::atomic::AtomicBool;
+
+    const SIZE: u64 = 4 << 20;
+
+    fn view() -> GuestRam {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&vec![7; SIZE as usize], 0).unwrap();
+        GuestRam::private_view(&file, layout::ram_regions(SIZE)).unwrap()
+    }
+
+    #[test]
+    fn what_was_written_or_given_back_has_changed_and_nothing_else() {
+        let (ram, go_on) = (view(), AtomicBool::new(false));
+        for page in [3, 4, 5, 100, SIZE / PAGE_SIZE - 1] {
+            ram.memory().write_slice(&[page as u8; 16], GuestAddress(page * PAGE_SIZE)).unwrap();
+        }
+        ram.memory().read_obj::<u8>(GuestAddress(50 * PAGE_SIZE)).unwrap();
+        assert_eq!(ram.discarder().discard(200..220).discarded, 20);
+        ram.memory().write_slice(&[9], GuestAddress(210 * PAGE_SIZE + 5)).unwrap();
+        let changes = ram.capture(&go_on).unwrap().unwrap();
+        // What the guest does later is not in them.
+        ram.memory().write_slice(&[1; 4096], GuestAddress(3 * PAGE_SIZE)).unwrap();
+        for page in 0..SIZE / PAGE_SIZE {
+            let wanted = match page {
+                3..=5 | 100 | 210 | 1023 => Cluster::Data,
+                200..220 => Cluster::Zero,
+                _ => Cluster::Absent,
+            };
+            assert_eq!(changes.clusters().get(page), wanted, "{page}");
+        }
+        let mut bytes = vec![0; 3 * PAGE_SIZE as usize];
+        changes.read(3 * PAGE_SIZE, &mut bytes).unwrap();
+        for (page, bytes) in (3..).zip(bytes.chunks(PAGE_SIZE as usize)) {
+            assert!(bytes[..16].iter().all(|b| *b == page) && bytes[16..].iter().all(|b| *b == 7), "{page}");
+        }
+        let mut page = vec![0; PAGE_SIZE as usize];
+        changes.read(210 * PAGE_SIZE, &mut page).unwrap();
+        assert!(page[5] == 9 && page.iter().filter(|b| **b != 0).count() == 1);
+        for (offset, len) in [(2, 1), (5, 2), (1023, 2), (50, 1)] {
+            let mut bytes = vec![0; len * PAGE_SIZE as usize];
+            assert!(changes.read(offset * PAGE_SIZE, &mut bytes).is_err(), "{offset}");
+        }
+    }
+
+    #[test]
+    fn a_guest_without_an_image_has_changed_none_and_one_that_ends_is_left() {
+        let ram = GuestRam::fresh(SIZE).unwrap();
+        assert!(ram.capture(&AtomicBool::new(false)).unwrap().is_none());
+        let ram = view();
+        assert_eq!(
+            ram.capture(&AtomicBool::new(true)).unwrap().unwrap().clusters().data(),
+            0,
+            "there is nothing to copy"
+        );
+        ram.memory().write_obj(1u8, GuestAddress(0)).unwrap();
+        assert!(matches!(ram.capture(&AtomicBool::new(true)), Err(CaptureError::Cancelled)));
+    }
+}
