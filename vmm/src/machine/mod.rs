@@ -80,6 +80,11 @@ impl Machine {
         self.running
     }
 
+    /// Whether a file that guest memory is mapped from is shorter than it was.
+    pub fn has_lost_memory(&self) -> bool {
+        self.ram.is_cut_short()
+    }
+
     /// A snapshot was taken of the machine, whose manifest has this digest.
     pub fn remember_snapshot(&mut self, dir: &Path, digest: String) {
         self.bases.add(dir, digest);

@@ -11,6 +11,7 @@
 //! - [`orphan`]: the store of a page server that is gone
 //! - [`discard`]: pages that the guest gives back; [`ranges`] records which (pure), `pagemap` knows which were written since
 //! - [`kinds`]: which pages are loaded, and which of them are shared
+//! - [`lost`]: memory that is gone
 //! - `mmap`: the system calls that change mappings
 
 pub mod changes;
@@ -20,6 +21,7 @@ pub mod image;
 pub mod kinds;
 pub mod layout;
 pub mod limit;
+pub mod lost;
 mod mmap;
 pub mod orphan;
 pub mod pagemap;
@@ -136,6 +138,12 @@ impl GuestRam {
     pub fn store(&self) -> Option<Arc<File>> {
         let region = self.memory.iter().next()?;
         region.file_offset().map(|place| place.arc().clone())
+    }
+
+    /// Whether the file that is mapped, if one is, is shorter than what is mapped of it. Of an image of several files, the lowest.
+    pub fn is_cut_short(&self) -> bool {
+        let end = self.regions.iter().map(|region| region.offset + region.size_bytes).max().unwrap_or(0);
+        self.store().is_some_and(|file| file.metadata().is_ok_and(|metadata| metadata.len() < end))
     }
 
     /// Each region with the address of its mapping in this process.

@@ -22,6 +22,7 @@ use api_spec::stats::VcpuStats;
 use counts::Counts;
 
 use crate::devices::bus::Bus;
+use crate::memory::lost;
 use crate::notice::{Notice, Notifier};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use run_page::ImmediateExit;
@@ -324,6 +325,7 @@ impl Thread {
                         }
                         None
                     }
+                    libc::EFAULT => Some(self.unexpected(lost::UNREACHABLE.to_owned())),
                     // A vCPU that has just received its start-up IPI.
                     libc::EAGAIN => None,
                     _ => Some(self.unexpected(format!("KVM_RUN failed: {e}"))),

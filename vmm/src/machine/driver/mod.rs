@@ -20,6 +20,7 @@ use crate::console::{Console, ConsoleError, Input, Pty};
 use crate::devices::alarm::Alarm;
 use crate::logging::{self, LogError};
 use crate::memory::kinds::StartError;
+use crate::memory::lost;
 use crate::memory::uffd::UffdError;
 use crate::notice::{self, Halt, Notice, Notices, Notifier, PageServerWord};
 use crate::stats::process::{self, ProcessStart};
@@ -81,6 +82,9 @@ pub enum RunError {
     /// The API's socket.
     #[error(transparent)]
     Api(#[from] ListenError),
+    /// The guest's memory is gone.
+    #[error("{}", lost::UNREACHABLE)]
+    Lost,
     /// The configuration.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -208,6 +212,9 @@ pub struct Setup {
 /// Runs a vmm until it ends.
 pub fn run(setup: Setup, start: Start) -> Result<Ending, RunError> {
     uffd_handler::raise_descriptor_limit();
+    if let Err(e) = lost::announce() {
+        tracing::warn!("if guest memory is lost, nobody will be told: {e}");
+    }
     let mut manager = EventManager::<Subscriber>::new().map_err(loop_error)?;
     let driver = Arc::new(Mutex::new(Driver::new(&setup)?));
     manager.add_subscriber(driver.clone());
@@ -517,6 +524,10 @@ impl Driver {
             Notice::PowerOff => {
                 tracing::info!("the guest powered its machine off");
                 self.end(Ok(Ending::PowerOff));
+            }
+            // A guest does not see that its memory is gone: it stumbles over that, in one way or another.
+            Notice::End(_) if self.machine.as_ref().is_some_and(Machine::has_lost_memory) => {
+                self.end(Err(RunError::Lost))
             }
             Notice::End(end) => self.end(Err(RunError::Guest(end))),
             Notice::Halt(halt) => self.on_limit(halt),
