@@ -5,6 +5,8 @@ use crate::dir::{Dir, FileError};
 use crate::manifest::{self, BadField, Manifest};
 use crate::state::{self, MachineState, StateError};
 use crate::{FORMAT_VERSION, OLDEST_FORMAT_VERSION, file};
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use serde::Deserialize;
 use std::ffi::OsStr;
 use std::fs::File;
@@ -113,6 +115,12 @@ pub enum LoadError {
         path: PathBuf,
         /// The manifest of the child.
         child: PathBuf,
+    },
+    /// Somebody removes it.
+    #[error("{path} is being removed, so it can be used no more")]
+    Removed {
+        /// Its directory.
+        path: PathBuf,
     },
     /// Too many snapshots lie over each other.
     #[error(
@@ -234,6 +242,38 @@ impl Snapshot {
         }
         Ok(self.below.get_or_init(|| below))
     }
+}
+
+/// While this is there, nobody who asks removes the snapshot, nor one that it lies over.
+#[derive(Debug)]
+pub struct Lease {
+    _dirs: Vec<Dir>,
+}
+
+impl Snapshot {
+    /// Says that the snapshot is in use, to whoever would remove it (`vmm snapshot rm`).
+    pub fn lease(&self) -> Result<Lease, LoadError> {
+        let levels = std::iter::once(&self.level).chain(self.below()?);
+        Ok(Lease { _dirs: levels.map(|level| lease(&level.dir)).collect::<Result<_, _>>()? })
+    }
+
+    /// As [`Snapshot::lease`], of a snapshot whose memory comes from elsewhere: those that it lies over may not be here.
+    pub fn lease_alone(&self) -> Result<Lease, LoadError> {
+        Ok(Lease { _dirs: vec![lease(&self.level.dir)?] })
+    }
+}
+
+/// A shared lock on the directory, as long as the result is there.
+fn lease(dir: &Dir) -> Result<Dir, LoadError> {
+    let failed = |source| LoadError::Open { path: dir.path().to_owned(), source };
+    let held = Dir::open(dir.path()).map_err(failed)?;
+    match rustix::fs::flock(&held, FlockOperation::NonBlockingLockShared) {
+        // Where there are no locks nobody can be asked.
+        Ok(()) | Err(Errno::OPNOTSUPP) => {}
+        Err(Errno::WOULDBLOCK) => return Err(LoadError::Removed { path: dir.path().to_owned() }),
+        Err(e) => return Err(failed(e.into())),
+    }
+    Ok(held)
 }
 
 /// The one field of a manifest that means the same in every version.

@@ -234,3 +234,28 @@ fn a_chain_has_an_end() {
     next(root.path(), &(MAX_LEVELS - 1).to_string(), "beyond", &mut memory, &[(0, 7)], &[]);
     assert!(matches!(load::open(&root.path().join("beyond")), Err(LoadError::TooDeep { .. })));
 }
+
+#[test]
+fn a_snapshot_that_is_in_use_is_known_to_be_so_with_all_that_it_lies_over() {
+    use rustix::fs::{FlockOperation, flock};
+    let sample = Sample::new();
+    let (root, mut memory) = (sample.root.path(), memory());
+    next(root, "snap", "top", &mut memory, &[(0, 1)], &[]);
+    let dir = |name: &str| File::open(root.join(name)).unwrap();
+    let is_free = |name: &str| flock(dir(name), FlockOperation::NonBlockingLockExclusive).is_ok();
+    let snapshot = load::open(&root.join("top")).unwrap();
+    assert!(is_free("top") && is_free("snap"));
+    let lease = snapshot.lease().unwrap();
+    let second = snapshot.lease().unwrap();
+    assert!(!is_free("top") && !is_free("snap"));
+    drop(lease);
+    assert!(!is_free("snap"));
+    drop(second);
+    assert!(is_free("top") && is_free("snap"));
+    let held = dir("snap");
+    flock(&held, FlockOperation::NonBlockingLockExclusive).unwrap();
+    assert!(matches!(snapshot.lease(), Err(LoadError::Removed { path }) if path.ends_with("snap")));
+    let alone = snapshot.lease_alone().unwrap();
+    assert!(!is_free("top"));
+    drop(alone);
+}

@@ -2,7 +2,7 @@
 
 use super::{Chunk, Source, SourceError};
 use snapshot::image::{ImageError, MemoryImage};
-use snapshot::load::Snapshot;
+use snapshot::load::{Lease, Snapshot};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -11,12 +11,15 @@ use std::sync::Arc;
 pub struct LocalImage {
     image: MemoryImage,
     snapshot: Arc<Snapshot>,
+    /// Nobody removes it meanwhile.
+    _lease: Lease,
 }
 
 impl LocalImage {
     /// Opens it.
     pub fn open(snapshot: Snapshot) -> Result<Self, ImageError> {
-        Ok(LocalImage { image: MemoryImage::open(&snapshot)?, snapshot: Arc::new(snapshot) })
+        let _lease = snapshot.lease().map_err(|e| ImageError::Parent(Box::new(e)))?;
+        Ok(LocalImage { image: MemoryImage::open(&snapshot)?, snapshot: Arc::new(snapshot), _lease })
     }
 }
 

@@ -40,6 +40,7 @@ use crate::memory::replay::Replay;
 use crate::notice::Notifier;
 use crate::vcpu::state::StateShape;
 use crate::vcpu::{self, Brake, Buses, Vcpu, VcpuError};
+use ::snapshot::load::Lease;
 use api_spec::devices::{BalloonStatistics, Drive, NetworkInterface};
 use api_spec::stats::VmStats;
 use bases::Bases;
@@ -68,6 +69,8 @@ pub struct Machine {
     plan: DevicePlan,
     /// Snapshots of its memory.
     bases: Bases,
+    /// The snapshot that it was loaded from is in use.
+    _lease: Option<Lease>,
     /// Whether vCPUs run, or one of them may.
     running: bool,
     /// The vCPUs are to stand still, whoever else lets them run: see [`Machine::halt`].

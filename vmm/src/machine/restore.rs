@@ -134,6 +134,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
 
     let Outside { notifier, signals, .. } = &outside;
     let ending = Arc::<AtomicBool>::default();
+    let lease = if backend.is_served() { snapshot.lease_alone()? } else { snapshot.lease()? };
     let (snapshot, shares, replay_over) = (Arc::new(snapshot), backend.shares(), Arc::<AtomicBool>::default());
     let (ram, service) = backend.map(&snapshot)?;
     // Before anything touches guest memory and may have to wait.
@@ -184,6 +185,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
         ending,
         plan,
         bases,
+        _lease: Some(lease),
         replay: None,
         running: false,
         halting: false,
