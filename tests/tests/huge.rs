@@ -27,6 +27,7 @@ fn has_collapsed(server: &PageServer, blocks: u64) -> bool {
     if counts().collapsed == 0 {
         test_skip::skip(format!("the kernel makes no huge pages here: {}", server.process.log()));
     }
+    println!("{:?}", counts());
     counts().collapsed > 0
 }
 

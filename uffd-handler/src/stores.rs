@@ -515,7 +515,7 @@ impl Stores {
         self.images.iter_mut().for_each(Image::tick);
     }
 
-    /// Has what has become complete made huge pages of, where guests map it.
+    /// Has huge pages made of what has become complete, where guests map it.
     fn join(&mut self) {
         let Some(joiner) = &self.joiner else { return };
         for entry in self.entries.values_mut().filter(|entry| entry.uid.is_some()) {

@@ -328,7 +328,7 @@ impl View {
         match self.huge_pages {
             HugeMetrics { collapsed: 0, failed: 0 } => Ok(()),
             HugeMetrics { collapsed, failed } => {
-                writeln!(text, "huge pages     {collapsed} blocks of 2 MiB in stores are, {failed} could not be")
+                writeln!(text, "huge pages     {collapsed} blocks of 2 MiB collapsed, {failed} could not be")
             }
         }
     }
@@ -489,6 +489,7 @@ mod tests {
             }],
             faults: FaultMetrics { filled: 150, copied: 1, ..Default::default() },
             fault_latency: histogram(&[3, 1], 0, 40),
+            huge_pages: HugeMetrics { collapsed: 6, failed: 1 },
             ..Default::default()
         };
         View::between(&before, now, Duration::from_secs(2))
@@ -503,6 +504,7 @@ FAULTS               filled      present     deferred       copied       zeroed 
 per second             50.0          0.0          0.0          0.5          0.0         50.5
 in all                  150            0            0            1            0          151
 answered       half within 10 us, 99 of 100 within 20 us, mean 10 us
+huge pages     6 blocks of 2 MiB collapsed, 1 could not be
 
 IMAGE        SOURCE     READ MiB CACHED MiB  WAITING FAILURES  STATE
 0123456789ab remote            3          1        2        0  away: no [31m route to host

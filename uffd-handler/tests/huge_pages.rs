@@ -116,6 +116,7 @@ fn has_collapsed(server: &Server, blocks: u64) -> bool {
     if counts().collapsed == 0 {
         test_skip::skip(format!("the kernel makes no huge pages here: {}", server.log()));
     }
+    println!("{:?}", counts());
     counts().collapsed > 0
 }
 
@@ -197,6 +198,19 @@ fn guests_that_use_their_memory_meanwhile_see_nothing_of_it() {
         });
         Client::connect(sample).view.check_all();
         assert_eq!(server.metrics().stores_retired_total, 0, "{}", server.log());
+    });
+}
+
+/// From that store bytes are copied page by page, so that nobody gains by it.
+#[test]
+fn the_store_for_copies_is_left_alone() {
+    with_collapsing_server(8 * MIB, |sample, server| {
+        let copies = CopyClient::firecracker(&sample.socket(), sample.size(), &[]);
+        copies.view.check_all();
+        let client = Client::connect(sample);
+        (0..BLOCK_PAGES).for_each(|page| client.view.check_page(page));
+        has_collapsed(&server, 1);
+        copies.view.check_all();
     });
 }
 
