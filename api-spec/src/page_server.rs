@@ -22,6 +22,18 @@ pub struct Metrics {
     pub faults: FaultMetrics,
     /// From reading a fault event until its guest was woken.
     pub fault_latency: Histogram,
+    /// Blocks of stores that were to become huge pages.
+    #[serde(default)]
+    pub huge_pages: HugeMetrics,
+}
+
+/// What became of complete blocks of 2 MiB of page stores, since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HugeMetrics {
+    /// Moved into one huge page.
+    pub collapsed: u64,
+    /// Left in pages of 4 KiB, since the kernel did not take them.
+    pub failed: u64,
 }
 
 /// Faults by how they were answered.

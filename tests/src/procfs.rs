@@ -12,6 +12,8 @@ pub struct Memory {
     pub pss_kib: u64,
     /// Pages of the process's own: those that it has written.
     pub anonymous_kib: u64,
+    /// Shared pages that are mapped by the 2 MiB.
+    pub huge_kib: u64,
 }
 
 /// One line of `/proc/PID/maps`.
@@ -44,6 +46,7 @@ pub fn memory(pid: u32, is_wanted: impl Fn(&str) -> bool) -> Memory {
             "Rss" => memory.rss_kib += kib(),
             "Pss" => memory.pss_kib += kib(),
             "Anonymous" => memory.anonymous_kib += kib(),
+            "ShmemPmdMapped" | "FilePmdMapped" => memory.huge_kib += kib(),
             _ => {}
         }
     }

@@ -5,11 +5,13 @@
 #![allow(unsafe_code)]
 
 use crate::faults::Outcome;
+use crate::place::{self, HUGE_PAGE};
 use crate::region::PAGE_SIZE;
 use crate::uffd::{self, UffdError};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
+use std::sync::{Arc, Weak};
 use userfaultfd::Uffd;
 
 /// A store could not be mapped.
@@ -40,9 +42,16 @@ pub enum Copied {
 /// A shared, writable mapping of a store, registered for missing faults with a userfaultfd of its own while it lives.
 ///
 /// The registration makes `UFFDIO_COPY` possible, by which a page appears whole or not at all, and keeps the kernel
-/// from joining the store's pages into huge ones where some are absent.
+/// from joining the store's pages into huge ones where some are absent. The mapping lies where a huge page of the store
+/// is one of the mapping too.
 #[derive(Debug)]
 pub struct StoreMapping {
+    mapped: Arc<Mapped>,
+}
+
+/// The range that is mapped. It is shared with those who have [`Block`]s of it collapsed.
+#[derive(Debug)]
+struct Mapped {
     base: NonNull<u8>,
     len: usize,
     /// Last field: it is closed after `drop` has unmapped the range.
@@ -50,26 +59,12 @@ pub struct StoreMapping {
 }
 
 // SAFETY: the mapping belongs to this value alone and is bound to no thread: any one may fill it, or unmap it.
-unsafe impl Send for StoreMapping {}
+unsafe impl Send for Mapped {}
+// SAFETY: by a shared reference the range is only handed to the kernel, whose calls do not mind each other. Its bytes are
+// written by this process in `StoreMapping::overwrite` alone, which only the one owner of a `StoreMapping` can call.
+unsafe impl Sync for Mapped {}
 
-impl StoreMapping {
-    /// Maps the first `len` bytes (not zero) of `memfd`.
-    pub fn new(memfd: BorrowedFd, len: usize) -> Result<Self, MapError> {
-        let uffd = uffd::create_user_only()?;
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
-        // SAFETY: without MAP_FIXED the kernel picks free addresses, so that no memory of this process is replaced.
-        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, memfd.as_raw_fd(), 0) };
-        if base == libc::MAP_FAILED {
-            return Err(MapError::Map(len, io::Error::last_os_error()));
-        }
-        let base = NonNull::new(base.cast()).ok_or_else(|| MapError::Map(len, io::ErrorKind::Other.into()))?;
-        let mapping = Self { base, len, uffd };
-        mapping.uffd.register(mapping.base.as_ptr().cast(), len).map_err(MapError::Register)?;
-        mapping.advise(libc::MADV_DONTFORK)?;
-        mapping.advise(libc::MADV_DONTDUMP)?;
-        Ok(mapping)
-    }
-
+impl Mapped {
     fn advise(&self, advice: libc::c_int) -> Result<(), MapError> {
         // SAFETY: the range is this mapping, whole; DONTFORK and DONTDUMP, the callers' advice, leave its bytes alone.
         match unsafe { libc::madvise(self.base.as_ptr().cast(), self.len, advice) } {
@@ -78,12 +73,72 @@ impl StoreMapping {
         }
     }
 
+    fn range(&self, offset: usize, len: usize) -> *mut u8 {
+        let fits = offset.checked_add(len).is_some_and(|end| end <= self.len);
+        assert!(fits, "{len} bytes at {offset} are outside of a store of {} bytes", self.len);
+        // SAFETY: the offset is within the mapping, as was just checked.
+        unsafe { self.base.as_ptr().add(offset) }
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: the range is this mapping, whole, and its only owner is going away.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+/// Two MiB of a store, all of whose pages are there, for as long as there is the store.
+#[derive(Clone, Debug)]
+pub struct Block {
+    mapped: Weak<Mapped>,
+    offset: usize,
+}
+
+impl Block {
+    /// Has the kernel move the block's pages into one huge page, if the store is there still. That takes the kernel up to a
+    /// few milliseconds, while whoever needs one of the pages waits; it changes no byte. Needs Linux 6.1.
+    pub fn collapse(&self) -> Option<io::Result<()>> {
+        let mapped = self.mapped.upgrade()?;
+        let start = mapped.range(self.offset, HUGE_PAGE as usize);
+        // SAFETY: the range lies in the mapping (`range` checks it), and keeps its bytes, in other pages.
+        let collapsed = unsafe { libc::madvise(start.cast(), HUGE_PAGE as usize, libc::MADV_COLLAPSE) };
+        Some(if collapsed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) })
+    }
+}
+
+impl StoreMapping {
+    /// Maps the first `len` bytes (not zero) of `memfd`.
+    pub fn new(memfd: BorrowedFd, len: usize) -> Result<Self, MapError> {
+        let uffd = uffd::create_user_only()?;
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
+        let base = place::reserve(len, 0).map_err(|error| MapError::Map(len, error))?;
+        // SAFETY: MAP_FIXED replaces addresses that were just reserved for this, and that nothing else refers to.
+        let mapped =
+            unsafe { libc::mmap(base.as_ptr().cast(), len, protection, flags | libc::MAP_FIXED, memfd.as_raw_fd(), 0) };
+        if mapped == libc::MAP_FAILED {
+            // The addresses are left alone: the kernel may have let them go. They take no memory.
+            return Err(MapError::Map(len, io::Error::last_os_error()));
+        }
+        let mapped = Mapped { base, len, uffd };
+        mapped.uffd.register(mapped.base.as_ptr().cast(), len).map_err(MapError::Register)?;
+        mapped.advise(libc::MADV_DONTFORK)?;
+        mapped.advise(libc::MADV_DONTDUMP)?;
+        Ok(Self { mapped: Arc::new(mapped) })
+    }
+
+    /// The block of [`HUGE_PAGE`] bytes with this number, which must be within the store, and complete: the kernel would
+    /// make zeros of pages that are not there, were the mapping not registered.
+    pub fn block(&self, number: u64) -> Block {
+        Block { mapped: Arc::downgrade(&self.mapped), offset: (number * HUGE_PAGE) as usize }
+    }
+
     /// Puts whole pages of `bytes` at `offset`, where there are none yet: one attempt.
     pub fn copy(&self, offset: usize, bytes: &[u8]) -> io::Result<Copied> {
         let target = self.range(offset, bytes.len());
         // SAFETY: the source is a slice and the target lies in this mapping (`range` checks it), where nothing else of
         // this process keeps a reference; the kernel only adds pages that are absent.
-        let result = unsafe { self.uffd.copy(bytes.as_ptr().cast(), target.cast(), bytes.len(), false) };
+        let result = unsafe { self.mapped.uffd.copy(bytes.as_ptr().cast(), target.cast(), bytes.len(), false) };
         interpret(result)
     }
 
@@ -108,25 +163,15 @@ impl StoreMapping {
     /// Replaces bytes at `offset`, in pages that are present: for those that somebody else brought into being.
     ///
     /// The caller has made sure that they are present; this thread would wait for itself in one that is not.
-    pub fn overwrite(&self, offset: usize, bytes: &[u8]) {
+    pub fn overwrite(&mut self, offset: usize, bytes: &[u8]) {
         let target = self.range(offset, bytes.len());
-        // SAFETY: source and target are distinct (a slice of ours, and this mapping, to which no reference exists), and
-        // `range` has checked the length. Other processes that read the page meanwhile see old or new bytes.
+        // SAFETY: source and target are distinct (a slice of ours, and this mapping, to which no reference exists), nobody else
+        // of this process writes (this value is borrowed alone), and `range` has checked the length. Other processes that read the page meanwhile see old or new bytes.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
     }
 
     fn range(&self, offset: usize, len: usize) -> *mut u8 {
-        let fits = offset.checked_add(len).is_some_and(|end| end <= self.len);
-        assert!(fits, "{len} bytes at {offset} are outside of a store of {} bytes", self.len);
-        // SAFETY: the offset is within the mapping, as was just checked.
-        unsafe { self.base.as_ptr().add(offset) }
-    }
-}
-
-impl Drop for StoreMapping {
-    fn drop(&mut self) {
-        // SAFETY: the range is this mapping, whole, and its only owner is going away.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+        self.mapped.range(offset, len)
     }
 }
 

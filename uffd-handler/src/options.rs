@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::huge::HugePages;
 use crate::logging::{Level, Settings};
 use crate::server::Limits;
 use crate::tool::Tool;
@@ -32,6 +33,8 @@ Usage: uffd-handler --socket PATH --snapshot SNAPSHOT [--snapshot SNAPSHOT]... [
   --keep-warm SECONDS  how long a page store is kept that nobody uses (default 600)
   --record CLONES      learn from the next so many clones of each local snapshot which pages
                        they use, and write that beside it; see `ws show`
+  --huge-pages MODE    `collapse`: each 2 MiB of a page store become one huge page once all of it is
+                       there, so that clones that come later map it at once; `never` (default)
   --ready-fd N         write one byte to descriptor N, and close it, when the socket listens
   --end-with-parent    end, as on SIGTERM, when the process that started this one ends
   --log-level LEVEL    off, error, warn, info, debug or trace (default `info`)
@@ -120,6 +123,11 @@ pub enum UsageError {
     /// A standard stream, or no descriptor at all.
     #[error("--ready-fd {0}: must be 3 or more")]
     ReadyFd(RawFd),
+    /// Who maps 2 MiB at once cannot tell what it has used of that.
+    #[error(
+        "--record with --huge-pages collapse: clones that map 2 MiB at once cannot tell which pages they use; record first, without"
+    )]
+    RecordHuge,
     /// Too often, or never.
     #[error("--interval {0}: must be 0.1 to 3600 seconds")]
     Interval(f64),
@@ -193,7 +201,7 @@ impl Command {
         use lexopt::prelude::*;
         let (mut socket, mut snapshots, mut metrics, mut ready_fd) = (None, Vec::new(), None, None);
         let (mut copy, mut max_sessions, mut max_stores_mib, mut keep_warm) = (None, None, None, None);
-        let mut record = None;
+        let (mut record, mut huge_pages) = (None, None);
         let (mut cache_dir, mut cache_max_mib) = (None, None);
         let mut end_with_parent = false;
         let mut log = Settings::new(Level::Info, "uffd-handler");
@@ -210,6 +218,7 @@ impl Command {
                 Long("max-stores-mib") => once(&mut max_stores_mib, "--max-stores-mib", parser.value()?.parse()?)?,
                 Long("keep-warm") => once(&mut keep_warm, "--keep-warm", parser.value()?.parse()?)?,
                 Long("record") => once(&mut record, "--record", parser.value()?.parse()?)?,
+                Long("huge-pages") => once(&mut huge_pages, "--huge-pages", parser.value()?.parse()?)?,
                 Long("ready-fd") => once(&mut ready_fd, "--ready-fd", parser.value()?.parse()?)?,
                 Long("end-with-parent") => end_with_parent = true,
                 Long("log-level") => log.level = parser.value()?.parse()?,
@@ -234,7 +243,11 @@ impl Command {
             keep_warm: keep_warm.map_or(usual.keep_warm, |seconds: u32| Duration::from_secs(seconds.into())),
             copy_image: copy.map(|path| position(&snapshots, path)).transpose()?,
             record: record.map_or(Ok(usual.record), |n| at_least_1("--record", n))?,
+            huge_pages: huge_pages.unwrap_or(usual.huge_pages),
         };
+        if limits.record > 0 && limits.huge_pages == HugePages::Collapse {
+            return Err(UsageError::RecordHuge);
+        }
         let cache = cache_settings(cache_dir, cache_max_mib)?;
         Ok(Command::Serve(Options { socket, snapshots, cache, metrics, limits, ready_fd, end_with_parent, log }))
     }
@@ -294,6 +307,7 @@ mod tests {
                 keep_warm: Duration::ZERO,
                 copy_image: Some(1),
                 record: 4,
+                huge_pages: HugePages::Never,
             },
             ready_fd: Some(5),
             end_with_parent: false,
@@ -305,7 +319,7 @@ mod tests {
         };
         let line = "--socket s --snapshot a --snapshot=b/snap.json --snapshot s3://b/c --metrics m --ready-fd 5 \
             --cache-dir d --cache-max-mib 3 \
-            --copy-snapshot b/snap.json --max-sessions 7 --max-stores-mib 3 --keep-warm 0 --record 4 \
+            --copy-snapshot b/snap.json --max-sessions 7 --max-stores-mib 3 --keep-warm 0 --record 4 --huge-pages never \
             --log-level debug --log-format json --log-file l";
         assert_eq!(parse(line), Ok(Command::Serve(options)));
         assert_eq!(parse("--socket s --help"), Ok(Command::Help));
@@ -326,6 +340,16 @@ mod tests {
         let snapshot = || PathBuf::from("s");
         assert_eq!(parse("ws show s --json"), Ok(Command::Tool(Tool::WsShow { snapshot: snapshot(), json: true })));
         assert_eq!(parse("ws clear s"), Ok(Command::Tool(Tool::WsClear { snapshot: snapshot() })));
+    }
+
+    #[test]
+    fn huge_pages_are_asked_for() {
+        let huge_pages = |line: &str| match parse(&format!("--socket s --snapshot a {line}")) {
+            Ok(Command::Serve(options)) => options.limits.huge_pages,
+            other => panic!("{line}: {other:?}"),
+        };
+        assert_eq!(huge_pages(""), HugePages::Never);
+        assert_eq!(huge_pages("--huge-pages collapse"), HugePages::Collapse);
     }
 
     #[test]
@@ -355,6 +379,8 @@ mod tests {
             ("--socket s --snapshot a --cache-max-mib 5", "needs --cache-dir"),
             ("--socket s --snapshot a --cache-dir d --cache-max-mib 0", "must be 1"),
             ("--socket s --snapshot a --cache-dir d --cache-max-mib 99999999999999", "must be 1"),
+            ("--socket s --snapshot a --huge-pages 2M", "`2M`"),
+            ("--socket s --snapshot a --huge-pages collapse --record 1", "record first"),
             ("--socket s --snapshot a more", "more"),
             ("--sockets s", "--sockets"),
             ("top", "--metrics is missing"),

@@ -3,7 +3,7 @@
 //! Series that would be told apart by nothing are summed: two retired stores of one image and user are one series.
 
 use api_spec::handshake::Mode;
-use api_spec::page_server::{ImageMetrics, Metrics, SessionMetrics, StoreMetrics};
+use api_spec::page_server::{HugeMetrics, ImageMetrics, Metrics, SessionMetrics, StoreMetrics};
 use api_spec::prometheus::{Kind, Label, Text};
 use std::collections::BTreeMap;
 
@@ -41,6 +41,15 @@ fn server(text: &mut Text, metrics: &Metrics) {
         "Stores retired because pages had appeared in them that the server had not put there.",
     );
     text.sample(&[], metrics.stores_retired_total);
+    text.family(
+        "coppice_page_server_huge_blocks_total",
+        Kind::Counter,
+        "Complete blocks of 2 MiB of stores by what became of them: one huge page, or none, as the kernel did not take them.",
+    );
+    let HugeMetrics { collapsed, failed } = metrics.huge_pages;
+    for (outcome, count) in [("collapsed", collapsed), ("failed", failed)] {
+        text.sample(&[("outcome", outcome)], count);
+    }
 }
 
 fn faults(text: &mut Text, metrics: &Metrics) {
@@ -288,6 +297,7 @@ mod tests {
             sessions_total: 9,
             faults: FaultMetrics { deferred: 8, ..Default::default() },
             fault_latency: Histogram { buckets, count: 4, sum_us: 2_000_000 },
+            huge_pages: HugeMetrics { collapsed: 5, failed: 1 },
             ..Default::default()
         };
         let text = render(&metrics);
@@ -296,6 +306,8 @@ mod tests {
         for (family, labels, value) in [
             ("coppice_page_server_sessions_total", &[][..], 9.0),
             ("coppice_page_server_faults_total", &[("kind", "deferred")], 8.0),
+            ("coppice_page_server_huge_blocks_total", &[("outcome", "collapsed")], 5.0),
+            ("coppice_page_server_huge_blocks_total", &[("outcome", "failed")], 1.0),
             ("coppice_page_server_image_read_bytes_total", &[image, ("source", "remote")], 65536.0),
             ("coppice_page_server_image_cached_chunks_total", &[image, ("source", "remote")], 12.0),
             ("coppice_page_server_image_cache_faults_total", &[image, ("source", "remote")], 2.0),

@@ -13,6 +13,7 @@
 
 use crate::fetch::Inbox;
 use crate::handshake::{Handshake, HandshakeError, Request, send};
+use crate::huge::{HugePages, Joiner};
 use crate::listener::Listener;
 use crate::metrics::{MAX_READERS, Next, Reader};
 use crate::process::{Credentials, Signals};
@@ -59,6 +60,8 @@ pub struct Limits {
     pub copy_image: Option<usize>,
     /// From how many clones of each image its working set is learnt; from none if 0.
     pub record: usize,
+    /// Whether stores are moved into huge pages.
+    pub huge_pages: HugePages,
 }
 
 /// For how long a guest is served before it is asked what it has used.
@@ -75,6 +78,7 @@ impl Default for Limits {
             keep_warm: Duration::from_secs(600),
             copy_image: None,
             record: 0,
+            huge_pages: HugePages::Never,
         }
     }
 }
@@ -154,7 +158,8 @@ impl Server {
         limits: Limits,
     ) -> io::Result<Self> {
         let inbox = Inbox::new()?;
-        let mut stores = Stores::new(images, limits.max_stores, limits.record, &inbox);
+        let joiner = (limits.huge_pages == HugePages::Collapse).then(Joiner::start).transpose()?;
+        let mut stores = Stores::new(images, limits.max_stores, limits.record, &inbox, joiner);
         stores.prepare(rustix::process::getuid().as_raw(), Instant::now());
         let tick = Timer::new()?;
         tick.set(Some(TICK), TICK)?;
@@ -215,6 +220,7 @@ impl Server {
             stores_retired_total: self.stores.retired_total(),
             faults: self.scratch.answered.clone(),
             fault_latency: self.scratch.latency.document(),
+            huge_pages: self.stores.huge_metrics(),
         }
     }
 

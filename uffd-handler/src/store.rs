@@ -17,8 +17,9 @@
 //!   that a surplus is always somebody else's doing.
 
 use crate::faults::Outcome;
-use crate::mmap::{Copied, MapError, StoreMapping};
+use crate::mmap::{Block, Copied, MapError, StoreMapping};
 use crate::page_set::PageSet;
+use crate::place::HUGE_PAGE;
 use crate::region::{CHUNK_PAGES, PAGE_SIZE};
 use rustix::fs::{MemfdFlags, Mode, SealFlags, SeekFrom};
 use rustix::io::Errno;
@@ -30,6 +31,8 @@ use userfaultfd::Uffd;
 
 /// Attempts at a copy that the kernel asks to repeat, before it counts as failed.
 const COPY_ATTEMPTS: u32 = 1000;
+/// Pages in a block that can become one huge page.
+const BLOCK_PAGES: u64 = HUGE_PAGE / PAGE_SIZE;
 /// Bytes in the blocks in which `fstat` counts.
 const STAT_BLOCK: u64 = 512;
 
@@ -81,6 +84,8 @@ pub struct Store {
     mapping: StoreMapping,
     size: u64,
     present: PageSet,
+    /// Numbers of the blocks that have become complete since somebody asked.
+    complete: Vec<u64>,
 }
 
 impl Store {
@@ -96,7 +101,7 @@ impl Store {
         rustix::fs::fchmod(&memfd, Mode::RUSR).map_err(failed("restrict"))?;
         let hand_out = File::open(format!("/proc/self/fd/{}", memfd.as_raw_fd()))
             .map_err(|error| CreateError::Memfd("reopen", error))?;
-        Ok(Self { memfd, hand_out, mapping, size, present: PageSet::new(size / PAGE_SIZE) })
+        Ok(Self { memfd, hand_out, mapping, size, present: PageSet::new(size / PAGE_SIZE), complete: Vec::new() })
     }
 
     /// The descriptor that clients get: read-only, sealed.
@@ -123,7 +128,24 @@ impl Store {
                 ((gap.start - pages.start) * PAGE_SIZE) as usize..((gap.end - pages.start) * PAGE_SIZE) as usize;
             self.fill_gap(gap, &bytes[within], &mut filled).map_err(|source| FillError { chunk, source })?;
         }
+        if filled != Filled::default() {
+            self.note_complete(pages.start / BLOCK_PAGES);
+        }
         Ok(filled)
+    }
+
+    /// Notes that a block is complete, if it is: a page was put into it just now. The last one of a store may be too short to
+    /// be one.
+    fn note_complete(&mut self, block: u64) {
+        let pages = block * BLOCK_PAGES..(block + 1) * BLOCK_PAGES;
+        if pages.end <= self.size / PAGE_SIZE && self.present.first_gap(pages).is_none() {
+            self.complete.push(block);
+        }
+    }
+
+    /// The blocks of 2 MiB that have become complete since this was last asked. None is named twice.
+    pub fn take_complete(&mut self) -> Vec<Block> {
+        std::mem::take(&mut self.complete).into_iter().map(|block| self.mapping.block(block)).collect()
     }
 
     /// Copies a page that is in the store to where a client in copy mode has it.

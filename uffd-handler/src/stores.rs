@@ -11,6 +11,7 @@
 //! ```
 
 use crate::fetch::{Fetched, Inbox};
+use crate::huge::Joiner;
 use crate::image::{Delivery, Image, Waiter};
 use crate::learning::Learning;
 use crate::region::{CHUNK_PAGES, PAGE_SIZE};
@@ -18,7 +19,7 @@ use crate::session::{Parting, Scratch, Session, SessionError, Turn};
 use crate::source::{Chunk, Source};
 use crate::store::{Audit, CreateError, Store};
 use api_spec::handshake::Hello;
-use api_spec::page_server::{ImageMetrics, StoreMetrics};
+use api_spec::page_server::{HugeMetrics, ImageMetrics, StoreMetrics};
 use snapshot::working_set::Used;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::BorrowedFd;
@@ -130,16 +131,24 @@ pub struct Stores {
     bound: Option<u64>,
     last_key: u64,
     retired_total: u64,
+    /// Makes huge pages of complete blocks, if that is wanted.
+    joiner: Option<Joiner>,
 }
 
 impl Stores {
     /// Images to serve; there are no stores yet. What has to be waited for arrives in `inbox`.
-    /// With `record`, their working sets are learnt from so many clones.
-    pub fn new(images: Vec<Box<dyn Source>>, bound: Option<u64>, record: usize, inbox: &Inbox) -> Self {
+    /// With `record`, their working sets are learnt from so many clones. Complete blocks of stores go to `joiner`.
+    pub fn new(
+        images: Vec<Box<dyn Source>>,
+        bound: Option<u64>,
+        record: usize,
+        inbox: &Inbox,
+        joiner: Option<Joiner>,
+    ) -> Self {
         let learning = images.iter().map(|source| Learning::begin(source.snapshot(), record)).collect();
         let images = images.into_iter().map(Arc::from).enumerate();
         let images = images.map(|(number, source)| Image::new(number, source, inbox)).collect();
-        Self { images, learning, entries: BTreeMap::new(), bound, last_key: 0, retired_total: 0 }
+        Self { images, learning, entries: BTreeMap::new(), bound, last_key: 0, retired_total: 0, joiner }
     }
 
     /// Makes the stores that a user is likely to ask for: those of images whose working set is known. It is read into them
@@ -502,7 +511,16 @@ impl Stores {
             self.drop_store(key);
         }
         self.make_room();
+        self.join();
         self.images.iter_mut().for_each(Image::tick);
+    }
+
+    /// Has huge pages made of what has become complete, where guests map it.
+    fn join(&mut self) {
+        let Some(joiner) = &self.joiner else { return };
+        for entry in self.entries.values_mut().filter(|entry| entry.uid.is_some()) {
+            entry.store.take_complete().into_iter().for_each(|block| joiner.want(block));
+        }
     }
 
     // ---- counters ----
@@ -521,6 +539,12 @@ impl Stores {
             }
         };
         self.entries.iter().map(one).collect()
+    }
+
+    /// What became of blocks that were complete.
+    pub fn huge_metrics(&self) -> HugeMetrics {
+        let (collapsed, failed) = self.joiner.as_ref().map_or((0, 0), Joiner::counts);
+        HugeMetrics { collapsed, failed }
     }
 
     /// The counters of each image.

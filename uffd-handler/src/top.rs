@@ -7,7 +7,9 @@ use crate::process::Signals;
 use crate::prometheus::{mode_name, short};
 use crate::text::one_line;
 use api_spec::client::metrics;
-use api_spec::page_server::{FaultMetrics, Histogram, ImageMetrics, Metrics, SessionMetrics, StoreMetrics};
+use api_spec::page_server::{
+    FaultMetrics, Histogram, HugeMetrics, ImageMetrics, Metrics, SessionMetrics, StoreMetrics,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -244,6 +246,8 @@ pub struct View {
     pub faults_per_second: BTreeMap<&'static str, f64>,
     /// How fast they were answered.
     pub latency: Latency,
+    /// Blocks of stores that were to become huge pages, since the start of the server.
+    pub huge_pages: HugeMetrics,
     /// Where pages come from.
     pub images: Vec<ImageMetrics>,
     /// Page stores.
@@ -278,6 +282,7 @@ impl View {
             faults_per_second: faults_per_second.collect(),
             latency: Latency::between(&before.fault_latency, &now.fault_latency),
             faults: now.faults,
+            huge_pages: now.huge_pages,
             images: now.images,
             stores: now.stores,
             guests,
@@ -319,6 +324,12 @@ impl View {
                 writeln!(text, "answered       half {p50}, 99 of 100 {p99}, mean {mean} us")
             }
             _ => writeln!(text, "answered       none"),
+        }?;
+        match self.huge_pages {
+            HugeMetrics { collapsed: 0, failed: 0 } => Ok(()),
+            HugeMetrics { collapsed, failed } => {
+                writeln!(text, "huge pages     {collapsed} blocks of 2 MiB collapsed, {failed} could not be")
+            }
         }
     }
 
@@ -478,6 +489,7 @@ mod tests {
             }],
             faults: FaultMetrics { filled: 150, copied: 1, ..Default::default() },
             fault_latency: histogram(&[3, 1], 0, 40),
+            huge_pages: HugeMetrics { collapsed: 6, failed: 1 },
             ..Default::default()
         };
         View::between(&before, now, Duration::from_secs(2))
@@ -492,6 +504,7 @@ FAULTS               filled      present     deferred       copied       zeroed 
 per second             50.0          0.0          0.0          0.5          0.0         50.5
 in all                  150            0            0            1            0          151
 answered       half within 10 us, 99 of 100 within 20 us, mean 10 us
+huge pages     6 blocks of 2 MiB collapsed, 1 could not be
 
 IMAGE        SOURCE     READ MiB CACHED MiB  WAITING FAILURES  STATE
 0123456789ab remote            3          1        2        0  away: no [31m route to host

@@ -74,12 +74,13 @@ fn a_flipped_byte_is_never_served() {
         });
         let words = unlucky.wait_for_end();
         assert_eq!(words, "", "there may be another server with a good image");
-        assert!(server.logged("is damaged at offset") > 0, "{}", server.log());
+        until("the damage is logged", || server.logged("is damaged at offset") > 0);
         assert!(!has_read.load(Ordering::SeqCst), "a word of the damaged chunk was served");
         let refusal = Client::greet(&sample).unwrap_err().to_string();
         assert!(refusal.contains("damaged"), "{refusal}");
         // Who does not need that chunk goes on.
         (6 * CHUNK / PAGE..4 * MIB / PAGE).for_each(|page| lucky.view.check_page(page));
+        until("the refusal is logged", || server.logged("is damaged: ") >= 2);
         assert_eq!(server.logged("is damaged: "), 2, "once for the image, once for the refusal:\n{}", server.log());
         assert_eq!(server.metrics().sessions.len(), 1);
         std::mem::forget(unlucky);

@@ -247,7 +247,7 @@ fn reading_ahead_fills_the_stores_that_there_are() {
     with_userfaultfd(|| {
         let (source, hand) = TestSource::boxed("image", SIZE, Weather::Fine);
         let inbox = Inbox::new().unwrap();
-        let mut stores = Stores::new(vec![source], None, 0, &inbox);
+        let mut stores = Stores::new(vec![source], None, 0, &inbox, None);
         assert_eq!(stores.prefetch("image", 0..10), 0, "there is no store that it would be for");
         stores.grant(0, Some(1)).unwrap();
         stores.grant(0, None).unwrap();

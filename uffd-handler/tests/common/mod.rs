@@ -114,7 +114,7 @@ impl Sample {
 fn facts() -> Facts {
     let cpu = Cpu { vendor: "AuthenticAMD".into(), ..Cpu::default() };
     let host = snapshot::compat::HostFacts { arch: "x86_64".into(), cpu, kernel: "6.18.0".into() };
-    Facts { vmm_version: "0.1.0".into(), host, devices: Default::default(), readiness: None }
+    Facts { vmm_version: "0.1.0".into(), host, devices: Default::default(), readiness: None, config: None }
 }
 
 pub fn server_command() -> Command {
@@ -266,8 +266,9 @@ impl View {
     }
 
     fn map_as(store: &impl AsRawFd, len: usize, prot: i32, flags: i32) -> std::io::Result<View> {
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, store.as_raw_fd(), 0) };
+        let place = uffd_handler::place::reserve(len, 0)?.as_ptr();
+        // SAFETY: MAP_FIXED replaces addresses that were reserved for this.
+        let base = unsafe { libc::mmap(place.cast(), len, prot, flags | libc::MAP_FIXED, store.as_raw_fd(), 0) };
         if base == libc::MAP_FAILED {
             return Err(std::io::Error::last_os_error());
         }
@@ -313,6 +314,15 @@ impl View {
         // SAFETY: the page lies in the mapping, and one byte is written for one page.
         assert_eq!(unsafe { libc::mincore(self.base.add(page * PAGE).cast(), PAGE, &mut resident) }, 0);
         resident & 1 == 1
+    }
+
+    /// How many KiB of it are mapped by huge pages of shared memory.
+    pub fn huge_kib(&self) -> u64 {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let start = format!("{:x}-", self.address());
+        let mut lines = smaps.lines().skip_while(|line| !line.starts_with(&start));
+        let line = lines.find(|line| line.starts_with("ShmemPmdMapped:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
     /// How many pages are there.

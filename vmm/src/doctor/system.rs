@@ -1,6 +1,7 @@
 //! Checks of the kernel and its settings, of memory and of limits.
 
 use super::{Check, cgroup, look, read_or_empty};
+use uffd_handler::huge::Settings;
 
 pub(super) fn checks() -> Vec<Check> {
     vec![
@@ -10,6 +11,7 @@ pub(super) fn checks() -> Vec<Check> {
         look("memory.ksm", "/sys/kernel/mm/ksm/run", "this kernel merges no pages", ksm),
         look("memory.thp", "/sys/kernel/mm/transparent_hugepage/enabled", "no transparent huge pages", thp),
         look("memory.thp_shmem", "/sys/kernel/mm/transparent_hugepage/shmem_enabled", "none for memfds", thp_shmem),
+        thp_stores(&read_or_empty("/proc/sys/kernel/osrelease"), &Settings::read()),
         look("memory.huge_pages", "/proc/meminfo", "the kernel does not tell", huge_pages),
         look("memory.overcommit", "/proc/sys/vm/overcommit_memory", "no such setting", overcommit),
         look("memory.max_map_count", "/proc/sys/vm/max_map_count", "no such setting", max_map_count),
@@ -89,6 +91,18 @@ fn thp_shmem(setting: &str) -> Check {
         ),
         Some(word) => Check::ok(name, format!("{word} for memfds")),
         None => Check::info(name, format!("{setting:?} is not understood")),
+    }
+}
+
+/// Whether a page server can make huge pages of its stores.
+fn thp_stores(release: &str, settings: &Settings) -> Check {
+    let name = "memory.thp_stores";
+    match settings.obstacle() {
+        Some(obstacle) => Check::info(name, format!("`uffd-handler --huge-pages collapse` has no effect: {obstacle}")),
+        None if parse_release(release).is_some_and(|version| version < (6, 1)) => {
+            Check::info(name, "`uffd-handler --huge-pages collapse` has no effect before Linux 6.1")
+        }
+        None => Check::ok(name, "`uffd-handler --huge-pages collapse` can make huge pages of page stores"),
     }
 }
 
@@ -216,6 +230,13 @@ mod tests {
         assert_eq!(thp_shmem("[always] never").status, Status::Warn);
         assert_eq!(thp_shmem("").status, Status::Info);
         assert_eq!(thp("[always] madvise never").status, Status::Info);
+    }
+
+    #[test]
+    fn huge_pages_of_stores_need_a_kernel_that_has_them() {
+        let without = thp_stores("6.18.1", &Settings::default());
+        assert_eq!(without.status, Status::Info);
+        assert!(without.found.contains("no transparent huge pages"), "{}", without.found);
     }
 
     #[test]

@@ -20,7 +20,9 @@ pub enum BackendError {
     NoHandler,
     /// Pages that this program does not use.
     #[error(
-        "huge_pages: `{0}` is not offered: guest memory has pages of 4 KiB; use `Snapshot` or `None`, or leave it out"
+        "huge_pages: `{0}` is not offered: guest memory has pages of 4 KiB, of which a clone copies those that it writes; use \
+         `Snapshot` or `None`, or leave it out. To have what clones only read mapped by the 2 MiB, start the page server with \
+         --huge-pages collapse"
     )]
     HugePages(&'static str),
     /// The memory file.

@@ -211,7 +211,9 @@ pub fn check_machine(config: &MachineConfig) -> Result<(), ConfigError> {
     refuse_if(
         huge_pages != HugePages::None,
         "machine-config.huge_pages",
-        "guest memory is in pages of 4 KiB; say None",
+        "guest memory is in pages of 4 KiB, as a clone copies each page that it writes, and a pool of huge pages that runs \
+         empty ends guests; say None. To have what clones only read mapped by the 2 MiB, start the page server with \
+         --huge-pages collapse",
     )?;
     let has_template = !matches!(cpu_template, None | Some(CpuTemplate::None));
     refuse_if(has_template, "machine-config.cpu_template", "guests see what KVM offers; say None")?;

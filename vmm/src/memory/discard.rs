@@ -23,6 +23,7 @@
 
 use super::pagemap::Pagemap;
 use super::ranges::RangeSet;
+use super::region::RamRegion;
 use super::{Backing, GuestMemory, GuestRam, PAGE_SIZE, mmap};
 use crate::devices::lock;
 use rustix::fs::{FallocateFlags, fallocate};
@@ -32,7 +33,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use userfaultfd::Uffd;
-use vm_memory::{GuestMemoryBackend, GuestRegionMmap};
+use vm_memory::GuestMemoryBackend;
 
 /// Once so many runs of a view's pages were replaced one by one, short ones are left alone. Each may take two more of the
 /// mappings that a process can have (`vm.max_map_count`, 65,530 by default), and without any left the vmm cannot go on.
@@ -118,7 +119,7 @@ impl Discarder {
 /// A run of pages within a region of RAM, counted from the region's start.
 struct Part<'a> {
     region: &'a MemoryRegion,
-    mapped: &'a GuestRegionMmap,
+    mapped: &'a RamRegion,
     pages: Range<u64>,
 }
 
@@ -142,7 +143,7 @@ impl Part<'_> {
         let place = self.pages.start + offset..self.pages.end + offset;
         if discarded.pages.contains(place.clone()) {
             // Anonymous already, and perhaps written since.
-            return mmap::empty(&self.mapped.get_mmap(), self.bytes()).map(|()| true);
+            return mmap::empty(self.mapped.mapping(), self.bytes()).map(|()| true);
         }
         let begins = !discarded.pages.touches(place.clone());
         if begins && !discarded.may_begin(place.end - place.start) {
@@ -152,7 +153,7 @@ impl Part<'_> {
             Some(blank) => blank,
             None => discarded.blank.insert(mmap::Blank::new()?),
         };
-        let put = blank.put(&self.mapped.get_mmap(), self.bytes());
+        let put = blank.put(self.mapped.mapping(), self.bytes());
         if let Some(uffd) = &discarded.waker {
             // Also after a failure, which may have come half-way.
             self.wake(uffd);
@@ -169,7 +170,7 @@ impl Part<'_> {
     /// Has whoever waits for a page of this part look again at what is there.
     fn wake(&self, uffd: &Uffd) {
         let Range { start, end } = self.bytes();
-        let addr = self.mapped.get_mmap().as_ptr().wrapping_add(start as usize);
+        let addr = self.mapped.mapping().as_ptr().wrapping_add(start as usize);
         if let Err(e) = uffd.wake(addr.cast(), (end - start) as usize) {
             tracing::warn!("cannot wake those who wait for pages that the guest gave back: {e}");
         }

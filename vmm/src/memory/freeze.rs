@@ -57,7 +57,7 @@ impl GuestRam {
         };
         let mut aside = Vec::with_capacity(self.regions.len());
         for (region, mapped) in self.regions.iter().zip(self.memory.iter()) {
-            match mmap::make_private(&mapped.get_mmap(), &file, region.offset) {
+            match mmap::make_private(mapped.mapping(), &file, region.offset) {
                 Ok(old) => aside.push(old),
                 Err(e) => {
                     if aside.is_empty() {

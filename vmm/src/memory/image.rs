@@ -151,7 +151,7 @@ impl GuestRam {
         let offset = pages.start * PAGE_BYTES;
         let start = offset - self.regions[region].offset;
         let range = start..start + (pages.end - pages.start) * PAGE_BYTES;
-        mmap::map_over(&mapped.get_mmap(), range, file, offset)
+        mmap::map_over(mapped.mapping(), range, file, offset)
     }
 
     /// Writes pages that `read` tells by their offset in the image.

@@ -163,7 +163,7 @@ impl Kinds {
     ) -> Result<Option<u64>, ScanError> {
         let mut unwanted = None;
         for (&MemoryRegion { guest_addr, size_bytes, .. }, mapped) in self.regions.iter().zip(self.memory.iter()) {
-            let mapped = mapped.get_mmap().as_ptr() as u64;
+            let mapped = mapped.mapping().as_ptr() as u64;
             let mut at = guest_addr.max(start);
             let end = guest_addr + size_bytes;
             if at >= end || unwanted.is_some() {

@@ -9,7 +9,57 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
-use vm_memory::MmapRegion;
+use uffd_handler::place;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{FileOffset, MmapRegion};
+
+/// A mapping of guest memory, which lies where the kernel can map huge pages of what is behind it: addresses and offsets
+/// in the file have the same remainder by 2 MiB. It is unmapped with this value.
+#[derive(Debug)]
+pub struct Mapping {
+    region: MmapRegion,
+}
+
+impl Mapping {
+    /// Maps `len` bytes (not zero), readable and writable: of a file, from where is said, or of no file, as from its start.
+    pub fn new(file: Option<FileOffset>, len: usize, flags: libc::c_int) -> Result<Self, MmapRegionError> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let (fd, offset) = file.as_ref().map_or((-1, 0), |place| (place.file().as_raw_fd(), place.start()));
+        let addr = place::reserve(len, offset).map_err(MmapRegionError::Mmap)?.as_ptr();
+        let fixed = flags | libc::MAP_FIXED;
+        // SAFETY: MAP_FIXED replaces addresses that were just reserved for this, and that nothing else refers to.
+        let mapped = unsafe { libc::mmap(addr.cast(), len, protection, fixed, fd, offset as libc::off_t) };
+        if mapped == libc::MAP_FAILED {
+            // The addresses are left alone: the kernel may have let them go, and given them to somebody else. They take no memory.
+            return Err(MmapRegionError::Mmap(io::Error::last_os_error()));
+        }
+        let mut builder = MmapRegionBuilder::new(len).with_mmap_prot(protection).with_mmap_flags(flags);
+        if let Some(file) = file {
+            builder = builder.with_file_offset(file);
+        }
+        // SAFETY: the mapping has just been made, of that length, and stays until this value is dropped, which owns the
+        // region; nobody is given the region but by reference.
+        let region = unsafe { builder.with_raw_mmap_pointer(addr) }.build()?;
+        Ok(Mapping { region })
+    }
+
+    /// The mapping as vm-memory sees it.
+    pub fn region(&self) -> &MmapRegion {
+        &self.region
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the range is this mapping, whole, which the region does not unmap by itself; whoever refers to it borrows
+        // this value.
+        unsafe { libc::munmap(self.region.as_ptr().cast(), self.region.size()) };
+    }
+}
+
+fn not_null(addr: *mut libc::c_void) -> io::Result<NonNull<u8>> {
+    NonNull::new(addr.cast()).ok_or_else(|| io::Error::other("the kernel mapped memory at address null"))
+}
 
 /// What the kernel is to get ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,8 +141,7 @@ impl Blank {
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let addr = NonNull::new(start.cast::<u8>().wrapping_add(Self::GUARD));
-        let blank = Blank { addr: addr.ok_or_else(|| io::Error::other("mmap returned a null address"))? };
+        let blank = Blank { addr: not_null(start.cast::<u8>().wrapping_add(Self::GUARD).cast())? };
         let all = Part { addr: blank.addr.as_ptr(), len: Self::LEN };
         // SAFETY: the range lies within the mapping just made, which nothing refers to.
         if unsafe { libc::mprotect(all.addr.cast(), all.len, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
@@ -209,8 +258,7 @@ pub fn make_private(region: &MmapRegion, file: &File, offset: u64) -> io::Result
     if aside == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
-    let aside = NonNull::new(aside.cast()).ok_or_else(|| io::Error::other("mremap returned a null address"))?;
-    let aside = Aside { addr: aside, len: region.size() };
+    let aside = Aside { addr: not_null(aside)?, len: region.size() };
     // SAFETY: MAP_FIXED replaces exactly the region's own mapping, atomically, with one of the same length and
     // protection, so every pointer into the region stays valid; the bytes there are volatile guest memory that no Rust
     // reference points to.
@@ -232,4 +280,26 @@ pub fn make_private(region: &MmapRegion, file: &File, offset: u64) -> io::Result
         tracing::warn!("guest RAM may appear in core dumps: {e}");
     }
     Ok(aside)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::sync::Arc;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn a_mapping_lies_where_huge_pages_of_its_file_can_be_mapped(first in 0..1500u64, pages in 1..1500u64) {
+            let file = File::from(rustix::fs::memfd_create("coppice-test", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+            file.set_len((first + pages) * PAGE_SIZE).unwrap();
+            let place = FileOffset::from_arc(Arc::new(file), first * PAGE_SIZE);
+            let mapping = Mapping::new(Some(place), (pages * PAGE_SIZE) as usize, libc::MAP_PRIVATE).unwrap();
+            prop_assert_eq!(mapping.region().as_ptr() as u64 % place::HUGE_PAGE, first * PAGE_SIZE % place::HUGE_PAGE);
+            prop_assert_eq!(mapping.region().size() as u64, pages * PAGE_SIZE);
+            populate(mapping.region(), 0..pages * PAGE_SIZE, Populate::Write).unwrap();
+        }
+    }
 }

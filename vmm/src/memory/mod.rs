@@ -12,7 +12,7 @@
 //! - [`discard`]: pages that the guest gives back; [`ranges`] records which (pure), `pagemap` knows which were written since
 //! - [`kinds`]: which pages are loaded, and which of them are shared
 //! - [`lost`]: memory that is gone
-//! - `mmap`: the system calls that change mappings
+//! - `region`: a region of it as vm-memory sees it; `mmap`: the system calls that make and change mappings
 
 pub mod changes;
 pub mod discard;
@@ -26,27 +26,29 @@ mod mmap;
 pub mod orphan;
 pub mod pagemap;
 pub mod ranges;
+pub mod region;
 pub mod replay;
 pub mod stand_in;
 pub mod uffd;
 
 use discard::Discarded;
+use region::RamRegion;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use snapshot::manifest::MemoryRegion;
 use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex};
 use userfaultfd::Uffd;
-use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap,
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollection, GuestRegionCollectionError,
 };
 
 /// Size of a page, in bytes.
 pub const PAGE_SIZE: u64 = 4096;
 
 /// Guest memory as devices see it.
-pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
+pub type GuestMemory = GuestRegionCollection<RamRegion>;
 
 /// Why guest memory could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -148,35 +150,38 @@ impl GuestRam {
 
     /// Each region with the address of its mapping in this process.
     pub fn mappings(&self) -> impl Iterator<Item = (MemoryRegion, *mut u8)> + '_ {
-        self.regions.iter().copied().zip(self.memory.iter().map(|region| region.get_mmap().as_ptr()))
+        self.regions.iter().copied().zip(self.memory.iter().map(|region| region.mapping().as_ptr()))
     }
 }
 
 /// Takes away what lies behind guest memory: from now on every access to it fails. For the end of a guest.
 pub fn cut_off(memory: &GuestMemory) {
     for region in memory.iter() {
-        if let Err(e) = mmap::cut_off(&region.get_mmap()) {
+        if let Err(e) = mmap::cut_off(region.mapping()) {
             tracing::warn!("cannot take guest memory away: {e}");
         }
     }
 }
 
-/// Maps `regions` of `file`, or of no file, reserving nothing and kept out of core dumps and child processes.
+/// Memory from guest address 0 on, for tests of who uses it.
+#[cfg(test)]
+pub fn from_zero(size: usize) -> GuestMemory {
+    GuestRam::fresh(size as u64).unwrap().memory().clone()
+}
+
+/// Maps `regions` of `file`, or of no file, reserving nothing and kept out of core dumps and child processes, each where
+/// huge pages can be mapped of what is behind it.
 fn map(file: Option<&File>, regions: &[MemoryRegion], sharing: i32) -> Result<GuestMemory, MemoryError> {
     let file = file.map(File::try_clone).transpose().map_err(|source| MemoryError::Create { size: 0, source })?;
     let file = file.map(Arc::new);
     let mapped = regions
         .iter()
         .map(|region| {
-            let mut builder = MmapRegionBuilder::new(region.size_bytes as usize)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(sharing | libc::MAP_NORESERVE);
-            if let Some(file) = &file {
-                builder = builder.with_file_offset(FileOffset::from_arc(file.clone(), region.offset));
-            }
-            let mapping = builder.build().map_err(|source| MemoryError::Map { size: region.size_bytes, source })?;
-            mmap::keep_private(&mapping).map_err(MemoryError::Advise)?;
-            GuestRegionMmap::new(mapping, GuestAddress(region.guest_addr))
+            let place = file.as_ref().map(|file| FileOffset::from_arc(file.clone(), region.offset));
+            let mapping = mmap::Mapping::new(place, region.size_bytes as usize, sharing | libc::MAP_NORESERVE)
+                .map_err(|source| MemoryError::Map { size: region.size_bytes, source })?;
+            mmap::keep_private(mapping.region()).map_err(MemoryError::Advise)?;
+            RamRegion::new(mapping, GuestAddress(region.guest_addr))
                 .ok_or(MemoryError::Regions(GuestRegionCollectionError::MemoryRegionOverlap))
         })
         .collect::<Result<Vec<_>, _>>()?;

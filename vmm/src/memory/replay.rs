@@ -88,7 +88,7 @@ impl Work {
                     return Ok(done);
                 }
                 let bytes = (slice.start - here.start) * PAGE_SIZE..(slice.end - here.start) * PAGE_SIZE;
-                mmap::populate(&mapped.get_mmap(), bytes, how)?;
+                mmap::populate(mapped.mapping(), bytes, how)?;
                 done += slice.end - slice.start;
             }
         }

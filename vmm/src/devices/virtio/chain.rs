@@ -187,7 +187,7 @@ mod tests {
     }
 
     fn mem() -> GuestMemory {
-        GuestMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap()
+        crate::memory::from_zero(0x1000)
     }
 
     #[test]

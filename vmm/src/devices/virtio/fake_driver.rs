@@ -238,7 +238,7 @@ impl<D: VirtioDevice + MutEventSubscriber + 'static> Driver<D> {
 
 /// Guest memory of zeros.
 pub fn memory() -> GuestMemory {
-    GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap()
+    crate::memory::from_zero(MEMORY)
 }
 
 /// Runs a test in both ways of telling each other of news; it is given the feature for that.

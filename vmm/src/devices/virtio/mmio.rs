@@ -401,7 +401,6 @@ mod tests {
     use super::*;
     use snapshot::state::QueueState;
     use virtio_queue::{Queue, QueueT};
-    use vm_memory::GuestAddress;
 
     const FEATURE: u64 = 1 << 5;
 
@@ -458,7 +457,7 @@ mod tests {
             let event = || Arc::new(EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap());
             let device = Probe { events: vec![event(), event()], queues: vec![], resets: 0, config: vec![] };
             let device = Arc::new(Mutex::new(device));
-            let mem = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+            let mem = crate::memory::from_zero(0x10000);
             let interrupt = Arc::new(Interrupt::new().unwrap());
             Rig { transport: MmioTransport::new(device.clone(), mem, interrupt), device }
         }

@@ -183,7 +183,7 @@ mod tests {
     const MEMORY: usize = 0x10000;
 
     fn mem() -> GuestMemory {
-        GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap()
+        crate::memory::from_zero(MEMORY)
     }
 
     fn good() -> QueueConfig {

@@ -97,7 +97,7 @@ impl Rig {
 
     /// A machine whose driver has started.
     fn with(config: BlockConfig, disk: Disk, event_idx: bool) -> Self {
-        let mem = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+        let mem = crate::memory::from_zero(MEMORY);
         let mut rig = Rig::cold(config, disk, mem, Driver::default(), event_idx);
         rig.start_driver();
         rig
@@ -275,7 +275,7 @@ impl Rig {
 
     /// A clone with the same memory, over another disk.
     fn restored(&self, state: &DriveState, disk: Disk) -> Rig {
-        let mem = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+        let mem = crate::memory::from_zero(MEMORY);
         let mut bytes = vec![0; MEMORY];
         self.mem.read_slice(&mut bytes, GuestAddress(0)).unwrap();
         mem.write_slice(&bytes, GuestAddress(0)).unwrap();

@@ -143,7 +143,7 @@ impl Rig {
     }
 
     fn memory() -> GuestMemory {
-        GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap()
+        crate::memory::from_zero(MEMORY)
     }
 
     /// A machine whose driver has started, without buffers for packets, with `events` buffers for events.
