@@ -24,7 +24,7 @@ use std::alloc::System;
 use std::path::Path;
 
 /// Most memory that may be in use for one input, in bytes, what the target itself needs for it included. No input is longer than
-/// 128 KiB.
+/// 32 KiB.
 pub const MOST_MEMORY: usize = 16 << 20;
 
 #[global_allocator]
@@ -62,13 +62,23 @@ pub fn run(check: fn(&[u8]), data: &[u8]) {
 /// The variable of the environment that says where seeds are written.
 pub const SEEDS: &str = "COPPICE_FUZZ_SEEDS";
 
-/// Writes seeds into the directory that [`SEEDS`] names, if it names one.
-pub fn write_seeds(seeds: fn() -> Vec<Vec<u8>>) {
+/// Begins a target: writes its seeds into the directory that [`SEEDS`] names, if it names one.
+pub fn begin(seeds: fn() -> Vec<Vec<u8>>) {
+    lift_limit_on_panic();
     let Some(directory) = std::env::var_os(SEEDS) else { return };
     for (number, seed) in seeds().iter().enumerate() {
         let path = Path::new(&directory).join(format!("seed-{number}"));
         std::fs::write(&path, seed).unwrap_or_else(|error| panic!("cannot write {}: {error}", path.display()));
     }
+}
+
+/// Lets a panic take as much memory as it needs to say where it is.
+fn lift_limit_on_panic() {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let _ = MEMORY.set_limit(usize::MAX);
+        tell(panic);
+    }));
 }
 
 #[cfg(test)]

@@ -13,13 +13,14 @@ use snapshot::manifest::{
     MemoryRegion, NetworkDevice, RateLimit, Readiness, StateFile, TokenBucket, VsockDevice, reseal,
 };
 use snapshot::{CHUNK_BYTES, FORMAT_VERSION, PAGE_BYTES, file};
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::path::{Component, Path};
 
 /// Reads a manifest.
 pub fn check(data: &[u8]) {
     let json = document(data, &whole());
     if let Ok(manifest) = read(&json) {
-        accepted(&manifest);
+        return accepted(&manifest);
     }
     let Ok(sealed) = reseal(&json) else { return };
     match read(&sealed) {
@@ -36,7 +37,7 @@ pub(crate) fn document(data: &[u8], whole: &Value) -> Vec<u8> {
     }
     let mut edited = whole.clone();
     edit(&mut edited, &mut Unstructured::new(data));
-    serde_json::to_vec_pretty(&edited).expect("a JSON document can be written")
+    serde_json::to_vec(&edited).expect("a JSON document can be written")
 }
 
 fn read(json: &[u8]) -> Result<Manifest, LoadError> {
@@ -57,22 +58,18 @@ fn accepted(manifest: &Manifest) {
     assert!(regions.windows(2).all(|pair| pair[0].guest_addr + pair[0].size_bytes <= pair[1].guest_addr));
     assert!((manifest.chunks() - 1) * CHUNK_BYTES < *size_bytes && *size_bytes <= manifest.chunks() * CHUNK_BYTES);
     assert_eq!(Digests::table_bytes(&manifest.memory), manifest.chunks() * 32);
-    let mut files = vec![file.as_str(), digests.as_str(), manifest.state.file.as_str()];
-    for drive in &manifest.devices.drives {
-        files.extend(drive.held.iter().flat_map(|held| [held.file.as_str(), held.map.as_str()]));
-    }
-    for name in &files {
+    let own = [file, digests, &manifest.state.file];
+    assert!(own[0] != own[1] && own[1] != own[2] && own[2] != own[0], "two of the files are one");
+    let held = manifest.devices.drives.iter().filter_map(|drive| drive.held.as_ref());
+    let held: Vec<&String> = held.flat_map(|held| [&held.file, &held.map]).collect();
+    assert_eq!(BTreeSet::from_iter(&held).len(), held.len(), "two files of disks are one");
+    for name in own.into_iter().chain(held) {
         let mut parts = Path::new(name).components();
-        let first = parts.next().expect("a name is not empty");
         assert!(
-            matches!(first, std::path::Component::Normal(_)) && parts.next().is_none(),
+            matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)),
             "{name:?} is no plain name"
         );
     }
-    let count = files.len();
-    files.sort_unstable();
-    files.dedup();
-    assert_eq!(files.len(), count, "two of the files are one");
 }
 
 /// A manifest with one of everything.

@@ -13,7 +13,7 @@ use uffd_handler::ws::Report;
 pub fn check(data: &[u8]) {
     let json = document(data, &whole());
     if let Ok(set) = read(&json) {
-        accepted(&set);
+        return accepted(&set);
     }
     let Some(sealed) = resealed(&json) else { return };
     match read(&sealed) {

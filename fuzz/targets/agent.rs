@@ -2,6 +2,6 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(
-    init: coppice_fuzz::write_seeds(coppice_fuzz::agent::seeds),
+    init: coppice_fuzz::begin(coppice_fuzz::agent::seeds),
     |data: &[u8]| coppice_fuzz::run(coppice_fuzz::agent::check, data)
 );

@@ -2,6 +2,6 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(
-    init: coppice_fuzz::write_seeds(coppice_fuzz::manifest::seeds),
+    init: coppice_fuzz::begin(coppice_fuzz::manifest::seeds),
     |data: &[u8]| coppice_fuzz::run(coppice_fuzz::manifest::check, data)
 );

@@ -2,6 +2,6 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(
-    init: coppice_fuzz::write_seeds(coppice_fuzz::state::seeds),
+    init: coppice_fuzz::begin(coppice_fuzz::state::seeds),
     |data: &[u8]| coppice_fuzz::run(coppice_fuzz::state::check, data)
 );
