@@ -190,7 +190,8 @@ impl WorkingSet {
         Ok(Some(set))
     }
 
-    fn parse(bytes: &[u8], path: impl Fn() -> PathBuf) -> Result<WorkingSet, Unusable> {
+    /// Decodes and checks the contents of a `working-set.json`, of whatever image it is. `path` names it in messages.
+    pub fn parse(bytes: &[u8], path: impl Fn() -> PathBuf) -> Result<WorkingSet, Unusable> {
         // The version comes first: a file of another version may hold anything else.
         #[derive(Deserialize)]
         struct AnyVersion {
