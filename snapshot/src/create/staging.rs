@@ -4,6 +4,7 @@ use super::link::Link;
 use super::{Cancel, CreateError, MemorySource};
 use crate::chunk::{ZeroDigests, is_zero};
 use crate::compat::HostFacts;
+use crate::cpu::GuestCpu;
 use crate::dir::Dir;
 use crate::manifest::{Devices, Machine, Manifest, Memory, MemoryRegion, Readiness, StateFile};
 use crate::stamp::Stamp;
@@ -156,7 +157,7 @@ impl Staging {
     /// Writes everything else and gives the snapshot its name. Once this returns it survives a power cut.
     pub fn commit(mut self, memory: MemoryDigest, facts: Facts, state: &MachineState) -> Result<Manifest, CreateError> {
         let state_bytes = state::encode(state)?;
-        let manifest = describe(&memory, facts, state.vcpus.len(), &state_bytes);
+        let manifest = describe(&memory, facts, state, &state_bytes);
         manifest.check()?;
 
         memory.file.sync_all().map_err(|e| self.write_error(file::MEMORY, memory.data_bytes, e))?;
@@ -232,7 +233,7 @@ impl Drop for Staging {
 }
 
 /// What the manifest says of all this.
-fn describe(memory: &MemoryDigest, facts: Facts, vcpus: usize, state: &[u8]) -> Manifest {
+fn describe(memory: &MemoryDigest, facts: Facts, machine: &MachineState, state: &[u8]) -> Manifest {
     let Facts { vmm_version, host: HostFacts { arch, cpu, kernel }, devices, readiness, config } = facts;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut manifest = Manifest {
@@ -241,8 +242,9 @@ fn describe(memory: &MemoryDigest, facts: Facts, vcpus: usize, state: &[u8]) -> 
         created_unix_ms: now.as_millis() as u64,
         arch,
         cpu,
+        guest_cpu: GuestCpu::of(machine),
         host_kernel: kernel,
-        machine: Machine { vcpus: vcpus as u32, memory_bytes: memory.size_bytes },
+        machine: Machine { vcpus: machine.vcpus.len() as u32, memory_bytes: memory.size_bytes },
         memory: Memory {
             file: file::MEMORY.into(),
             size_bytes: memory.size_bytes,
