@@ -169,7 +169,11 @@ pub fn load(
         |_| VcpuStateError::Size { what: "CPUID", found: cpuid.len(), expected: kvm_bindings::KVM_MAX_CPUID_ENTRIES };
     vcpu.set_cpuid2(&CpuId::from_entries(&cpuid).map_err(too_many)?).map_err(step("loading CPUID"))?;
     match load_tsc_khz(vcpu, vm, *tsc_khz) {
-        Err(e @ VcpuStateError::TscKhz { .. }) if other_tsc == OtherTsc::Allowed => tracing::warn!("allowed: {e}"),
+        Err(e @ VcpuStateError::TscKhz { .. }) if other_tsc == OtherTsc::Allowed => {
+            if first {
+                tracing::warn!("{e}; it is restored all the same");
+            }
+        }
         other => other?,
     }
     vcpu.set_mp_state(kvm_mp_state { mp_state: *mp_state }).map_err(step("loading the run state"))?;
