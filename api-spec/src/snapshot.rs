@@ -103,6 +103,23 @@ pub struct SnapshotLoad {
     /// snapshot). Not in copy mode.
     #[serde(default = "yes")]
     pub replay_working_set: bool,
+    /// In what the host may differ from what the snapshot needs. That is logged as a warning; the guest may fail at any time.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow_mismatch: Vec<AllowedMismatch>,
+}
+
+/// In what a host may be allowed to differ from what a snapshot needs. Architecture and size of pages are never.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AllowedMismatch {
+    /// Another maker of the CPU.
+    Vendor,
+    /// Features that the CPU lacks.
+    CpuFeatures,
+    /// A shorter XSAVE area, or one that is laid out otherwise.
+    Xsave,
+    /// Another frequency of the time-stamp counter, which cannot be scaled.
+    TscKhz,
 }
 
 fn yes() -> bool {
@@ -142,6 +159,7 @@ impl SnapshotLoad {
             huge_pages: LoadHugePages::Snapshot,
             max_private_mib: None,
             replay_working_set: true,
+            allow_mismatch: Vec::new(),
         }
     }
 }

@@ -10,7 +10,7 @@
 //! - [`disk`], [`clusters`]: what a snapshot holds of a disk, and the map that says which clusters that is
 //! - [`verify`]: check everything, the whole memory included
 //! - [`working_set`]: which pages clones use, learnt afterwards; [`page_runs`] is how they are told
-//! - [`compat`]: may a snapshot run on this host
+//! - [`compat`]: may a snapshot run on this host; [`cpu`]: what a guest may use of a CPU
 //!
 //! docs/snapshot-format.md describes the same for users.
 
@@ -19,6 +19,7 @@
 mod chunk;
 pub mod clusters;
 pub mod compat;
+pub mod cpu;
 pub mod create;
 pub mod digests;
 mod dir;

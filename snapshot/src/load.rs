@@ -92,6 +92,14 @@ pub enum LoadError {
         /// vCPUs in the manifest.
         expected: u32,
     },
+    /// The state file is of a machine with another CPU.
+    #[error("{path} is of another CPU than the manifest tells: guest_cpu.{what}; the files belong to two snapshots")]
+    GuestCpu {
+        /// The state file.
+        path: PathBuf,
+        /// What the manifest claims, and what the state says.
+        what: String,
+    },
     /// The state file is of a machine with other disks.
     #[error("{path} is of other disks than the manifest lists; the files belong to two snapshots")]
     Drives {
@@ -359,6 +367,9 @@ fn read_state(dir: &Dir, manifest: &Manifest) -> Result<MachineState, LoadError>
     if state.vcpus.len() as u64 != u64::from(manifest.machine.vcpus) {
         let (found, expected) = (state.vcpus.len(), manifest.machine.vcpus);
         return Err(LoadError::VcpuCount { path: path(), found, expected });
+    }
+    if let Some(what) = manifest.guest_cpu.as_ref().and_then(|cpu| cpu.contradiction(&state)) {
+        return Err(LoadError::GuestCpu { path: path(), what });
     }
     let saved = state.devices.drives.iter().map(|drive| &drive.drive_id);
     if !saved.eq(manifest.devices.drives.iter().map(|drive| &drive.drive_id)) {

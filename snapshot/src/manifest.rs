@@ -4,6 +4,7 @@
 //! the type and in the document, so that a manifest of an earlier version keeps its digest.
 
 use crate::clusters::Clusters;
+use crate::cpu::GuestCpu;
 use crate::packed;
 use crate::{CHUNK_BYTES, FORMAT_VERSION, OLDEST_FORMAT_VERSION, PAGE_BYTES, file};
 use serde::{Deserialize, Serialize};
@@ -45,6 +46,9 @@ pub struct Manifest {
     pub arch: String,
     /// CPU of the host that wrote the snapshot.
     pub cpu: Cpu,
+    /// The CPU as the guest saw it. Since version 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_cpu: Option<GuestCpu>,
     /// Kernel release of that host. For information.
     pub host_kernel: String,
     /// Size of the machine.
@@ -352,7 +356,7 @@ pub struct BadField {
 }
 
 impl BadField {
-    fn new(field: impl Into<String>, problem: impl Into<String>) -> BadField {
+    pub(crate) fn new(field: impl Into<String>, problem: impl Into<String>) -> BadField {
         BadField { field: field.into(), problem: problem.into() }
     }
 }
@@ -378,7 +382,8 @@ impl Manifest {
     /// The lowest version of the format that can say what this manifest says.
     pub fn lowest_version(&self) -> u32 {
         let Memory { packed, parent, map, .. } = &self.memory;
-        let newer = packed.is_some() || parent.is_some() || map.is_some() || self.config.is_some();
+        let newer =
+            packed.is_some() || parent.is_some() || map.is_some() || self.config.is_some() || self.guest_cpu.is_some();
         if newer { 2 } else { 1 }
     }
 
@@ -395,6 +400,7 @@ impl Manifest {
             created_unix_ms: _,
             arch,
             cpu,
+            guest_cpu,
             host_kernel,
             machine,
             memory,
@@ -416,6 +422,7 @@ impl Manifest {
         if let Some(config) = config {
             check_hex("config", config)?;
         }
+        guest_cpu.as_ref().map_or(Ok(()), GuestCpu::check)?;
         for (field, text) in [
             ("vmm_version", vmm_version),
             ("arch", arch),

@@ -1,9 +1,12 @@
-//! What this host is, as snapshots record it, and as reports tell it.
+//! What this host is, as snapshots record it and are compared with it, and as reports tell it.
+
+mod tsc;
 
 use serde::Serialize;
-use snapshot::compat::HostFacts;
+use snapshot::compat::{self, HostFacts};
+use snapshot::cpu;
 use snapshot::manifest::Cpu;
-use std::arch::x86_64::__cpuid;
+use std::arch::x86_64::{__cpuid, __cpuid_count};
 
 /// Asks the CPU and the kernel.
 pub fn facts() -> HostFacts {
@@ -13,6 +16,31 @@ pub fn facts() -> HostFacts {
         cpu: cpu(),
         kernel: uname.release().to_string_lossy().into_owned(),
     }
+}
+
+/// What a snapshot is compared with: what can be known without KVM and without delay.
+pub fn to_compare() -> compat::Host {
+    compat::Host {
+        facts: facts(),
+        page_bytes: rustix::param::page_size() as u64,
+        cpuid: cpu::read(cpuid),
+        tsc: tsc::told(cpuid, tsc::cpuinfo),
+    }
+}
+
+/// As [`to_compare`], for whoever has time: the frequency of the time-stamp counter is measured if it is not told.
+pub fn to_compare_closely() -> compat::Host {
+    let mut host = to_compare();
+    if host.tsc.khz.is_none() {
+        host.tsc = tsc::measured(tsc::cpuinfo);
+    }
+    host
+}
+
+/// EAX, EBX, ECX and EDX of a leaf of this CPU.
+fn cpuid(leaf: u32, index: u32) -> [u32; 4] {
+    let found = __cpuid_count(leaf, index);
+    [found.eax, found.ebx, found.ecx, found.edx]
 }
 
 fn cpu() -> Cpu {
@@ -62,6 +90,16 @@ pub fn summary() -> Host {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    #[test]
+    fn this_host_tells_what_its_cpu_can_do() {
+        let host = to_compare();
+        assert_eq!(host.page_bytes, 4096);
+        let features = cpu::features(&host.cpuid);
+        assert!(["fpu", "sse2", "lm", "syscall"].iter().all(|name| features.contains(name)), "{features:?}");
+    }
+
     #[test]
     fn this_host_has_a_name() {
         let facts = super::facts();

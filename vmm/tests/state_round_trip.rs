@@ -8,7 +8,7 @@ use test_skip::skip;
 use vmm::kvm::state::{Clock, VmStateError};
 use vmm::kvm::{self, Vm};
 use vmm::memory::GuestRam;
-use vmm::vcpu::state::{self, StateShape};
+use vmm::vcpu::state::{self, OtherTsc, StateShape};
 
 const MSR_TSC: u32 = 0x10;
 const MSR_APIC_BASE: u32 = 0x1b;
@@ -39,7 +39,7 @@ fn vcpu_round_trip(change: impl FnOnce(&mut VcpuState)) -> Option<(VcpuState, Vc
     let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
     change(&mut saved);
     let (_kvm, _ram, other, shape) = machine()?;
-    state::load(&other.vcpus[0], &other.fd, &saved, true).unwrap();
+    state::load(&other.vcpus[0], &other.fd, &saved, true, OtherTsc::Refused).unwrap();
     Some((saved, state::save(&other.vcpus[0], &shape).unwrap()))
 }
 
@@ -228,7 +228,7 @@ fn a_refused_msr_is_named() {
     let Some((_kvm, _ram, vm, shape)) = machine() else { return };
     let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
     saved.msrs.push(Msr { index: 0x1234_5678, data: 1 });
-    let refused = state::load(&vm.vcpus[0], &vm.fd, &saved, true).unwrap_err().to_string();
+    let refused = state::load(&vm.vcpus[0], &vm.fd, &saved, true, OtherTsc::Refused).unwrap_err().to_string();
     assert!(refused.contains("0x12345678"), "{refused}");
 }
 
@@ -238,7 +238,7 @@ fn an_unknown_msr_that_held_nothing_is_not_missed() {
     let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
     saved.msrs.insert(0, Msr { index: 0x1234_5678, data: 0 });
     set_msr(&mut saved, MSR_LSTAR, 0x1000);
-    state::load(&vm.vcpus[0], &vm.fd, &saved, true).unwrap();
+    state::load(&vm.vcpus[0], &vm.fd, &saved, true, OtherTsc::Refused).unwrap();
     assert_eq!(msr(&state::save(&vm.vcpus[0], &shape).unwrap(), MSR_LSTAR), 0x1000, "those behind it are loaded");
 }
 
@@ -250,8 +250,9 @@ fn another_time_stamp_frequency_is_refused_where_it_cannot_be_had() {
     }
     let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
     saved.tsc_khz *= 2;
-    let refused = state::load(&vm.vcpus[0], &vm.fd, &saved, true).unwrap_err().to_string();
-    assert!(refused.contains("kHz"), "{refused}");
+    let refused = state::load(&vm.vcpus[0], &vm.fd, &saved, true, OtherTsc::Refused).unwrap_err().to_string();
+    assert!(refused.contains("kHz") && refused.contains("`tsc_khz`"), "{refused}");
+    state::load(&vm.vcpus[0], &vm.fd, &saved, true, OtherTsc::Allowed).unwrap();
 }
 
 #[test]
@@ -261,7 +262,7 @@ fn parts_of_another_size_are_refused() {
     let refused = |change: fn(&mut VcpuState)| {
         let mut state = saved.clone();
         change(&mut state);
-        state::load(&vm.vcpus[0], &vm.fd, &state, true).unwrap_err().to_string()
+        state::load(&vm.vcpus[0], &vm.fd, &state, true, OtherTsc::Refused).unwrap_err().to_string()
     };
     assert!(refused(|s| s.xsave.truncate(100)).contains("FPU state"));
     assert!(refused(|s| s.xsave.resize(1 << 20, 0)).contains("FPU state"));

@@ -4,6 +4,7 @@ use super::CreateError;
 use super::link::Link;
 use super::memory::{MemoryDigest, Over};
 use crate::compat::HostFacts;
+use crate::cpu::GuestCpu;
 use crate::dir::Dir;
 use crate::file;
 use crate::manifest::{Devices, Machine, Manifest, Readiness, StateFile};
@@ -109,7 +110,7 @@ impl Staging {
     /// Writes everything else and gives the snapshot its name. Once this returns it survives a power cut.
     pub fn commit(self, memory: MemoryDigest, facts: Facts, state: &MachineState) -> Result<Manifest, CreateError> {
         let state_bytes = state::encode(state)?;
-        let manifest = describe(&memory, facts, state.vcpus.len(), &state_bytes);
+        let manifest = describe(&memory, facts, state, &state_bytes);
         self.complete(memory, manifest, &state_bytes)
     }
 
@@ -221,7 +222,7 @@ impl Drop for Staging {
 }
 
 /// What the manifest says of all this; it is still to be sealed.
-fn describe(memory: &MemoryDigest, facts: Facts, vcpus: usize, state: &[u8]) -> Manifest {
+fn describe(memory: &MemoryDigest, facts: Facts, machine: &MachineState, state: &[u8]) -> Manifest {
     let Facts { vmm_version, host: HostFacts { arch, cpu, kernel }, devices, readiness, config } = facts;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Manifest {
@@ -230,8 +231,9 @@ fn describe(memory: &MemoryDigest, facts: Facts, vcpus: usize, state: &[u8]) -> 
         created_unix_ms: now.as_millis() as u64,
         arch,
         cpu,
+        guest_cpu: GuestCpu::of(machine),
         host_kernel: kernel,
-        machine: Machine { vcpus: vcpus as u32, memory_bytes: memory.size_bytes },
+        machine: Machine { vcpus: machine.vcpus.len() as u32, memory_bytes: memory.size_bytes },
         memory: memory.describe(),
         state: StateFile {
             file: file::STATE.into(),

@@ -31,10 +31,15 @@ fn options_that_make_no_sense_are_named() {
     bad_usage("--config a --restore b", &["--config", "--restore"]);
     bad_usage("--config a --paused=yes", &["yes"]);
     bad_usage("--config a --log-level loud", &["loud"]);
-    for option in ["--uffd u", "--vsock v", "--paused", "--same-generation", "--max-private-mib 5"] {
+    let with_restore =
+        ["--uffd u", "--vsock v", "--paused", "--same-generation", "--max-private-mib 5", "--allow-mismatch vendor"];
+    for option in with_restore {
         bad_usage(&format!("--config a {option}"), &["makes sense with --restore only"]);
         bad_usage(&format!("--api-sock a {option}"), &["makes sense with --restore only"]);
     }
+    let allowed = ["--allow-mismatch arch", "vendor", "cpu_features", "xsave", "tsc_khz"];
+    bad_usage("--restore a --allow-mismatch arch", &allowed);
+    bad_usage("snapshot check", &["check SNAPSHOT"]);
     bad_usage("--restore a --uffd-mode copy", &["--uffd-mode", "--uffd"]);
     bad_usage("--restore a --uffd b --uffd-mode x", &["--uffd-mode x"]);
     bad_usage("guest", &["export FILE"]);

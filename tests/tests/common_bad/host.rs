@@ -24,7 +24,7 @@ case $user in
 esac
 "#;
 
-fn within(place: &Place, nodes: &str, user: &str) -> impl Fn(&mut Command) {
+pub(super) fn within(place: &Place, nodes: &str, user: &str) -> impl Fn(&mut Command) {
     let dev = place.join("dev");
     let _ = std::fs::create_dir(&dev);
     let (nodes, user) = (nodes.to_owned(), user.to_owned());
@@ -34,18 +34,18 @@ fn within(place: &Place, nodes: &str, user: &str) -> impl Fn(&mut Command) {
 }
 
 /// A place that everybody may use.
-fn open_place() -> Place {
+pub(super) fn open_place() -> Place {
     let place = Place::new();
     std::fs::set_permissions(place.path(), PermissionsExt::from_mode(0o777)).expect("it is ours");
     place
 }
 
-fn unshare() -> &'static Path {
+pub(super) fn unshare() -> &'static Path {
     Path::new("unshare")
 }
 
 /// Why such hosts cannot be arranged here, if so.
-fn obstacle(place: &Place, nodes: &str, user: &str) -> Option<String> {
+pub(super) fn obstacle(place: &Place, nodes: &str, user: &str) -> Option<String> {
     if !is_root() {
         return Some("only root can give a process a /dev of its own".into());
     }

@@ -3,6 +3,7 @@
 mod cli;
 mod config;
 mod disk;
+mod fit;
 mod guest;
 mod host;
 mod page_server;

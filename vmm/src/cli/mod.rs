@@ -8,17 +8,19 @@ pub use options::{Command, LoadOptions, RunOptions, USAGE, UsageError};
 use crate::bench;
 use crate::demo::{self, DemoError};
 use crate::doctor;
+use crate::host;
 use crate::loader::{EMBEDDED_GUEST, LoadError};
 use crate::logging;
 use crate::machine::backend::BackendError;
 use crate::machine::boot::BootError;
 use crate::machine::driver::{self, Ending, RunError, Setup, Start};
-use crate::machine::restore::RestoreError;
+use crate::machine::restore::{self, RestoreError};
 use crate::memory::uffd::UffdError;
 use crate::vcpu::GuestEnd;
 use api_spec::logger::MetricsSink;
 use api_spec::strict::{self, DocumentError};
 use api_spec::vm::VmConfig;
+use snapshot::compat::Report;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -160,6 +162,13 @@ pub fn run(command: Command) -> Result<i32, CliError> {
         Command::DescribeSnapshot(path) => {
             let snapshot = snapshot::load::open(&path)?;
             print(&format!("v{}\n", snapshot.manifest().format_version))
+        }
+        Command::Check { path, json } => {
+            let snapshot = snapshot::load::open_without_memory(&path)?;
+            restore::check_machine(snapshot.manifest()).map_err(RunError::from)?;
+            let report = Report::of(&snapshot, &host::to_compare_closely());
+            print(&if json { to_json(&report) } else { report.to_string() })?;
+            Ok(if report.fits { DONE } else { FAILED })
         }
         Command::Verify { path, json } => {
             let report = snapshot::verify::verify(&path)?;

@@ -9,7 +9,8 @@ use crate::stats::process::ProcessStart;
 use api_spec::devices::Serial;
 use api_spec::mac::MacError;
 use api_spec::snapshot::{
-    DriveOverride, MemBackend, MemBackendType, NetworkOverride, OnHandlerLoss, SnapshotLoad, VsockOverride,
+    AllowedMismatch, DriveOverride, MemBackend, MemBackendType, NetworkOverride, OnHandlerLoss, SnapshotLoad,
+    VsockOverride,
 };
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -29,6 +30,7 @@ Usage: vmm --config FILE [options]            boot what the file describes
        vmm doctor [--json]                    say what this host can do, with remedies
        vmm guest export FILE                  write the embedded guest's kernel, for other VMMs to boot
        vmm snapshot verify SNAPSHOT [--json]  check every byte of a snapshot
+       vmm snapshot check SNAPSHOT [--json]   say whether a snapshot fits this host, without loading it
        vmm uffd-handler [options]             run the page server; see `vmm uffd-handler --help`
 
 Options:
@@ -45,6 +47,8 @@ Options:
   --paused               with --restore: leave the vCPUs standing still
   --max-private-mib N    with --restore: pause the guest when it has N MiB of private memory
   --no-replay            with --restore: do not get pages ready that earlier clones have used (working-set.json)
+  --allow-mismatch WHAT  with --restore: restore though the host differs in `vendor`, `cpu_features`, `xsave` or `tsc_khz`; once
+                         for each. The guest may fail at any time
   --same-generation      with --restore: keep the generation id, so that the guest takes itself for the original (tests)
   --console PLACE        where the guest's COM1 leads: `stdio` (default), `pty`, or a file that output is appended to
   --api-sock PATH        Unix socket of the REST API; created, mode 0600, removed at the end
@@ -137,6 +141,8 @@ pub struct LoadOptions {
     pub max_private_mib: Option<u64>,
     /// Make nothing of the snapshot's working set.
     pub no_replay: bool,
+    /// In what the host may differ.
+    pub allow_mismatch: Vec<AllowedMismatch>,
 }
 
 impl LoadOptions {
@@ -154,6 +160,7 @@ impl LoadOptions {
             new_generation: !self.same_generation,
             max_private_mib: self.max_private_mib,
             replay_working_set: !self.no_replay,
+            allow_mismatch: self.allow_mismatch.clone(),
             ..SnapshotLoad::of(self.snapshot.clone())
         }
     }
@@ -191,6 +198,13 @@ pub enum Command {
     PageServer(Box<uffd_handler::Options>),
     /// Look at a page server, or at what belongs to one.
     PageServerTool(uffd_handler::tool::Tool),
+    /// Compare a snapshot with this host.
+    Check {
+        /// The snapshot.
+        path: PathBuf,
+        /// Print JSON.
+        json: bool,
+    },
     /// Check a snapshot.
     Verify {
         /// The snapshot.
@@ -281,7 +295,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
     };
     let mut level = None;
     let (mut snapshot, mut uffd, mut copy, mut on_handler_loss, mut vsock) = (None, None, None, None, None);
-    let (mut drives, mut taps) = (Vec::new(), Vec::new());
+    let (mut drives, mut taps, mut allow_mismatch) = (Vec::new(), Vec::new(), Vec::new());
     let (mut paused, mut same_generation, mut max_private_mib, mut no_replay) = (false, false, None, false);
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
@@ -304,6 +318,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             Long("vsock") => vsock = Some(PathBuf::from(parser.value()?)),
             Long("drive") => drives.push(drive(parser.value()?)?),
             Long("tap") => taps.push(tap(&parser.value()?.string()?)?),
+            Long("allow-mismatch") => allow_mismatch.push(allowed_mismatch(&parser.value()?.string()?)?),
             Long("paused") => paused = true,
             Long("same-generation") => same_generation = true,
             Long("no-replay") => no_replay = true,
@@ -362,6 +377,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         ("--vsock", vsock.is_some()),
         ("--drive", !drives.is_empty()),
         ("--tap", !taps.is_empty()),
+        ("--allow-mismatch", !allow_mismatch.is_empty()),
         ("--paused", paused),
         ("--same-generation", same_generation),
         ("--no-replay", no_replay),
@@ -388,6 +404,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
                 same_generation,
                 max_private_mib,
                 no_replay,
+                allow_mismatch,
             });
         }
         (None, _) => {
@@ -421,6 +438,14 @@ fn handler_loss(text: &str) -> Result<OnHandlerLoss, lexopt::Error> {
     serde_json::from_value(text.into()).map_err(|_| {
         let wanted = "must be `failover`, `reattach`, `pause` or `kill`";
         lexopt::Error::from(format!("--on-handler-loss {text}: {wanted}"))
+    })
+}
+
+/// The value of `--allow-mismatch`, which is one of those in the API's field.
+fn allowed_mismatch(text: &str) -> Result<AllowedMismatch, lexopt::Error> {
+    serde_json::from_value(text.into()).map_err(|_| {
+        let wanted = "must be `vendor`, `cpu_features`, `xsave` or `tsc_khz`; nothing else can be allowed to differ";
+        lexopt::Error::from(format!("--allow-mismatch {text}: {wanted}"))
     })
 }
 
@@ -545,7 +570,8 @@ fn parse_guest(args: Vec<OsString>) -> Result<Command, UsageError> {
 fn parse_snapshot(args: Vec<OsString>) -> Result<Command, UsageError> {
     match verb_and_path(args)? {
         Some(Parsed { verb, path: Some(path), json }) if verb == "verify" => Ok(Command::Verify { path, json }),
-        Some(_) => Err(UsageError::Missing("`snapshot` takes `verify SNAPSHOT [--json]`")),
+        Some(Parsed { verb, path: Some(path), json }) if verb == "check" => Ok(Command::Check { path, json }),
+        Some(_) => Err(UsageError::Missing("`snapshot` takes `verify SNAPSHOT [--json]` or `check SNAPSHOT [--json]`")),
         None => Ok(Command::Help(USAGE)),
     }
 }
@@ -609,6 +635,11 @@ mod tests {
         let drives = options.restore.unwrap().request().drive_overrides;
         let drive = |id: &str, path: &str| DriveOverride { drive_id: id.into(), path_on_host: path.into() };
         assert_eq!(drives, [drive("a", "/b=c"), drive("d", "e")]);
+        let line = "--restore s --allow-mismatch vendor --allow-mismatch cpu_features";
+        let Ok(Command::Run(options)) = parse(line) else { panic!() };
+        let allowed = options.restore.unwrap().request().allow_mismatch;
+        assert_eq!(allowed, [AllowedMismatch::Vendor, AllowedMismatch::CpuFeatures]);
+        assert_eq!(parse("snapshot check s --json").unwrap(), Command::Check { path: "s".into(), json: true });
     }
 
     #[test]
@@ -689,6 +720,11 @@ mod tests {
             "guest export --json f",
             "guest export --unknown",
             "snapshot verify",
+            "snapshot check",
+            "snapshot check a b",
+            "--config a --allow-mismatch vendor",
+            "--restore a --allow-mismatch arch",
+            "--restore a --allow-mismatch",
             "bench",
             "bench disks",
             "bench api --calls 0",

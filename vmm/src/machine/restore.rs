@@ -17,12 +17,13 @@ use crate::memory::layout;
 use crate::memory::replay::Replay;
 use crate::memory::uffd::Service;
 use crate::vcpu::VcpuError;
-use crate::vcpu::state::{StateShape, VcpuStateError};
+use crate::vcpu::state::{OtherTsc, StateShape, VcpuStateError};
 use api_spec::devices::NetworkInterface;
 use api_spec::mac::MacError;
-use api_spec::snapshot::{NetworkOverride, SnapshotLoad, VsockOverride};
-use snapshot::compat::Mismatch;
+use api_spec::snapshot::{AllowedMismatch, NetworkOverride, SnapshotLoad, VsockOverride};
+use snapshot::compat::{self, Field, Mismatch, Verdict};
 use snapshot::load::{LoadError, Snapshot};
+use snapshot::manifest::Manifest;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -128,7 +129,8 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     // A page server may have memory from where there is no file.
     let open = if backend.is_served() { snapshot::load::open_without_memory } else { snapshot::load::open };
     let snapshot = open(&request.snapshot_path)?;
-    check(&snapshot)?;
+    let allowed: Vec<Field> = request.allow_mismatch.iter().map(allowed_field).collect();
+    check(&snapshot, &allowed)?;
     let (plan, disks) = devices(&snapshot, request)?;
     let kvm = kvm::open()?;
 
@@ -153,9 +155,10 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     let page_server = service.map(keep).transpose()?;
     let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
     let state = snapshot.state();
+    let other_tsc = if allowed.contains(&Field::TscKhz) { OtherTsc::Allowed } else { OtherTsc::Refused };
     for (number, (vcpu, saved)) in vm.vcpus.iter().zip(&state.vcpus).enumerate() {
         let fail = |source| RestoreError::VcpuState { vcpu: number, source };
-        crate::vcpu::state::load(vcpu, &vm.fd, saved, number == 0).map_err(fail)?;
+        crate::vcpu::state::load(vcpu, &vm.fd, saved, number == 0, other_tsc).map_err(fail)?;
     }
     let clock = if request.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn };
     kvm::state::load(&vm.fd, &state.vm, clock)?;
@@ -201,10 +204,29 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
     Ok(machine)
 }
 
-/// Whether this program on this host can run the snapshot.
-fn check(snapshot: &Snapshot) -> Result<(), RestoreError> {
+/// Whether this program on this host can run the snapshot, going by what can be known without KVM.
+fn check(snapshot: &Snapshot, allowed: &[Field]) -> Result<(), RestoreError> {
     let manifest = snapshot.manifest();
-    snapshot::compat::check(manifest, &host::facts())?;
+    for warning in compat::check(manifest, snapshot.state(), &host::to_compare(), allowed)? {
+        // KVM knows the frequency, and is asked when it is loaded.
+        if (warning.field, warning.verdict) != (Field::TscKhz, Verdict::Unknown) {
+            tracing::warn!("{warning}; it is restored all the same");
+        }
+    }
+    check_machine(manifest)
+}
+
+fn allowed_field(allowed: &AllowedMismatch) -> Field {
+    match allowed {
+        AllowedMismatch::Vendor => Field::Vendor,
+        AllowedMismatch::CpuFeatures => Field::CpuFeatures,
+        AllowedMismatch::Xsave => Field::Xsave,
+        AllowedMismatch::TscKhz => Field::TscKhz,
+    }
+}
+
+/// Whether the snapshot is of a machine that this program builds, on whatever host.
+pub fn check_machine(manifest: &Manifest) -> Result<(), RestoreError> {
     let bytes = manifest.machine.memory_bytes;
     if manifest.memory.regions != layout::ram_regions(bytes) || bytes >> 20 > layout::MAX_MIB {
         return Err(RestoreError::Layout { bytes });

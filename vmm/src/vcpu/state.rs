@@ -18,6 +18,7 @@ use kvm_bindings::{
     kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave2,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use snapshot::compat::same_tsc;
 use snapshot::state::{
     CpuidEntry, DebugRegs, DescriptorTable, ExceptionEvent, InterruptEvent, Msr, NmiEvent, Regs, Segment, SmiEvent,
     Sregs, VcpuEvents, VcpuState, Xcr,
@@ -69,7 +70,7 @@ pub enum VcpuStateError {
     },
     /// Time would run at another speed.
     #[error(
-        "the guest's time-stamp counter runs at {guest} kHz, this host's at {host} kHz, and this host cannot scale it; restore on a host of the same frequency"
+        "the guest's time-stamp counter runs at {guest} kHz, this host's at {host} kHz, and this host cannot scale it; restore on a host of the same frequency, or allow the mismatch `tsc_khz`"
     )]
     TscKhz {
         /// Frequency in the snapshot, in kHz.
@@ -91,6 +92,15 @@ pub enum VcpuStateError {
 
 fn step(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuStateError {
     move |source| VcpuStateError::Step { step, source }
+}
+
+/// What becomes of a guest whose time-stamp counter this host cannot give it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OtherTsc {
+    /// It is not loaded.
+    Refused,
+    /// It gets this host's.
+    Allowed,
 }
 
 /// What a host keeps for each vCPU, asked once per process.
@@ -146,13 +156,26 @@ pub fn save(vcpu: &VcpuFd, shape: &StateShape) -> Result<VcpuState, VcpuStateErr
 }
 
 /// Loads a vCPU that has never run. vCPUs are loaded in order of their numbers, `first` first.
-pub fn load(vcpu: &VcpuFd, vm: &VmFd, state: &VcpuState, first: bool) -> Result<(), VcpuStateError> {
+pub fn load(
+    vcpu: &VcpuFd,
+    vm: &VmFd,
+    state: &VcpuState,
+    first: bool,
+    other_tsc: OtherTsc,
+) -> Result<(), VcpuStateError> {
     let VcpuState { mp_state, regs, sregs, xsave, xcrs, debug_regs, lapic, msrs, events, cpuid, tsc_khz } = state;
     let cpuid: Vec<_> = cpuid.iter().map(load_cpuid).collect();
     let too_many =
         |_| VcpuStateError::Size { what: "CPUID", found: cpuid.len(), expected: kvm_bindings::KVM_MAX_CPUID_ENTRIES };
     vcpu.set_cpuid2(&CpuId::from_entries(&cpuid).map_err(too_many)?).map_err(step("loading CPUID"))?;
-    load_tsc_khz(vcpu, vm, *tsc_khz)?;
+    match load_tsc_khz(vcpu, vm, *tsc_khz) {
+        Err(e @ VcpuStateError::TscKhz { .. }) if other_tsc == OtherTsc::Allowed => {
+            if first {
+                tracing::warn!("{e}; it is restored all the same");
+            }
+        }
+        other => other?,
+    }
     vcpu.set_mp_state(kvm_mp_state { mp_state: *mp_state }).map_err(step("loading the run state"))?;
     vcpu.set_regs(&load_regs(regs)).map_err(step("loading general registers"))?;
     vcpu.set_sregs(&load_sregs(sregs)).map_err(step("loading special registers"))?;
@@ -180,8 +203,7 @@ pub fn note_pause(vcpu: &VcpuFd) {
 /// another speed, so that is refused.
 fn load_tsc_khz(vcpu: &VcpuFd, vm: &VmFd, guest: u32) -> Result<(), VcpuStateError> {
     let host = vcpu.get_tsc_khz().unwrap_or(0);
-    // KVM's own tolerance is 250 ppm; within it the clocks of host and guest agree.
-    if guest == 0 || guest.abs_diff(host) <= guest / 4000 {
+    if same_tsc(guest, host) {
         return Ok(());
     }
     if !vm.check_extension(Cap::TscControl) {

@@ -518,7 +518,7 @@ mod tests {
     #[test]
     fn a_command_is_made_of_known_words_only() {
         // The glossary of docs/rest-api.md.
-        const GLOSSARY: [&str; 29] = [
+        const GLOSSARY: [&str; 30] = [
             "info",
             "version",
             "config",
@@ -542,6 +542,7 @@ mod tests {
             "create",
             "load",
             "status",
+            "cancel",
             "logger",
             "metrics",
             "flush",
