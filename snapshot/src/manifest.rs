@@ -443,9 +443,12 @@ impl Manifest {
         }
         let mut names = vec![&memory.file, &memory.digests, &state.file];
         names.extend(memory.map.as_ref().map(|map| &map.file));
+        let held = devices.drives.iter().filter_map(|drive| drive.held.as_ref());
+        names.extend(held.flat_map(|held| [&held.file, &held.map]));
         names.sort_unstable();
         if names.windows(2).any(|pair| pair[0] == pair[1]) {
-            let problem = "and `memory.digests`, `memory.map.file` and `state.file` must be different files";
+            let problem =
+                "and `memory.digests`, `memory.map.file`, `state.file` and those of disks must be different files";
             return Err(BadField::new("memory.file", problem));
         }
         let Devices { vsock, drives, network, entropy, balloon } = devices;

@@ -217,6 +217,7 @@ fn a_value_that_no_snapshot_has_is_refused() {
         ("/memory/file", json!(""), "memory.file"),
         ("/memory/file", json!("a\u{0}b"), "memory.file"),
         ("/memory/file", json!("state.bin"), "different files"),
+        ("/memory/digests", json!("disk-root.map"), "different files"),
         ("/memory/file", json!("other.bin"), "other.bin is missing"),
         ("/memory/size_bytes", json!(0), "memory"),
         ("/memory/size_bytes", json!(u64::MAX), "memory"),

@@ -6,6 +6,7 @@ use api_spec::snapshot::{SnapshotCancel, SnapshotCreate, SnapshotState, Snapshot
 use api_spec::stats::PageServerState;
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 use tests::{Agent, Boot, PageServer, Place, Restore, Template, TemplateOptions, Vm, require, until};
 
 /// Marks a snapshot's guest: the page of level `n` holds `n`, that of every third is zero again.
@@ -157,6 +158,62 @@ fn a_guest_without_a_snapshot_gets_a_whole_one_and_one_whose_snapshots_are_gone_
     for name in ["moved", "third", "fourth"] {
         let (vm, mut agent) = Restore::new(&place, &place.join(name)).ready(name);
         facts.check(&mut agent);
+        vm.stop();
+    }
+}
+
+/// Kills a vmm this long after it was asked for a snapshot.
+fn killed_in(vm: Vm, create: SnapshotCreate, after: Duration) {
+    let mut vm = vm;
+    let mut client = vm.client();
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(move || client.snapshot_create(&create));
+        std::thread::sleep(after);
+        vm.process.kill();
+        let _ = asked.join().expect("no panic");
+    });
+}
+
+/// Snapshots whose vmm was killed at 40 moments are whole, or are not there; what is left goes with the next.
+#[test]
+fn a_snapshot_whose_vmm_is_killed_is_whole_or_absent() {
+    require!(Kvm);
+    const MOMENTS: u32 = 20;
+    let (template, place) = (Template::shared(), Place::new());
+    let restored = |name: &str| Restore::new(&place, &template.snapshot).ready(name);
+    let booted = |name: &str| {
+        let (vm, mut agent) = Boot::new(&place).memory_mib(64).ready(name);
+        tests::template::Facts::gather(&mut agent, 8);
+        (vm, agent)
+    };
+    for (kind, snapshot_type) in [("full", SnapshotType::Full), ("diff", SnapshotType::Diff)] {
+        let guest = |name: &str| if snapshot_type == SnapshotType::Full { booted(name) } else { restored(name) };
+        let create = |path: &Path| SnapshotCreate { snapshot_type, ..SnapshotCreate::of(path.to_owned()) };
+        let (mut vm, mut agent) = guest(&format!("{kind}-whole"));
+        agent.set_word(template.facts.first_free_page(), 1);
+        let begun = Instant::now();
+        vm.client().snapshot_create(&create(&place.join(format!("{kind}-first")))).expect("it can be taken");
+        let takes = begun.elapsed();
+        vm.stop();
+        let (mut whole, mut absent) = (0, 0);
+        for moment in 0..MOMENTS {
+            let (vm, mut agent) = guest(&format!("{kind}-{moment}"));
+            agent.set_word(template.facts.first_free_page(), 1);
+            let path = place.join(format!("{kind}-snapshot"));
+            killed_in(vm, create(&path), takes * 3 * moment / (2 * MOMENTS));
+            if path.exists() {
+                snapshot::verify::verify(&path).unwrap_or_else(|e| panic!("{kind} at {moment}: {e}"));
+                fs::remove_dir_all(&path).expect("it can be removed");
+                whole += 1;
+            } else {
+                absent += 1;
+            }
+        }
+        println!("{kind}: {whole} whole, {absent} absent");
+        let (mut vm, _agent) = guest(&format!("{kind}-last"));
+        vm.client().snapshot_create(&create(&place.join(format!("{kind}-snapshot")))).expect("it can be taken");
+        let left: Vec<_> = place.names().into_iter().filter(|name| name.contains("partial")).collect();
+        assert!(left.is_empty(), "{left:?}");
         vm.stop();
     }
 }
