@@ -22,7 +22,7 @@ mod staging;
 pub use disk::{CopiedDisk, DiskSource};
 pub(crate) use source::next_data;
 pub use source::{BytesSource, FileSource, MemorySource};
-pub use staging::{Facts, MemoryDigest, Staging};
+pub use staging::{Facts, MemoryDigest, Staging, clear_leftovers};
 
 use crate::manifest::BadField;
 use crate::state::StateError;
