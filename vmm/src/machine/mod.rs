@@ -14,6 +14,7 @@
 //! - [`backend`]: where the memory of a restored guest comes from
 //! - [`wiring`]: devices and their places; [`disks`]: what lies behind the drives
 //! - [`driver`]: the one owner of all this, on the event loop
+//! - [`saved`]: a machine that is saved when it stops and goes on when it starts
 //! - `record`: how a snapshot records the configuration of devices (pure)
 //! - `private`: watches over what the guest has of its own
 //! - [`keeper`]: keeps memory coming whatever the page server does, and ends the process when the event loop cannot
@@ -28,6 +29,7 @@ mod private;
 mod record;
 pub mod requests;
 pub mod restore;
+pub mod saved;
 pub mod snapshot;
 pub mod wiring;
 
