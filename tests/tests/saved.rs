@@ -510,6 +510,10 @@ fn a_saved_state_over_the_api_is_set_before_the_start_and_has_a_name() {
     let refused = vm.api().put("/saved-state", &json!({ "path": "x" })).expect_err("it runs").to_string();
     assert!(refused.contains("started already"), "{refused}");
     stop(vm, StopMode::Force);
+    // One that could never be saved is not started.
+    let nowhere = Boot::new(&place).saved_state(&place.join("none/saved"), true).start("nowhere").process.finish();
+    assert_eq!(nowhere.code(), 1);
+    assert!(nowhere.one_line().contains("saved-state.path"), "{nowhere:?}");
     let config = place.join("plain.json");
     fs::write(&config, r#"{"boot-source": {"embedded_guest": true}}"#).expect("a file can be made");
     let config = config.to_string_lossy();

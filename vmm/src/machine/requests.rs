@@ -27,7 +27,7 @@ pub enum Work {
     Writing,
     /// A snapshot is being written, and the VM ends with it: what the guest did meanwhile would be lost.
     Saving,
-    /// The guest is being shut down, and the VM ends with it.
+    /// The guest is being shut down, or is to be saved after a snapshot that is still being written, and the VM ends with it.
     Stopping,
 }
 
@@ -49,8 +49,8 @@ pub enum NotNow {
     /// A guest that is being saved stands still.
     #[error("the VM is being saved, and stands still until that has succeeded, which ends it, or failed")]
     Saving,
-    /// A guest that is being shut down runs until it has done so.
-    #[error("the guest is being shut down; `PUT /vm/stop` with the mode `force` ends it at once")]
+    /// A guest that is being stopped runs until that is over.
+    #[error("the VM is being stopped already; `PUT /vm/stop` with the mode `force` ends it at once")]
     Stopping,
 }
 

@@ -36,7 +36,7 @@ impl Driver {
             return Some(Response::fault(400, ENDING));
         }
         let work = match (&self.save, self.waiting.is_some() || self.next.is_some()) {
-            _ if self.shutdown.is_some() => Work::Stopping,
+            _ if self.shutdown.is_some() || self.postponed.is_some() => Work::Stopping,
             (Some(_), _) => Work::Saving,
             (None, true) => Work::Writing,
             (None, false) => Work::None,

@@ -166,6 +166,8 @@ enum RequestError {
     Strict(String),
     #[error("--strict is about a saved state, and the configuration has no `saved-state`")]
     NothingStrict,
+    #[error("saved-state.path is {}, and there is no directory to make it in; create that first", .0.display())]
+    NoParent(PathBuf),
     #[error("there is no place to save the VM at: its configuration has no `saved-state`")]
     NoPlace,
     #[error("SendCtrlAltDel is not offered, as guests have no keyboard; ask the guest's agent to power it off")]

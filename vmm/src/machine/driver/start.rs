@@ -10,9 +10,11 @@ use crate::machine::saved::{self, Configuration, Found, GoingOn, GoingOnError, S
 use api_spec::saved::{SavedState, StartMode, Started};
 use api_spec::snapshot::SnapshotLoad;
 use api_spec::vm::VmConfig;
+use rustix::fs::OFlags;
 use snapshot::create::clear_leftovers;
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::Instant;
 
 /// Bit of the state of KVM's clock: it says when it was read, by the host's time of day.
@@ -51,6 +53,9 @@ impl Driver {
         let Some(SavedState { path, strict, save_on_stop: _ }) = self.config.saved_state.clone() else {
             return self.boot(&plan, || ());
         };
+        if !path.parent().is_some_and(|above| above.as_os_str().is_empty() || above.is_dir()) {
+            return Err(RequestError::NoParent(path));
+        }
         clear_leftovers(&path);
         let (reason, then) = match saved::find(&path) {
             Found::Nothing => (None, Then::Leave),
@@ -172,7 +177,9 @@ fn bound(machine: &mut Machine, configured: &VmConfig) {
 /// The copy of the configuration in a saved state.
 fn read_configuration(state: &State) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
-    let file = File::open(state.path().join(saved::CONFIGURATION))?;
+    // Not through a link, and without waiting for whoever would write a FIFO.
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(state.path().join(saved::CONFIGURATION))?;
     file.take(saved::MAX_CONFIGURATION).read_to_end(&mut text)?;
     Ok(text)
 }
