@@ -6,6 +6,7 @@ use crate::devices::{
     NetworkUpdate, Serial,
 };
 use crate::logger::{Logger, MetricsSink};
+use crate::saved::{SavedState, VmStop, VmStopped};
 use crate::snapshot::{SnapshotCancel, SnapshotCreate, SnapshotLoad, SnapshotStatus};
 use crate::stats::{MemoryMap, MemoryMapQuery, VmStats};
 use crate::strict::{self, DocumentError};
@@ -109,21 +110,28 @@ pub struct Command {
     pub body: Option<&'static str>,
     /// When what it says is taken, if not whenever the call is.
     pub when: Option<When>,
+    /// The field of the body whose words are flags as well, of which one can be given.
+    pub flags: Option<&'static str>,
 }
 
 /// A command whose options are the fields of the body.
 const fn command(words: &'static str) -> Command {
-    Command { words, summary: "", argument: None, body: None, when: None }
+    Command { words, summary: "", argument: None, body: None, when: None, flags: None }
 }
 
 /// A command with one field as an argument without a name.
 const fn with_argument(words: &'static str, field: &'static str) -> Command {
-    Command { words, summary: "", argument: Some(field), body: None, when: None }
+    Command { argument: Some(field), ..command(words) }
+}
+
+/// A command that takes the words of this field as flags.
+const fn with_flags(words: &'static str, field: &'static str) -> Command {
+    Command { flags: Some(field), ..command(words) }
 }
 
 /// A command that says one thing.
 const fn fixed(words: &'static str, summary: &'static str, body: &'static str) -> Command {
-    Command { words, summary, argument: None, body: Some(body), when: None }
+    Command { summary, body: Some(body), ..command(words) }
 }
 
 impl Command {
@@ -331,6 +339,13 @@ pub static OPERATIONS: &[Operation] = &[
         shape::<Serial>(r#"{"serial_out_path":"console.log"}"#),
     )
     .by(&[command("serial set")]),
+    put(
+        "putSavedState",
+        "/saved-state",
+        "Set where the VM is saved when it is stopped",
+        shape::<SavedState>(r#"{"path":"vm.saved","save_on_stop":true}"#),
+    )
+    .by(&[with_argument("saved-state set", "path")]),
     get(
         "getBalloon",
         "/balloon",
@@ -400,6 +415,17 @@ pub static OPERATIONS: &[Operation] = &[
     )
     .at(When::AfterStart)
     .by(&[with_argument("save", "snapshot_path")]),
+    Operation {
+        answer: Answer::Document(shape::<VmStopped>(r#"{"how":"saved"}"#)),
+        ..put(
+            "putVmStop",
+            "/vm/stop",
+            "Save the guest, shut it down, or end it, and end the vmm",
+            shape::<VmStop>(r#"{"mode":"save"}"#),
+        )
+    }
+    .at(When::AfterStart)
+    .by(&[with_flags("stop", "mode")]),
     get(
         "getVmStats",
         "/vm/stats",

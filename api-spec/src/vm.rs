@@ -3,6 +3,7 @@
 use crate::NotOffered;
 use crate::devices::{Balloon, Drive, Entropy, NetworkInterface, Serial};
 use crate::logger::{Logger, MetricsSink};
+use crate::saved::{Saved, SavedState, Started};
 use crate::stats::PageServerState;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -44,6 +45,9 @@ pub struct VmConfig {
     /// Where counters are written. Set at the start of the process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics: Option<MetricsSink>,
+    /// Where the VM is saved when it is stopped, if anywhere.
+    #[serde(rename = "saved-state", default, skip_serializing_if = "Option::is_none")]
+    pub saved_state: Option<SavedState>,
     /// A CPU template. Not offered: anything but `null` is refused by name.
     #[serde(rename = "cpu-config", default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "()")]
@@ -293,6 +297,12 @@ pub struct InstanceInfo {
     /// Who serves the guest's pages, if they come from a page server; `GET /vm/stats` has more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub page_server: Option<PageServerState>,
+    /// How the VM was started, if its configuration has a `saved-state`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started: Option<Started>,
+    /// What there is of its saved state, if its configuration has a `saved-state`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub saved: Option<Saved>,
 }
 
 /// Where a VM stands.

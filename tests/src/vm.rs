@@ -11,6 +11,7 @@ use api_spec::client::rest::RestError;
 use api_spec::client::{AgentClient, RestClient, VmClient};
 use api_spec::devices::{Balloon, Drive, Entropy, NetworkInterface};
 use api_spec::mac::MacAddr;
+use api_spec::saved::SavedState;
 use api_spec::snapshot::{
     DriveOverride, MemBackend, MemBackendType, NetworkOverride, OnHandlerLoss, SnapshotCreate, SnapshotLoad,
     SnapshotState, SnapshotStatus, SnapshotType, VsockOverride,
@@ -39,6 +40,7 @@ pub struct Boot<'a> {
     place: &'a Place,
     config: VmConfig,
     console: Option<String>,
+    strict: bool,
 }
 
 impl<'a> Boot<'a> {
@@ -46,7 +48,12 @@ impl<'a> Boot<'a> {
     pub fn new(place: &'a Place) -> Self {
         let boot_source = Some(BootSource { embedded_guest: true, ..Default::default() });
         let machine_config = MachineConfig { mem_size_mib: 32, ..Default::default() };
-        Boot { place, config: VmConfig { boot_source, machine_config, ..Default::default() }, console: None }
+        Boot {
+            place,
+            config: VmConfig { boot_source, machine_config, ..Default::default() },
+            console: None,
+            strict: false,
+        }
     }
 
     /// With so many vCPUs.
@@ -94,6 +101,24 @@ impl<'a> Boot<'a> {
         self
     }
 
+    /// With a place where it is saved, by default or not when it is stopped.
+    pub fn saved_state(mut self, path: &Path, save_on_stop: bool) -> Self {
+        self.config.saved_state = Some(SavedState { path: path.to_owned(), save_on_stop, strict: false });
+        self
+    }
+
+    /// With `--strict`.
+    pub fn strict(mut self) -> Self {
+        self.strict = true;
+        self
+    }
+
+    /// With whatever else of a configuration.
+    pub fn configured(mut self, change: impl FnOnce(&mut VmConfig)) -> Self {
+        change(&mut self.config);
+        self
+    }
+
     /// With a disk more.
     pub fn drive(mut self, drive: Drive) -> Self {
         self.config.drives.push(drive);
@@ -128,7 +153,8 @@ impl<'a> Boot<'a> {
         std::fs::write(&config, text).expect("a file can be made in the test's directory");
         let process = Process::start(self.place, name, binaries::vmm(), |vmm| {
             vmm.arg("--config").arg(&config).arg("--api-sock").arg(&api);
-            vmm.args(self.console.iter().flat_map(|place| ["--console", place]));
+            vmm.args(self.console.iter().flat_map(|place| ["--console", place]))
+                .args(self.strict.then_some("--strict"));
         });
         Vm { process, name: name.to_owned(), vsock, api }
     }

@@ -26,6 +26,12 @@ impl Signals {
         owned(unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) }).map(Self)
     }
 
+    /// Takes those that have come: the next one comes anew.
+    pub fn take(&self) {
+        let mut taken = [0; size_of::<libc::signalfd_siginfo>()];
+        while rustix::io::read(&self.0, &mut taken).is_ok_and(|n| n > 0) {}
+    }
+
     /// Whether one has come.
     pub fn have_come(&self) -> bool {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};

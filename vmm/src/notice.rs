@@ -71,6 +71,8 @@ pub enum Notice {
     SnapshotWritten,
     /// The background part of a snapshot is over: the disks' layers are folded, as far as that went.
     LayersFolded,
+    /// The guest's agent was asked to switch the guest off, and has said that it does so, or why it does not.
+    AskedToPowerOff(Result<(), String>),
     /// Guest memory was looked at for somebody.
     Scanned(Scanned),
 }

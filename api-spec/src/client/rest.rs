@@ -119,9 +119,23 @@ impl RestClient {
         self.send("PATCH", path, document)
     }
 
+    /// A call with a document that is answered with one.
+    pub fn ask<T: DeserializeOwned>(
+        &mut self,
+        method: &str,
+        path: &str,
+        document: &impl Serialize,
+    ) -> Result<T, RestError> {
+        self.post(method, path, document)?.document()
+    }
+
     fn send(&mut self, method: &str, path: &str, document: &impl Serialize) -> Result<(), RestError> {
+        self.post(method, path, document)?.body().map(drop)
+    }
+
+    fn post(&mut self, method: &str, path: &str, document: &impl Serialize) -> Result<Response, RestError> {
         let body = serde_json::to_vec(document).map_err(io::Error::from)?;
-        self.request(method, path, &body)?.body().map(drop)
+        self.request(method, path, &body)
     }
 
     /// Makes a call and gives its answer back, a refusal too. The path, with its query, is sent as it is.

@@ -6,6 +6,7 @@ use crate::devices::{
     NetworkUpdate, Serial,
 };
 use crate::logger::{Logger, MetricsSink};
+use crate::saved::{SavedState, VmStop, VmStopped};
 use crate::snapshot::{SnapshotCancel, SnapshotCreate, SnapshotLoad, SnapshotStatus};
 use crate::stats::{MemoryMap, MemoryMapQuery, VmStats};
 use crate::vm::{
@@ -22,8 +23,8 @@ use std::time::Duration;
 /// can tell then whether it was done. After that the client can be used on: the next call makes a new connection.
 ///
 /// Each call may take as long as [`connect`](VmClient::connect) or, later, [`set_patience`](VmClient::set_patience) says.
-/// Most answer within milliseconds. [`snapshot_create`](VmClient::snapshot_create), [`save`](VmClient::save) and
-/// [`snapshot_load`](VmClient::snapshot_load) may take as long as the disk needs for all of the guest's memory.
+/// Most answer within milliseconds. [`snapshot_create`](VmClient::snapshot_create), [`save`](VmClient::save),
+/// [`stop`](VmClient::stop) and [`snapshot_load`](VmClient::snapshot_load) may take as long as the disk needs for all of the guest's memory.
 #[derive(Debug)]
 pub struct VmClient {
     rest: RestClient,
@@ -117,6 +118,11 @@ impl VmClient {
         self.rest.put("/serial", serial)
     }
 
+    /// Sets where the VM is saved when it is stopped, before the start.
+    pub fn put_saved_state(&mut self, saved_state: &SavedState) -> Done {
+        self.rest.put("/saved-state", saved_state)
+    }
+
     /// The balloon as configured. Refused if there is none.
     pub fn balloon(&mut self) -> Result<Balloon, RestError> {
         self.rest.get("/balloon")
@@ -173,6 +179,11 @@ impl VmClient {
     /// Takes a snapshot, and has the vmm end once it is complete. The answer comes when it is.
     pub fn save(&mut self, save: &VmSave) -> Done {
         self.rest.put("/vm/save", save)
+    }
+
+    /// Saves the guest, shuts it down or ends it, after the start; then the vmm ends. The answer says what became of it.
+    pub fn stop(&mut self, stop: VmStop) -> Result<VmStopped, RestError> {
+        self.rest.ask("PUT", "/vm/stop", &stop)
     }
 
     /// What the VM has done, and what its memory consists of, after the start.

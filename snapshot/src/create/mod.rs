@@ -27,7 +27,7 @@ pub use disk::CopiedDisk;
 pub use memory::{MemoryDigest, Stored};
 pub(crate) use source::next_data;
 pub use source::{BytesSource, FileSource, LayerSource, MemorySource};
-pub use staging::{Facts, Staging};
+pub use staging::{Facts, Staging, clear_leftovers};
 
 use crate::image::ImageError;
 use crate::manifest::BadField;

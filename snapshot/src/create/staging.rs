@@ -93,6 +93,11 @@ impl Staging {
         Ok(())
     }
 
+    /// Adds a file of the caller's own, synced. Its name must be none of a snapshot's.
+    pub fn add_file(&self, name: &str, contents: &[u8]) -> Result<(), CreateError> {
+        self.dir.write_file(name, contents).map_err(|e| self.write_error(name, contents.len() as u64, e))
+    }
+
     pub(super) fn dir(&self) -> &Dir {
         &self.dir
     }
@@ -278,6 +283,15 @@ fn make_locked(parent: &Dir, target: &[u8]) -> Result<(Vec<u8>, Dir), CreateErro
         if rustix::fs::statat(parent, &name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).is_ok() {
             return Ok((name, dir));
         }
+    }
+}
+
+/// Removes what processes that no longer run have left of a snapshot that was to become `target`. [`Staging::begin`] does
+/// the same.
+pub fn clear_leftovers(target: &Path) {
+    let parent = target.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if let (Some(name), Ok(parent)) = (target.file_name(), Dir::open(parent)) {
+        remove_leftovers(&parent, name.as_bytes());
     }
 }
 

@@ -20,6 +20,7 @@ use api_spec::devices::{
 };
 use api_spec::logger::{Logger, MetricsSink};
 use api_spec::operations::Operation;
+use api_spec::saved::{SavedState, VmStop};
 use api_spec::snapshot::{SnapshotCancel, SnapshotCreate, SnapshotLoad};
 use api_spec::stats::MemoryMapQuery;
 use api_spec::vm::{Action, BootSource, MachineConfig, MachinePatch, VmPatch, VmSave, Vsock};
@@ -55,6 +56,8 @@ pub enum Request {
     PatchNetworkInterface(NetworkUpdate),
     /// `PUT /entropy`
     PutEntropy(Entropy),
+    /// `PUT /saved-state`
+    PutSavedState(SavedState),
     /// `PUT /balloon`
     PutBalloon(Balloon),
     /// `GET /balloon`
@@ -71,6 +74,8 @@ pub enum Request {
     PatchVm(VmPatch),
     /// `PUT /vm/save`
     SaveVm(VmSave),
+    /// `PUT /vm/stop`
+    StopVm(VmStop),
     /// `GET /vm/stats`
     GetStats,
     /// `GET /vm/memory-map`

@@ -1,6 +1,7 @@
 //! The command line: what it asks for, and doing it. `main` prints, [`run`] decides.
 
 pub mod ctl;
+mod list;
 mod options;
 
 pub use options::{Command, LoadOptions, RunOptions, USAGE, UsageError};
@@ -151,6 +152,10 @@ pub fn run(command: Command) -> Result<i32, CliError> {
             print(&if json { to_json(&report) } else { report.to_string() })?;
             Ok(report.exit_code().into())
         }
+        Command::List { configs, json } => {
+            let machines = list::list(&configs)?;
+            print(&if json { to_json(&machines) } else { ctl::rows(&serde_json::json!(machines)) })
+        }
         Command::GuestExport(path) => {
             let write = |source| CliError::Write { path: path.clone(), source };
             export_guest(&path).map_err(write)?;
@@ -209,6 +214,7 @@ fn run_vm(options: RunOptions) -> Result<i32, CliError> {
         log,
         metrics_path,
         boot_timer,
+        strict,
         process_start,
         reset_is_done,
         end_with_parent,
@@ -224,9 +230,9 @@ fn run_vm(options: RunOptions) -> Result<i32, CliError> {
     };
     let metrics = metrics_path.map(|metrics_path| MetricsSink { metrics_path, ..Default::default() });
     let api = api_sock.filter(|_| !no_api);
-    let setup = Setup { id, api, max_body, console, metrics, boot_timer, process_start };
+    let setup = Setup { id, api, max_body, console, metrics, boot_timer, strict, process_start };
     Ok(match driver::run(setup, start)? {
-        Ending::PowerOff | Ending::Signal | Ending::Saved => DONE,
+        Ending::PowerOff | Ending::Signal | Ending::Stopped | Ending::Saved => DONE,
         Ending::Reset if reset_is_done => DONE,
         Ending::Reset => GUEST_RESET,
     })

@@ -27,6 +27,7 @@ Usage: vmm --config FILE [options]            boot what the file describes
        vmm demo [options]                     boot, snapshot, and restore clones; see `vmm demo --help`
        vmm bench api [options]                measure the REST API; see `vmm bench --help`
        vmm bench faults [options]             measure page faults of clones
+       vmm list CONFIG... [--json]            say which machines are saved, by their configuration files
        vmm doctor [--json]                    say what this host can do, with remedies
        vmm guest export FILE                  write the embedded guest's kernel, for other VMMs to boot
        vmm snapshot verify SNAPSHOT [--json]  check every byte of a snapshot
@@ -50,6 +51,7 @@ Options:
   --allow-mismatch WHAT  with --restore: restore though the host differs in `vendor`, `cpu_features`, `xsave` or `tsc_khz`; once
                          for each. The guest may fail at any time
   --same-generation      with --restore: keep the generation id, so that the guest takes itself for the original (tests)
+  --strict               with --config: fail, instead of booting, if there is a saved state that cannot be used
   --console PLACE        where the guest's COM1 leads: `stdio` (default), `pty`, or a file that output is appended to
   --api-sock PATH        Unix socket of the REST API; created, mode 0600, removed at the end
   --id NAME              the VM's name in the API (default `anonymous-instance`)
@@ -108,6 +110,8 @@ pub struct RunOptions {
     pub metrics_path: Option<PathBuf>,
     /// Tell how long the guest took to boot.
     pub boot_timer: bool,
+    /// Fail if there is a saved state that cannot be used.
+    pub strict: bool,
     /// What whoever started this process says of that.
     pub process_start: ProcessStart,
     /// A reset of the guest's machine is an end like any other.
@@ -192,6 +196,13 @@ pub enum Command {
         /// Print JSON.
         json: bool,
     },
+    /// Tell which machines are saved.
+    List {
+        /// Their configuration files.
+        configs: Vec<PathBuf>,
+        /// Print JSON.
+        json: bool,
+    },
     /// Write the embedded guest to a file.
     GuestExport(PathBuf),
     /// Run the page server.
@@ -250,6 +261,7 @@ impl Command {
             Some("demo") => parse_demo(rest),
             Some("bench") => parse_bench(rest),
             Some("doctor") => parse_doctor(rest),
+            Some("list") => parse_list(rest),
             Some("guest") => parse_guest(rest),
             Some("snapshot") => parse_snapshot(rest),
             Some("uffd-handler") => parse_page_server(rest),
@@ -289,6 +301,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         log: Settings::new(Level::Warn, DEFAULT_ID),
         metrics_path: None,
         boot_timer: false,
+        strict: false,
         process_start: ProcessStart::default(),
         reset_is_done: false,
         end_with_parent: false,
@@ -344,6 +357,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             Long("show-log-origin") => options.log.show_origin = true,
             Long("module") => options.log.module = Some(parser.value()?.string()?),
             Long("metrics-path") => options.metrics_path = Some(parser.value()?.into()),
+            Long("strict") => options.strict = true,
             Long("boot-timer") => options.boot_timer = true,
             Long("start-time-us") => {
                 options.process_start.start_time_us = Some(value(&mut parser, "--start-time-us", MICROSECONDS)?);
@@ -412,6 +426,9 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
                 return Err(UsageError::Needs(option, "--restore"));
             }
         }
+    }
+    if options.strict && options.config.is_none() {
+        return Err(UsageError::Needs("--strict", "--config or --config-file"));
     }
     if options.no_api && options.config.is_none() {
         return Err(UsageError::Needs("--no-api", "--config or --config-file"));
@@ -559,6 +576,24 @@ fn parse_doctor(args: Vec<OsString>) -> Result<Command, UsageError> {
     Ok(Command::Doctor { json })
 }
 
+fn parse_list(args: Vec<OsString>) -> Result<Command, UsageError> {
+    use lexopt::prelude::*;
+    let (mut configs, mut json) = (Vec::new(), false);
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("json") => json = true,
+            Long("help") | Short('h') => return Ok(Command::Help(USAGE)),
+            Value(config) => configs.push(PathBuf::from(config)),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    match configs.is_empty() {
+        true => Err(UsageError::Missing("`list` takes configuration files")),
+        false => Ok(Command::List { configs, json }),
+    }
+}
+
 fn parse_guest(args: Vec<OsString>) -> Result<Command, UsageError> {
     match verb_and_path(args)? {
         Some(Parsed { verb, path: Some(path), json: false }) if verb == "export" => Ok(Command::GuestExport(path)),
@@ -701,6 +736,8 @@ mod tests {
             "--restore a --uffd-mode copy",
             "--nonsense",
             "--api-sock a --no-api",
+            "--api-sock a --strict",
+            "--restore a --strict",
             "--api-sock a --id a/b",
             "--api-sock a --level loud",
             "--api-sock a --log-format xml",
@@ -715,6 +752,8 @@ mod tests {
             "--restore a --tap eth0",
             "--restore a --tap eth0=tap1,",
             "--restore a --tap eth0=tap1,01:00:00:00:00:00",
+            "list",
+            "list --unknown c",
             "guest",
             "guest export",
             "guest export --json f",

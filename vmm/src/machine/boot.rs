@@ -113,7 +113,7 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
         ending: Default::default(),
         plan: devices_plan,
         bases: Default::default(),
-        _lease: None,
+        lease: None,
         running: false,
         halting: false,
     })

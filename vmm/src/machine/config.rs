@@ -8,6 +8,7 @@ use api_spec::NotOffered;
 use api_spec::devices::{
     Balloon, Drive, DriveUpdate, Entropy, IoEngine, NetworkInterface, NetworkUpdate, RateLimiter, Serial, TokenBucket,
 };
+use api_spec::saved::SavedState;
 use api_spec::vm::{BootSource, CpuTemplate, HugePages, MachineConfig, MachinePatch, VmConfig, Vsock};
 use std::path::PathBuf;
 use uffd_handler::listener;
@@ -16,6 +17,8 @@ use uffd_handler::listener;
 pub const MAX_VCPUS: u8 = 8;
 /// Most network interfaces that a VM may have.
 pub const MAX_INTERFACES: usize = 8;
+/// Longest name of a saved state, in bytes.
+const MAX_SAVED_NAME: usize = 200;
 /// Context ids below this one have a meaning of their own.
 const MIN_CID: u32 = 3;
 
@@ -30,6 +33,9 @@ pub enum ConfigError {
         /// What to do.
         remedy: &'static str,
     },
+    /// A place where nothing can be saved.
+    #[error("saved-state.path is {}; it must end in a name of 1 to {MAX_SAVED_NAME} bytes", .0.display())]
+    SavedPath(PathBuf),
     /// No change at all.
     #[error("machine-config: nothing to change was given; once a VM was started, max_private_mib can be changed")]
     NoChange,
@@ -359,6 +365,14 @@ pub fn check_serial(serial: Option<&Serial>) -> Result<Place, ConfigError> {
     }
 }
 
+/// Checks where a VM is saved.
+pub fn check_saved_state(saved: &SavedState) -> Result<(), ConfigError> {
+    match saved.path.file_name() {
+        Some(name) if name.len() <= MAX_SAVED_NAME => Ok(()),
+        _ => Err(ConfigError::SavedPath(saved.path.clone())),
+    }
+}
+
 /// Checks the balloon of a guest of so much memory.
 pub fn check_balloon_config(balloon: &Balloon, memory_mib: u64) -> Result<(), ConfigError> {
     let remedy = "leave it out; free_page_reporting gives free memory back unasked";
@@ -504,6 +518,7 @@ pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
         serial,
         logger: _,
         metrics: _,
+        saved_state,
         cpu_config,
         mmds_config,
         pmem,
@@ -522,6 +537,7 @@ pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
     check_network(network)?;
     entropy.as_ref().map(check_entropy).transpose()?;
     check_serial(serial.as_ref())?;
+    saved_state.as_ref().map_or(Ok(()), check_saved_state)?;
     balloon.map_or(Ok(()), |balloon| check_balloon_config(&balloon, machine_config.mem_size_mib))?;
     check_drives(drives)?;
     let mut drives = drives.clone();

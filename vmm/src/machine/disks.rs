@@ -7,6 +7,10 @@
 //! | raw | all of it | a fresh overlay over the snapshot's copy |
 //!
 //! So no clone writes anything that another can see.
+//!
+//! A machine that is saved, to go on where it was as the one that it was, is no clone. Its raw disks stay where they are: the
+//! saved state holds size and time of the image and none of its contents, and the machine that goes on writes the image
+//! again, if nobody else has since.
 
 use super::config::{self, ConfigError};
 use super::record;
@@ -18,11 +22,14 @@ use crate::devices::virtio::block::overlay::{Folded, Stack};
 use crate::devices::virtio::block::{Disk, DiskError};
 use api_spec::devices::{CacheType, Drive};
 use api_spec::snapshot::{DriveOverride, SnapshotLoad};
-use snapshot::create::{Cancel, CopiedDisk, CreateError, Staging};
+use snapshot::clusters::Clusters;
+use snapshot::create::{Cancel, CopiedDisk, CreateError, LayerSource, Staging};
 use snapshot::load::Snapshot;
 use snapshot::manifest::{self, DiskImage, DriveDevice, HeldDisk};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 /// Why the disks of a snapshot could not be restored.
@@ -63,8 +70,13 @@ fn open_one(drive: &Drive) -> Result<Disk, DiskError> {
     }
 }
 
-/// Opens the disks of a snapshot for a clone, and says how they are configured.
-pub fn restore(snapshot: &Snapshot, request: &SnapshotLoad) -> Result<(Vec<Drive>, Vec<Disk>), RestoreDisksError> {
+/// Opens the disks of a snapshot for a clone, and says how they are configured. The disks `in_place` are no clone's: the guest
+/// goes on writing their images.
+pub fn restore(
+    snapshot: &Snapshot,
+    request: &SnapshotLoad,
+    in_place: &[String],
+) -> Result<(Vec<Drive>, Vec<Disk>), RestoreDisksError> {
     let saved = &snapshot.manifest().devices.drives;
     let overrides = &request.drive_overrides;
     for (i, DriveOverride { drive_id, .. }) in overrides.iter().enumerate() {
@@ -81,7 +93,8 @@ pub fn restore(snapshot: &Snapshot, request: &SnapshotLoad) -> Result<(Vec<Drive
         .iter()
         .map(|drive| {
             let other = overrides.iter().find(|other| other.drive_id == drive.drive_id);
-            configured(drive, other.map(|other| other.path_on_host.as_path()), snapshot.dir())
+            let overlay = !drive.is_read_only && !in_place.contains(&drive.drive_id);
+            Drive { overlay, ..configured(drive, other.map(|other| other.path_on_host.as_path()), snapshot.dir()) }
         })
         .collect();
     config::check_drives(&drives)?;
@@ -124,19 +137,26 @@ fn restore_one(
     drive: &Drive,
     named_by_user: bool,
 ) -> Result<Disk, RestoreDisksError> {
-    let same = |image| open_same(image, saved.size_bytes, drive, named_by_user);
+    let writable = !drive.is_read_only && !drive.overlay;
+    let same = |image| open_same(image, saved.size_bytes, drive, named_by_user, writable);
     let image = saved.image.as_ref().map(same).transpose()?;
     let held = snapshot.open_trusted_disk(saved)?;
     match image {
-        Some(image) if saved.is_read_only => Ok(Disk::raw(image, false)),
+        Some(image) if saved.is_read_only || writable => Ok(Disk::raw(image, writable)),
         image => Ok(Disk::overlay(&saved.drive_id, saved.size_bytes, image, held)?),
     }
 }
 
 /// Opens an image that must be the one that a snapshot was taken over. A device must have been named by the user.
-fn open_same(saved: &DiskImage, saved_size: u64, drive: &Drive, named_by_user: bool) -> Result<Image, DiskError> {
+fn open_same(
+    saved: &DiskImage,
+    saved_size: u64,
+    drive: &Drive,
+    named_by_user: bool,
+    writable: bool,
+) -> Result<Image, DiskError> {
     let (id, path) = (&drive.drive_id, &drive.path_on_host);
-    let image = if named_by_user { Image::open(id, path, false) } else { Image::open_named(id, path) }?;
+    let image = if named_by_user { Image::open(id, path, writable) } else { Image::open_named(id, path) }?;
     let ImageFacts { path, size, modified_ns } = image.facts();
     let what = if *size != saved_size {
         format!("it has {size} bytes and had {saved_size}")
@@ -162,6 +182,28 @@ enum Contents {
     Layers(Stack),
     /// Copied already; still to be described.
     Copied(CopiedDisk),
+    /// The image stays what it is, once it is on disk.
+    InPlace(Arc<File>),
+}
+
+/// Nothing of a disk.
+struct Nothing {
+    size: u64,
+    clusters: Clusters,
+}
+
+impl LayerSource for Nothing {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn clusters(&self) -> &Clusters {
+        &self.clusters
+    }
+
+    fn read(&self, _offset: u64, _buf: &mut [u8]) -> io::Result<()> {
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
 }
 
 /// The layers of a disk that do not change.
@@ -182,10 +224,11 @@ pub fn layers(devices: &Devices) -> Vec<Layers> {
 }
 
 /// Gathers the disks of a guest that stands still, whose devices' state has been saved. Overlays are frozen; an image that
-/// the guest writes itself is copied now.
+/// the guest writes itself is copied now, or stays `in_place`.
 pub fn capture(
     devices: &Devices,
     drives: &[Drive],
+    in_place: bool,
     staging: &mut Staging,
     cancel: &dyn Cancel,
 ) -> Result<Vec<Captured>, SnapshotError> {
@@ -197,7 +240,8 @@ pub fn capture(
         let (image, contents) = match block.freeze().map_err(unreadable)? {
             Frozen::Image(facts) => (Some(facts), Contents::Image),
             Frozen::Layers(facts, stack) => (facts, Contents::Layers(stack)),
-            Frozen::Writable(file) => {
+            Frozen::Writable(facts, file) if in_place => (Some(facts), Contents::InPlace(file)),
+            Frozen::Writable(_, file) => {
                 (None, Contents::Copied(staging.copy_disk(&drive.drive_id, &file, size, cancel)?))
             }
         };
@@ -255,6 +299,13 @@ pub fn write(
     for Captured { device, contents } in captured {
         let held: Option<HeldDisk> = match contents {
             Contents::Image => None,
+            Contents::InPlace(file) => {
+                let id = device.drive_id.clone();
+                file.sync_all().map_err(|source| CreateError::Disk { drive_id: id, offset: 0, source })?;
+                let size = device.size_bytes;
+                let nothing = Nothing { size, clusters: Clusters::new(size) };
+                Some(staging.write_disk(&device.drive_id, &nothing, cancel)?)
+            }
             Contents::Copied(copied) => Some(staging.describe_disk(copied, cancel)?),
             Contents::Layers(stack) => Some(staging.write_disk(&device.drive_id, &stack.flattened(), cancel)?),
         };

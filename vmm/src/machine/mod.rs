@@ -14,6 +14,7 @@
 //! - [`backend`]: where the memory of a restored guest comes from
 //! - [`wiring`]: devices and their places; [`disks`]: what lies behind the drives
 //! - [`driver`]: the one owner of all this, on the event loop
+//! - [`saved`]: a machine that is saved when it stops and goes on when it starts
 //! - `record`: how a snapshot records the configuration of devices (pure)
 //! - `private`: watches over what the guest has of its own
 //! - [`keeper`]: keeps memory coming whatever the page server does, and ends the process when the event loop cannot
@@ -29,6 +30,7 @@ mod private;
 mod record;
 pub mod requests;
 pub mod restore;
+pub mod saved;
 pub mod snapshot;
 pub mod wiring;
 
@@ -70,7 +72,7 @@ pub struct Machine {
     /// Snapshots of its memory.
     bases: Bases,
     /// The snapshot that it was loaded from is in use.
-    _lease: Option<Lease>,
+    lease: Option<Lease>,
     /// Whether vCPUs run, or one of them may.
     running: bool,
     /// The vCPUs are to stand still, whoever else lets them run: see [`Machine::halt`].
@@ -91,6 +93,12 @@ impl Machine {
     /// A snapshot was taken of the machine, whose manifest has this digest.
     pub fn remember_snapshot(&mut self, dir: &Path, digest: String) {
         self.bases.add(dir, digest);
+    }
+
+    /// The snapshot that it was loaded from is to be used for nothing more.
+    pub fn forget_snapshots(&mut self) {
+        self.bases = Bases::default();
+        self.lease = None;
     }
 
     /// Guest memory, in bytes.

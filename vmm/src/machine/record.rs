@@ -88,6 +88,15 @@ pub fn readiness(readiness: Readiness) -> manifest::Readiness {
     }
 }
 
+/// What the agent had announced, of which a manifest says this.
+pub fn readiness_of(readiness: manifest::Readiness) -> Readiness {
+    match readiness {
+        manifest::Readiness::Agent => Readiness::Agent,
+        manifest::Readiness::Full => Readiness::Full,
+        manifest::Readiness::Degraded => Readiness::Degraded,
+    }
+}
+
 /// What a manifest says of a bound.
 pub fn rate_limit(limiter: RateLimiter) -> RateLimit {
     let bucket = |TokenBucket { size, one_time_burst, refill_time }| manifest::TokenBucket {

@@ -1,6 +1,7 @@
 //! May this be done now? Pure: threads and sockets ask here.
 
 use crate::api::Request;
+use api_spec::saved::{StopMode, VmStop};
 use api_spec::vm::{Action, ActionType, VmPatch, VmState};
 
 /// Where a VM stands, as far as requests are concerned.
@@ -26,6 +27,8 @@ pub enum Work {
     Writing,
     /// A snapshot is being written, and the VM ends with it: what the guest did meanwhile would be lost.
     Saving,
+    /// The guest is being shut down, or is to be saved after a snapshot that is still being written, and the VM ends with it.
+    Stopping,
 }
 
 /// Why a request is not legal now.
@@ -49,12 +52,20 @@ pub enum NotNow {
     /// A guest that is being saved stands still.
     #[error("the VM is being saved, and stands still until that has succeeded, which ends it, or failed")]
     Saving,
+    /// A guest that is being stopped runs until that is over.
+    #[error("the VM is being stopped already; `PUT /vm/stop` with the mode `force` ends it at once")]
+    Stopping,
 }
 
 /// Whether `request` is legal in `phase`, while this is done in the background.
 pub fn may(request: &Request, phase: Phase, work: Work) -> Result<(), NotNow> {
     let refuse_if = |condition, reason| if condition { Err(reason) } else { Ok(()) };
     let started = !matches!(phase, Phase::NotStarted { .. });
+    let unless_ending = || match work {
+        Work::Saving => Err(NotNow::Saving),
+        Work::Stopping => Err(NotNow::Stopping),
+        Work::None | Work::Writing => Ok(()),
+    };
     match request {
         Request::Info
         | Request::Version
@@ -78,6 +89,7 @@ pub fn may(request: &Request, phase: Phase, work: Work) -> Result<(), NotNow> {
         | Request::PutNetworkInterface(_)
         | Request::PutEntropy(_)
         | Request::PutBalloon(_)
+        | Request::PutSavedState(_)
         | Request::PutMetrics(_) => refuse_if(started, NotNow::Started),
         Request::SnapshotLoad(_) => {
             refuse_if(started, NotNow::Started)?;
@@ -85,12 +97,19 @@ pub fn may(request: &Request, phase: Phase, work: Work) -> Result<(), NotNow> {
         }
         Request::PatchVm(VmPatch { state: VmState::Resumed }) => {
             refuse_if(!started, NotNow::NotStarted)?;
-            refuse_if(work == Work::Saving, NotNow::Saving)
+            unless_ending()
         }
-        Request::PatchVm(VmPatch { state: VmState::Paused })
+        Request::PatchVm(VmPatch { state: VmState::Paused }) => {
+            refuse_if(!started, NotNow::NotStarted)?;
+            refuse_if(work == Work::Stopping, NotNow::Stopping)
+        }
+        Request::StopVm(VmStop { mode }) => {
+            refuse_if(!started, NotNow::NotStarted)?;
+            if *mode == Some(StopMode::Force) { Ok(()) } else { unless_ending() }
+        }
+        Request::GetStats
         | Request::PatchDrive(_)
         | Request::PatchNetworkInterface(_)
-        | Request::GetStats
         | Request::GetMemoryMap(_)
         | Request::PatchBalloon(_)
         | Request::GetBalloonStatistics
@@ -98,6 +117,7 @@ pub fn may(request: &Request, phase: Phase, work: Work) -> Result<(), NotNow> {
         | Request::PatchBalloonStatistics(_) => refuse_if(!started, NotNow::NotStarted),
         Request::SnapshotCreate(_) | Request::SaveVm(_) => {
             refuse_if(!started, NotNow::NotStarted)?;
+            refuse_if(work == Work::Stopping, NotNow::Stopping)?;
             refuse_if(work != Work::None, NotNow::Writing)
         }
     }
@@ -164,7 +184,7 @@ mod tests {
     }
 
     fn works() -> impl Strategy<Value = Work> {
-        prop::sample::select(vec![Work::None, Work::Writing, Work::Saving])
+        prop::sample::select(vec![Work::None, Work::Writing, Work::Saving, Work::Stopping])
     }
 
     fn phases() -> impl Strategy<Value = Phase> {
@@ -185,6 +205,7 @@ mod tests {
             | Request::PutDrive(_)
             | Request::PutNetworkInterface(_)
             | Request::PutEntropy(_)
+            | Request::PutSavedState(_)
             | Request::PutBalloon(_) => Phase::NotStarted { configured: true },
             Request::Action(Action { action_type: ActionType::InstanceStart })
             | Request::PatchVm(VmPatch { state: VmState::Resumed }) => Phase::Running,
@@ -223,6 +244,16 @@ mod tests {
             if may(&request, phase, Work::Saving).is_ok() && phase == Phase::Paused {
                 prop_assert_eq!(after(&request, phase), Phase::Paused);
             }
+        }
+
+        #[test]
+        fn a_vm_that_is_being_stopped_can_only_be_ended_at_once(phase in phases(), work in works()) {
+            let stop = |mode| may(&Request::StopVm(VmStop { mode }), phase, work).is_ok();
+            let is_free = matches!(work, Work::None | Work::Writing);
+            for mode in [None, Some(StopMode::Save), Some(StopMode::Shutdown)] {
+                prop_assert_eq!(stop(mode), started(phase) && is_free);
+            }
+            prop_assert_eq!(stop(Some(StopMode::Force)), started(phase));
         }
 
         #[test]

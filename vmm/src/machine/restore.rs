@@ -123,15 +123,15 @@ pub enum RestoreError {
     Vcpu(#[from] VcpuError),
 }
 
-/// Builds a machine from a snapshot. Its vCPUs stand still.
-pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, RestoreError> {
+/// Builds a machine from a snapshot. Its vCPUs stand still. It writes the images of the disks `in_place` itself.
+pub fn restore(request: &SnapshotLoad, in_place: &[String], outside: Outside) -> Result<Machine, RestoreError> {
     let backend = Backend::of(request)?;
     // A page server may have memory from where there is no file.
     let open = if backend.is_served() { snapshot::load::open_without_memory } else { snapshot::load::open };
     let snapshot = open(&request.snapshot_path)?;
     let allowed: Vec<Field> = request.allow_mismatch.iter().map(allowed_field).collect();
     check(&snapshot, &allowed)?;
-    let (plan, disks) = devices(&snapshot, request)?;
+    let (plan, disks) = devices(&snapshot, request, in_place)?;
     let kvm = kvm::open()?;
 
     let Outside { notifier, signals, .. } = &outside;
@@ -188,7 +188,7 @@ pub fn restore(request: &SnapshotLoad, outside: Outside) -> Result<Machine, Rest
         ending,
         plan,
         bases,
-        _lease: Some(lease),
+        lease: Some(lease),
         replay: None,
         running: false,
         halting: false,
@@ -238,8 +238,12 @@ pub fn check_machine(manifest: &Manifest) -> Result<(), RestoreError> {
 }
 
 /// The devices, and the disks behind the drives: as they were, but for what the request overrides.
-fn devices(snapshot: &Snapshot, request: &SnapshotLoad) -> Result<(DevicePlan, Vec<Disk>), RestoreError> {
-    let (drives, disks) = disks::restore(snapshot, request)?;
+fn devices(
+    snapshot: &Snapshot,
+    request: &SnapshotLoad,
+    in_place: &[String],
+) -> Result<(DevicePlan, Vec<Disk>), RestoreError> {
+    let (drives, disks) = disks::restore(snapshot, request, in_place)?;
     let mut plan = DevicePlan { drives, ..record::plan(&snapshot.manifest().devices)? };
     if let Some(VsockOverride { uds_path }) = &request.vsock_override {
         plan.vsock.as_mut().ok_or(RestoreError::NoVsock)?.uds_path = uds_path.clone();

@@ -13,6 +13,7 @@
 //! stands still. So is a disk image that the guest writes itself; overlays are frozen ([`super::disks`]).
 
 use super::bases::NoBase;
+use super::saved::{self, Configuration};
 use super::{Machine, disks, record};
 use crate::devices::virtio::block::overlay::Folded;
 use crate::host;
@@ -196,10 +197,12 @@ enum Captured {
 }
 
 /// Takes a snapshot. The guest runs again, if it ran, when this returns. The result may be the job of a snapshot that has
-/// failed: what was frozen for it is still to be folded.
+/// failed: what was frozen for it is still to be folded. With a configuration it is a saved state of the machine that was
+/// started with it.
 pub fn create(
     machine: &mut Machine,
     request: &SnapshotCreate,
+    saved: Option<&Configuration>,
     readiness: Option<Readiness>,
     notifier: Notifier,
     signals: &Signals,
@@ -224,12 +227,17 @@ pub fn create(
     if let Some(path) = &request.mem_file_path {
         staging.link_memory(path)?;
     }
-    let facts = facts(machine, readiness);
+    let facts = facts(machine, readiness, saved);
+    if let Some(configuration) = saved {
+        staging.add_file(saved::CONFIGURATION, configuration.text())?;
+        staging.add_file(saved::MARK, saved::FRESH)?;
+    }
 
     let was_running = machine.is_running();
     let stood_still = Instant::now();
     let captured = machine.pause().map_err(SnapshotError::from);
-    let captured = captured.and_then(|()| capture(machine, &mut staging, base.map(|base| (base, stored)), signals));
+    let captured = captured
+        .and_then(|()| capture(machine, saved.is_some(), &mut staging, base.map(|base| (base, stored)), signals));
     if was_running {
         machine.resume();
     }
@@ -275,6 +283,7 @@ impl Cancel for Ending<'_> {
 /// Saves everything of a guest that stands still.
 fn capture(
     machine: &mut Machine,
+    in_place: bool,
     staging: &mut Staging,
     base: Option<(Base, Stored)>,
     signals: &Signals,
@@ -282,7 +291,7 @@ fn capture(
     let state = save(machine)?;
     // What is copied now is copied on the event loop's thread, which hears of nothing meanwhile but through this.
     let ending = Ending { flag: machine.ending.clone(), signals };
-    let disks = disks::capture(&machine.devices, &machine.plan.drives, staging, &ending)?;
+    let disks = disks::capture(&machine.devices, &machine.plan.drives, in_place, staging, &ending)?;
     let captured = match machine.ram.freeze()? {
         Some(frozen) => Captured::Frozen(frozen, machine.ram.regions().to_vec()),
         None => match (base, machine.ram.capture(&ending)) {
@@ -339,14 +348,14 @@ fn write(
     Ok(Written { memory_bytes, digest: manifest.digest, parent })
 }
 
-fn facts(machine: &Machine, readiness: Option<Readiness>) -> Facts {
+fn facts(machine: &Machine, readiness: Option<Readiness>, saved: Option<&Configuration>) -> Facts {
     Facts {
         vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
         host: host::facts(),
         // The disks are added when they are written.
         devices: record::devices(&machine.plan),
         readiness: readiness.map(record::readiness),
-        config: None,
+        config: saved.map(Configuration::digest),
     }
 }
 

@@ -12,6 +12,7 @@ mod fields;
 mod output;
 mod parse;
 
+pub use output::rows;
 pub use parse::{Call, Ctl, parse};
 
 use crate::machine::config::ConfigError;

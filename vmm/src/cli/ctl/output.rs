@@ -59,6 +59,11 @@ impl<'a> Flat<'a> {
     }
 }
 
+/// A list of objects for people.
+pub fn rows(list: &Value) -> String {
+    rows_of(list.as_array().map_or(&[], Vec::as_slice))
+}
+
 /// A table of objects, with a column for each name that any of them has.
 fn rows_of(items: &[Value]) -> String {
     let flat: Vec<Map<String, Value>> = items

@@ -9,7 +9,7 @@ use api_spec::operations::{Command as Verb, OPERATIONS, Operation, When};
 use api_spec::strict;
 use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
-use clap::{Arg, ArgAction, ArgMatches, Command, ValueHint, value_parser};
+use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, ValueHint, value_parser};
 use serde_json::{Map, Value};
 use std::ffi::OsString;
 use std::fmt::Write;
@@ -22,7 +22,7 @@ const PATIENCE: u32 = 60;
 /// The same, where all of a guest's memory is written or checked.
 const LONG_PATIENCE: u32 = 600;
 /// The calls that may take that long.
-const LONG: [&str; 3] = ["putVmSave", "putSnapshotCreate", "putSnapshotLoad"];
+const LONG: [&str; 5] = ["putAction", "putVmSave", "putVmStop", "putSnapshotCreate", "putSnapshotLoad"];
 /// Longest line of a manual, in characters.
 const LINE: usize = 100;
 
@@ -197,6 +197,9 @@ fn leaf(operation: &'static Operation, verb: &'static Verb) -> Command {
     for field in &fields {
         leaf = leaf.arg(without_body(field.option(), is_required(field)));
     }
+    if let Some(field) = fields.iter().find(|field| Some(field.name.as_str()) == verb.flags) {
+        leaf = with_flags(leaf, field);
+    }
     if has_fields && operation.body.is_some() {
         let about =
             "The whole body, as JSON, in a FILE, or at standard input (-); what the other options say is put on it";
@@ -206,16 +209,38 @@ fn leaf(operation: &'static Operation, verb: &'static Verb) -> Command {
     leaf
 }
 
+/// Adds a flag for each word of a field, of which one can be given, or the field by its name.
+fn with_flags(leaf: Command, field: &Field) -> Command {
+    let flag = |(word, about): &(String, String)| {
+        let flag = Arg::new(word.clone()).long(word.replace('_', "-")).action(ArgAction::SetTrue);
+        flag.help(wrap(&format!("As --{} {word}: {about}", field.name), 88).join("\n"))
+    };
+    let words = words(field);
+    let one = ArgGroup::new("flags").args(words.iter().map(|(word, _)| word)).arg(&field.name).multiple(false);
+    leaf.args(words.iter().map(flag)).group(one)
+}
+
+/// The words that a field can hold, each with what it means.
+fn words(field: &Field) -> &[(String, String)] {
+    if let Kind::Words(words) = &field.kind { words } else { &[] }
+}
+
 /// The call that a command makes with these arguments.
 fn call(operation: &'static Operation, verb: &'static Verb, matches: &ArgMatches) -> Call {
     let given = |field: &str| matches.try_get_one::<Source>(field).ok().flatten().cloned();
+    let flagged = |field: &Field| {
+        let is_set = |word: &str| matches.try_get_one::<bool>(word).ok().flatten().copied().unwrap_or(false);
+        let mut set = words(field).iter().filter(|_| Some(field.name.as_str()) == verb.flags);
+        set.find(|(word, _)| is_set(word)).map(|(word, _)| Source::Here(word.clone().into()))
+    };
     let (name, argument, options) = parts(operation, verb);
     let named = name.as_ref().and_then(|name| match given(&name.name) {
         Some(Source::Here(Value::String(name))) => Some(name),
         _ => None,
     });
     let all = name.into_iter().chain(argument).chain(options);
-    let fields = all.filter_map(|field| Some((field.name.clone(), given(&field.name)?))).collect();
+    let fields = all.filter_map(|field| Some((field.name.clone(), flagged(&field).or_else(|| given(&field.name))?)));
+    let fields = fields.collect();
     let patience = if LONG.contains(&operation.id) { LONG_PATIENCE } else { PATIENCE };
     Call {
         api_sock: matches.get_one::<PathBuf>("api-sock").cloned(),
@@ -434,6 +459,11 @@ mod tests {
         assert_eq!(drive(&["--path-on-host", "p", "--rate-limiter", "@r"])["rate_limiter"], limit);
         let body = r#"{"amount_mib": 5}"#;
         assert_eq!(message(&["balloon", "update", "--body", body]).2, serde_json::json!({"amount_mib": 5}));
+        for line in [&["stop", "--force"][..], &["stop", "--mode", "force"], &["stop", "--body", r#"{"mode":"force"}"#]]
+        {
+            assert_eq!(message(line).2, serde_json::json!({"mode": "force"}), "{line:?}");
+        }
+        assert_eq!(message(&["stop"]).2, serde_json::json!({}));
         assert_eq!(message(&["machine", "update", "--max-private-mib", "null"]).2["max_private_mib"], Value::Null);
         assert!(message(&["machine", "update", "--max-private-mib", "null"]).2.get("max_private_mib").is_some());
         let call = parsed(&["drive", "set", "a", "--body", "[1]"]);
@@ -473,6 +503,10 @@ mod tests {
         for line in [
             &["snapshot", "create"][..],
             &["pause", "now"],
+            &["stop", "--save", "--force"],
+            &["stop", "--save", "--shutdown"],
+            &["stop", "--save", "--mode", "force"],
+            &["stop", "--save=false"],
             &["info", "--timeout", "0"],
             &["info", "--timeout", "x"],
             &["info", "--api-sock"],
@@ -518,7 +552,7 @@ mod tests {
     #[test]
     fn a_command_is_made_of_known_words_only() {
         // The glossary of docs/rest-api.md.
-        const GLOSSARY: [&str; 30] = [
+        const GLOSSARY: [&str; 32] = [
             "info",
             "version",
             "config",
@@ -530,12 +564,14 @@ mod tests {
             "entropy",
             "serial",
             "balloon",
+            "saved-state",
             "statistics",
             "interval",
             "start",
             "pause",
             "resume",
             "save",
+            "stop",
             "stats",
             "memory-map",
             "snapshot",
@@ -565,7 +601,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
-        fn no_arguments_make_parsing_panic(verb in 0..28_usize, args in prop::collection::vec("(--[a-z-]{0,12}=?)?\\PC{0,8}", 0..5)) {
+        fn no_arguments_make_parsing_panic(verb in 0..30_usize, args in prop::collection::vec("(--[a-z-]{0,12}=?)?\\PC{0,8}", 0..5)) {
             let verb = verbs().nth(verb).map_or("", |(_, verb)| verb.words);
             let args: Vec<&str> = verb.split(' ').chain(args.iter().map(String::as_str)).collect();
             if let Ok(Ctl::Call(call)) = parse(words(&args)) {

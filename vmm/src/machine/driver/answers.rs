@@ -1,19 +1,21 @@
 //! What each request does.
 
 use super::counters::us_since;
-use super::{Driver, RequestError, Save, change_log};
+use super::{Asker, Driver, IfItFails, RequestError, Save, change_log};
 use crate::api::server::Pending;
 use crate::api::{Request, Response};
 use crate::logging;
 use crate::machine::Machine;
 use crate::machine::config;
 use crate::machine::requests::{self, NotNow, Phase, Work};
+use crate::machine::saved;
 use crate::machine::snapshot;
 use crate::memory::layout::MAX_MIB;
 use crate::notice::Halt;
 use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate, DriveUpdate, NetworkUpdate};
 use api_spec::error::ErrorBody;
 use api_spec::logger::Logger;
+use api_spec::saved::VmStop;
 use api_spec::snapshot::{SnapshotCancel, SnapshotCreate, SnapshotState, SnapshotStatus};
 use api_spec::vm::{
     Action, ActionType, InstanceInfo, InstanceState, MachinePatch, Version, VmConfig, VmPatch, VmSave, VmState,
@@ -34,6 +36,7 @@ impl Driver {
             return Some(Response::fault(400, ENDING));
         }
         let work = match (&self.save, self.waiting.is_some() || self.next.is_some()) {
+            _ if self.shutdown.is_some() || self.postponed.is_some() => Work::Stopping,
             (Some(_), _) => Work::Saving,
             (None, true) => Work::Writing,
             (None, false) => Work::None,
@@ -68,8 +71,14 @@ impl Driver {
             Request::GetStats => return self.get_stats(from),
             Request::GetMemoryMap(query) => return self.get_memory_map(query, from),
             Request::GetMetrics => return self.get_metrics(from),
-            Request::SnapshotCreate(create) => return self.ask_for_snapshot(create, from).map(|()| None),
-            Request::SaveVm(save) => return self.save(save, from).map(|()| None),
+            Request::SnapshotCreate(create) => {
+                return self.ask_for_snapshot(create, Asker::Client(from)).map(|()| None);
+            }
+            Request::SaveVm(save) => return self.save(save, Asker::Client(from)).map(|()| None),
+            Request::StopVm(VmStop { mode }) => {
+                let stopped = self.stop(mode, Asker::Client(from))?;
+                return Ok(stopped.map(|stopped| Response::document(&stopped)));
+            }
             change => return self.change(change).map(|()| Some(Response::done())),
         };
         Ok(Some(document))
@@ -112,6 +121,10 @@ impl Driver {
                 config::check_balloon_config(&balloon, MAX_MIB)?;
                 self.configure(|config| config.balloon = Some(balloon))
             }
+            Request::PutSavedState(saved) => {
+                config::check_saved_state(&saved)?;
+                self.configure(|config| config.saved_state = Some(saved))
+            }
             Request::PutSerial(serial) => {
                 config::check_serial(Some(&serial))?;
                 // No part of what is booted: a snapshot can be loaded all the same.
@@ -125,7 +138,7 @@ impl Driver {
             Request::PatchBalloon(update) => self.patch_balloon(update),
             Request::PatchBalloonStatistics(update) => self.patch_balloon_statistics(update),
             Request::Action(Action { action_type }) => match action_type {
-                ActionType::InstanceStart => self.boot(),
+                ActionType::InstanceStart => self.start_configured(),
                 ActionType::FlushMetrics => Ok(self.flush_metrics()?),
                 ActionType::SendCtrlAltDel => Err(RequestError::NoKeyboard),
             },
@@ -145,7 +158,8 @@ impl Driver {
             | Request::GetMemoryMap(_)
             | Request::GetMetrics
             | Request::SnapshotCreate(_)
-            | Request::SaveVm(_) => Ok(()),
+            | Request::SaveVm(_)
+            | Request::StopVm(_) => Ok(()),
         }
     }
 
@@ -204,12 +218,12 @@ impl Driver {
     }
 
     /// Takes a snapshot, now or when the background part of the one before is over.
-    fn ask_for_snapshot(&mut self, create: SnapshotCreate, from: Pending) -> Result<(), RequestError> {
+    pub(super) fn ask_for_snapshot(&mut self, create: SnapshotCreate, asker: Asker) -> Result<(), RequestError> {
         if self.job.is_none() {
-            return self.create_snapshot(&create, from);
+            return self.create_snapshot(&create, asker);
         }
         self.status = SnapshotStatus::writing(create.snapshot_path.clone());
-        self.next = Some((create, from));
+        self.next = Some((create, asker));
         Ok(())
     }
 
@@ -233,13 +247,13 @@ impl Driver {
     }
 
     /// Has the guest stand still, and takes a snapshot after which the vmm ends.
-    fn save(&mut self, save: VmSave, from: Pending) -> Result<(), RequestError> {
+    fn save(&mut self, save: VmSave, asker: Asker) -> Result<(), RequestError> {
         let VmSave { snapshot_path } = save;
         // One that stands still for want of a page server would go on by itself.
         let was_running = self.phase() == Phase::Running || matches!(self.halt, Some(Halt::PageServer { .. }));
         self.patch_vm(VmPatch { state: VmState::Paused })?;
-        self.save = Some(Save { was_running });
-        let asked = self.ask_for_snapshot(SnapshotCreate::of(snapshot_path), from);
+        self.save = Some(Save { if_it_fails: if was_running { IfItFails::GoOn } else { IfItFails::StayPaused } });
+        let asked = self.ask_for_snapshot(SnapshotCreate::of(snapshot_path), asker);
         if asked.is_err() {
             self.saved(false);
         }
@@ -248,10 +262,12 @@ impl Driver {
 
     /// The snapshot after which the vmm was to end is complete, or has failed. Then the guest goes on.
     pub(super) fn saved(&mut self, complete: bool) {
-        let Some(Save { was_running }) = self.save.take() else { return };
+        let Some(Save { if_it_fails }) = self.save.take() else { return };
         if complete {
             self.end(Ok(super::Ending::Saved));
-        } else if was_running && let Err(e) = self.patch_vm(VmPatch { state: VmState::Resumed }) {
+        } else if if_it_fails == IfItFails::GoOn
+            && let Err(e) = self.patch_vm(VmPatch { state: VmState::Resumed })
+        {
             tracing::error!("the guest could not be saved, and does not go on: {e}");
             if let RequestError::Halt(halt) = e {
                 self.halt = Some(halt);
@@ -259,16 +275,18 @@ impl Driver {
         }
     }
 
-    pub(super) fn create_snapshot(&mut self, create: &SnapshotCreate, from: Pending) -> Result<(), RequestError> {
+    pub(super) fn create_snapshot(&mut self, create: &SnapshotCreate, asker: Asker) -> Result<(), RequestError> {
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-        let job = snapshot::create(machine, create, self.readiness, self.notifier.clone(), &self.signals)?;
+        let stops = matches!(self.save, Some(Save { if_it_fails: IfItFails::ShutDown }));
+        let saved = self.origin.as_ref().filter(|_| stops);
+        let job = snapshot::create(machine, create, saved, self.readiness, self.notifier.clone(), &self.signals)?;
         self.job = Some(job);
-        self.waiting = Some(from);
+        self.waiting = Some(asker);
         self.status = SnapshotStatus::writing(create.snapshot_path.clone());
         Ok(())
     }
 
-    fn patch_vm(&mut self, patch: VmPatch) -> Result<(), RequestError> {
+    pub(super) fn patch_vm(&mut self, patch: VmPatch) -> Result<(), RequestError> {
         // If a snapshot has brought it to a standstill meanwhile, this is the end of it.
         if self.halting.is_some() && self.phase() == Phase::Paused {
             self.go_on_halting();
@@ -334,6 +352,8 @@ impl Driver {
             console: self.pty.as_ref().map(|pty| pty.path.clone()),
             pause_reason: self.halt.as_ref().map(Halt::to_string),
             page_server: self.machine.as_ref().and_then(Machine::page_server).map(|server| server.stats().state),
+            started: self.started.clone(),
+            saved: self.config.saved_state.as_ref().map(|saved| saved::look(&saved.path)),
         }
     }
 }

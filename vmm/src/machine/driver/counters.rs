@@ -1,6 +1,6 @@
 //! Counters: what is told of them, to whom, and when.
 
-use super::{Driver, RequestError};
+use super::{Asker, Driver, RequestError};
 use crate::api::Response;
 use crate::api::server::{Pending, Server};
 use crate::machine::requests::NotNow;
@@ -84,7 +84,7 @@ impl Driver {
         if let Err(e) = self.scanner.go_on(|to| is_there(api, to)) {
             tracing::error!("guest memory cannot be looked at any more: {e}");
         }
-        self.respond(scanned.to, &response, ops);
+        self.respond(Asker::Client(scanned.to), &response, ops);
     }
 
     /// Sets where counters are written.

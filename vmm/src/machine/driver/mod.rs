@@ -1,16 +1,20 @@
 //! The one owner of the VM, on the event loop's thread: requests, notices, signals and the page server's fate all end up
-//! here, one at a time. `answers` is what each request does; `counters`, what is told of what the VM has done.
+//! here, one at a time. `answers` is what each request does; `counters`, what is told of what the VM has done; `start`, how a
+//! VM comes about; `stop`, how it is saved or shut down.
 
 mod answers;
 mod counters;
+mod start;
+mod stop;
 
 use super::Machine;
 use super::backend::BackendError;
-use super::boot::{BootError, boot};
+use super::boot::BootError;
 use super::config::{self, ConfigError};
 use super::private::PrivateWatch;
 use super::requests::{NotNow, Phase};
-use super::restore::{RestoreError, restore};
+use super::restore::RestoreError;
+use super::saved::Configuration;
 use super::snapshot::{Job, SnapshotError};
 use super::wiring::Outside;
 use crate::api::http::Limits;
@@ -31,6 +35,7 @@ use api_spec::agent::Level;
 use api_spec::devices::Serial;
 use api_spec::logger::{LogFormat, LogLevel, Logger, MetricsSink};
 use api_spec::operations::Operation;
+use api_spec::saved::Started;
 use api_spec::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus};
 use api_spec::stats::Latencies;
 use api_spec::vm::{Readiness, VmConfig};
@@ -40,7 +45,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use stop::Shutdown;
 use uffd_handler::listener::ListenError;
 use uffd_handler::process::Signals;
 use vmm_sys_util::epoll::EventSet;
@@ -66,6 +72,8 @@ pub enum Ending {
     PowerOff,
     /// The process was asked to end.
     Signal,
+    /// The VM was stopped on request, whatever its guest did.
+    Stopped,
     /// The guest was saved, and is to go on some other time.
     Saved,
 }
@@ -159,6 +167,14 @@ enum RequestError {
     Metrics(#[from] MetricsError),
     #[error("the guest cannot go on. {0}")]
     Halt(Halt),
+    #[error("the saved state cannot be used, and the start is strict. {0}")]
+    Strict(String),
+    #[error("--strict is about a saved state, and the configuration has no `saved-state`")]
+    NothingStrict,
+    #[error("saved-state.path is {}, and there is no directory to make it in; create that first", .0.display())]
+    NoParent(PathBuf),
+    #[error("there is no place to save the VM at: its configuration has no `saved-state`")]
+    NoPlace,
     #[error("SendCtrlAltDel is not offered, as guests have no keyboard; ask the guest's agent to power it off")]
     NoKeyboard,
     #[error("{} {} is not offered: {}", .0.method, .0.path, .0.summary)]
@@ -205,6 +221,8 @@ pub struct Setup {
     pub metrics: Option<MetricsSink>,
     /// Tell how long a guest that is booted takes for it.
     pub boot_timer: bool,
+    /// Refuse to start from a configuration whose saved state cannot be used.
+    pub strict: bool,
     /// What whoever started this process says of that.
     pub process_start: ProcessStart,
 }
@@ -222,7 +240,7 @@ pub fn run(setup: Setup, start: Start) -> Result<Ending, RunError> {
     loop {
         let (arrivals, ending) = crate::devices::lock(&driver).take_news();
         if let Some(ending) = ending {
-            crate::devices::lock(&driver).take_leave();
+            crate::devices::lock(&driver).take_leave(&ending);
             return ending;
         }
         for subscriber in arrivals {
@@ -264,11 +282,30 @@ fn told(status: &SnapshotStatus) -> Response {
     status.error.as_ref().map_or_else(Response::done, |error| Response::fault(400, error))
 }
 
+/// Who is told what becomes of what they have asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asker {
+    /// A client of the API.
+    Client(Pending),
+    /// Nobody: it was a signal.
+    Signal,
+}
+
 /// A snapshot after which the vmm ends.
 #[derive(Clone, Copy, Debug)]
 struct Save {
-    /// The guest is to go on if it fails.
-    was_running: bool,
+    if_it_fails: IfItFails,
+}
+
+/// What becomes of a guest that could not be saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum IfItFails {
+    /// It goes on.
+    GoOn,
+    /// It stays paused, as it was.
+    StayPaused,
+    /// It is shut down: it was to stop.
+    ShutDown,
 }
 
 /// The one owner of the VM.
@@ -292,13 +329,23 @@ struct Driver {
     /// The snapshot that is being written.
     job: Option<Job>,
     /// Who waits for it; nobody, once it is complete and only its layers are being folded.
-    waiting: Option<Pending>,
+    waiting: Option<Asker>,
     /// That is to be the end of the vmm.
     save: Option<Save>,
     /// The snapshot that is to be taken when that is over.
-    next: Option<(SnapshotCreate, Pending)>,
+    next: Option<(SnapshotCreate, Asker)>,
     /// It was given up before its turn came.
     next_is_cancelled: bool,
+    /// Who has asked for the VM to be saved and stopped, once nobody waits for a snapshot any more.
+    postponed: Option<Asker>,
+    /// The guest is being shut down.
+    shutdown: Option<Shutdown>,
+    /// Longest that this may take.
+    last_call: Alarm,
+    /// What the machine was started with, if it can be saved when it stops.
+    origin: Option<Configuration>,
+    /// How, if so.
+    started: Option<Started>,
     status: SnapshotStatus,
     latencies: Latencies,
     scanner: Scanner,
@@ -341,6 +388,11 @@ impl Driver {
             save: None,
             next: None,
             next_is_cancelled: false,
+            postponed: None,
+            shutdown: None,
+            last_call: Alarm::new()?,
+            origin: None,
+            started: None,
             status: SnapshotStatus::default(),
             latencies: Latencies::default(),
             scanner: Scanner::new(notifier.clone()),
@@ -357,7 +409,7 @@ impl Driver {
 
     /// What the command line says stands above what a configuration says.
     fn start(&mut self, start: Start, setup: Setup) -> Result<(), RunError> {
-        let Setup { console, metrics, .. } = setup;
+        let Setup { console, metrics, strict, .. } = setup;
         self.config.serial = console.clone();
         metrics.map_or(Ok(()), |sink| self.set_metrics(sink))?;
         match start {
@@ -373,7 +425,10 @@ impl Driver {
                     ..*config
                 };
                 metrics.map_or(Ok(()), |sink| self.set_metrics(sink))?;
-                Ok(self.boot()?)
+                if strict {
+                    self.config.saved_state.as_mut().ok_or(RequestError::NothingStrict)?.strict = true;
+                }
+                Ok(self.start_configured()?)
             }
             Start::Restore(load) => match self.load(&load) {
                 // It was given up for that.
@@ -400,11 +455,16 @@ impl Driver {
 
     /// Nobody is left without an answer when the process ends. A snapshot is given up, unless it was complete by then;
     /// whoever waits for it is told which.
-    fn take_leave(&mut self) {
+    fn take_leave(&mut self, ending: &Result<Ending, RunError>) {
         let job = self.job.take().inspect(Job::cancel);
+        let stopping = self.last_words(ending);
+        let waiting =
+            job.as_ref().zip(self.waiting.take()).map(|(job, asker)| (asker, self.last_word(&job.status().0)));
         if let Some(api) = &mut self.api {
-            if let (Some(job), Some(from)) = (&job, self.waiting.take()) {
-                api.answer_last(from, &told(&job.status().0));
+            for (asker, response) in stopping.into_iter().chain(waiting) {
+                if let Asker::Client(from) = asker {
+                    api.answer_last(from, &response);
+                }
             }
             api.refuse_pending(answers::ENDING);
             api.flush(LAST_ANSWERS);
@@ -446,34 +506,6 @@ impl Driver {
         self.private.set_brakes(machine.brakes());
         self.machine = Some(machine);
         self.look_at_private_memory();
-    }
-
-    fn boot(&mut self) -> Result<(), RequestError> {
-        let start = Instant::now();
-        let plan = config::plan(&self.config)?;
-        self.private.set_limit(self.config.machine_config.max_private_mib).map_err(RequestError::Limit)?;
-        let (outside, input, pty) = self.outside()?;
-        let mut machine = boot(&plan, outside)?;
-        machine.resume();
-        self.latencies.boot_us = counters::us_since(start);
-        self.adopt(machine, input, pty);
-        tracing::info!("booted: {} vCPUs, {} MiB", plan.vcpus, plan.memory_bytes >> 20);
-        Ok(())
-    }
-
-    fn load(&mut self, load: &SnapshotLoad) -> Result<(), RequestError> {
-        let start = Instant::now();
-        config::check_max_private(load.max_private_mib)?;
-        self.private.set_limit(load.max_private_mib).map_err(RequestError::Limit)?;
-        let (outside, input, pty) = self.outside()?;
-        let mut machine = restore(load, outside)?;
-        if load.resume_vm {
-            machine.resume();
-        }
-        self.latencies.load_us = counters::us_since(start);
-        self.config.machine_config.max_private_mib = load.max_private_mib;
-        self.adopt(machine, input, pty);
-        Ok(())
     }
 
     /// Looks at the private memory of a running guest, pauses it if that has reached its limit, and has it watched if not.
@@ -542,6 +574,7 @@ impl Driver {
             }
             Notice::SnapshotWritten => self.on_snapshot_written(ops),
             Notice::LayersFolded => self.on_layers_folded(ops),
+            Notice::AskedToPowerOff(answer) => self.on_asked_to_power_off(answer),
             Notice::Scanned(scanned) => self.on_scanned(scanned, ops),
         }
     }
@@ -636,7 +669,7 @@ impl Driver {
     }
 
     fn on_snapshot_written(&mut self, ops: &mut EventOps) {
-        let (Some(job), Some(from)) = (&self.job, self.waiting.take()) else { return };
+        let (Some(job), Some(asker)) = (&self.job, self.waiting.take()) else { return };
         let (status, digest) = job.status();
         self.status = status;
         if let (Some(machine), Some(dir), Some(digest)) = (&mut self.machine, &self.status.snapshot_path, digest) {
@@ -646,18 +679,19 @@ impl Driver {
             self.latencies.snapshot_pause_us = Some(self.status.pause_us);
             self.latencies.snapshot_total_us = Some(self.status.total_us);
         }
-        let response = told(&self.status);
-        logging::request_span(from.request).in_scope(|| match &self.status.error {
+        let tell = || match &self.status.error {
             None => {
                 let SnapshotStatus { pause_us, total_us, .. } = self.status;
                 tracing::info!(pause_us, total_us, "a snapshot is complete");
             }
             // Whoever has asked is told; it may be no news, as when the vmm ends.
             Some(error) => tracing::info!("a snapshot failed: {error}"),
-        });
-        // Before the answer, which may bring further requests.
-        self.saved(self.status.state == SnapshotState::Done);
-        self.respond(from, &response, ops);
+        };
+        match asker {
+            Asker::Client(from) => logging::request_span(from.request).in_scope(tell),
+            Asker::Signal => tell(),
+        }
+        self.snapshot_is_over(asker, ops);
     }
 
     fn on_layers_folded(&mut self, ops: &mut EventOps) {
@@ -666,22 +700,31 @@ impl Driver {
             machine.adopt_folded(folded);
         }
         let is_cancelled = std::mem::take(&mut self.next_is_cancelled);
-        let Some((create, from)) = self.next.take() else { return };
+        let Some((create, asker)) = self.next.take() else { return };
         let begun = match is_cancelled {
-            false => self.create_snapshot(&create, from),
+            false => self.create_snapshot(&create, asker),
             true => Err(RequestError::Snapshot(SnapshotError::Create(CreateError::Cancelled))),
         };
         if let Err(e) = begun {
             self.status.state = SnapshotState::Failed;
             self.status.error = Some(e.to_string());
-            self.saved(false);
-            self.respond(from, &told(&self.status), ops);
+            self.snapshot_is_over(asker, ops);
         }
     }
 
+    /// A snapshot is complete, or has failed, as `status` says.
+    fn snapshot_is_over(&mut self, asker: Asker, ops: &mut EventOps) {
+        // Before the answer, which may bring further requests.
+        if let Some(response) = self.concluded(asker) {
+            self.respond(asker, &response, ops);
+        }
+        self.go_on_stopping(ops);
+    }
+
     /// Answers a request that was left waiting.
-    fn respond(&mut self, from: Pending, response: &Response, ops: &mut EventOps) {
-        let further = self.api.as_mut().map(|api| api.respond(from, response, ops)).unwrap_or_default();
+    fn respond(&mut self, asker: Asker, response: &Response, ops: &mut EventOps) {
+        let (Some(api), Asker::Client(from)) = (&mut self.api, asker) else { return };
+        let further = api.respond(from, response, ops);
         self.answer_all(further, ops);
     }
 }
@@ -693,6 +736,7 @@ impl MutEventSubscriber for Driver {
             self.reset.as_raw_fd(),
             self.signals.as_raw_fd(),
             self.retry.as_raw_fd(),
+            self.last_call.as_raw_fd(),
             self.metrics.as_raw_fd(),
         ];
         sources.extend(self.api.iter().flat_map(Server::sources));
@@ -713,7 +757,9 @@ impl MutEventSubscriber for Driver {
             tracing::info!("the guest reset its machine");
             self.end(Ok(Ending::Reset));
         } else if fd == self.signals.as_raw_fd() {
-            self.end(Ok(Ending::Signal));
+            self.on_signal(ops);
+        } else if fd == self.last_call.as_raw_fd() {
+            self.on_last_call();
         } else if fd == self.retry.as_raw_fd() {
             self.go_on_halting();
         } else if fd == self.metrics.as_raw_fd() {

@@ -216,8 +216,8 @@ pub enum Frozen {
     Image(ImageFacts),
     /// Layers that do not change, over an image if it has facts.
     Layers(Option<ImageFacts>, Stack),
-    /// The guest writes this file: it must be copied before the guest goes on.
-    Writable(Arc<File>),
+    /// The guest writes this file: it must be copied before the guest goes on. The facts are those of now.
+    Writable(ImageFacts, Arc<File>),
 }
 
 impl Disk {
@@ -337,7 +337,10 @@ impl Disk {
             ))),
         };
         Ok(match &mut self.kind {
-            Kind::Raw { image, writable: true } => Frozen::Writable(image.file.clone()),
+            Kind::Raw { image, writable: true } => {
+                let facts = ImageFacts { modified_ns: modified_ns(&image.file)?, ..image.facts.clone() };
+                Frozen::Writable(facts, image.file.clone())
+            }
             Kind::Raw { image, writable: false } => Frozen::Image(unchanged(image)?),
             Kind::Overlay { image, overlay } => {
                 let facts = image.as_ref().map(unchanged).transpose()?;
@@ -454,7 +457,7 @@ mod tests {
         }
         assert!(bytes == wanted);
         assert_eq!(std::fs::metadata(&path).unwrap().len(), 64 * 1024);
-        assert!(matches!(disk.freeze().unwrap(), Frozen::Writable(_)));
+        assert!(matches!(disk.freeze().unwrap(), Frozen::Writable(..)));
     }
 
     #[test]
