@@ -165,3 +165,31 @@ fn the_benchmark_of_faults_measures_our_page_server_and_another_one() {
     }
     assert_eq!((&report["pages"], &report["runs"]), (&64.into(), &1.into()));
 }
+
+#[test]
+fn the_benchmark_of_snapshots_has_figures_of_every_case() {
+    require!(Kvm);
+    let place = Place::new();
+    let done = run_vmm(&place, "bench", &["bench", "snapshot", "--n", "1", "--resident-mib", "16", "--json"]);
+    assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+    let report: Value = serde_json::from_str(&done.stdout).expect("one document");
+    let ordered = |figure: &Value| {
+        let [min, p50, max] = ["min", "p50", "max"].map(|field| figure[field].as_f64().expect(field));
+        assert!(0.0 < min && min <= p50 && p50 <= max, "{report}");
+    };
+    let rows = report["snapshots"].as_array().expect("a list");
+    assert_eq!(rows.len(), 12);
+    for row in rows {
+        ["pause_us", "total_us", "call_us", "stored_bytes"].iter().for_each(|figure| ordered(&row[figure]));
+        // What is stored is what is in use, or what was written, and little else.
+        let mib = row["stored_bytes"]["max"].as_f64().expect("a number") / (1 << 20) as f64;
+        let pages = |field: &str, of_a_mib: f64| row[field].as_f64().expect(field) / of_a_mib;
+        let is_diff = row["snapshot_type"] == "Diff";
+        let least = if is_diff { pages("written_pages", 256.0) } else { pages("used_mib", 1.0) };
+        assert!((least..least + 4.0).contains(&mib), "{row}");
+    }
+    report["writing"].as_array().expect("a list").iter().for_each(|row| ordered(&row["after_us"]));
+    ["chain_us", "full_us"].iter().for_each(|figure| ordered(&report["restoring"][figure]));
+    ["verify_gib_s", "read_gib_s"].iter().for_each(|figure| ordered(&report["verifying"][figure]));
+    assert_eq!((&report["runs"], &report["resident_mib"]), (&1.into(), &16.into()));
+}

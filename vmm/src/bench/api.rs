@@ -1,6 +1,6 @@
 //! How long a call of the REST API takes, and how soon after its start a vmm can be called.
 
-use super::{BenchError, Spread, io_error};
+use super::{BenchError, Spread, host_line, io_error};
 use crate::children::{Child, Children};
 use crate::host::{self, Host};
 use api_spec::client::RestClient;
@@ -72,9 +72,7 @@ pub struct Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Host { cpu, cpus, kernel, ring0_emulated } = &self.host;
-        let emulated = if *ring0_emulated { ", KVM emulates ring 0" } else { "" };
-        writeln!(f, "host  {cpu}, {cpus} CPUs, Linux {kernel}{emulated}\n")?;
+        writeln!(f, "{}\n", host_line(&self.host))?;
         writeln!(f, "{:<34} {:>9} {:>9} {:>9} {:>9}  us", "", "min", "p50", "p99", "max")?;
         for (name, Spread { min_us, p50_us, p99_us, max_us }) in [
             ("GET / on a running VM", self.get_info),

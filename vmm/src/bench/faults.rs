@@ -4,24 +4,20 @@
 //! The guest is asked to touch many pages at once, and the clock of whoever asks runs meanwhile. The same request, made
 //! again when all pages are there, is taken off. What remains, by page, is what the page faults cost.
 
-use super::{BenchError, io_error};
+use super::guest::{Guest, PATIENCE, Workplace};
+use super::{BenchError, host_line, io_error};
 use crate::children::{Child, Children};
 use crate::host::{self, Host};
 use api_spec::agent::{Pages, Request, Response, pattern};
-use api_spec::client::{AgentClient, RestClient};
 use api_spec::snapshot::SnapshotCreate;
-use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
+use api_spec::vm::MachineConfig;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use tempfile::TempDir;
 
-/// How long anything may take that takes milliseconds.
-const PATIENCE: Duration = Duration::from_secs(20);
 /// How much longer a guest may take that touches pages, for each of them.
 const PATIENCE_PER_PAGE: Duration = Duration::from_millis(5);
 /// How often to try whether a process is ready.
@@ -272,9 +268,7 @@ fn ratios(rows: &[Row]) -> Vec<Ratio> {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Host { cpu, cpus, kernel, ring0_emulated } = &self.host;
-        let emulated = if *ring0_emulated { ", KVM emulates ring 0" } else { "" };
-        writeln!(f, "host  {cpu}, {cpus} CPUs, Linux {kernel}{emulated}")?;
+        writeln!(f, "{}", host_line(&self.host))?;
         writeln!(f, "guest {} MiB; {} pages at once, {} times\n", self.memory_mib, self.pages, self.runs)?;
         writeln!(f, "{:<30} {:^29}  {:^29}", "", "one page of each 64 KiB", "neighbouring pages")?;
         write!(f, "{:<30}", "us a page")?;
@@ -312,8 +306,7 @@ struct Found {
 
 /// Measures.
 pub fn run(options: &Options) -> Result<Report, BenchError> {
-    let place = TempDir::new().map_err(io_error("cannot make a temporary directory"))?;
-    let bench = Bench { options, dir: place.path(), children: Children::new()? };
+    let bench = Bench { options, place: Workplace::new(options.patience())? };
     bench.snapshot()?;
     let mut found = Found::default();
     for _ in 0..options.runs {
@@ -324,34 +317,20 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
 
 struct Bench<'a> {
     options: &'a Options,
-    dir: &'a Path,
-    children: Children,
+    place: Workplace,
 }
 
 impl Bench<'_> {
     fn path(&self, name: &str) -> PathBuf {
-        self.dir.join(name)
+        self.place.path(name)
     }
 
     /// Boots a guest, lets it fill its pages, and takes the snapshot that everything begins with.
     fn snapshot(&self) -> Result<(), BenchError> {
-        let (config, api, vsock) = (self.path("vm.json"), self.path("api.sock"), self.path("parent.vsock"));
-        let document = VmConfig {
-            boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
-            machine_config: MachineConfig { mem_size_mib: self.options.memory_mib(), ..Default::default() },
-            vsock: Some(Vsock { guest_cid: 3, uds_path: vsock.clone(), vsock_id: None }),
-            ..Default::default()
-        };
-        let text = serde_json::to_vec(&document).map_err(io::Error::from);
-        text.and_then(|text| std::fs::write(&config, text)).map_err(io_error("cannot write a configuration"))?;
-        let mut parent = self.children.start("guest", &self.path("vm.log"), |vmm| {
-            vmm.arg("--config").arg(&config).arg("--api-sock").arg(&api);
-        })?;
-        let mut agent = self.first_reply(&mut parent, &vsock)?;
-        ask(&mut agent, Request::Fill { pages: self.options.all_pages(), seed: SEED })?;
-        let failed = |source| BenchError::Api { what: "cannot take a snapshot", source };
-        let mut client = RestClient::connect(&api, self.options.patience()).map_err(failed)?;
-        client.put("/snapshot/create", &SnapshotCreate::of(self.path("snap"))).map_err(failed)
+        let mem_size_mib = self.options.memory_mib();
+        let mut parent = self.place.boot(MachineConfig { mem_size_mib, ..Default::default() })?;
+        parent.fill(self.options.all_pages(), SEED)?;
+        parent.api.snapshot(&SnapshotCreate::of(self.path("snap"))).map(drop)
     }
 
     /// All cases, each with a page server that nobody has asked for anything yet.
@@ -388,13 +367,13 @@ impl Bench<'_> {
         let _ = std::fs::remove_file(&socket);
         let mut server = self.start_page_server(&socket, &["--record", "1"])?;
         wait_for_listener(&mut server, &socket)?;
-        let (mut clone, mut agent) = self.restore(case, &socket)?;
+        let mut clone = self.restore(case, &socket)?;
         for pattern in PATTERNS {
-            ask(&mut agent, case.request(self.options.pages_of(pattern)))?;
+            clone.ask(case.request(self.options.pages_of(pattern)))?;
         }
         let deadline = Instant::now() + PATIENCE;
         while !place.exists() {
-            clone.check_alive()?;
+            clone.child.check_alive()?;
             server.check_alive()?;
             if Instant::now() > deadline {
                 return Err(BenchError::Late("the page server has not learnt what a clone uses", PATIENCE));
@@ -439,7 +418,7 @@ impl Bench<'_> {
         };
         wait_for_listener(&mut server, &socket)?;
         for &case in cases {
-            let (mut clone, mut agent) = match self.restore(case, &socket) {
+            let mut clone = match self.restore(case, &socket) {
                 // Our page server may not offer copy mode. One that has failed has ended.
                 Err(BenchError::Child(reason)) if case.is_copy() && case != Case::Peer && !reason.host_cannot() => {
                     server.check_alive()?;
@@ -451,19 +430,19 @@ impl Bench<'_> {
                 restored => restored?,
             };
             if case.working_set().is_some() {
-                self.wait_for_replay(&mut clone)?;
+                self.wait_for_replay(&mut clone.child)?;
             }
             for pattern in PATTERNS {
-                let duration = self.measure(case, pattern, &mut agent)?;
+                let duration = self.measure(case, pattern, &mut clone)?;
                 found.durations.entry((case, pattern)).or_default().push(duration);
             }
-            clone.check_alive()?;
+            clone.child.check_alive()?;
         }
         Ok(())
     }
 
     fn start_page_server(&self, socket: &Path, more: &[&str]) -> Result<Child, BenchError> {
-        Ok(self.children.start("page server", &self.path("uffd.log"), |vmm| {
+        Ok(self.place.children.start("page server", &self.path("uffd.log"), |vmm| {
             vmm.arg("uffd-handler").arg("--socket").arg(socket).arg("--snapshot").arg(self.path("snap")).args(more);
         })?)
     }
@@ -474,47 +453,21 @@ impl Bench<'_> {
         Ok(Children::start_other("other page server", &self.path("peer.log"), command)?)
     }
 
-    fn restore(&self, case: Case, socket: &Path) -> Result<(Child, AgentClient), BenchError> {
-        let vsock = self.path("clone.vsock");
-        let _ = std::fs::remove_file(&vsock);
-        let mut clone = self.children.start("clone", &self.path("clone.log"), |vmm| {
-            vmm.arg("--restore").arg(self.path("snap")).arg("--uffd").arg(socket).arg("--vsock").arg(&vsock);
-            // Nobody uses the clones for anything, so they need not become themselves first.
-            vmm.arg("--same-generation");
+    fn restore(&self, case: Case, socket: &Path) -> Result<Guest, BenchError> {
+        self.place.restore(&self.path("snap"), |vmm| {
+            vmm.arg("--uffd").arg(socket);
             if case.is_copy() {
                 vmm.arg("--uffd-mode").arg("copy");
             }
-        })?;
-        let agent = self.first_reply(&mut clone, &vsock)?;
-        Ok((clone, agent))
-    }
-
-    /// Waits for a guest's first reply; if its process ends instead, says why.
-    fn first_reply(&self, child: &mut Child, vsock: &Path) -> Result<AgentClient, BenchError> {
-        let deadline = Instant::now() + PATIENCE;
-        // In slices, so that a process that fails at once is noticed at once; growing, so that a slow guest has its time.
-        let mut slice = Duration::from_millis(100);
-        loop {
-            let until = deadline.min(Instant::now() + slice);
-            slice *= 2;
-            match AgentClient::first_reply(vsock, self.options.patience(), until, Request::Ping { token: 0 }) {
-                Ok((agent, _)) => return Ok(agent),
-                Err(source) => {
-                    child.check_alive()?;
-                    if Instant::now() >= deadline {
-                        return Err(BenchError::Agent(source));
-                    }
-                }
-            }
-        }
+        })
     }
 
     /// What it costs to touch pages that are not there yet, all together.
-    fn measure(&self, case: Case, pattern: Pattern, agent: &mut AgentClient) -> Result<Duration, BenchError> {
+    fn measure(&self, case: Case, pattern: Pattern, clone: &mut Guest) -> Result<Duration, BenchError> {
         let pages = self.options.pages_of(pattern);
         let mut touch = || {
             let before = Instant::now();
-            let response = ask(agent, case.request(pages))?;
+            let response = clone.ask(case.request(pages))?;
             let elapsed = before.elapsed();
             check(case, pages, response).map(|()| elapsed)
         };
@@ -522,10 +475,6 @@ impl Bench<'_> {
         let base = (0..BASE_RUNS).map(|_| touch()).collect::<Result<Vec<_>, _>>()?;
         Ok(with_faults.saturating_sub(base.into_iter().min().unwrap_or_default()))
     }
-}
-
-fn ask(agent: &mut AgentClient, request: Request) -> Result<Response, BenchError> {
-    agent.call(request).map_err(BenchError::Agent)
 }
 
 /// A guest that has found other pages than it should has measured nothing.
@@ -569,6 +518,7 @@ fn listens(table: &str, socket: &Path) -> bool {
 mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
+    use tempfile::TempDir;
 
     #[test]
     fn patterns_share_no_page_and_fit_the_guest() {

@@ -3,8 +3,11 @@
 
 pub mod api;
 pub mod faults;
+mod guest;
+pub mod snapshot;
 
 use crate::children::ChildError;
+use crate::host::Host;
 use api_spec::client::agent::AgentError;
 use api_spec::client::rest::RestError;
 use serde::Serialize;
@@ -15,8 +18,9 @@ use std::time::Duration;
 pub const USAGE: &str = "\
 Measures, on this machine, and prints what it found. Leave the machine alone meanwhile.
 
-Usage: vmm bench api [options]     how long calls of the REST API take, and how soon it can be called
-       vmm bench faults [options]  what it costs a guest to touch a page that is not there yet
+Usage: vmm bench api [options]       how long calls of the REST API take, and how soon it can be called
+       vmm bench faults [options]    what it costs a guest to touch a page that is not there yet
+       vmm bench snapshot [options]  how long guests stand still for snapshots, and what else these cost
 
   --json                  print one JSON document instead of a table
 
@@ -24,11 +28,17 @@ Of `api`:
   --calls N               how many calls on one connection, 1 to 1000000 (default 5000)
   --starts N              how many processes to start, 1 to 1000 (default 20)
 
+Of `faults` and `snapshot`:
+  --n RUNS                how often to measure everything, 1 to 100 (default 5 for `faults`, 10 for `snapshot`)
+
 Of `faults`:
   --pages N               how many pages to touch at once, 1 to 8192 (default 2048)
-  --n RUNS                how often to measure everything, 1 to 100 (default 5)
   --peer-handler PROGRAM  measure another page server of Firecracker's protocol as well; it is started with the path of
                           its socket and that of the memory file
+
+Of `snapshot`:
+  --resident-mib N        memory in use of the guest that has much in use, 16 to 1984 (default 1024); as much is written
+                          to the temporary directory (TMPDIR)
 
 Ends with 0, 1 on failure, 2 on bad usage, and 77 if this host cannot run microVMs.
 ";
@@ -64,6 +74,15 @@ pub enum BenchError {
     /// A guest has other pages than it should.
     #[error("{0}: the guest has read other pages than were snapshotted; nothing that was measured means anything")]
     WrongPages(&'static str),
+    /// A guest has computed something else than it should.
+    #[error("{0}: the guest has not computed what it should; nothing that was measured means anything")]
+    WrongResult(&'static str),
+    /// A snapshot that is not in order.
+    #[error(transparent)]
+    Verify(#[from] ::snapshot::verify::VerifyError),
+    /// A signal.
+    #[error("interrupted by a signal; every process of the benchmark has ended, start it again to see its figures")]
+    Interrupted,
 }
 
 impl BenchError {
@@ -75,6 +94,13 @@ impl BenchError {
 
 fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> BenchError {
     move |source| BenchError::Io { what, source }
+}
+
+/// What a report says of the host.
+fn host_line(host: &Host) -> String {
+    let Host { cpu, cpus, kernel, ring0_emulated } = host;
+    let emulated = if *ring0_emulated { ", KVM emulates ring 0" } else { "" };
+    format!("host  {cpu}, {cpus} CPUs, Linux {kernel}{emulated}")
 }
 
 /// How some durations are spread, in microseconds.

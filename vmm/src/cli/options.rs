@@ -27,6 +27,7 @@ Usage: vmm --config FILE [options]            boot what the file describes
        vmm demo [options]                     boot, snapshot, and restore clones; see `vmm demo --help`
        vmm bench api [options]                measure the REST API; see `vmm bench --help`
        vmm bench faults [options]             measure page faults of clones
+       vmm bench snapshot [options]           measure snapshots
        vmm list CONFIG... [--json]            say which machines are saved, by their configuration files
        vmm doctor [--json]                    say what this host can do, with remedies
        vmm guest export FILE                  write the embedded guest's kernel, for other VMMs to boot
@@ -187,6 +188,8 @@ pub enum Command {
     BenchApi(bench::api::Options),
     /// Measure page faults.
     BenchFaults(bench::faults::Options),
+    /// Measure snapshots.
+    BenchSnapshot(bench::snapshot::Options),
     /// Print the version of the snapshot format.
     SnapshotVersion,
     /// Print the version of a snapshot's format.
@@ -519,6 +522,7 @@ fn parse_demo(args: Vec<OsString>) -> Result<Command, UsageError> {
 fn parse_bench(args: Vec<OsString>) -> Result<Command, UsageError> {
     match args.split_first() {
         Some((what, rest)) if what == "faults" => parse_bench_faults(rest.to_vec()),
+        Some((what, rest)) if what == "snapshot" => parse_bench_snapshot(rest.to_vec()),
         _ => parse_bench_api(args),
     }
 }
@@ -541,6 +545,23 @@ fn parse_bench_faults(args: Vec<OsString>) -> Result<Command, UsageError> {
     Ok(Command::BenchFaults(options))
 }
 
+fn parse_bench_snapshot(args: Vec<OsString>) -> Result<Command, UsageError> {
+    use lexopt::prelude::*;
+    let mut options = bench::snapshot::Options::default();
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("n") => options.runs = value(&mut parser, "--n", "a number")?,
+            Long("resident-mib") => options.resident_mib = value(&mut parser, "--resident-mib", "a number of MiB")?,
+            Long("json") => options.json = true,
+            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    options.check().map_err(lexopt::Error::from)?;
+    Ok(Command::BenchSnapshot(options))
+}
+
 fn parse_bench_api(args: Vec<OsString>) -> Result<Command, UsageError> {
     use lexopt::prelude::*;
     let (mut options, mut what) = (bench::api::Options::default(), None);
@@ -556,7 +577,7 @@ fn parse_bench_api(args: Vec<OsString>) -> Result<Command, UsageError> {
         }
     }
     if what.as_deref() != Some(OsStr::new("api")) {
-        return Err(UsageError::Missing("`bench` takes `api` or `faults`"));
+        return Err(UsageError::Missing("`bench` takes `api`, `faults` or `snapshot`"));
     }
     options.check().map_err(lexopt::Error::from)?;
     Ok(Command::BenchApi(options))
@@ -718,6 +739,15 @@ mod tests {
     }
 
     #[test]
+    fn benchmarks_take_their_options() {
+        let snapshot =
+            |runs, resident_mib, json| Command::BenchSnapshot(bench::snapshot::Options { runs, resident_mib, json });
+        assert_eq!(parse("bench snapshot").unwrap(), snapshot(10, 1024, false));
+        assert_eq!(parse("bench snapshot --n 3 --resident-mib 16 --json").unwrap(), snapshot(3, 16, true));
+        assert_eq!(parse("bench snapshot --help").unwrap(), Command::Help(bench::USAGE));
+    }
+
+    #[test]
     fn options_that_do_not_belong_together_are_refused() {
         for line in [
             "",
@@ -772,6 +802,12 @@ mod tests {
             "bench faults --n 101",
             "bench faults --calls 5",
             "bench faults api",
+            "bench snapshot --n 0",
+            "bench snapshot --n 101",
+            "bench snapshot --resident-mib 15",
+            "bench snapshot --resident-mib 2048",
+            "bench snapshot --pages 5",
+            "bench snapshot faults",
             "demo --clones 0",
             "demo --memory 1",
             "demo --memory 64 --working-set 64",

@@ -1,0 +1,168 @@
+//! The guests that are measured: ordinary `vmm` processes in a directory of their own, and what is asked of them.
+
+use super::{BenchError, io_error};
+use crate::children::{Child, Children};
+use api_spec::agent::{Pages, Request, Response};
+use api_spec::client::{AgentClient, RestClient};
+use api_spec::snapshot::{SnapshotCreate, SnapshotStatus};
+use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+use uffd_handler::process::Signals;
+
+/// How long anything may take that takes milliseconds.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Where a benchmark works: a temporary directory, and the processes that are started in it.
+pub struct Workplace {
+    dir: TempDir,
+    /// Starts this program, and others.
+    pub children: Children,
+    /// What ends the benchmark early: it is looked for at each step, so that processes and files are cleared away.
+    signals: Signals,
+    /// How long a guest may take to answer.
+    patience: Duration,
+}
+
+/// A guest that answers.
+pub struct Guest {
+    /// Its process.
+    pub child: Child,
+    /// The API of its vmm.
+    pub api: Api,
+    agent: AgentClient,
+}
+
+/// The API of a vmm that runs.
+#[derive(Clone)]
+pub struct Api {
+    path: PathBuf,
+    patience: Duration,
+}
+
+/// A snapshot that was taken.
+#[derive(Clone, Debug)]
+pub struct Taken {
+    /// What the vmm says of it.
+    pub status: SnapshotStatus,
+    /// How long whoever asked for it waited.
+    pub call: Duration,
+}
+
+impl Workplace {
+    /// A new one, whose guests may take so long to answer. To be called before there are other threads.
+    pub fn new(patience: Duration) -> Result<Self, BenchError> {
+        let signals = Signals::catch().map_err(io_error("cannot block signals"))?;
+        let dir = TempDir::new().map_err(io_error("cannot make a temporary directory"))?;
+        Ok(Workplace { dir, children: Children::new()?, signals, patience })
+    }
+
+    /// A path in the directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// A directory for what is needed for a while only.
+    pub fn room(&self) -> Result<TempDir, BenchError> {
+        TempDir::new_in(self.dir.path()).map_err(io_error("cannot make a temporary directory"))
+    }
+
+    /// Boots the embedded guest.
+    pub fn boot(&self, machine_config: MachineConfig) -> Result<Guest, BenchError> {
+        let (config, vsock) = (self.path("vm.json"), self.path("guest.vsock"));
+        let document = VmConfig {
+            boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
+            machine_config,
+            vsock: Some(Vsock { guest_cid: 3, uds_path: vsock.clone(), vsock_id: None }),
+            ..Default::default()
+        };
+        let text = serde_json::to_vec(&document).map_err(io::Error::from);
+        text.and_then(|text| std::fs::write(&config, text)).map_err(io_error("cannot write a configuration"))?;
+        self.start("guest", &vsock, |vmm| {
+            vmm.arg("--config").arg(&config);
+        })
+    }
+
+    /// Restores a clone, with the options that `more` adds.
+    pub fn restore(&self, snapshot: &Path, more: impl FnOnce(&mut Command)) -> Result<Guest, BenchError> {
+        let vsock = self.path("clone.vsock");
+        self.start("clone", &vsock, |vmm| {
+            vmm.arg("--restore").arg(snapshot).arg("--vsock").arg(&vsock);
+            // Nobody uses the clones for anything, so they need not become themselves first.
+            vmm.arg("--same-generation");
+            more(vmm);
+        })
+    }
+
+    /// Starts a vmm and waits for the first reply of its guest.
+    fn start(&self, name: &str, vsock: &Path, arguments: impl FnOnce(&mut Command)) -> Result<Guest, BenchError> {
+        let api = Api { path: self.path(&format!("{name}.sock")), patience: self.patience };
+        for socket in [vsock, &api.path] {
+            let _ = std::fs::remove_file(socket);
+        }
+        let mut child = self.children.start(name, &self.path(&format!("{name}.log")), |vmm| {
+            arguments(vmm);
+            vmm.arg("--api-sock").arg(&api.path);
+        })?;
+        let agent = self.first_reply(&mut child, vsock)?;
+        Ok(Guest { child, api, agent })
+    }
+
+    /// Waits for a guest's first reply; if its process ends instead, says why.
+    fn first_reply(&self, child: &mut Child, vsock: &Path) -> Result<AgentClient, BenchError> {
+        let deadline = Instant::now() + PATIENCE;
+        // In slices, so that a process that fails at once is noticed at once; growing, so that a slow guest has its time.
+        let mut slice = Duration::from_millis(100);
+        loop {
+            self.go_on()?;
+            let until = deadline.min(Instant::now() + slice);
+            slice *= 2;
+            match AgentClient::first_reply(vsock, self.patience, until, Request::Ping { token: 0 }) {
+                Ok((agent, _)) => return Ok(agent),
+                Err(source) => {
+                    child.check_alive()?;
+                    if Instant::now() >= deadline {
+                        return Err(BenchError::Agent(source));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Fails if a signal has come.
+    fn go_on(&self) -> Result<(), BenchError> {
+        if self.signals.have_come() { Err(BenchError::Interrupted) } else { Ok(()) }
+    }
+}
+
+impl Guest {
+    /// Asks, and waits for the answer.
+    pub fn ask(&mut self, request: Request) -> Result<Response, BenchError> {
+        self.agent.call(request).map_err(BenchError::Agent)
+    }
+
+    /// Has the guest write every word of these pages.
+    pub fn fill(&mut self, pages: Pages, seed: u64) -> Result<(), BenchError> {
+        self.ask(Request::Fill { pages, seed }).map(drop)
+    }
+
+    /// Whether every word of these pages is as it was filled.
+    pub fn holds(&mut self, pages: Pages, seed: u64) -> Result<bool, BenchError> {
+        Ok(self.ask(Request::Verify { pages, seed })? == Response::Mismatches(0))
+    }
+}
+
+impl Api {
+    /// Takes a snapshot, and asks how it went.
+    pub fn snapshot(&self, create: &SnapshotCreate) -> Result<Taken, BenchError> {
+        let failed = |source| BenchError::Api { what: "cannot take a snapshot", source };
+        let mut client = RestClient::connect(&self.path, self.patience).map_err(failed)?;
+        let before = Instant::now();
+        client.put("/snapshot/create", create).map_err(failed)?;
+        let call = before.elapsed();
+        Ok(Taken { status: client.get("/snapshot/status").map_err(failed)?, call })
+    }
+}
