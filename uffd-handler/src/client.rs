@@ -17,6 +17,7 @@ use api_spec::client::unix;
 use api_spec::handshake::{
     Attach, CopyRegion, HELLO_DEADLINE_MS, Hello, MAX_MESSAGE, Mode, REPLY_DEADLINE_MS, Region, Reply,
 };
+use rustix::net::RecvFlags;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -197,6 +198,12 @@ fn line(message: &impl serde::Serialize) -> io::Result<Vec<u8>> {
     Ok(line)
 }
 
+/// How long the line is that waits to be read, with its end; or as much of it as has come, or fits. 0 when nothing more comes.
+fn peek_line(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<usize> {
+    let (len, _) = rustix::net::recv(stream, &mut *bytes, RecvFlags::PEEK)?;
+    Ok(bytes[..len].iter().position(|byte| *byte == b'\n').map_or(len, |end| end + 1))
+}
+
 /// Reads one answer, and the descriptor that came with it.
 fn receive_reply(
     stream: &UnixStream,
@@ -215,7 +222,8 @@ fn receive_reply(
             return Err(ClientError::Unexpected(format!("a line longer than {MAX_MESSAGE} bytes")));
         }
         stream.set_read_timeout(Some(left))?;
-        match receive(stream, &mut bytes) {
+        // No further than the line's end: what comes behind it is for whoever talks with the server from then on.
+        match peek_line(stream, &mut bytes).and_then(|len| receive(stream, &mut bytes[..len])) {
             Ok((0, _)) => return Err(ClientError::Closed),
             Ok((count, passed)) => {
                 text.extend_from_slice(&bytes[..count]);
@@ -234,4 +242,34 @@ fn receive_reply(
     }
     let reply = serde_json::from_slice(&text).map_err(|error| ClientError::Unexpected(error.to_string()))?;
     Ok((reply, descriptor))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn what_comes_right_behind_an_answer_is_left_for_later() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let behind = line(&Reply::Report).unwrap();
+        let both = [line(&Reply::Serving).unwrap(), behind.clone()].concat();
+        // In any two pieces, and the second also late.
+        for cut in 1..both.len() {
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    (&far).write_all(&both[..cut]).unwrap();
+                    std::thread::yield_now();
+                    (&far).write_all(&both[cut..]).unwrap();
+                });
+                let (reply, descriptor) = receive_reply(&near, "attach", REPLY_DEADLINE_MS).unwrap();
+                assert!(reply == Reply::Serving && descriptor.is_none(), "{cut}: {reply:?}");
+            });
+            let mut rest = vec![0; behind.len()];
+            (&near).read_exact(&mut rest).unwrap();
+            assert_eq!(rest, behind, "{cut}");
+        }
+        drop(far);
+        assert!(matches!(receive_reply(&near, "attach", REPLY_DEADLINE_MS), Err(ClientError::Closed)));
+    }
 }
