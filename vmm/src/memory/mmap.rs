@@ -251,14 +251,19 @@ impl Drop for Aside {
 ///
 /// If the second step fails, the region is the shared mapping that it was.
 pub fn make_private(region: &MmapRegion, file: &File, offset: u64) -> io::Result<Aside> {
-    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+    // To a place that lies in the same way: the kernel then moves whole tables of 512 pages, not page by page.
+    let aside = Aside { addr: place::reserve(region.size(), region.as_ptr() as u64)?, len: region.size() };
+    let to = aside.addr.as_ptr();
     // SAFETY: the range is the region's own mapping. MREMAP_DONTUNMAP leaves a mapping of the same file at the old
-    // address, so the region stays valid; the kernel chooses an unused place for the moved one.
-    let aside = unsafe { libc::mremap(region.as_ptr().cast(), region.size(), region.size(), flags, ptr::null::<u8>()) };
-    if aside == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
+    // address, so the region stays valid; what it moves to was just reserved for it, and nothing else refers to that.
+    let moved = unsafe { libc::mremap(region.as_ptr().cast(), region.size(), region.size(), flags, to) };
+    if moved == libc::MAP_FAILED {
+        let failed = io::Error::last_os_error();
+        // The kernel may have let the place go, and given it to somebody else. It takes no memory.
+        std::mem::forget(aside);
+        return Err(failed);
     }
-    let aside = Aside { addr: not_null(aside)?, len: region.size() };
     // SAFETY: MAP_FIXED replaces exactly the region's own mapping, atomically, with one of the same length and
     // protection, so every pointer into the region stays valid; the bytes there are volatile guest memory that no Rust
     // reference points to.
