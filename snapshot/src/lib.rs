@@ -11,6 +11,7 @@
 //! - [`verify`]: check everything, the whole memory included
 //! - [`working_set`]: which pages clones use, learnt afterwards; [`page_runs`] is how they are told
 //! - [`compat`]: may a snapshot run on this host
+//! - [`tools`]: packing, flattening, comparing, showing and removing snapshots
 //!
 //! docs/snapshot-format.md describes the same for users.
 
@@ -30,6 +31,7 @@ pub mod packed;
 pub mod page_runs;
 mod stamp;
 pub mod state;
+pub mod tools;
 pub mod verify;
 pub mod working_set;
 

@@ -14,10 +14,6 @@ use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
-fn image(dir: &Path) -> MemoryImage {
-    MemoryImage::open(&load::open(dir).unwrap()).unwrap()
-}
-
 /// Writes a snapshot of a memory in which some pages have changed; `said` more pages are said to have.
 fn next(dir: &Path, from: &str, to: &str, memory: &mut [u8], changed: &[(usize, u8)], said: &[usize]) -> Manifest {
     for (page, fill) in changed {

@@ -188,6 +188,14 @@ impl MemoryImage {
         }
     }
 
+    /// How many bytes of the file, if it is packed, are of chunks that clones were known to use when it was.
+    pub fn hot_bytes(&self) -> u64 {
+        match &self.layers[0].form {
+            Form::Packed(index) => index.hot_bytes(),
+            Form::Whole | Form::Pages(_) => 0,
+        }
+    }
+
     /// The digests.
     pub fn digests(&self) -> &Digests {
         &self.digests
