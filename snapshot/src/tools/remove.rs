@@ -11,6 +11,7 @@ use rustix::fs::{AtFlags, FlockOperation, fstat, statat};
 use rustix::io::Errno;
 use serde::Serialize;
 use std::ffi::OsStr;
+use std::fmt;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,12 @@ pub struct Removed {
     pub path: PathBuf,
     /// Space that its files took, in bytes. Clones that run may still hold some of it.
     pub disk_bytes: u64,
+}
+
+impl fmt::Display for Removed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} is removed, which took {} KiB", self.path.display(), self.disk_bytes / 1024)
+    }
 }
 
 /// Why a snapshot was not removed.

@@ -222,7 +222,7 @@ impl fmt::Display for Summary {
             writeln!(f, "  clones   {clones} were seen to read {read_pages} pages and to write {written_pages}")?;
         }
         for child in &self.children {
-            writeln!(f, "  below    {child:?}")?;
+            writeln!(f, "  child    {child:?}")?;
         }
         writeln!(f, "  root     {}", self.memory.root)?;
         writeln!(f, "  digest   {}", self.digest)
