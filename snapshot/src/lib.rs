@@ -91,6 +91,6 @@ pub mod file {
     }
 }
 
-// The format is pinned. A change of any of these strands every stored snapshot: read "Versions" in
-// docs/snapshot-format.md first.
+// The format is pinned. A change of any of these strands every stored snapshot: read
+// docs/snapshot-versioning.md first.
 const _: () = assert!(FORMAT_VERSION == 2 && PAGE_BYTES == 4096 && CHUNK_BYTES == 65536);

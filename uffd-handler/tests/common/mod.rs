@@ -114,7 +114,7 @@ impl Sample {
 fn facts() -> Facts {
     let cpu = Cpu { vendor: "AuthenticAMD".into(), ..Cpu::default() };
     let host = snapshot::compat::HostFacts { arch: "x86_64".into(), cpu, kernel: "6.18.0".into() };
-    Facts { vmm_version: "0.1.0".into(), host, devices: Default::default(), readiness: None }
+    Facts { vmm_version: "0.1.0".into(), host, devices: Default::default(), readiness: None, config: None }
 }
 
 pub fn server_command() -> Command {
