@@ -67,9 +67,10 @@ pub mod file {
     /// Which pages clones use. Advisory, and learnt after the snapshot was made.
     pub const WORKING_SET: &str = "working-set.json";
 
-    /// A note that the snapshot with this digest of its manifest lies over the one that the note is in: where it is.
-    pub fn child(digest: &str) -> String {
-        format!("{CHILD}{}", digest.get(..16).unwrap_or(digest))
+    /// A note that the snapshot at this path, as seen from the directory that the note is in, lies over the one that is there. One
+    /// for each place: two snapshots may be the same but for where they are.
+    pub fn child(path: &[u8]) -> String {
+        format!("{CHILD}{}", &blake3::hash(path).to_hex()[..16])
     }
 
     /// How the names of such notes begin.

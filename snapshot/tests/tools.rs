@@ -141,6 +141,24 @@ fn only_what_nobody_needs_is_removed() {
 }
 
 #[test]
+fn of_two_equal_children_each_counts() {
+    let sample = chain();
+    let root = sample.root.path();
+    let elsewhere = root.join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let written = ["a", "b"].map(|name| {
+        write_diff(&root.join("middle"), &root.join("top"), &elsewhere.join(name), Form::Packed, &job()).unwrap()
+    });
+    assert_eq!(written[0].digest, written[1].digest);
+    remove(&root.join("top")).unwrap();
+    for name in ["a", "b"] {
+        assert!(matches!(remove(&root.join("middle")), Err(RemoveError::HasChildren { .. })), "{name}");
+        remove(&elsewhere.join(name)).unwrap();
+    }
+    remove(&root.join("middle")).unwrap();
+}
+
+#[test]
 fn a_copy_of_the_parent_is_not_the_parent() {
     let sample = chain();
     let root = sample.root.path();

@@ -210,14 +210,14 @@ impl Staging {
             .and_then(|stamp| self.dir.write_file(file::STAMP, &stamp.to_json()));
         stamp.map_err(|e| self.write_error(file::STAMP, memory.data_bytes, e))?;
         self.dir.sync().map_err(|e| self.write_error(".", memory.data_bytes, e))?;
-        let _base = memory.over.as_ref().map(|over| self.protect(over, &manifest)).transpose()?;
+        let _base = memory.over.as_ref().map(|over| self.protect(over)).transpose()?;
         self.publish()?;
         Ok(manifest)
     }
 
     /// Notes in the directory of the snapshot that this one lies over that it does, so that nobody removes that one. Nobody does
     /// while the result is there.
-    fn protect(&self, over: &Over, manifest: &Manifest) -> Result<Dir, CreateError> {
+    fn protect(&self, over: &Over) -> Result<Dir, CreateError> {
         let path = || over.dir.clone();
         let failed = |source| CreateError::Note { path: path(), source };
         let dir = Dir::open(&over.dir).map_err(failed)?;
@@ -230,7 +230,8 @@ impl Staging {
             return Err(CreateError::BaseRemoved { path: path() });
         }
         let child = super::base::relative(&over.dir, &self.target_path()).map_err(failed)?;
-        dir.replace_file(&file::child(&manifest.digest), child.as_os_str().as_bytes()).map_err(failed)?;
+        let child = child.as_os_str().as_bytes();
+        dir.replace_file(&file::child(child), child).map_err(failed)?;
         dir.sync().map_err(failed)?;
         Ok(dir)
     }

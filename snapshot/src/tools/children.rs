@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 /// Longest note, in bytes: no path is longer.
-pub(super) const MAX_NOTE: u64 = 4096;
+const MAX_NOTE: u64 = 4096;
 
 /// Why it is not known which snapshots lie over one.
 #[derive(Debug, thiserror::Error)]
@@ -89,30 +89,48 @@ pub(super) fn is_same(a: &Dir, b: &Dir) -> bool {
 /// The snapshots that lie over the one in `dir`, whose manifest has this digest if that is known.
 pub(super) fn children(dir: &Dir, digest: Option<&str>) -> Result<Vec<PathBuf>, ChildrenError> {
     let mut children: Vec<PathBuf> = Vec::new();
-    let list = |dir: &Dir| names(dir).map_err(|source| ChildrenError::List { path: dir.path().to_owned(), source });
-    let mut candidates = Vec::new();
-    for name in list(dir)?.iter().filter(|name| name.starts_with(file::CHILD.as_bytes())) {
-        // One that is no text is no note.
-        let Ok(name) = std::str::from_utf8(name) else { continue };
-        candidates.push(dir.path().join(OsStr::from_bytes(&dir.read(name, MAX_NOTE)?)));
-    }
+    let mut candidates: Vec<Dir> = notes(dir)?.into_iter().filter_map(|note| note.child).collect();
     // They have been moved or renamed with the path to this one still right.
     let above = dir.path().join("..");
     if let Ok(beside) = Dir::open(&above) {
         let place = dir.path().parent().unwrap_or(Path::new("/"));
-        candidates.extend(list(&beside)?.iter().map(|name| place.join(OsStr::from_bytes(name))));
+        candidates
+            .extend(list(&beside)?.iter().filter_map(|name| Dir::open(&place.join(OsStr::from_bytes(name))).ok()));
     }
-    for path in candidates {
-        // What is not there, or no directory, or damaged, cannot be loaded.
-        let Ok(candidate) = Dir::open(&path) else { continue };
+    for candidate in candidates {
         if is_child(&candidate, dir, digest)? {
-            let path = path.canonicalize().unwrap_or(path);
+            let path = candidate.path();
+            let path = path.canonicalize().unwrap_or(path.to_owned());
             if !children.contains(&path) {
                 children.push(path);
             }
         }
     }
     Ok(children)
+}
+
+fn list(dir: &Dir) -> Result<Vec<Vec<u8>>, ChildrenError> {
+    names(dir).map_err(|source| ChildrenError::List { path: dir.path().to_owned(), source })
+}
+
+/// A note that another snapshot lies over the one that it is in.
+pub(super) struct Note {
+    pub(super) name: String,
+    /// The directory of that other one. What is not there, or is no directory, is no snapshot.
+    pub(super) child: Option<Dir>,
+}
+
+/// The notes in a directory.
+pub(super) fn notes(dir: &Dir) -> Result<Vec<Note>, ChildrenError> {
+    let mut notes = Vec::new();
+    for name in list(dir)?.into_iter().filter(|name| name.starts_with(file::CHILD.as_bytes())) {
+        // One whose name is no text is none of ours.
+        let Ok(name) = String::from_utf8(name) else { continue };
+        let path = dir.read(&name, MAX_NOTE)?;
+        let child = Dir::open(&dir.path().join(OsStr::from_bytes(&path))).ok();
+        notes.push(Note { name, child });
+    }
+    Ok(notes)
 }
 
 fn is_child(candidate: &Dir, dir: &Dir, digest: Option<&str>) -> Result<bool, ChildrenError> {

@@ -3,7 +3,7 @@
 //! The manifest goes first, so that a removal that is killed leaves nothing that loads; the next one removes the rest. Clones that
 //! run keep the files that they have open.
 
-use super::children::{ChildrenError, Kin, MAX_NOTE, children, is_same, names};
+use super::children::{ChildrenError, Kin, children, is_same, names, notes};
 use crate::dir::Dir;
 use crate::file;
 use crate::load::{self, LoadError};
@@ -189,15 +189,13 @@ fn remove_files(dir: &Dir, above: &Dir, name: &OsStr, names: &[Vec<u8>], kin: Op
     }
 }
 
-/// Removes the note in the parent that says that this snapshot lies over it. One that stays means nothing.
+/// Removes the notes in the parent that this snapshot lies over it. One that stays means nothing.
 fn forget_child(dir: &Dir, kin: &Kin) {
     let Some(parent) = kin.parent(dir) else { return };
-    let note = file::child(&kin.digest);
-    let Ok(path) = parent.read(&note, MAX_NOTE) else { return };
-    // Another snapshot of the same digest, a copy, may have taken it over.
-    let noted = Dir::open(&parent.path().join(OsStr::from_bytes(&path)));
-    if noted.is_ok_and(|noted| is_same(&noted, dir)) {
-        let _ = parent.remove_file(&note);
+    for note in notes(&parent).unwrap_or_default() {
+        if note.child.is_some_and(|child| is_same(&child, dir)) {
+            let _ = parent.remove_file(&note.name);
+        }
     }
 }
 
