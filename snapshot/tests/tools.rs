@@ -80,7 +80,7 @@ fn a_snapshot_is_shown() {
     let root = sample.root.path();
     let snapshot = load::open(&sample.dir).unwrap();
     let mut set = WorkingSet::of(&snapshot);
-    set.merge(&Used { read: PageRuns::new([0..3]), written: PageRuns::of_pages([40]) });
+    set.merge(&Used { read: PageRuns::of_pages(0..3), written: PageRuns::of_pages([40]) });
     set.save(&snapshot).unwrap();
     pack(&sample.dir, &root.join("packed"), &job()).unwrap();
 

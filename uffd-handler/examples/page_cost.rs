@@ -75,7 +75,7 @@ fn make_snapshot(target: &Path) -> Result<String> {
     let digest = staging.write_memory(&mut BytesSource::new(&memory), &AtomicBool::new(false))?;
     let cpu = Cpu { vendor: "AuthenticAMD".into(), ..Cpu::default() };
     let host = snapshot::compat::HostFacts { arch: "x86_64".into(), cpu, kernel: String::from("6.18.0") };
-    let facts = Facts { vmm_version: "0.1.0".into(), host, devices: Default::default(), readiness: None };
+    let facts = Facts { vmm_version: "0.1.0".into(), host, devices: Default::default(), readiness: None, config: None };
     Ok(staging.commit(digest, facts, &MachineState::blank(1))?.memory.root)
 }
 

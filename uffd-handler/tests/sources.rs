@@ -349,7 +349,7 @@ fn a_local_image_is_fetched_from_its_disk_and_not_kept_twice() {
 fn stored_otherwise() -> (Sample, [&'static str; 3]) {
     let sample = Sample::of_bytes(SIZE);
     // Every third page is another, and can be compressed.
-    let base = Sample::of_words(SIZE, |index| if (index * 8 / PAGE) % 3 == 0 { 5 } else { word(index) });
+    let base = Sample::of_words(SIZE, |index| if (index * 8 / PAGE).is_multiple_of(3) { 5 } else { word(index) });
     let never = AtomicBool::new(false);
     let job = Job { cancel: &never, progress: &|_, _| {}, max_bytes: None };
     let (snap, below) = (sample.path("snap"), sample.path("below"));

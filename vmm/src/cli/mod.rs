@@ -2,7 +2,7 @@
 
 pub mod ctl;
 mod options;
-pub mod snapshot;
+pub mod snapshots;
 
 pub use options::{Command, LoadOptions, RunOptions, USAGE, UsageError};
 
@@ -64,7 +64,7 @@ pub enum CliError {
     },
     /// A snapshot that cannot be read.
     #[error(transparent)]
-    Snapshot(#[from] ::snapshot::load::LoadError),
+    Snapshot(#[from] snapshot::load::LoadError),
     /// The log.
     #[error(transparent)]
     Log(#[from] logging::LogError),
@@ -88,10 +88,10 @@ pub enum CliError {
     Bench(#[from] bench::BenchError),
     /// A snapshot that is not in order.
     #[error(transparent)]
-    Verify(#[from] ::snapshot::verify::VerifyError),
+    Verify(#[from] snapshot::verify::VerifyError),
     /// A command about snapshots that lie there.
     #[error(transparent)]
-    SnapshotTool(#[from] snapshot::ToolError),
+    SnapshotTool(#[from] snapshots::ToolError),
     /// A file that cannot be written.
     #[error("cannot write {path}: {source}")]
     Write {
@@ -160,14 +160,14 @@ pub fn run(command: Command) -> Result<i32, CliError> {
         }
         Command::PageServer(options) => Ok(uffd_handler::run(&options).map(|()| DONE)?),
         Command::PageServerTool(tool) => Ok(uffd_handler::tool::run(&tool).map(|()| DONE)?),
-        Command::SnapshotVersion => print(&format!("v{}\n", ::snapshot::FORMAT_VERSION)),
+        Command::SnapshotVersion => print(&format!("v{}\n", snapshot::FORMAT_VERSION)),
         Command::DescribeSnapshot(path) => {
-            let snapshot = ::snapshot::load::open(&path)?;
+            let snapshot = snapshot::load::open(&path)?;
             print(&format!("v{}\n", snapshot.manifest().format_version))
         }
-        Command::SnapshotTool(tool) => print(&snapshot::run(&tool)?),
+        Command::SnapshotTool(tool) => print(&snapshots::run(&tool)?),
         Command::Verify { path, json } => {
-            let report = ::snapshot::verify::verify(&path)?;
+            let report = snapshot::verify::verify(&path)?;
             print(&if json { to_json(&report) } else { report.to_string() })
         }
     }

@@ -1,7 +1,7 @@
 //! What a command line asks for. Pure.
 
 use super::ctl::{self, Ctl};
-use super::snapshot;
+use super::snapshots;
 use crate::bench;
 use crate::demo::DemoOptions;
 use crate::logging::{Level, Settings};
@@ -202,7 +202,7 @@ pub enum Command {
     /// Look at a page server, or at what belongs to one.
     PageServerTool(uffd_handler::tool::Tool),
     /// Store a snapshot otherwise, compare two, show one, remove one.
-    SnapshotTool(snapshot::Tool),
+    SnapshotTool(snapshots::Tool),
     /// Check a snapshot.
     Verify {
         /// The snapshot.
@@ -560,15 +560,15 @@ fn parse_guest(args: Vec<OsString>) -> Result<Command, UsageError> {
 }
 
 fn parse_snapshot(args: Vec<OsString>) -> Result<Command, UsageError> {
-    if args.first().and_then(|word| word.to_str()).is_some_and(snapshot::is_verb) {
-        return Ok(snapshot::parse(args)?.map_or(Command::Help(snapshot::USAGE), Command::SnapshotTool));
+    if args.first().and_then(|word| word.to_str()).is_some_and(snapshots::is_verb) {
+        return Ok(snapshots::parse(args)?.map_or(Command::Help(snapshots::USAGE), Command::SnapshotTool));
     }
     match verb_and_path(args)? {
         Some(Parsed { verb, path: Some(path), json }) if verb == "verify" => Ok(Command::Verify { path, json }),
         Some(_) => Err(UsageError::Missing(
             "`snapshot` takes `verify SNAPSHOT [--json]`, `pack`, `unpack`, `flatten`, `diff`, `show` or `rm`",
         )),
-        None => Ok(Command::Help(snapshot::USAGE)),
+        None => Ok(Command::Help(snapshots::USAGE)),
     }
 }
 

@@ -3,7 +3,7 @@
 //! `vmm ctl` is described by its table; the rest by the texts of `--help`.
 
 use crate::bench;
-use crate::cli::{USAGE, snapshot};
+use crate::cli::{USAGE, snapshots};
 use crate::demo;
 use clap::{Arg, ArgAction, Command, ValueHint};
 use clap_complete::Shell;
@@ -32,7 +32,7 @@ fn vmm(ctl: Command) -> Command {
             "ctl" => continue,
             "bench" => bench::USAGE,
             "demo" => demo::USAGE,
-            "snapshot" => snapshot::USAGE,
+            "snapshot" => snapshots::USAGE,
             "uffd-handler" => uffd_handler::USAGE,
             _ => "",
         };
@@ -101,7 +101,7 @@ mod tests {
         assert!(options(bench::USAGE).any(|arg| arg.get_long() == Some("calls")));
         assert!(options(demo::USAGE).any(|arg| arg.get_long() == Some("clones")));
         assert!(commands.contains(&(vec!["snapshot", "rm"], true)));
-        assert!(options(snapshot::USAGE).any(|arg| arg.get_long() == Some("max-bytes")));
+        assert!(options(snapshots::USAGE).any(|arg| arg.get_long() == Some("max-bytes")));
         let ctl = Command::new("ctl").subcommand(Command::new("drive"));
         let mut all = vmm(ctl);
         all.clone().debug_assert();

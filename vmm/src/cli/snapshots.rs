@@ -1,13 +1,13 @@
 //! `vmm snapshot pack`, `unpack`, `flatten`, `diff`, `show` and `rm`: what is asked for (pure), and doing it.
 
 use super::UsageError;
-use ::snapshot::create::Cancel;
-use ::snapshot::tools::diff::diff;
-use ::snapshot::tools::remove::remove;
-use ::snapshot::tools::show::show;
-use ::snapshot::tools::store::{Form, flatten, pack, write_diff};
-use ::snapshot::tools::{self, Job};
 use serde::Serialize;
+use snapshot::create::Cancel;
+use snapshot::tools::diff::diff;
+use snapshot::tools::remove::remove;
+use snapshot::tools::show::show;
+use snapshot::tools::store::{Form, flatten, pack, write_diff};
+use snapshot::tools::{self, Job};
 use std::cell::Cell;
 use std::ffi::OsString;
 use std::fmt::Display;
