@@ -98,7 +98,7 @@ impl Staging {
             Ok(()) => {}
             Err(Fault::Cancelled) => return Err(CreateError::Cancelled),
             Err(Fault::Source { offset, source }) => return Err(CreateError::Source { offset, source }),
-            Err(Fault::Full) => return Err(self.over_limit(image.data_bytes)),
+            Err(Fault::Full(bytes)) => return Err(self.over_limit(bytes)),
             Err(Fault::Write(e)) => {
                 let needed = image.data_bytes + data_bytes(source, image.position(), cancel);
                 return Err(self.write_error(file::MEMORY, needed, e));
@@ -139,7 +139,7 @@ impl Staging {
             Err(ChangeFault::Fault(Fault::Source { offset, source })) => {
                 return Err(CreateError::Source { offset, source });
             }
-            Err(ChangeFault::Fault(Fault::Full)) => return Err(self.over_limit(image.data_bytes)),
+            Err(ChangeFault::Fault(Fault::Full(bytes))) => return Err(self.over_limit(bytes)),
             Err(ChangeFault::Fault(Fault::Write(e))) => {
                 let needed = match stored {
                     Stored::Changes => changes.clusters().data() * PAGE_BYTES,
@@ -204,8 +204,8 @@ enum Fault {
         source: io::Error,
     },
     Write(io::Error),
-    /// There is no room for the data so far.
-    Full,
+    /// There is no room for so many bytes of data.
+    Full(u64),
 }
 
 /// The same, of changes.
@@ -377,11 +377,13 @@ impl<'f> ImageWriter<'f> {
     }
 
     fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Fault> {
-        self.data_bytes += bytes.len() as u64;
-        if self.data_bytes > self.room {
-            return Err(Fault::Full);
+        let data_bytes = self.data_bytes + bytes.len() as u64;
+        if data_bytes > self.room {
+            return Err(Fault::Full(data_bytes));
         }
-        self.file.write_all_at(bytes, offset).map_err(Fault::Write)
+        self.file.write_all_at(bytes, offset).map_err(Fault::Write)?;
+        self.data_bytes = data_bytes;
+        Ok(())
     }
 }
 
