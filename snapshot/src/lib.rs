@@ -11,6 +11,7 @@
 //! - [`verify`]: check everything, the whole memory included
 //! - [`working_set`]: which pages clones use, learnt afterwards; [`page_runs`] is how they are told
 //! - [`compat`]: may a snapshot run on this host; [`cpu`]: what a guest may use of a CPU
+//! - [`tools`]: packing, flattening, comparing, showing and removing snapshots
 //!
 //! docs/snapshot-format.md describes the same for users.
 
@@ -31,6 +32,7 @@ pub mod packed;
 pub mod page_runs;
 mod stamp;
 pub mod state;
+pub mod tools;
 pub mod verify;
 pub mod working_set;
 
@@ -66,10 +68,16 @@ pub mod file {
     /// Which pages clones use. Advisory, and learnt after the snapshot was made.
     pub const WORKING_SET: &str = "working-set.json";
 
-    /// A note that the snapshot with this digest of its manifest lies over the one that the note is in: where it is.
-    pub fn child(digest: &str) -> String {
-        format!("{CHILD}{}", digest.get(..16).unwrap_or(digest))
+    /// A note that the snapshot at this path, as seen from the directory that the note is in, lies over the one that is there. One
+    /// for each place: two snapshots may be the same but for where they are.
+    pub fn child(path: &[u8]) -> String {
+        format!("{CHILD}{}", &blake3::hash(path).to_hex()[..16])
     }
+
+    /// Of a saved state: the configuration of its machine, and whether it was used. Notes of whoever has saved it.
+    pub const CONFIGURATION: &str = "config.json";
+    /// See [`CONFIGURATION`].
+    pub const SAVED_MARK: &str = "saved.mark";
 
     /// How the names of such notes begin.
     pub const CHILD: &str = "child-";
@@ -90,6 +98,6 @@ pub mod file {
     }
 }
 
-// The format is pinned. A change of any of these strands every stored snapshot: read "Versions" in
-// docs/snapshot-format.md first.
+// The format is pinned. A change of any of these strands every stored snapshot: read
+// docs/snapshot-versioning.md first.
 const _: () = assert!(FORMAT_VERSION == 2 && PAGE_BYTES == 4096 && CHUNK_BYTES == 65536);

@@ -227,6 +227,16 @@ impl Snapshot {
         self.level.dir.path()
     }
 
+    /// The contents of the state file.
+    pub(crate) fn state_bytes(&self) -> Result<Vec<u8>, LoadError> {
+        read_state_bytes(&self.level.dir, &self.level.manifest)
+    }
+
+    /// The directory that the manifest says this one lies over, whatever is there.
+    pub(crate) fn parent_dir(&self) -> Option<PathBuf> {
+        self.level.manifest.memory.parent.as_ref().map(|parent| self.dir().join(&parent.path))
+    }
+
     pub(crate) fn open_dir(&self) -> &Dir {
         &self.level.dir
     }
@@ -316,7 +326,7 @@ pub fn open_without_memory(path: &Path) -> Result<Snapshot, LoadError> {
     Ok(Snapshot { level, state, below: OnceLock::new() })
 }
 
-fn open_dir(path: &Path) -> Result<Dir, LoadError> {
+pub(crate) fn open_dir(path: &Path) -> Result<Dir, LoadError> {
     let not_a_snapshot = || LoadError::NotASnapshot { path: path.to_owned() };
     let opened = match Dir::open(path) {
         Err(e) if e.kind() == io::ErrorKind::NotADirectory => {
@@ -357,12 +367,17 @@ pub fn check_manifest(path: &Path, json: &[u8]) -> Result<Manifest, LoadError> {
     Ok(manifest)
 }
 
-fn read_state(dir: &Dir, manifest: &Manifest) -> Result<MachineState, LoadError> {
-    let path = || dir.join(&manifest.state.file);
+fn read_state_bytes(dir: &Dir, manifest: &Manifest) -> Result<Vec<u8>, LoadError> {
     let bytes = dir.read_sized(&manifest.state.file, manifest.state.size_bytes)?;
     if blake3::hash(&bytes).to_hex().as_str() != manifest.state.digest {
-        return Err(LoadError::StateDigest { path: path() });
+        return Err(LoadError::StateDigest { path: dir.join(&manifest.state.file) });
     }
+    Ok(bytes)
+}
+
+fn read_state(dir: &Dir, manifest: &Manifest) -> Result<MachineState, LoadError> {
+    let path = || dir.join(&manifest.state.file);
+    let bytes = read_state_bytes(dir, manifest)?;
     let state = state::decode(&bytes).map_err(|source| LoadError::State { path: path(), source })?;
     if state.vcpus.len() as u64 != u64::from(manifest.machine.vcpus) {
         let (found, expected) = (state.vcpus.len(), manifest.machine.vcpus);

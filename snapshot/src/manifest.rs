@@ -130,6 +130,8 @@ pub struct Packed {
     pub file_bytes: u64,
     /// BLAKE3 of its beginning, which says where each chunk lies, in hex.
     pub index_digest: String,
+    /// BLAKE3 of the rest of it, in hex. Chunks that are right may hide that it was changed: not every bit of a frame counts.
+    pub data_digest: String,
 }
 
 /// The snapshot that a memory image lies over.
@@ -441,6 +443,9 @@ impl Manifest {
         if state.size_bytes > MAX_STATE_BYTES {
             return Err(BadField::new("state.size_bytes", format!("must be at most {MAX_STATE_BYTES}")));
         }
+        let Devices { vsock, drives, network, entropy, balloon } = devices;
+        vsock.as_ref().map_or(Ok(()), VsockDevice::check)?;
+        check_drives(drives)?;
         let mut names = vec![&memory.file, &memory.digests, &state.file];
         names.extend(memory.map.as_ref().map(|map| &map.file));
         let held = devices.drives.iter().filter_map(|drive| drive.held.as_ref());
@@ -451,9 +456,6 @@ impl Manifest {
                 "and `memory.digests`, `memory.map.file`, `state.file` and those of disks must be different files";
             return Err(BadField::new("memory.file", problem));
         }
-        let Devices { vsock, drives, network, entropy, balloon } = devices;
-        vsock.as_ref().map_or(Ok(()), VsockDevice::check)?;
-        check_drives(drives)?;
         check_network(network)?;
         if let Some(EntropyDevice { rate_limit }) = entropy {
             check_rate("devices.entropy.rate_limit".to_owned(), rate_limit.as_ref())?;
@@ -588,7 +590,8 @@ impl Memory {
         check_name("memory.file", file)?;
         check_name("memory.digests", digests)?;
         check_hex("memory.root", root)?;
-        if let Some(Packed { file_bytes, index_digest }) = packed {
+        if let Some(Packed { file_bytes, index_digest, data_digest }) = packed {
+            check_hex("memory.packed.data_digest", data_digest)?;
             check_hex("memory.packed.index_digest", index_digest)?;
             let longest = packed::longest(*size_bytes);
             if *file_bytes > longest {

@@ -244,7 +244,7 @@ impl WorkingSet {
     }
 
     /// The contents of the file.
-    fn to_json(&self) -> Vec<u8> {
+    pub(crate) fn to_json(&self) -> Vec<u8> {
         let mut json = to_json(&WorkingSet { digest: self.expected_digest(), ..self.clone() });
         json.push(b'\n');
         json

@@ -368,6 +368,8 @@ fn a_shell_completes_commands_and_options() {
         ("vmm ctl --api-s", 2, "--api-sock"),
         ("vmm doc", 1, "doctor"),
         ("vmm snapshot v", 2, "verify"),
+        ("vmm snapshot fl", 2, "flatten"),
+        ("vmm snapshot pack a b --max", 5, "--max-bytes"),
         ("vmm demo --clo", 2, "--clones"),
         ("vmm --resto", 1, "--restore"),
     ] {

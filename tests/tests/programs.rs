@@ -130,6 +130,48 @@ fn a_snapshot_is_verified_by_command() {
 }
 
 #[test]
+fn a_snapshot_is_packed_compared_shown_and_removed_by_command() {
+    require!(Kvm);
+    let template = Template::shared();
+    let place = Place::new();
+    let path = |name: &str| place.join(name).to_str().expect("the path is text").to_owned();
+    let source = template.snapshot.to_str().expect("the path is text");
+    let tool = |words: &[&str]| {
+        let done = run_vmm(&place, words[0], &[&["snapshot"], words, &["--json"]].concat());
+        assert_eq!((done.code(), done.stderr.as_str()), (0, ""), "{words:?}");
+        serde_json::from_str::<Value>(&done.stdout).unwrap_or_else(|e| panic!("{words:?}: {e}: {}", done.stdout))
+    };
+    let root = tool(&["verify", source])["root"].clone();
+    for words in [
+        &["pack", source, &path("packed")][..],
+        &["unpack", &path("packed"), &path("raw")],
+        &["diff", "--write", &path("packed"), source, &path("over")],
+        &["flatten", "--packed", &path("over"), &path("alone")],
+    ] {
+        assert_eq!(tool(words)["root"], root, "{words:?}");
+    }
+    let shown = tool(&["show", &path("packed")]);
+    assert_eq!((&shown["vcpus"], &shown["memory"]["levels"][0]["form"]), (&1.into(), &"packed".into()));
+    assert_eq!(shown["children"].as_array().map(Vec::len), Some(1), "{shown}");
+    let difference = tool(&["diff", source, &path("over")]);
+    assert_eq!((&difference["pages"], &difference["state"]), (&0.into(), &Value::Array(vec![])));
+    let packed = std::fs::metadata(place.join("packed/mem.pack")).expect("it is packed").len();
+    eprintln!("32 MiB with a small guest are {packed} bytes, packed");
+    assert!(packed < 8 << 20, "{packed}");
+
+    let kept = run_vmm(&place, "kept", &["snapshot", "rm", &path("packed")]);
+    assert!(kept.code() == 1 && kept.stderr.contains("over"), "{kept:?}");
+    let bound = run_vmm(&place, "bound", &["snapshot", "pack", source, &path("x"), "--max-bytes", "1000"]);
+    assert!(bound.code() == 1 && bound.stderr.contains("1000"), "{bound:?}");
+    let told = run_vmm(&place, "told", &["snapshot", "pack", source, &path("x"), "--progress"]);
+    assert!(told.code() == 0 && told.stderr.contains("100 % of"), "{told:?}");
+    for name in ["over", "packed", "x", "raw"] {
+        tool(&["rm", &path(name)]);
+    }
+    tool(&["verify", &path("alone")]);
+}
+
+#[test]
 fn the_benchmark_of_the_api_prints_one_document() {
     require!(Kvm);
     let place = Place::new();

@@ -6,7 +6,10 @@ mod common;
 use api_spec::handshake::Reply;
 use common::source::*;
 use common::*;
+use snapshot::tools::Job;
+use snapshot::tools::store::{Form, flatten, pack, write_diff};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
 use std::time::Instant;
 use uffd_handler::fetch::{Fetcher, Inbox, Urgency};
@@ -338,5 +341,71 @@ fn a_local_image_is_fetched_from_its_disk_and_not_kept_twice() {
         // For copies it is read anew.
         CopyClient::ours(&sample.socket(), &sample.hello()).view.check_all();
         until("it is let go", || cached_pages(&image) == 0);
+    });
+}
+
+/// A sample that is stored in other ways beside itself: `packed`, `over` (what differs from a packed one), and `packed-over` (the
+/// same, packed).
+fn stored_otherwise() -> (Sample, [&'static str; 3]) {
+    let sample = Sample::of_bytes(SIZE);
+    // Every third page is another, and can be compressed.
+    let base = Sample::of_words(SIZE, |index| if (index * 8 / PAGE).is_multiple_of(3) { 5 } else { word(index) });
+    let never = AtomicBool::new(false);
+    let job = Job { cancel: &never, progress: &|_, _| {}, max_bytes: None };
+    let (snap, below) = (sample.path("snap"), sample.path("below"));
+    flatten(&base.path("snap"), &below, Form::Packed, &job).unwrap();
+    pack(&snap, &sample.path("packed"), &job).unwrap();
+    write_diff(&below, &snap, &sample.path("over"), Form::Raw, &job).unwrap();
+    write_diff(&below, &snap, &sample.path("packed-over"), Form::Packed, &job).unwrap();
+    (sample, ["packed", "over", "packed-over"])
+}
+
+#[test]
+fn packed_snapshots_and_such_that_lie_over_others_are_served_like_any() {
+    with_userfaultfd(|| {
+        let (sample, names) = stored_otherwise();
+        for name in names {
+            let server = Server::start_from(&sample, sample.path(name));
+            let (first, second) = (Client::connect(&sample), Client::connect(&sample));
+            std::thread::scope(|scope| {
+                (0..3).for_each(|_| drop(scope.spawn(|| first.view.check_all())));
+                scope.spawn(|| second.view.check_all());
+            });
+            CopyClient::ours(&sample.socket(), &sample.hello()).view.check_all();
+            let metrics = server.metrics();
+            let kind = if name == "packed" { "packed" } else { "chain" };
+            assert_eq!((metrics.images[0].source.as_str(), &metrics.images[0].damage), (kind, &None), "{name}");
+            assert_eq!(metrics.stores[0].filled_pages, (SIZE / PAGE) as u64, "{name}");
+        }
+    });
+}
+
+#[test]
+fn damage_of_a_packed_image_or_of_a_parent_is_never_served() {
+    with_userfaultfd(|| {
+        for (name, file) in
+            [("packed", "packed/mem.pack"), ("over", "below/mem.pack"), ("packed-over", "packed-over/mem.pack")]
+        {
+            let (sample, _) = stored_otherwise();
+            // The end of chunk 31 lies there; chunk 32 is zero, or next to nothing where it is not.
+            let path = sample.path(file);
+            let mut bytes = std::fs::read(&path).unwrap();
+            let at = bytes.len() - PAGE;
+            bytes[at..].fill(0xa5);
+            std::fs::remove_file(&path).unwrap();
+            std::fs::write(&path, bytes).unwrap();
+            let server = Server::start_from(&sample, sample.path(name));
+            let (unlucky, lucky) = (Arc::new(Client::connect(&sample)), Client::connect(&sample));
+            lucky.view.check_page(1);
+            // It waits for a page that must never come, until this process ends.
+            let guest = unlucky.clone();
+            let reader = std::thread::spawn(move || guest.view.get((32 * CHUNK - PAGE) / 8));
+            unlucky.wait_for_end();
+            assert!(!reader.is_finished(), "{name}: a word of the damaged chunk was served");
+            until("the log says so", || server.logged("is damaged at offset") > 0);
+            assert!(Client::greet(&sample).unwrap_err().to_string().contains("damaged"), "{name}");
+            lucky.view.check_page(2);
+            std::mem::forget(unlucky);
+        }
     });
 }

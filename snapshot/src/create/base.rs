@@ -53,6 +53,22 @@ impl Base {
         })
     }
 
+    /// The snapshot that another lies over.
+    pub fn parent_of(child: &Snapshot) -> Result<Option<Base>, BaseError> {
+        let (Some(parent), Some(path)) = (&child.manifest().memory.parent, child.parent_dir()) else { return Ok(None) };
+        let base = Base::open(&crate::load::open(&path)?)?;
+        if base.digest != parent.digest {
+            let child = child.dir().join(crate::file::MANIFEST);
+            return Err(LoadError::OtherParent { path, child }.into());
+        }
+        Ok(Some(base))
+    }
+
+    /// The memory.
+    pub fn image(&self) -> &MemoryImage {
+        &self.image
+    }
+
     /// Whether a snapshot that holds only what differs can lie over it.
     pub fn can_be_parent(&self) -> Result<(), BaseError> {
         if self.levels < MAX_LEVELS {

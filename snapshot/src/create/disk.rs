@@ -8,7 +8,9 @@ use super::staging::Staging;
 use super::{Cancel, CreateError, LayerSource, next_data};
 use crate::chunk::is_zero;
 use crate::clusters::{CLUSTER_BYTES, Cluster, Clusters};
-use crate::manifest::HeldDisk;
+use crate::disk::Held;
+use crate::load::Snapshot;
+use crate::manifest::{DriveDevice, HeldDisk};
 use crate::{CHUNK_BYTES, file};
 use rustix::fs::Mode;
 use rustix::io::Errno;
@@ -100,6 +102,27 @@ impl Staging {
         self.end_disk(&drive_id, file, digest)
     }
 
+    /// Copies what another snapshot holds of a disk, as it is. `source` must be what [`Snapshot::open_trusted_disk`] has opened.
+    pub fn copy_held(
+        &mut self,
+        snapshot: &Snapshot,
+        drive: &DriveDevice,
+        source: &Held,
+        cancel: &dyn Cancel,
+    ) -> Result<(), CreateError> {
+        let (DriveDevice { drive_id, size_bytes, .. }, Some(held)) = (drive, &drive.held) else { return Ok(()) };
+        self.take(held.data_bytes + held.map_bytes)?;
+        let unreadable = |source| CreateError::Disk { drive_id: drive_id.clone(), offset: 0, source };
+        let map = snapshot.open_dir().read_sized(&held.map, held.map_bytes);
+        let map = map.map_err(|e| unreadable(io::Error::other(e)))?;
+        let CopiedDisk { file, .. } = self.copy_disk(drive_id, &source.file, *size_bytes, cancel)?;
+        let failed = |e| self.disk_error(drive_id, source.clusters.data(), e);
+        rustix::fs::fchmod(&file, Mode::RUSR).map_err(|e| failed(e.into()))?;
+        self.dir().write_file(&held.map, &map).map_err(failed)?;
+        self.sync_later(held.file.clone(), file);
+        Ok(())
+    }
+
     fn create_disk(&self, drive_id: &str, size: u64) -> Result<File, CreateError> {
         let name = file::disk(drive_id);
         let made = self.dir().create_file_to_read(&name).and_then(|file| file.set_len(size).map(|()| file));
@@ -120,6 +143,7 @@ impl Staging {
             map_bytes: map.len() as u64,
             map_digest: blake3::hash(&map).to_hex().to_string(),
         };
+        self.take(held.data_bytes + held.map_bytes)?;
         self.sync_later(held.file.clone(), file);
         Ok(held)
     }

@@ -30,7 +30,7 @@ pub struct MemoryDigest {
     pub(super) size_bytes: u64,
     pub(super) data_bytes: u64,
     pub(super) digests: Vec<u8>,
-    root: blake3::Hash,
+    pub(super) root: blake3::Hash,
     pub(super) file: File,
     pub(super) packed: Option<Packed>,
     pub(super) over: Option<Over>,
@@ -93,11 +93,12 @@ impl Staging {
     ) -> Result<MemoryDigest, CreateError> {
         let (size, regions) = (source.size(), source.regions());
         let file = self.create_memory(&regions, size)?;
-        let mut image = ImageWriter::new(&file, size);
+        let mut image = ImageWriter::new(&file, size, self.room());
         match file.set_len(size).map_err(Fault::Write).and_then(|()| image.copy(source, cancel)) {
             Ok(()) => {}
             Err(Fault::Cancelled) => return Err(CreateError::Cancelled),
             Err(Fault::Source { offset, source }) => return Err(CreateError::Source { offset, source }),
+            Err(Fault::Full(bytes)) => return Err(self.over_limit(bytes)),
             Err(Fault::Write(e)) => {
                 let needed = image.data_bytes + data_bytes(source, image.position(), cancel);
                 return Err(self.write_error(file::MEMORY, needed, e));
@@ -129,7 +130,7 @@ impl Staging {
             }
         };
         let file = self.create_memory(&regions, size)?;
-        let mut image = ImageWriter::new(&file, size);
+        let mut image = ImageWriter::new(&file, size, self.room());
         let sized = file.set_len(size).map_err(|e| ChangeFault::Fault(Fault::Write(e)));
         let held = match sized.and_then(|()| image.change(base, changes, stored, cancel)) {
             Ok(held) => held,
@@ -138,6 +139,7 @@ impl Staging {
             Err(ChangeFault::Fault(Fault::Source { offset, source })) => {
                 return Err(CreateError::Source { offset, source });
             }
+            Err(ChangeFault::Fault(Fault::Full(bytes))) => return Err(self.over_limit(bytes)),
             Err(ChangeFault::Fault(Fault::Write(e))) => {
                 let needed = match stored {
                     Stored::Changes => changes.clusters().data() * PAGE_BYTES,
@@ -157,7 +159,7 @@ impl Staging {
     }
 
     fn end_memory(
-        &self,
+        &mut self,
         file: File,
         regions: Vec<MemoryRegion>,
         size_bytes: u64,
@@ -168,6 +170,8 @@ impl Staging {
         // Complete: from here on nobody writes it, and the mode says so.
         let closed = rustix::fs::fchmod(&file, Mode::RUSR);
         closed.map_err(|e| self.write_error(file::MEMORY, data_bytes, e.into()))?;
+        let map = over.as_ref().and_then(|over| over.map.as_ref()).map_or(0, Vec::len);
+        self.take(data_bytes + map as u64)?;
         let root = blake3::hash(&digests);
         Ok(MemoryDigest { regions, size_bytes, data_bytes, digests, root, file, packed: None, over })
     }
@@ -195,8 +199,13 @@ fn data_bytes(source: &mut dyn MemorySource, mut at: u64, cancel: &dyn Cancel) -
 /// Why copying memory stopped.
 enum Fault {
     Cancelled,
-    Source { offset: u64, source: io::Error },
+    Source {
+        offset: u64,
+        source: io::Error,
+    },
     Write(io::Error),
+    /// There is no room for so many bytes of data.
+    Full(u64),
 }
 
 /// The same, of changes.
@@ -247,12 +256,14 @@ struct ImageWriter<'f> {
     /// Digests of the chunks so far, 32 bytes each.
     digests: Vec<u8>,
     data_bytes: u64,
+    /// Most that it may write, in bytes.
+    room: u64,
 }
 
 impl<'f> ImageWriter<'f> {
-    fn new(file: &'f File, size: u64) -> ImageWriter<'f> {
+    fn new(file: &'f File, size: u64, room: u64) -> ImageWriter<'f> {
         let digests = Vec::with_capacity(size.div_ceil(CHUNK_BYTES) as usize * 32);
-        ImageWriter { file, size, digests, data_bytes: 0 }
+        ImageWriter { file, size, digests, data_bytes: 0, room }
     }
 
     /// How far it has come, in bytes: what follows may have been written in part.
@@ -292,7 +303,7 @@ impl<'f> ImageWriter<'f> {
                 if is_zero(buf) {
                     self.digests.extend_from_slice(zero.of(chunk));
                 } else {
-                    self.write_pages(offset, buf).map_err(Fault::Write)?;
+                    self.write_pages(offset, buf)?;
                     self.digests.extend_from_slice(blake3::hash(buf).as_bytes());
                 }
             }
@@ -324,7 +335,7 @@ impl<'f> ImageWriter<'f> {
                 self.digests.extend_from_slice(old);
                 if stored == Stored::Whole && !base.image.chunk_is_zero(index) {
                     base.image.read_unchecked(index, before)?;
-                    self.write_pages(offset, before).map_err(Fault::Write)?;
+                    self.write_pages(offset, before)?;
                 }
                 continue;
             }
@@ -334,15 +345,14 @@ impl<'f> ImageWriter<'f> {
             let new: Digest = if is_zero(after) { *zero.of(index) } else { chunk::digest(after) };
             self.digests.extend_from_slice(&new);
             match stored {
-                Stored::Whole => self.write_pages(offset, after).map_err(Fault::Write)?,
+                Stored::Whole => self.write_pages(offset, after)?,
                 Stored::Changes if new == *old => {}
                 Stored::Changes => {
                     note_differences(pages_of(index).start, before, after, &mut held);
                     for (run, _) in held.runs(pages_of(index)).filter(|(_, state)| *state == Cluster::Data) {
                         let bytes = ((run.start * PAGE_BYTES - offset) as usize)
                             ..((run.end * PAGE_BYTES - offset) as usize).min(len);
-                        self.data_bytes += bytes.len() as u64;
-                        self.file.write_all_at(&after[bytes], run.start * PAGE_BYTES).map_err(Fault::Write)?;
+                        self.write(run.start * PAGE_BYTES, &after[bytes])?;
                     }
                 }
             }
@@ -351,7 +361,7 @@ impl<'f> ImageWriter<'f> {
     }
 
     /// Writes the runs of pages that are not zero.
-    fn write_pages(&mut self, offset: u64, chunk: &[u8]) -> io::Result<()> {
+    fn write_pages(&mut self, offset: u64, chunk: &[u8]) -> Result<(), Fault> {
         let page_end = |at: usize| (at + PAGE_BYTES as usize).min(chunk.len());
         let mut at = 0;
         while at < chunk.len() {
@@ -360,12 +370,21 @@ impl<'f> ImageWriter<'f> {
                 end = page_end(end);
             }
             if end > at {
-                self.file.write_all_at(&chunk[at..end], offset + at as u64)?;
-                self.data_bytes += (end - at) as u64;
+                self.write(offset + at as u64, &chunk[at..end])?;
             }
             // The page at `end`, if any, is zero.
             at = page_end(end);
         }
+        Ok(())
+    }
+
+    fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Fault> {
+        let data_bytes = self.data_bytes + bytes.len() as u64;
+        if data_bytes > self.room {
+            return Err(Fault::Full(data_bytes));
+        }
+        self.file.write_all_at(bytes, offset).map_err(Fault::Write)?;
+        self.data_bytes = data_bytes;
         Ok(())
     }
 }

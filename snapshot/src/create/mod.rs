@@ -5,9 +5,10 @@
 //!        |
 //!   write_memory,         mem.bin, chunk by chunk; may take long, may be cancelled
 //!     write_changes       the same from what has changed of the memory of another snapshot: all of it, or what differs
+//!     write_packed        mem.pack instead: the memory of another snapshot, each chunk once and compressed
 //!   write_disk, ...       disk-ID.img and disk-ID.map, as often as there are disks to hold; the same
 //!        |
-//!   commit                mem.b3, state.bin, snap.json; a second name for mem.bin, if one is wanted; stamps; sync;
+//!   commit, commit_as     mem.b3, state.bin, snap.json; a second name for mem.bin, if one is wanted; stamps; sync;
 //!                         rename to NAME; sync the parent
 //! ```
 //!
@@ -19,12 +20,14 @@ mod base;
 mod disk;
 mod link;
 mod memory;
+mod pack;
 mod source;
 mod staging;
 
 pub use base::{Base, BaseError};
 pub use disk::CopiedDisk;
 pub use memory::{MemoryDigest, Stored};
+pub use pack::Packing;
 pub(crate) use source::next_data;
 pub use source::{BytesSource, FileSource, LayerSource, MemorySource};
 pub use staging::{Facts, Staging, clear_leftovers};
@@ -154,6 +157,16 @@ pub enum CreateError {
         path: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// The snapshot would take more room than it may.
+    #[error("{path} would take {needed_bytes} bytes or more, and may take {max_bytes}; nothing was kept: allow more")]
+    OverLimit {
+        /// The target.
+        path: PathBuf,
+        /// What it takes at least, in bytes: as far as it was written.
+        needed_bytes: u64,
+        /// What it may take, in bytes.
+        max_bytes: u64,
     },
     /// The state cannot be saved.
     #[error("the state of the machine cannot be saved: {0}")]

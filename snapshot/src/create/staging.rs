@@ -10,6 +10,7 @@ use crate::file;
 use crate::manifest::{Devices, Machine, Manifest, Readiness, StateFile};
 use crate::stamp::Stamp;
 use crate::state::{self, MachineState};
+use crate::working_set::WorkingSet;
 use rustix::fs::{FlockOperation, Mode, RenameFlags};
 use rustix::io::Errno;
 use std::ffi::OsStr;
@@ -33,6 +34,10 @@ pub struct Staging {
     target: Vec<u8>,
     /// Files of `dir` that must be on disk before it has its name.
     unsynced: Vec<(String, File)>,
+    /// What its files may hold in all, in bytes.
+    max_bytes: u64,
+    /// What those that are written do.
+    taken_bytes: u64,
     /// The second name that the memory file is to have.
     link: Option<Link>,
     /// Whether `dir` is a finished snapshot and no longer ours to remove.
@@ -79,7 +84,17 @@ impl Staging {
         remove_leftovers(&parent, name);
         let (staging_name, dir) = make_locked(&parent, name)?;
         let (target, unsynced) = (name.to_owned(), Vec::new());
-        Ok(Staging { parent, dir, name: staging_name, target, unsynced, link: None, done: false })
+        Ok(Staging {
+            parent,
+            dir,
+            name: staging_name,
+            target,
+            unsynced,
+            max_bytes: u64::MAX,
+            taken_bytes: 0,
+            link: None,
+            done: false,
+        })
     }
 
     /// Has the memory file also get the name `path`, once the snapshot is complete. It must not exist, and lie on the same file
@@ -96,6 +111,31 @@ impl Staging {
     /// Adds a file of the caller's own, synced. Its name must be none of a snapshot's.
     pub fn add_file(&self, name: &str, contents: &[u8]) -> Result<(), CreateError> {
         self.dir.write_file(name, contents).map_err(|e| self.write_error(name, contents.len() as u64, e))
+    }
+
+    /// Has the snapshot refused if its files would hold more than so many bytes; holes do not count.
+    pub fn limit(&mut self, max_bytes: u64) {
+        self.max_bytes = max_bytes;
+    }
+
+    /// How many bytes more its files may hold.
+    pub(super) fn room(&self) -> u64 {
+        self.max_bytes.saturating_sub(self.taken_bytes)
+    }
+
+    /// Counts what a file holds, or is about to.
+    pub(super) fn take(&mut self, bytes: u64) -> Result<(), CreateError> {
+        if bytes > self.room() {
+            return Err(self.over_limit(bytes));
+        }
+        self.taken_bytes += bytes;
+        Ok(())
+    }
+
+    /// There is no room for so many bytes more.
+    pub(super) fn over_limit(&self, bytes: u64) -> CreateError {
+        let needed_bytes = self.taken_bytes.saturating_add(bytes);
+        CreateError::OverLimit { path: self.target_path(), needed_bytes, max_bytes: self.max_bytes }
     }
 
     pub(super) fn dir(&self) -> &Dir {
@@ -119,6 +159,21 @@ impl Staging {
         self.complete(memory, manifest, &state_bytes)
     }
 
+    /// The same for a snapshot of the machine that another one is of, as it stood then, with its memory stored as `memory` says:
+    /// `manifest` and `state` are those of that other one. The disks that it holds must have been [copied](Staging::copy_held).
+    pub fn commit_as(self, memory: MemoryDigest, manifest: &Manifest, state: &[u8]) -> Result<Manifest, CreateError> {
+        let state_file = StateFile { file: file::STATE.into(), ..manifest.state.clone() };
+        let manifest = Manifest { memory: memory.describe(), state: state_file, ..manifest.clone() };
+        self.complete(memory, manifest, state)
+    }
+
+    /// Writes which pages clones use, for a snapshot of the memory that this was learnt from.
+    pub fn write_working_set(&mut self, set: &WorkingSet) -> Result<(), CreateError> {
+        let json = set.to_json();
+        self.take(json.len() as u64)?;
+        self.dir.write_file(file::WORKING_SET, &json).map_err(|e| self.write_error(file::WORKING_SET, 0, e))
+    }
+
     fn complete(
         mut self,
         memory: MemoryDigest,
@@ -128,6 +183,9 @@ impl Staging {
         manifest.format_version = manifest.lowest_version();
         manifest.seal();
         manifest.check()?;
+
+        let (digests, json) = (memory.digests.as_slice(), manifest.to_json());
+        self.take((digests.len() + state_bytes.len() + json.len()) as u64)?;
 
         memory.file.sync_all().map_err(|e| self.write_error(memory.name(), memory.data_bytes, e))?;
         for (name, file) in &self.unsynced {
@@ -141,7 +199,6 @@ impl Staging {
             stamp.map_err(|e| self.write_error(name, memory.data_bytes, e))?;
         }
         let map = memory.over.as_ref().and_then(|over| over.map.as_deref());
-        let (digests, json) = (memory.digests.as_slice(), manifest.to_json());
         let files = [
             (file::DIGESTS, Some(digests)),
             (file::PAGE_MAP, map),
@@ -159,14 +216,14 @@ impl Staging {
             .and_then(|stamp| self.dir.write_file(file::STAMP, &stamp.to_json()));
         stamp.map_err(|e| self.write_error(file::STAMP, memory.data_bytes, e))?;
         self.dir.sync().map_err(|e| self.write_error(".", memory.data_bytes, e))?;
-        let _base = memory.over.as_ref().map(|over| self.protect(over, &manifest)).transpose()?;
+        let _base = memory.over.as_ref().map(|over| self.protect(over)).transpose()?;
         self.publish()?;
         Ok(manifest)
     }
 
     /// Notes in the directory of the snapshot that this one lies over that it does, so that nobody removes that one. Nobody does
     /// while the result is there.
-    fn protect(&self, over: &Over, manifest: &Manifest) -> Result<Dir, CreateError> {
+    fn protect(&self, over: &Over) -> Result<Dir, CreateError> {
         let path = || over.dir.clone();
         let failed = |source| CreateError::Note { path: path(), source };
         let dir = Dir::open(&over.dir).map_err(failed)?;
@@ -179,7 +236,8 @@ impl Staging {
             return Err(CreateError::BaseRemoved { path: path() });
         }
         let child = super::base::relative(&over.dir, &self.target_path()).map_err(failed)?;
-        dir.replace_file(&file::child(&manifest.digest), child.as_os_str().as_bytes()).map_err(failed)?;
+        let child = child.as_os_str().as_bytes();
+        dir.replace_file(&file::child(child), child).map_err(failed)?;
         dir.sync().map_err(failed)?;
         Ok(dir)
     }

@@ -65,6 +65,14 @@ pub enum ImageError {
         /// What is wrong.
         source: IndexError,
     },
+    /// What a packed image stores is not what was stored, though all chunks can still be read from it.
+    #[error(
+        "{path} was changed: its digest does not match, though every chunk of memory in it is right; copy it again"
+    )]
+    PackedData {
+        /// The packed image.
+        path: PathBuf,
+    },
     /// A snapshot whose memory is below cannot be used.
     #[error(transparent)]
     Parent(Box<LoadError>),
@@ -185,6 +193,14 @@ impl MemoryImage {
             (_, 2..) => "chain",
             (Form::Packed(_), _) => "packed",
             _ => "file",
+        }
+    }
+
+    /// How many bytes of the file, if it is packed, are of chunks that clones were known to use when it was.
+    pub fn hot_bytes(&self) -> u64 {
+        match &self.layers[0].form {
+            Form::Packed(index) => index.hot_bytes(),
+            Form::Whole | Form::Pages(_) => 0,
         }
     }
 

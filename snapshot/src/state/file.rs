@@ -448,7 +448,7 @@ mod tests {
         assert!(len < 8 * 1024, "{len} bytes");
     }
 
-    /// A failure here means that stored snapshots can no longer be read: read "Versions" in docs/snapshot-format.md.
+    /// A failure here means that stored snapshots can no longer be read: read docs/snapshot-versioning.md.
     #[test]
     fn the_bytes_of_version_1_are_pinned() {
         let digest = |bytes: &[u8]| blake3::hash(bytes).to_hex()[..16].to_owned();

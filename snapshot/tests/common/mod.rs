@@ -14,6 +14,7 @@ use snapshot::manifest::{
 use snapshot::state::{
     DriveState, EntropyState, IrqchipState, MachineState, Msr, NetState, QueueState, VirtioMmioState, VsockState,
 };
+use snapshot::tools::Job;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -148,6 +149,51 @@ pub fn memory() -> Vec<u8> {
     fill(CHUNK + 4 * PAGE, CHUNK + 5 * PAGE);
     fill(3 * CHUNK + 15 * PAGE, 4 * CHUNK + PAGE);
     memory
+}
+
+/// Memory in which chunks occur twice, some that cannot be compressed, and a zero one.
+pub fn varied_memory() -> Vec<u8> {
+    let mut memory = vec![0; 12 * CHUNK + PAGE];
+    let mut fill = |chunk: usize, byte: &dyn Fn(usize) -> u8| {
+        let end = ((chunk + 1) * CHUNK).min(memory.len());
+        memory[chunk * CHUNK..end].iter_mut().enumerate().for_each(|(at, b)| *b = byte(at));
+    };
+    for chunk in [0, 3, 7] {
+        fill(chunk, &|at| (at / 64) as u8 | 1);
+    }
+    for chunk in [1, 9] {
+        fill(chunk, &|at| noise(chunk * CHUNK + at));
+    }
+    for chunk in [2, 5, 6, 8, 10, 12] {
+        fill(chunk, &|at| (at / 100 + chunk) as u8 | 1);
+    }
+    memory
+}
+
+/// A byte that looks like noise.
+fn noise(at: usize) -> u8 {
+    let mut x = (at as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    (x >> 32) as u8
+}
+
+/// How a tool is run in most tests.
+pub fn job() -> Job<'static> {
+    Job { cancel: &NEVER, progress: &|_, _| {}, max_bytes: None }
+}
+
+/// The memory of a snapshot.
+pub fn image(dir: &Path) -> MemoryImage {
+    MemoryImage::open(&load::open(dir).unwrap()).unwrap()
+}
+
+/// Names of what is in a directory, in order.
+pub fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
 }
 
 /// All of an image, chunk by chunk.

@@ -49,6 +49,13 @@ fn options_that_make_no_sense_are_named() {
     bad_usage("snapshot verify", &["verify SNAPSHOT"]);
     bad_usage("snapshot remove a", &["verify SNAPSHOT"]);
     bad_usage("snapshot verify a b", &["b"]);
+    bad_usage("snapshot pack a", &["SOURCE TARGET", "vmm snapshot --help"]);
+    bad_usage("snapshot unpack a b --packed", &["--packed"]);
+    bad_usage("snapshot flatten a b c", &["SOURCE TARGET"]);
+    bad_usage("snapshot diff a", &["--write PARENT CHILD TARGET"]);
+    bad_usage("snapshot diff a b --max-bytes 5", &["--max-bytes"]);
+    bad_usage("snapshot show", &["SNAPSHOT"]);
+    bad_usage("snapshot rm a --force", &["--force"]);
     bad_usage("doctor all", &["all"]);
     for line in [
         "--clones 0",

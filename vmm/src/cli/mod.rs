@@ -3,6 +3,7 @@
 pub mod ctl;
 mod list;
 mod options;
+pub mod snapshots;
 
 pub use options::{Command, LoadOptions, RunOptions, USAGE, UsageError};
 
@@ -91,6 +92,9 @@ pub enum CliError {
     /// A snapshot that is not in order.
     #[error(transparent)]
     Verify(#[from] snapshot::verify::VerifyError),
+    /// A command about snapshots that lie there.
+    #[error(transparent)]
+    SnapshotTool(#[from] snapshots::ToolError),
     /// A file that cannot be written.
     #[error("cannot write {path}: {source}")]
     Write {
@@ -179,6 +183,7 @@ pub fn run(command: Command) -> Result<i32, CliError> {
             print(&if json { to_json(&report) } else { report.to_string() })?;
             Ok(if report.fits { DONE } else { FAILED })
         }
+        Command::SnapshotTool(tool) => print(&snapshots::run(&tool)?),
         Command::Verify { path, json } => {
             let report = snapshot::verify::verify(&path)?;
             print(&if json { to_json(&report) } else { report.to_string() })

@@ -1,6 +1,7 @@
 //! What a command line asks for. Pure.
 
 use super::ctl::{self, Ctl};
+use super::snapshots;
 use crate::bench;
 use crate::demo::DemoOptions;
 use crate::logging::{Level, Settings};
@@ -33,6 +34,15 @@ Usage: vmm --config FILE [options]            boot what the file describes
        vmm guest export FILE                  write the embedded guest's kernel, for other VMMs to boot
        vmm snapshot verify SNAPSHOT [--json]  check every byte of a snapshot
        vmm snapshot check SNAPSHOT [--json]   say whether a snapshot fits this host, without loading it
+       vmm snapshot pack SOURCE TARGET [--json]
+                                              write a snapshot once more, compressed; see `vmm snapshot --help`
+       vmm snapshot unpack SOURCE TARGET [--json]
+                                              write it uncompressed
+       vmm snapshot flatten SOURCE TARGET [--json]
+                                              write it so that it lies over no other one
+       vmm snapshot diff A B [--json]         say what differs between two, or write it (--write)
+       vmm snapshot show SNAPSHOT [--json]    say what a snapshot is
+       vmm snapshot rm SNAPSHOT [--json]      remove a snapshot that no other one lies over
        vmm uffd-handler [options]             run the page server; see `vmm uffd-handler --help`
 
 Options:
@@ -219,6 +229,8 @@ pub enum Command {
         /// Print JSON.
         json: bool,
     },
+    /// Store a snapshot otherwise, compare two, show one, remove one.
+    SnapshotTool(snapshots::Tool),
     /// Check a snapshot.
     Verify {
         /// The snapshot.
@@ -279,6 +291,7 @@ impl Command {
             Some("bench") => "vmm bench --help",
             Some("ctl") => "vmm ctl --help",
             Some("demo") => "vmm demo --help",
+            Some("snapshot") => "vmm snapshot --help",
             Some("uffd-handler") => "vmm uffd-handler --help",
             _ => "vmm --help",
         }
@@ -491,7 +504,11 @@ fn tap(text: &str) -> Result<NetworkOverride, lexopt::Error> {
 }
 
 /// The value of an option, or an error that names both.
-fn value<T: std::str::FromStr>(parser: &mut lexopt::Parser, option: &str, wanted: &str) -> Result<T, UsageError> {
+pub(super) fn value<T: std::str::FromStr>(
+    parser: &mut lexopt::Parser,
+    option: &str,
+    wanted: &str,
+) -> Result<T, UsageError> {
     let text = parser.value()?;
     let parsed = text.to_str().and_then(|text| text.parse().ok());
     let wrong = || lexopt::Error::from(format!("{option} {}: must be {wanted}", text.to_string_lossy()));
@@ -624,11 +641,16 @@ fn parse_guest(args: Vec<OsString>) -> Result<Command, UsageError> {
 }
 
 fn parse_snapshot(args: Vec<OsString>) -> Result<Command, UsageError> {
+    if args.first().and_then(|word| word.to_str()).is_some_and(snapshots::is_verb) {
+        return Ok(snapshots::parse(args)?.map_or(Command::Help(snapshots::USAGE), Command::SnapshotTool));
+    }
     match verb_and_path(args)? {
         Some(Parsed { verb, path: Some(path), json }) if verb == "verify" => Ok(Command::Verify { path, json }),
         Some(Parsed { verb, path: Some(path), json }) if verb == "check" => Ok(Command::Check { path, json }),
-        Some(_) => Err(UsageError::Missing("`snapshot` takes `verify SNAPSHOT [--json]` or `check SNAPSHOT [--json]`")),
-        None => Ok(Command::Help(USAGE)),
+        Some(_) => Err(UsageError::Missing(
+            "`snapshot` takes `verify SNAPSHOT [--json]`, `check SNAPSHOT [--json]`, `pack`, `unpack`, `flatten`, `diff`, `show` or `rm`",
+        )),
+        None => Ok(Command::Help(snapshots::USAGE)),
     }
 }
 

@@ -3,7 +3,7 @@
 //! `vmm ctl` is described by its table; the rest by the texts of `--help`.
 
 use crate::bench;
-use crate::cli::USAGE;
+use crate::cli::{USAGE, snapshots};
 use crate::demo;
 use clap::{Arg, ArgAction, Command, ValueHint};
 use clap_complete::Shell;
@@ -32,11 +32,12 @@ fn vmm(ctl: Command) -> Command {
             "ctl" => continue,
             "bench" => bench::USAGE,
             "demo" => demo::USAGE,
+            "snapshot" => snapshots::USAGE,
             "uffd-handler" => uffd_handler::USAGE,
             _ => "",
         };
         let mut command = Command::new(words[words.len() - 1].to_owned()).args(options(usage));
-        if json {
+        if json && command.get_arguments().all(|arg| arg.get_long() != Some("json")) {
             command = command.arg(Arg::new("json").long("json").action(ArgAction::SetTrue));
         }
         vmm = match words[..] {
@@ -99,6 +100,8 @@ mod tests {
         }
         assert!(options(bench::USAGE).any(|arg| arg.get_long() == Some("calls")));
         assert!(options(demo::USAGE).any(|arg| arg.get_long() == Some("clones")));
+        assert!(commands.contains(&(vec!["snapshot", "rm"], true)));
+        assert!(options(snapshots::USAGE).any(|arg| arg.get_long() == Some("max-bytes")));
         let ctl = Command::new("ctl").subcommand(Command::new("drive"));
         let mut all = vmm(ctl);
         all.clone().debug_assert();

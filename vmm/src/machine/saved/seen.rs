@@ -6,7 +6,7 @@ use api_spec::strict;
 use api_spec::vm::{BootSource, CpuTemplate, MachineConfig, VmConfig, Vsock};
 
 /// Name of the file of a saved state that holds it.
-pub const FILE: &str = "config.json";
+pub const FILE: &str = ::snapshot::file::CONFIGURATION;
 /// Longest such file, in bytes.
 pub const MAX_BYTES: u64 = 1 << 20;
 

@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// Name of the file with the mark.
-pub const MARK: &str = "saved.mark";
+pub const MARK: &str = ::snapshot::file::SAVED_MARK;
 /// The mark of a state that nobody has gone on from. All marks have the same length, so that one can be put in place of
 /// another where files cannot be made, and even where there is no space.
 pub const FRESH: &[u8; 6] = b"fresh\n";
