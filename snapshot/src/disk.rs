@@ -128,7 +128,8 @@ fn check_open(dir: &Dir, drive: &DriveDevice, saved: &HeldDisk, held: &Held, bef
     }
 }
 
-fn check_clusters(dir: &Dir, drive: &DriveDevice, saved: &HeldDisk, held: &Held) -> Result<u64, DiskError> {
+/// Compares the clusters with their digest. Returns how many bytes those are.
+pub(crate) fn check_clusters(dir: &Dir, drive: &DriveDevice, saved: &HeldDisk, held: &Held) -> Result<u64, DiskError> {
     let Held { file, clusters } = held;
     let path = || dir.join(&saved.file);
     let (mut hasher, mut bytes, mut buf) = (blake3::Hasher::new(), 0, vec![0; CHUNK_BYTES as usize]);

@@ -346,7 +346,7 @@ pub(crate) fn open_dir(path: &Path) -> Result<Dir, LoadError> {
     })
 }
 
-fn read_manifest(dir: &Dir) -> Result<Manifest, LoadError> {
+pub(crate) fn read_manifest(dir: &Dir) -> Result<Manifest, LoadError> {
     check_manifest(&dir.join(file::MANIFEST), &dir.read(file::MANIFEST, manifest::MAX_BYTES)?)
 }
 

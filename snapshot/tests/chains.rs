@@ -257,3 +257,53 @@ fn a_snapshot_that_is_in_use_is_known_to_be_so_with_all_that_it_lies_over() {
     assert!(!is_free("top"));
     drop(alone);
 }
+
+#[test]
+fn a_whole_snapshot_over_a_damaged_one_is_not_written() {
+    let sample = Sample::new();
+    let (root, memory) = (sample.root.path(), memory());
+    flip(&sample.path("mem.bin"), CHUNK as u64 + 7);
+    let changes = Changes::new(memory.clone(), [0]);
+    let refused = create_over(&sample.dir, &root.join("whole"), &changes, Stored::Whole).unwrap_err();
+    assert!(matches!(refused, CreateError::Base(ImageError::Damaged { .. })), "{refused}");
+    // What does not copy it does not mind, and says so when that is read.
+    create_over(&sample.dir, &root.join("changes"), &changes, Stored::Changes).unwrap();
+    assert!(ensure_trusted(&load::open(&root.join("changes")).unwrap()).is_err());
+}
+
+#[test]
+fn a_parent_that_was_replaced_meanwhile_is_noticed() {
+    let sample = Sample::new();
+    let (root, memory) = (sample.root.path(), memory());
+    let base = Base::open(&load::open(&sample.dir).unwrap()).unwrap();
+    let mut staging = Staging::begin(&root.join("child")).unwrap();
+    let digest = staging.write_changes(&base, &Changes::new(memory.clone(), [0]), Stored::Changes, &NEVER).unwrap();
+    fs::rename(&sample.dir, root.join("away")).unwrap();
+    create_at(&sample.dir, &memory, &state(2)).unwrap();
+    let facts = facts(&mut staging);
+    assert!(matches!(staging.commit(digest, facts, &state(1)), Err(CreateError::BaseReplaced { .. })));
+    assert!(!root.join("child").exists() && names(&sample.dir).iter().all(|name| !name.starts_with("child-")));
+}
+
+/// As soon as it has its name it may be used.
+#[test]
+fn a_new_snapshot_is_not_taken_for_one_that_is_being_removed() {
+    let root = tempfile::tempdir().unwrap();
+    let target = root.path().join("new");
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            (0..20).for_each(|_| {
+                create_at(&target, &memory(), &state(1)).unwrap();
+                fs::remove_dir_all(&target).unwrap();
+            })
+        });
+        while !writer.is_finished() {
+            if let Ok(snapshot) = load::open(&target) {
+                match snapshot.lease() {
+                    Ok(_) | Err(LoadError::Open { .. }) => {}
+                    Err(e) => panic!("{e}"),
+                }
+            }
+        }
+    });
+}

@@ -15,6 +15,12 @@ pub enum BaseError {
     /// Its memory cannot.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// It is a saved state.
+    #[error("{path} is the saved state of a machine, which is removed when the machine goes on; write a full snapshot")]
+    Saved {
+        /// Its directory.
+        path: PathBuf,
+    },
     /// It lies over too many others.
     #[error(
         "{path} lies over {below} other snapshots, and a chain has at most {MAX_LEVELS}; flatten it (vmm snapshot flatten), or write a full snapshot"
@@ -34,6 +40,7 @@ pub struct Base {
     root: String,
     digest: String,
     levels: usize,
+    is_saved: bool,
     pub(super) regions: Vec<MemoryRegion>,
     pub(super) image: MemoryImage,
 }
@@ -48,6 +55,7 @@ impl Base {
             root: manifest.memory.root.clone(),
             digest: manifest.digest.clone(),
             levels: 1 + snapshot.below()?.len(),
+            is_saved: manifest.config.is_some(),
             regions: manifest.memory.regions.clone(),
             image,
         })
@@ -71,6 +79,9 @@ impl Base {
 
     /// Whether a snapshot that holds only what differs can lie over it.
     pub fn can_be_parent(&self) -> Result<(), BaseError> {
+        if self.is_saved {
+            return Err(BaseError::Saved { path: self.dir.clone() });
+        }
         if self.levels < MAX_LEVELS {
             return Ok(());
         }

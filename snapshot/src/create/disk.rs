@@ -8,7 +8,7 @@ use super::staging::Staging;
 use super::{Cancel, CreateError, LayerSource, next_data};
 use crate::chunk::is_zero;
 use crate::clusters::{CLUSTER_BYTES, Cluster, Clusters};
-use crate::disk::Held;
+use crate::disk::{Held, check_clusters};
 use crate::load::Snapshot;
 use crate::manifest::{DriveDevice, HeldDisk};
 use crate::{CHUNK_BYTES, file};
@@ -117,6 +117,9 @@ impl Staging {
         let map = map.map_err(|e| unreadable(io::Error::other(e)))?;
         let CopiedDisk { file, .. } = self.copy_disk(drive_id, &source.file, *size_bytes, cancel)?;
         let failed = |e| self.disk_error(drive_id, source.clusters.data(), e);
+        // It is stamped as right.
+        let copy = Held { file: file.try_clone().map_err(failed)?, clusters: source.clusters.clone() };
+        check_clusters(self.dir(), drive, held, &copy).map_err(|e| unreadable(io::Error::other(e)))?;
         rustix::fs::fchmod(&file, Mode::RUSR).map_err(|e| failed(e.into()))?;
         self.dir().write_file(&held.map, &map).map_err(failed)?;
         self.sync_later(held.file.clone(), file);

@@ -109,7 +109,7 @@ impl Staging {
     }
 
     /// Writes the memory that `base` is where `changes` says nothing else. Of what is said to have changed, what is the same is
-    /// left out. What has not changed is not digested anew, and if it is copied it is not checked: it has the digests of `base`.
+    /// left out. What is copied of `base` is checked, since it is stamped as right here; what is not has the digests of `base`.
     pub fn write_changes(
         &mut self,
         base: &Base,
@@ -334,7 +334,7 @@ impl<'f> ImageWriter<'f> {
             if !is_changed {
                 self.digests.extend_from_slice(old);
                 if stored == Stored::Whole && !base.image.chunk_is_zero(index) {
-                    base.image.read_unchecked(index, before)?;
+                    base.image.read_chunk(index, before)?;
                     self.write_pages(offset, before)?;
                 }
                 continue;

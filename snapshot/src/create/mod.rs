@@ -150,6 +150,14 @@ pub enum CreateError {
         /// Its directory.
         path: PathBuf,
     },
+    /// Another snapshot is where the one was that this one was to lie over.
+    #[error(
+        "{path} is another snapshot than the one that this one lies over; put that one back, or write a full snapshot"
+    )]
+    BaseReplaced {
+        /// Its directory.
+        path: PathBuf,
+    },
     /// The snapshot that this one was to lie over cannot be protected.
     #[error("cannot note in {path} that a snapshot lies over it: {source}; write a full snapshot instead")]
     Note {

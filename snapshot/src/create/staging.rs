@@ -163,7 +163,8 @@ impl Staging {
     /// `manifest` and `state` are those of that other one. The disks that it holds must have been [copied](Staging::copy_held).
     pub fn commit_as(self, memory: MemoryDigest, manifest: &Manifest, state: &[u8]) -> Result<Manifest, CreateError> {
         let state_file = StateFile { file: file::STATE.into(), ..manifest.state.clone() };
-        let manifest = Manifest { memory: memory.describe(), state: state_file, ..manifest.clone() };
+        // It is no saved state, whatever the other was.
+        let manifest = Manifest { memory: memory.describe(), state: state_file, config: None, ..manifest.clone() };
         self.complete(memory, manifest, state)
     }
 
@@ -235,6 +236,10 @@ impl Staging {
         if !dir.has_file(file::MANIFEST) {
             return Err(CreateError::BaseRemoved { path: path() });
         }
+        let there = crate::load::read_manifest(&dir).map_err(|e| failed(io::Error::other(e)))?;
+        if there.digest != over.parent.digest {
+            return Err(CreateError::BaseReplaced { path: path() });
+        }
         let child = super::base::relative(&over.dir, &self.target_path()).map_err(failed)?;
         let child = child.as_os_str().as_bytes();
         dir.replace_file(&file::child(child), child).map_err(failed)?;
@@ -246,6 +251,8 @@ impl Staging {
     fn publish(&mut self) -> Result<(), CreateError> {
         let target = self.target_path();
         let (from, to) = (self.name.as_slice(), self.target.as_slice());
+        // From now on it may be used, and still not be removed. Where there are no locks there was none.
+        let _ = rustix::fs::flock(&self.dir, FlockOperation::NonBlockingLockShared);
         let renamed = match rustix::fs::renameat_with(&self.parent, from, &self.parent, to, RenameFlags::NOREPLACE) {
             // The file system cannot promise that. An ordinary rename still refuses all but an empty directory.
             Err(Errno::INVAL | Errno::NOSYS) => rustix::fs::renameat(&self.parent, from, &self.parent, to),
@@ -362,13 +369,21 @@ fn remove_leftovers(parent: &Dir, target: &[u8]) {
             continue;
         }
         let Ok(dir) = parent.open_dir(OsStr::from_bytes(name)) else { continue };
-        // A living writer holds the lock. Where there are no locks nothing is removed.
-        if rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok() {
+        // A living writer holds the lock. Where there are no locks nothing is removed. One that has just finished has let it go,
+        // and given the directory the name of a snapshot.
+        if rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok() && is_named(&dir, parent, name) {
             Link::remove_leftover(&dir);
             dir.clear();
             let _ = parent.remove_dir(OsStr::from_bytes(name));
         }
     }
+}
+
+/// Whether a directory still has this name.
+fn is_named(dir: &Dir, parent: &Dir, name: &[u8]) -> bool {
+    let id = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+    let there = rustix::fs::statat(parent, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).map(id);
+    there.is_ok() && rustix::fs::fstat(dir).map(id) == there
 }
 
 fn partial_prefix(target: &[u8]) -> Vec<u8> {

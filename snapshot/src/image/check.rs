@@ -6,6 +6,7 @@ use crate::CHUNK_BYTES;
 use crate::create::next_data;
 use crate::digests::Digests;
 use std::ops::Range;
+use std::thread::Builder;
 
 /// Fewest chunks for which a thread is worth its start.
 const CHUNKS_PER_THREAD: u64 = 256;
@@ -53,10 +54,16 @@ impl MemoryImage {
         std::thread::scope(|scope| {
             let check = |part: Range<u64>| move || self.check_part(part, below);
             let (own, others) = parts.split_first().ok_or_else(|| self.damaged(0))?;
-            let others: Vec<_> = others.iter().map(|part| scope.spawn(check(part.clone()))).collect();
+            let begin =
+                |part: &Range<u64>| (part.clone(), Builder::new().spawn_scoped(scope, check(part.clone())).ok());
+            let others: Vec<_> = others.iter().map(begin).collect();
             let mut checked = check(own.clone())()?;
-            for other in others {
-                checked = checked.and(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+            for (part, thread) in others {
+                checked = checked.and(match thread {
+                    Some(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
+                    // There was no thread to be had.
+                    None => check(part)()?,
+                });
             }
             Ok(checked)
         })

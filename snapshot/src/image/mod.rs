@@ -252,14 +252,6 @@ impl MemoryImage {
         Ok(Some(buf.len()))
     }
 
-    /// As [`MemoryImage::read_chunk`], but checks nothing: for a copy whose digests are those of this image, so that whoever uses the
-    /// copy checks it.
-    pub(crate) fn read_unchecked(&self, index: u64, buf: &mut [u8]) -> Result<usize, ImageError> {
-        let buf = &mut buf[..self.digests.chunk_len(index)];
-        self.assemble(index, buf, Patience::Waits)?;
-        Ok(buf.len())
-    }
-
     /// Fills `buf`, which has the length of the chunk, with what the layers hold. False if they would have to wait.
     fn assemble(&self, index: u64, buf: &mut [u8], patience: Patience) -> Result<bool, ImageError> {
         let mut wanted = Pages::first(layer::pages_in(buf.len()));

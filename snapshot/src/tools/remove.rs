@@ -59,7 +59,9 @@ pub enum RemoveError {
     #[error(transparent)]
     Children(#[from] ChildrenError),
     /// Somebody else removes it, or writes a snapshot that lies over it.
-    #[error("{path} is in use: another snapshot is being written over it, or it is being removed; try again")]
+    #[error(
+        "{path} is in use: by a clone or a page server (also of a snapshot that lies over it), by whoever writes a snapshot over it, or by another removal; end those, then try again"
+    )]
     Busy {
         /// The snapshot.
         path: PathBuf,
@@ -131,7 +133,9 @@ fn lock(dir: &Dir, above: &Dir, name: &OsStr) -> Result<(), RemoveError> {
 
 /// Whether these are the names of what a removal that was killed has left: files of a snapshot, its manifest excepted, or none.
 fn is_leftover(names: &[Vec<u8>]) -> bool {
-    names.iter().all(|name| is_name_of_ours(name))
+    let has = |wanted: &str| names.iter().any(|name| name == wanted.as_bytes());
+    let is_of_ours = names.is_empty() || has(file::STATE);
+    is_of_ours && names.iter().all(|name| is_name_of_ours(name))
 }
 
 fn is_ours(dir: &Dir, name: &[u8]) -> bool {
@@ -182,7 +186,9 @@ fn remove_files(dir: &Dir, above: &Dir, name: &OsStr, names: &[Vec<u8>], kin: Op
     if let Some(kin) = kin {
         forget_child(dir, kin);
     }
-    for name in names {
+    // What tells a leftover from a stranger's directory goes last.
+    let (last, others): (Vec<_>, Vec<_>) = names.iter().partition(|name| *name == file::STATE.as_bytes());
+    for name in others.into_iter().chain(last) {
         remove(name).map_err(|e| failed(name, e))?;
     }
     match above.remove_dir(name) {
