@@ -136,7 +136,11 @@ pub fn restore(request: &SnapshotLoad, in_place: &[String], outside: Outside) ->
 
     let Outside { notifier, signals, .. } = &outside;
     let ending = Arc::<AtomicBool>::default();
-    let lease = if backend.is_served() { snapshot.lease_alone()? } else { snapshot.lease()? };
+    // All that it lies over, too, opened now: if the page server is lost, it may be looked for no more where it is.
+    let lease = match snapshot.lease() {
+        Err(_) if backend.is_served() => snapshot.lease_alone()?,
+        lease => lease?,
+    };
     let (snapshot, shares, replay_over) = (Arc::new(snapshot), backend.shares(), Arc::<AtomicBool>::default());
     let (ram, service) = backend.map(&snapshot)?;
     // Before anything touches guest memory and may have to wait.

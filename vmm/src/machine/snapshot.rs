@@ -110,6 +110,8 @@ struct Written {
 #[derive(Debug)]
 struct Writing {
     cancelled: AtomicBool,
+    /// Nobody waits for anything any more.
+    is_ending: AtomicBool,
     /// Bytes of memory so far.
     written: AtomicU64,
     /// Most bytes of memory in a second.
@@ -180,6 +182,7 @@ impl Drop for Job {
     /// The process is ending.
     fn drop(&mut self) {
         self.cancel();
+        self.writing.is_ending.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -246,6 +249,7 @@ pub fn create(
     let layers = disks::layers(&machine.devices);
     let writing = Arc::new(Writing {
         cancelled: AtomicBool::new(false),
+        is_ending: AtomicBool::new(false),
         written: AtomicU64::new(0),
         limit: request.max_write_mib_s.map(|mib| mib.max(1).saturating_mul(1 << 20)),
         started: Instant::now(),
@@ -259,7 +263,7 @@ pub fn create(
                 captured.and_then(|(state, disks, memory)| write(staging, memory, disks, facts, &state, &shared));
             let _ = sender.send(result); // Nobody asks any more only when the process is ending.
             notifier.send(Notice::SnapshotWritten);
-            let folded = disks::fold(&layers, &shared.cancelled);
+            let folded = disks::fold(&layers, &shared.is_ending);
             notifier.send(Notice::LayersFolded);
             folded
         })
@@ -294,11 +298,18 @@ fn capture(
     let disks = disks::capture(&machine.devices, &machine.plan.drives, in_place, staging, &ending)?;
     let captured = match machine.ram.freeze()? {
         Some(frozen) => Captured::Frozen(frozen, machine.ram.regions().to_vec()),
-        None => match (base, machine.ram.capture(&ending)) {
-            (Some((base, stored)), Ok(Some(changes))) => Captured::Changed(changes, Box::new(base), stored),
-            (Some((_, Stored::Changes)), Err(e)) | (_, Err(e @ CaptureError::Cancelled)) => return Err(e.into()),
-            // Nothing to write it over, or no means to tell what has changed.
-            _ => Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &ending)?),
+        None => match base.map(|(base, stored)| (base, stored, machine.ram.capture(&ending))) {
+            Some((base, stored, Ok(Some(changes)))) => Captured::Changed(changes, Box::new(base), stored),
+            Some((_, Stored::Changes, Err(e)) | (_, _, Err(e @ CaptureError::Cancelled))) => return Err(e.into()),
+            unknown => {
+                let reason = match unknown {
+                    Some((_, _, Err(e))) => e.to_string(),
+                    Some(_) => "it is not known what it has changed".to_owned(),
+                    None => "no complete snapshot of it is known".to_owned(),
+                };
+                tracing::warn!("the guest stands still until all of its memory is written: {reason}");
+                Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &ending)?)
+            }
         },
     };
     Ok((state, disks, captured))

@@ -4,13 +4,17 @@
 //! (in copy mode, or when no page server was there) look no different from pages that were written: they are copied too, and
 //! whoever writes them leaves out those that are as they were.
 
+use super::discard::Discarded;
 use super::pagemap::Pagemap;
 use super::{Backing, GuestRam, PAGE_SIZE};
 use crate::devices::lock;
+use rustix::fs::{MemfdFlags, memfd_create};
 use snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters};
 use snapshot::create::{Cancel, LayerSource};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use vm_memory::{Bytes, GuestAddress};
 
 const _: () = assert!(CLUSTER_BYTES == PAGE_SIZE, "a cluster of the map is a page");
@@ -25,8 +29,18 @@ pub enum CaptureError {
     #[error("the kernel does not tell what the guest has written (/proc/self/pagemap): {0}")]
     Pagemap(io::Error),
     /// They do not fit.
-    #[error("there is no memory to copy the {0} bytes that the guest has written")]
-    NoMemory(u64),
+    #[error(
+        "the guest has written {bytes} bytes, and the host has memory for {room} more to copy them into (half of MemAvailable)"
+    )]
+    NoRoom {
+        /// How much it has written.
+        bytes: u64,
+        /// How much may be taken for a copy.
+        room: u64,
+    },
+    /// They cannot be kept.
+    #[error("cannot keep a copy of what the guest has written: {0}")]
+    Keep(io::Error),
     /// They cannot be read.
     #[error("cannot read the guest's memory at image offset {offset:#x}: {source}")]
     Read {
@@ -45,17 +59,18 @@ pub enum CaptureError {
 pub struct Changes {
     size: u64,
     pages: Clusters,
-    /// Runs of pages that are data, in order, and where each lies in `bytes`.
-    runs: Vec<(Range<u64>, usize)>,
-    bytes: Vec<u8>,
+    /// Runs of pages that are data, in order, and where each lies in the copy, in bytes.
+    runs: Vec<(Range<u64>, u64)>,
+    /// A file in memory: what is in it counts as nobody's private memory, which a guest may have a limit of.
+    copy: File,
 }
 
 impl GuestRam {
-    /// Copies what the guest has changed of its image. No vCPU and no device may write meanwhile. `None` if the guest was booted
-    /// here and has no image.
+    /// Copies what the guest has changed of its image. No vCPU and no device may write meanwhile. `None` if that is not to be told
+    /// from the rest: the guest was booted here and has no image, or has one in part.
     pub fn capture(&self, cancel: &dyn Cancel) -> Result<Option<Changes>, CaptureError> {
         let given_back = match &*lock(&self.backing) {
-            Backing::Own(_) => return Ok(None),
+            Backing::Own(_) | Backing::Image(Discarded { is_mixed: true, .. }) => return Ok(None),
             Backing::Image(discarded) => discarded.runs(),
         };
         let mut pages = Clusters::new(self.size());
@@ -77,23 +92,26 @@ impl GuestRam {
                 }
             }
         }
-        let (runs, bytes) = self.copy(runs, pages.data() * PAGE_SIZE, cancel)?;
-        Ok(Some(Changes { size: self.size(), pages, runs, bytes }))
+        let (bytes, room) = (pages.data() * PAGE_SIZE, room());
+        if bytes > room {
+            return Err(CaptureError::NoRoom { bytes, room });
+        }
+        let keep = |e: rustix::io::Errno| CaptureError::Keep(e.into());
+        let copy = File::from(memfd_create("coppice-changes", MemfdFlags::CLOEXEC).map_err(keep)?);
+        let runs = self.copy_runs(runs, &copy, cancel)?;
+        Ok(Some(Changes { size: self.size(), pages, runs, copy }))
     }
 
-    /// Copies runs of pages of the image, of so many bytes in all.
-    #[expect(clippy::type_complexity, reason = "the runs with their places, and the bytes")]
-    fn copy(
+    /// Copies runs of pages of the image, one behind the other. Returns where each lies.
+    fn copy_runs(
         &self,
         runs: Vec<Range<u64>>,
-        total: u64,
+        mut copy: &File,
         cancel: &dyn Cancel,
-    ) -> Result<(Vec<(Range<u64>, usize)>, Vec<u8>), CaptureError> {
-        let mut bytes = Vec::new();
-        bytes.try_reserve_exact(total as usize).map_err(|_| CaptureError::NoMemory(total))?;
-        let mut placed = Vec::with_capacity(runs.len());
+    ) -> Result<Vec<(Range<u64>, u64)>, CaptureError> {
+        let (mut placed, mut end_of_copy) = (Vec::with_capacity(runs.len()), 0);
         for run in runs {
-            placed.push((run.clone(), bytes.len()));
+            placed.push((run.clone(), end_of_copy));
             let (mut at, end) = (run.start * PAGE_SIZE, run.end * PAGE_SIZE);
             while at < end {
                 if cancel.is_cancelled() {
@@ -102,15 +120,23 @@ impl GuestRam {
                 let region = self.regions.iter().find(|r| (r.offset..r.offset + r.size_bytes).contains(&at));
                 let Some(region) = region else { break };
                 let len = (end - at).min(region.offset + region.size_bytes - at).min(PIECE);
-                let (start, from) = (bytes.len(), GuestAddress(region.guest_addr + (at - region.offset)));
-                bytes.resize(start + len as usize, 0);
-                let read = self.memory.read_slice(&mut bytes[start..], from);
-                read.map_err(|source| CaptureError::Read { offset: at, source })?;
+                let from = GuestAddress(region.guest_addr + (at - region.offset));
+                let written = self.memory.write_all_volatile_to(from, &mut copy, len as usize);
+                written.map_err(|source| CaptureError::Read { offset: at, source })?;
                 at += len;
+                end_of_copy += len;
             }
         }
-        Ok((placed, bytes))
+        Ok(placed)
     }
+}
+
+/// How many bytes may be taken for a copy: half of what the host has. All that there are, if it does not say.
+fn room() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let kib =
+        text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse().ok());
+    kib.map_or(u64::MAX, |kib: u64| kib.saturating_mul(1024) / 2)
 }
 
 impl LayerSource for Changes {
@@ -125,16 +151,13 @@ impl LayerSource for Changes {
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let page = offset / PAGE_SIZE;
         let run = self.runs.partition_point(|(run, _)| run.start <= page).checked_sub(1).map(|at| &self.runs[at]);
-        let bytes = run.filter(|(run, _)| run.contains(&page)).and_then(|(run, place)| {
-            let at = place + (offset - run.start * PAGE_SIZE) as usize;
-            let end = place + ((run.end - run.start) * PAGE_SIZE) as usize;
-            self.bytes.get(at..(at + buf.len()).min(end))
-        });
-        match bytes {
-            Some(bytes) if bytes.len() == buf.len() => buf.copy_from_slice(bytes),
-            _ => return Err(io::ErrorKind::UnexpectedEof.into()),
+        let Some((run, place)) = run.filter(|(run, _)| run.contains(&page)) else {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        };
+        if offset + buf.len() as u64 > run.end * PAGE_SIZE {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        Ok(())
+        self.copy.read_exact_at(buf, place + (offset - run.start * PAGE_SIZE))
     }
 }
 
@@ -142,7 +165,6 @@ impl LayerSource for Changes {
 mod tests {
     use super::*;
     use crate::memory::layout;
-    use std::os::unix::fs::FileExt;
     use std::sync::atomic::AtomicBool;
 
     const SIZE: u64 = 4 << 20;

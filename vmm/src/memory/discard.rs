@@ -55,6 +55,8 @@ pub(super) struct Discarded {
     begun: usize,
     /// In copy mode, what faults on the pages may be waiting for.
     waker: Option<Arc<Uffd>>,
+    /// Part of the view still is the file itself, which a freeze has left off at: what the guest writes there is no page of its own.
+    pub(super) is_mixed: bool,
 }
 
 /// What became of pages that were to be discarded.
@@ -158,7 +160,11 @@ impl Part<'_> {
             // Also after a failure, which may have come half-way.
             self.wake(uffd);
         }
-        put?;
+        if let Err((done, e)) = put {
+            // So much of it reads as zeros all the same.
+            discarded.pages.insert(place.start..place.start + done / PAGE_SIZE);
+            return Err(e);
+        }
         discarded.pages.insert(place);
         discarded.begun += usize::from(begins);
         if begins && discarded.begun == MANY_RUNS {
@@ -181,6 +187,11 @@ impl Discarded {
     /// Nothing yet, of memory whose faults wait for this.
     pub(super) fn waking(uffd: Arc<Uffd>) -> Self {
         Discarded { waker: Some(uffd), ..Discarded::default() }
+    }
+
+    /// Nothing yet, of memory that is a view of its image only in part.
+    pub(super) fn of_mixed() -> Self {
+        Discarded { is_mixed: true, ..Discarded::default() }
     }
 
     /// Which pages those are.

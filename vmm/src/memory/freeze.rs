@@ -60,9 +60,10 @@ impl GuestRam {
             match mmap::make_private(mapped.mapping(), &file, region.offset) {
                 Ok(old) => aside.push(old),
                 Err(e) => {
-                    if aside.is_empty() {
-                        *backing = Backing::Own(file);
-                    }
+                    *backing = match aside.is_empty() {
+                        true => Backing::Own(file),
+                        false => Backing::Image(Discarded::of_mixed()),
+                    };
                     return Err(FreezeError::Remap(e));
                 }
             }

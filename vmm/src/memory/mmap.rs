@@ -158,10 +158,11 @@ impl Blank {
     /// Puts anonymous memory, which reads as zeros, in the place of part of a region: `range` in bytes from its start,
     /// whole pages. Others may access the region meanwhile; they find what was there before, or zeros.
     ///
-    /// If this fails, each page of the part is what it was, or is empty, unless the kernel ran out of memory for itself in
-    /// the midst of it: then it may be gone, and whoever accesses it dies of that.
-    pub fn put(&self, region: &MmapRegion, range: Range<u64>) -> io::Result<()> {
-        let part = Part::of(region, range)?;
+    /// If this fails, the error tells how many bytes of the part, from its start, are replaced; each other page of it is what it was,
+    /// or is empty, unless the kernel ran out of memory for itself in the midst of it: then it may be gone, and whoever accesses
+    /// it dies of that.
+    pub fn put(&self, region: &MmapRegion, range: Range<u64>) -> Result<(), (u64, io::Error)> {
+        let part = Part::of(region, range).map_err(|e| (0, e))?;
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
         for offset in (0..part.len).step_by(Self::LEN) {
             let (to, len) = (part.addr.wrapping_add(offset), Self::LEN.min(part.len - offset));
@@ -172,7 +173,7 @@ impl Blank {
             // points to.
             let put = unsafe { libc::mremap(self.addr.as_ptr().cast(), len, len, flags, to) };
             if put == libc::MAP_FAILED {
-                return Err(io::Error::last_os_error());
+                return Err((offset as u64, io::Error::last_os_error()));
             }
         }
         Ok(())
