@@ -53,6 +53,7 @@ const METHODS: &[(&str, Method)] = &[
     ("getVmStats", |vm, _| document(vm.stats())),
     ("getMemoryMap", |vm, query| document(vm.memory_map(of(query)))),
     ("putSnapshotCreate", |vm, body| document(vm.snapshot_create(&of(body)))),
+    ("putSnapshotCancel", |vm, body| document(vm.snapshot_cancel(&of(body)))),
     ("putSnapshotLoad", |vm, body| document(vm.snapshot_load(&of(body)))),
     ("getSnapshotStatus", |vm, _| document(vm.snapshot_status())),
     ("putLogger", |vm, body| document(vm.put_logger(&of(body)))),

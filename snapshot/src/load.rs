@@ -185,6 +185,8 @@ impl Level {
         let Some(parent) = &self.manifest.memory.parent else { return Ok(None) };
         let child = || self.dir.join(file::MANIFEST);
         let path = self.dir.path().join(&parent.path);
+        // Else each level would add to the path.
+        let path = path.canonicalize().unwrap_or(path);
         let level = open_dir(&path).and_then(Level::open);
         let level = level.map_err(|source| LoadError::Parent { path: child(), source: Box::new(source) })?;
         let (Manifest { digest, memory, .. }, own) = (&level.manifest, &self.manifest.memory);

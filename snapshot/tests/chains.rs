@@ -307,3 +307,16 @@ fn a_new_snapshot_is_not_taken_for_one_that_is_being_removed() {
         }
     });
 }
+
+/// Each level is found from the one above it, however long all their names are together.
+#[test]
+fn a_chain_of_long_names_is_read() {
+    let root = tempfile::tempdir().unwrap();
+    let name = |level: usize| format!("{level:0>150}");
+    let mut memory = vec![1; 4 * PAGE];
+    create_at(&root.path().join(name(0)), &memory, &state(1)).unwrap();
+    for level in 1..40 {
+        next(root.path(), &name(level - 1), &name(level), &mut memory, &[(level % 4, level as u8)], &[]);
+    }
+    assert!(read_all(&image(&root.path().join(name(39)))) == memory);
+}

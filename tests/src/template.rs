@@ -109,6 +109,16 @@ pub struct Template {
 }
 
 impl Template {
+    /// A snapshot of the same guest without its memory, for clones that get that from a page server: nothing can be written over it.
+    pub fn without_memory(&self, place: &Place) -> PathBuf {
+        let bare = place.join("without-memory");
+        std::fs::create_dir(&bare).expect("a directory can be made in the test's directory");
+        for name in ["snap.json", "state.bin"] {
+            std::fs::copy(self.snapshot.join(name), bare.join(name)).expect("it can be copied");
+        }
+        bare
+    }
+
     /// The template of the default options that the tests of one program share. It is made when the first of them asks
     /// for it, and removed when none of them has it any more.
     pub fn shared() -> Arc<Self> {

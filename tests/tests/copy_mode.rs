@@ -412,7 +412,9 @@ fn a_snapshot_that_waits_for_pages_ends_with_the_page_server() {
     require!(Kvm, Userfaultfd);
     let (template, place) = (Template::shared(), Place::new());
     let mut handler = Handler::start(&place, &template.snapshot, &[]);
-    let (mut clone, _agent) = dying(&place, &template, &handler).ready("clone");
+    let bare = template.without_memory(&place);
+    let clone = Restore::new(&place, &bare).copied_from(&handler.socket).on_handler_loss(OnHandlerLoss::Kill);
+    let (mut clone, _agent) = clone.ready("clone");
     handler.process.signal(Signal::STOP);
     let (path, socket) = (place.join("half"), handler.socket.clone());
     let mut api = clone.api();
@@ -423,7 +425,10 @@ fn a_snapshot_that_waits_for_pages_ends_with_the_page_server() {
         handler.process.kill();
         asked.join().expect("no panic").expect_err("there is no snapshot");
     });
-    ends_for_want_of(&socket, clone);
+    let done = clone.process.finish_within(DEADLINE);
+    assert_eq!(done.code(), 1, "{}", done.stderr);
+    let gone = format!("page server at {} is gone", socket.display());
+    assert!(done.stderr.contains("stands still") && done.stderr.contains(&gone), "{}", done.stderr);
     assert!(!path.exists());
 }
 

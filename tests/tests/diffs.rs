@@ -40,7 +40,7 @@ fn each_of_a_chain_of_ten_is_the_guest_as_it_was() {
     let (template, mut agent, mut parent) = Template::make_with_parent(TemplateOptions::default());
     let (facts, place) = (&template.facts, Place::new());
     let first = facts.first_free_page();
-    let level = |n: u32| place.join(&format!("level-{n}"));
+    let level = |n: u32| place.join(format!("level-{n}"));
     for n in 0..LEVELS {
         mark(&mut agent, first, n);
         let status = parent.snapshot_changes(&level(n));
@@ -215,6 +215,61 @@ fn a_snapshot_whose_vmm_is_killed_is_whole_or_absent() {
         let left: Vec<_> = place.names().into_iter().filter(|name| name.contains("partial")).collect();
         assert!(left.is_empty(), "{left:?}");
         vm.stop();
+    }
+}
+
+/// Packed, flattened and written as changes by the tools, a snapshot is the same guest; it is removed when nobody uses it.
+#[test]
+fn what_the_tools_write_is_the_same_guest_and_what_is_in_use_stays() {
+    use snapshot::tools::Job;
+    use snapshot::tools::remove::{RemoveError, remove};
+    use snapshot::tools::store::{Form, flatten, pack, write_diff};
+    require!(Kvm, Userfaultfd);
+    let (template, mut agent, mut parent) = Template::make_with_parent(TemplateOptions::default());
+    let (facts, place) = (&template.facts, Place::new());
+    let page = facts.first_free_page();
+    let base = place.join("base");
+    parent.snapshot(&base);
+    parent.agent().set_word(page, 5);
+    parent.snapshot_changes(&place.join("changes"));
+    agent = {
+        drop(agent);
+        parent.agent()
+    };
+    facts.check(&mut agent);
+    parent.stop();
+    let (go_on, quiet) = (std::sync::atomic::AtomicBool::new(false), |_, _| {});
+    let job = Job { max_bytes: None, cancel: &go_on, progress: &quiet };
+    let at = |name: &str| place.join(name);
+    pack(&base, &at("packed-base"), &job).expect("it can be packed");
+    flatten(&at("changes"), &at("flat"), Form::Packed, &job).expect("it can be flattened");
+    write_diff(&at("packed-base"), &at("changes"), &at("packed-changes"), Form::Packed, &job)
+        .expect("it can be written");
+    let size = |name: &str| fs::metadata(at(name).join("mem.pack")).expect("it is there").len();
+    assert!(size("packed-changes") < 64 << 10, "{}", size("packed-changes"));
+    let server = PageServer::start_of(&place, &[&at("flat"), &at("packed-changes")]);
+    for name in ["changes", "flat", "packed-changes"] {
+        let restored = || Restore::new(&place, &at(name));
+        let mut guests = vec![restored().ready(&format!("{name}-file"))];
+        if name != "changes" {
+            guests.push(restored().uffd(&server).ready(&format!("{name}-served")));
+        }
+        for (vm, mut agent) in guests {
+            assert_eq!(agent.word(page), 5, "{}", vm.name);
+            facts.check(&mut agent);
+            for used in [name, if name == "changes" { "base" } else { name }] {
+                let refused = remove(&at(used)).expect_err("it is in use");
+                assert!(matches!(refused, RemoveError::Busy { .. }), "{refused}");
+            }
+            vm.stop();
+        }
+    }
+    server.process.stop();
+    let refused = remove(&base).expect_err("another lies over it");
+    assert!(matches!(refused, RemoveError::HasChildren { .. }), "{refused}");
+    for name in ["changes", "base", "packed-changes", "packed-base", "flat"] {
+        remove(&at(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert!(!at(name).exists());
     }
 }
 

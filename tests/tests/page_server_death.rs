@@ -185,13 +185,15 @@ fn a_vmm_that_waits_for_a_page_ends_with_its_page_server() {
     ends_for_want_of(&socket, clone);
 }
 
-/// A snapshot of a clone needs all of its memory; one that cannot be finished leaves nothing that looks like one.
+/// A snapshot of a clone whose snapshot has no memory here needs all of it from its page server; one that cannot be finished leaves nothing that looks like one.
 #[test]
 fn a_snapshot_that_waits_for_pages_ends_with_the_page_server() {
     require!(Kvm, Userfaultfd);
     let (template, place) = (Template::shared(), Place::new());
     let mut server = PageServer::start(&place, &template.snapshot);
-    let (mut clone, _agent) = dying(&place, &template, &server).ready("clone");
+    let bare = template.without_memory(&place);
+    let clone = Restore::new(&place, &bare).uffd(&server).on_handler_loss(OnHandlerLoss::Kill);
+    let (mut clone, _agent) = clone.ready("clone");
     server.process.signal(Signal::STOP);
     let (snapshots, socket) = (place.join("snapshots"), server.socket.clone());
     std::fs::create_dir(&snapshots).expect("a directory can be made in the test's directory");
@@ -203,7 +205,10 @@ fn a_snapshot_that_waits_for_pages_ends_with_the_page_server() {
         server.process.kill();
         asked.join().expect("no panic").expect_err("there is no snapshot");
     });
-    ends_for_want_of(&socket, clone);
+    let done = clone.process.finish_within(DEADLINE);
+    assert_eq!(done.code(), 1, "{}", done.stderr);
+    let gone = format!("page server at {} is gone", socket.display());
+    assert!(done.stderr.contains("stands still") && done.stderr.contains(&gone), "{}", done.stderr);
     let names = || {
         let entries = std::fs::read_dir(&snapshots).expect("it is there");
         entries.map(|entry| entry.expect("it can be read on").file_name().into_string().expect("text")).collect()

@@ -218,13 +218,10 @@ pub fn create(
         SnapshotType::Full => Stored::Whole,
         SnapshotType::Diff => Stored::Changes,
     };
-    let base = match machine.bases.open(stored == Stored::Changes) {
-        Ok(base) => base,
+    let (base, why_not) = match machine.bases.open(stored == Stored::Changes) {
+        Ok(base) => (base.map(|base| (base, stored)), "no complete snapshot of it is known".to_owned()),
         Err(e) if stored == Stored::Changes => return Err(SnapshotError::NoBase(e)),
-        Err(e) => {
-            tracing::warn!("the guest's memory is copied while it stands still, for want of the snapshot below: {e}");
-            None
-        }
+        Err(e) => (None, format!("its snapshot cannot be used: {e}")),
     };
     let mut staging = Staging::begin(&request.snapshot_path)?;
     if let Some(path) = &request.mem_file_path {
@@ -239,8 +236,8 @@ pub fn create(
     let was_running = machine.is_running();
     let stood_still = Instant::now();
     let captured = machine.pause().map_err(SnapshotError::from);
-    let captured = captured
-        .and_then(|()| capture(machine, saved.is_some(), &mut staging, base.map(|base| (base, stored)), signals));
+    let captured =
+        captured.and_then(|()| capture(machine, saved.is_some(), &mut staging, base.ok_or(why_not), signals));
     if was_running {
         machine.resume();
     }
@@ -289,7 +286,7 @@ fn capture(
     machine: &mut Machine,
     in_place: bool,
     staging: &mut Staging,
-    base: Option<(Base, Stored)>,
+    base: Result<(Base, Stored), String>,
     signals: &Signals,
 ) -> Result<(MachineState, Vec<disks::Captured>, Captured), SnapshotError> {
     let state = save(machine)?;
@@ -299,13 +296,13 @@ fn capture(
     let captured = match machine.ram.freeze()? {
         Some(frozen) => Captured::Frozen(frozen, machine.ram.regions().to_vec()),
         None => match base.map(|(base, stored)| (base, stored, machine.ram.capture(&ending))) {
-            Some((base, stored, Ok(Some(changes)))) => Captured::Changed(changes, Box::new(base), stored),
-            Some((_, Stored::Changes, Err(e)) | (_, _, Err(e @ CaptureError::Cancelled))) => return Err(e.into()),
+            Ok((base, stored, Ok(Some(changes)))) => Captured::Changed(changes, Box::new(base), stored),
+            Ok((_, Stored::Changes, Err(e)) | (_, _, Err(e @ CaptureError::Cancelled))) => return Err(e.into()),
             unknown => {
                 let reason = match unknown {
-                    Some((_, _, Err(e))) => e.to_string(),
-                    Some(_) => "it is not known what it has changed".to_owned(),
-                    None => "no complete snapshot of it is known".to_owned(),
+                    Ok((_, _, Err(e))) => e.to_string(),
+                    Ok(_) => "it is not known what it has changed".to_owned(),
+                    Err(why_not) => why_not,
                 };
                 tracing::warn!("the guest stands still until all of its memory is written: {reason}");
                 Captured::Written(staging.write_memory(&mut ViewSource::new(&machine.ram), &ending)?)
