@@ -7,7 +7,7 @@
 //! - [`agent`]: what a guest sends to the host
 //! - [`handshake`]: what a client sends to the page server, from its first byte on
 //! - [`http`]: what a client sends to the REST API
-//! - [`manifest`], [`state`], [`working_set`]: files of a snapshot
+//! - [`manifest`], [`packed`], [`state`], [`working_set`]: files of a snapshot
 //!
 //! docs/fuzzing.md says how to run them.
 
@@ -16,6 +16,7 @@ pub mod edit;
 pub mod handshake;
 pub mod http;
 pub mod manifest;
+pub mod packed;
 pub mod state;
 pub mod working_set;
 
@@ -42,11 +43,12 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 7] = [
     Target { name: "agent", check: agent::check, seeds: agent::seeds },
     Target { name: "handshake", check: handshake::check, seeds: handshake::seeds },
     Target { name: "http", check: http::check, seeds: http::seeds },
     Target { name: "manifest", check: manifest::check, seeds: manifest::seeds },
+    Target { name: "packed", check: packed::check, seeds: packed::seeds },
     Target { name: "state", check: state::check, seeds: state::seeds },
     Target { name: "working_set", check: working_set::check, seeds: working_set::seeds },
 ];

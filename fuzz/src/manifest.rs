@@ -6,11 +6,12 @@
 use crate::edit::edit;
 use arbitrary::Unstructured;
 use serde_json::Value;
+use snapshot::cpu::GuestCpu;
 use snapshot::digests::Digests;
 use snapshot::load::{LoadError, check_manifest};
 use snapshot::manifest::{
     BalloonDevice, CacheType, Cpu, Devices, DiskImage, DriveDevice, EntropyDevice, HeldDisk, Machine, Manifest, Memory,
-    MemoryRegion, NetworkDevice, RateLimit, Readiness, StateFile, TokenBucket, VsockDevice, reseal,
+    MemoryRegion, NetworkDevice, PageMap, Parent, RateLimit, Readiness, StateFile, TokenBucket, VsockDevice, reseal,
 };
 use snapshot::{CHUNK_BYTES, FORMAT_VERSION, PAGE_BYTES, file};
 use std::collections::BTreeSet;
@@ -58,12 +59,12 @@ fn accepted(manifest: &Manifest) {
     assert!(regions.windows(2).all(|pair| pair[0].guest_addr + pair[0].size_bytes <= pair[1].guest_addr));
     assert!((manifest.chunks() - 1) * CHUNK_BYTES < *size_bytes && *size_bytes <= manifest.chunks() * CHUNK_BYTES);
     assert_eq!(Digests::table_bytes(&manifest.memory), manifest.chunks() * 32);
-    let own = [file, digests, &manifest.state.file];
-    assert!(own[0] != own[1] && own[1] != own[2] && own[2] != own[0], "two of the files are one");
+    let mut names = vec![file, digests, &manifest.state.file];
+    names.extend(manifest.memory.map.as_ref().map(|map| &map.file));
     let held = manifest.devices.drives.iter().filter_map(|drive| drive.held.as_ref());
-    let held: Vec<&String> = held.flat_map(|held| [&held.file, &held.map]).collect();
-    assert_eq!(BTreeSet::from_iter(&held).len(), held.len(), "two files of disks are one");
-    for name in own.into_iter().chain(held) {
+    names.extend(held.flat_map(|held| [&held.file, &held.map]));
+    assert_eq!(BTreeSet::from_iter(&names).len(), names.len(), "two of the files are one");
+    for name in names {
         let mut parts = Path::new(name).components();
         assert!(
             matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)),
@@ -132,6 +133,9 @@ fn manifest() -> Manifest {
         chunk_bytes: CHUNK_BYTES,
         digests: file::DIGESTS.into(),
         root: hex.clone(),
+        packed: None,
+        parent: Some(Parent { path: "../base".into(), root: hex.clone(), digest: hex.clone() }),
+        map: Some(PageMap { file: file::PAGE_MAP.into(), bytes: 1032, digest: hex.clone() }),
     };
     let mut manifest = Manifest {
         format_version: FORMAT_VERSION,
@@ -139,12 +143,14 @@ fn manifest() -> Manifest {
         created_unix_ms: 1,
         arch: "x86_64".into(),
         cpu: Cpu { vendor: "AuthenticAMD".into(), family: 25, ..Cpu::default() },
+        guest_cpu: Some(GuestCpu { features: vec!["avx2".into()], xsave_bytes: 832, tsc_khz: 2_450_000 }),
         host_kernel: "6.1.0".into(),
         machine: Machine { vcpus: 2, memory_bytes: memory.size_bytes },
         memory,
-        state: StateFile { file: file::STATE.into(), size_bytes: 9000, digest: hex },
+        state: StateFile { file: file::STATE.into(), size_bytes: 9000, digest: hex.clone() },
         devices,
         readiness: Some(Readiness::Full),
+        config: Some(hex),
         digest: String::new(),
     };
     manifest.seal();

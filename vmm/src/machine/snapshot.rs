@@ -9,7 +9,7 @@
 //!
 //! Memory comes last because saving devices may still change it. A guest that is itself a private view (a clone) has
 //! nothing to freeze: what it has changed of its image is copied while it stands still, and written over a snapshot of that
-//! image when it goes on ([`super::bases`]). Where there is no such snapshot any more, all of its memory is written while it
+//! image when it goes on (`super::bases`). Where there is no such snapshot any more, all of its memory is written while it
 //! stands still. So is a disk image that the guest writes itself; overlays are frozen ([`super::disks`]).
 
 use super::bases::NoBase;
