@@ -121,6 +121,7 @@ fn a_guest_is_configured_started_snapshotted_and_restored() {
     assert_eq!(vm.state(), InstanceState::Paused);
     first.done("snapshot create snap");
     assert_eq!(first.told("snapshot status")["state"], "done");
+    first.refused("snapshot cancel", "no snapshot is being written");
     first.done("resume");
     assert_eq!(vm.state(), InstanceState::Running);
     first.refused("snapshot create snap", "exists already");
