@@ -1,7 +1,8 @@
 //! Files of one directory, reached through its descriptor: a directory that is renamed or replaced while it is being
 //! read or written cannot mix two snapshots.
 
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -56,6 +57,15 @@ pub enum FileError {
         /// The length that it should have, in bytes.
         expected: u64,
     },
+}
+
+/// How a directory is locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lock {
+    /// Others may have it locked in the same way.
+    Shared,
+    /// Nobody else has it locked.
+    Exclusive,
 }
 
 /// An open directory.
@@ -148,6 +158,12 @@ impl Dir {
         Ok(bytes)
     }
 
+    /// Reads a whole file whose length and BLAKE3, in hex, are known; `None` if it has another digest.
+    pub(crate) fn read_digested(&self, name: &str, expected: u64, digest: &str) -> Result<Option<Vec<u8>>, FileError> {
+        let bytes = self.read_sized(name, expected)?;
+        Ok((blake3::hash(&bytes).to_hex().as_str() == digest).then_some(bytes))
+    }
+
     /// Creates a file that only its owner may read and write. It must not exist.
     pub(crate) fn create_file(&self, name: &str) -> io::Result<File> {
         self.create(name, OFlags::WRONLY)
@@ -203,6 +219,38 @@ impl Dir {
         for entry in entries.flatten() {
             let _ = rustix::fs::unlinkat(&self.fd, entry.file_name(), AtFlags::empty());
         }
+    }
+
+    /// Locks the directory as long as this value is open; false if somebody else has it locked so that it cannot be. Where there are
+    /// no locks nobody can be asked, and it counts as locked.
+    pub(crate) fn lock(&self, how: Lock) -> Result<bool, Errno> {
+        let operation = match how {
+            Lock::Shared => FlockOperation::NonBlockingLockShared,
+            Lock::Exclusive => FlockOperation::NonBlockingLockExclusive,
+        };
+        match (rustix::fs::flock(&self.fd, operation), how) {
+            // Some network file systems lock exclusively only what is open for writing, as no directory is.
+            (Ok(()) | Err(Errno::OPNOTSUPP), _) | (Err(Errno::BADF), Lock::Exclusive) => Ok(true),
+            (Err(Errno::WOULDBLOCK), _) => Ok(false),
+            (Err(e), _) => Err(e),
+        }
+    }
+
+    /// Whether two open directories are one.
+    pub(crate) fn is_same(&self, other: &Dir) -> bool {
+        let id = self.id();
+        id.is_ok() && id == other.id()
+    }
+
+    /// Whether this is what has that name in another directory.
+    pub(crate) fn is_named(&self, parent: &Dir, name: impl AsRef<OsStr>) -> bool {
+        let there = rustix::fs::statat(&parent.fd, name.as_ref(), AtFlags::SYMLINK_NOFOLLOW);
+        let id = self.id();
+        id.is_ok() && id == there.map(|stat| (stat.st_dev, stat.st_ino))
+    }
+
+    fn id(&self) -> Result<(u64, u64), Errno> {
+        rustix::fs::fstat(&self.fd).map(|stat| (stat.st_dev, stat.st_ino))
     }
 
     pub(crate) fn sync(&self) -> io::Result<()> {

@@ -98,11 +98,9 @@ fn open(dir: &Dir, held: &HeldDisk, size: u64) -> Result<Held, DiskError> {
         Err(Errno::WOULDBLOCK) => return Err(DiskError::Changed { path }),
         Err(e) => return Err(DiskError::Read { path, offset: 0, source: e.into() }),
     }
-    let map = dir.read_sized(&held.map, held.map_bytes)?;
     let path = || dir.join(&held.map);
-    if blake3::hash(&map).to_hex().as_str() != held.map_digest {
-        return Err(DiskError::MapDigest { path: path() });
-    }
+    let map = dir.read_digested(&held.map, held.map_bytes, &held.map_digest)?;
+    let map = map.ok_or_else(|| DiskError::MapDigest { path: path() })?;
     let clusters = Clusters::decode(&map, size).map_err(|source| DiskError::Map { path: path(), source })?;
     Ok(Held { file, clusters })
 }

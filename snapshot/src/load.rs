@@ -1,12 +1,10 @@
 //! Reading a snapshot: everything but the memory is read and checked here, in an order that gives each fault its name.
 
 use crate::digests::Digests;
-use crate::dir::{Dir, FileError};
-use crate::manifest::{self, BadField, Manifest};
+use crate::dir::{Dir, FileError, Lock};
+use crate::manifest::{self, BadField, Manifest, StateFile};
 use crate::state::{self, MachineState, StateError};
 use crate::{FORMAT_VERSION, OLDEST_FORMAT_VERSION, file};
-use rustix::fs::FlockOperation;
-use rustix::io::Errno;
 use serde::Deserialize;
 use std::ffi::OsStr;
 use std::fs::File;
@@ -287,13 +285,10 @@ impl Snapshot {
 fn lease(dir: &Dir) -> Result<Dir, LoadError> {
     let failed = |source| LoadError::Open { path: dir.path().to_owned(), source };
     let held = Dir::open(dir.path()).map_err(failed)?;
-    match rustix::fs::flock(&held, FlockOperation::NonBlockingLockShared) {
-        // Where there are no locks nobody can be asked.
-        Ok(()) | Err(Errno::OPNOTSUPP) => {}
-        Err(Errno::WOULDBLOCK) => return Err(LoadError::Removed { path: dir.path().to_owned() }),
-        Err(e) => return Err(failed(e.into())),
+    match held.lock(Lock::Shared).map_err(|e| failed(e.into()))? {
+        true => Ok(held),
+        false => Err(LoadError::Removed { path: dir.path().to_owned() }),
     }
-    Ok(held)
 }
 
 /// The one field of a manifest that means the same in every version.
@@ -370,11 +365,8 @@ pub fn check_manifest(path: &Path, json: &[u8]) -> Result<Manifest, LoadError> {
 }
 
 fn read_state_bytes(dir: &Dir, manifest: &Manifest) -> Result<Vec<u8>, LoadError> {
-    let bytes = dir.read_sized(&manifest.state.file, manifest.state.size_bytes)?;
-    if blake3::hash(&bytes).to_hex().as_str() != manifest.state.digest {
-        return Err(LoadError::StateDigest { path: dir.join(&manifest.state.file) });
-    }
-    Ok(bytes)
+    let StateFile { file, size_bytes, digest } = &manifest.state;
+    dir.read_digested(file, *size_bytes, digest)?.ok_or_else(|| LoadError::StateDigest { path: dir.join(file) })
 }
 
 fn read_state(dir: &Dir, manifest: &Manifest) -> Result<MachineState, LoadError> {

@@ -65,8 +65,7 @@ impl Link {
 
     /// Whether it is the entry of this name in this directory.
     pub(super) fn is(&self, parent: &Dir, name: &[u8]) -> bool {
-        let id = |dir: &Dir| rustix::fs::fstat(dir).map(|stat| (stat.st_dev, stat.st_ino)).ok();
-        self.name.as_bytes() == name && id(parent).is_some() && id(parent) == id(&self.parent)
+        self.name.as_bytes() == name && parent.is_same(&self.parent)
     }
 
     /// Where it is, for messages.

@@ -5,7 +5,7 @@ use super::link::Link;
 use super::memory::{MemoryDigest, Over};
 use crate::compat::HostFacts;
 use crate::cpu::GuestCpu;
-use crate::dir::Dir;
+use crate::dir::{Dir, Lock};
 use crate::file;
 use crate::manifest::{Devices, Machine, Manifest, Readiness, StateFile};
 use crate::stamp::Stamp;
@@ -228,12 +228,7 @@ impl Staging {
         let path = || over.dir.clone();
         let failed = |source| CreateError::Note { path: path(), source };
         let dir = Dir::open(&over.dir).map_err(failed)?;
-        match rustix::fs::flock(&dir, FlockOperation::NonBlockingLockShared) {
-            Ok(()) | Err(Errno::OPNOTSUPP) => {}
-            Err(Errno::WOULDBLOCK) => return Err(CreateError::BaseRemoved { path: path() }),
-            Err(e) => return Err(failed(e.into())),
-        }
-        if !dir.has_file(file::MANIFEST) {
+        if !dir.lock(Lock::Shared).map_err(|e| failed(e.into()))? || !dir.has_file(file::MANIFEST) {
             return Err(CreateError::BaseRemoved { path: path() });
         }
         let there = crate::load::read_manifest(&dir).map_err(|e| failed(io::Error::other(e)))?;
@@ -252,7 +247,7 @@ impl Staging {
         let target = self.target_path();
         let (from, to) = (self.name.as_slice(), self.target.as_slice());
         // From now on it may be used, and still not be removed. Where there are no locks there was none.
-        let _ = rustix::fs::flock(&self.dir, FlockOperation::NonBlockingLockShared);
+        let _ = self.dir.lock(Lock::Shared);
         let renamed = match rustix::fs::renameat_with(&self.parent, from, &self.parent, to, RenameFlags::NOREPLACE) {
             // The file system cannot promise that. An ordinary rename still refuses all but an empty directory.
             Err(Errno::INVAL | Errno::NOSYS) => rustix::fs::renameat(&self.parent, from, &self.parent, to),
@@ -340,10 +335,8 @@ fn make_locked(parent: &Dir, target: &[u8]) -> Result<(Vec<u8>, Dir), CreateErro
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
             Err(e) => return Err(failed(e)),
         };
-        match rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) | Err(Errno::OPNOTSUPP | Errno::BADF) => {}
-            Err(Errno::WOULDBLOCK) => continue,
-            Err(e) => return Err(failed(e.into())),
+        if !dir.lock(Lock::Exclusive).map_err(|e| failed(e.into()))? {
+            continue;
         }
         if rustix::fs::statat(parent, &name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).is_ok() {
             return Ok((name, dir));
@@ -371,19 +364,14 @@ fn remove_leftovers(parent: &Dir, target: &[u8]) {
         let Ok(dir) = parent.open_dir(OsStr::from_bytes(name)) else { continue };
         // A living writer holds the lock. Where there are no locks nothing is removed. One that has just finished has let it go,
         // and given the directory the name of a snapshot.
-        if rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok() && is_named(&dir, parent, name) {
+        if rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok()
+            && dir.is_named(parent, OsStr::from_bytes(name))
+        {
             Link::remove_leftover(&dir);
             dir.clear();
             let _ = parent.remove_dir(OsStr::from_bytes(name));
         }
     }
-}
-
-/// Whether a directory still has this name.
-fn is_named(dir: &Dir, parent: &Dir, name: &[u8]) -> bool {
-    let id = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
-    let there = rustix::fs::statat(parent, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).map(id);
-    there.is_ok() && rustix::fs::fstat(dir).map(id) == there
 }
 
 fn partial_prefix(target: &[u8]) -> Vec<u8> {

@@ -315,11 +315,9 @@ fn open_layer(level: &Level) -> Result<Layer, ImageError> {
 fn open_map(level: &Level) -> Result<Option<Clusters>, ImageError> {
     let Level { dir, manifest, .. } = level;
     let Some(map) = &manifest.memory.map else { return Ok(None) };
-    let bytes = dir.read_sized(&map.file, map.bytes)?;
     let path = || dir.join(&map.file);
-    if blake3::hash(&bytes).to_hex().as_str() != map.digest {
-        return Err(ImageError::MapDigest { path: path() });
-    }
+    let bytes = dir.read_digested(&map.file, map.bytes, &map.digest)?;
+    let bytes = bytes.ok_or_else(|| ImageError::MapDigest { path: path() })?;
     let clusters = Clusters::decode(&bytes, manifest.memory.size_bytes);
     clusters.map(Some).map_err(|source| ImageError::Map { path: path(), source })
 }

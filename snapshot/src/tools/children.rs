@@ -2,7 +2,6 @@
 
 use crate::dir::{Dir, FileError};
 use crate::{file, manifest};
-use rustix::fs::fstat;
 use serde::Deserialize;
 use std::ffi::OsStr;
 use std::io;
@@ -80,12 +79,6 @@ pub(super) fn names(dir: &Dir) -> io::Result<Vec<Vec<u8>>> {
     Ok(names)
 }
 
-/// Whether two open directories are one.
-pub(super) fn is_same(a: &Dir, b: &Dir) -> bool {
-    let id = |dir: &Dir| fstat(dir).map(|stat| (stat.st_dev, stat.st_ino)).ok();
-    id(a).is_some() && id(a) == id(b)
-}
-
 /// The snapshots that lie over the one in `dir`, whose manifest has this digest if that is known.
 pub(super) fn children(dir: &Dir, digest: Option<&str>) -> Result<Vec<PathBuf>, ChildrenError> {
     let mut children: Vec<PathBuf> = Vec::new();
@@ -136,5 +129,5 @@ pub(super) fn notes(dir: &Dir) -> Result<Vec<Note>, ChildrenError> {
 fn is_child(candidate: &Dir, dir: &Dir, digest: Option<&str>) -> Result<bool, ChildrenError> {
     let Some(kin) = Kin::read(candidate)? else { return Ok(false) };
     let fits = digest.is_none_or(|digest| kin.parent_digest() == Some(digest));
-    Ok(fits && kin.parent(candidate).is_some_and(|parent| is_same(&parent, dir)))
+    Ok(fits && kin.parent(candidate).is_some_and(|parent| parent.is_same(dir)))
 }

@@ -3,12 +3,11 @@
 //! The manifest goes first, so that a removal that is killed leaves nothing that loads; the next one removes the rest. Clones that
 //! run keep the files that they have open.
 
-use super::children::{ChildrenError, Kin, children, is_same, names, notes};
-use crate::dir::Dir;
+use super::children::{ChildrenError, Kin, children, names, notes};
+use crate::dir::{Dir, Lock};
 use crate::file;
 use crate::load::{self, LoadError};
-use rustix::fs::{AtFlags, FlockOperation, fstat, statat};
-use rustix::io::Errno;
+use rustix::fs::{AtFlags, statat};
 use serde::Serialize;
 use std::ffi::OsStr;
 use std::fmt;
@@ -117,18 +116,11 @@ pub fn remove(path: &Path) -> Result<Removed, RemoveError> {
 /// Locks the directory against others that would remove it, or write a snapshot over it.
 fn lock(dir: &Dir, above: &Dir, name: &OsStr) -> Result<(), RemoveError> {
     let path = || dir.path().to_owned();
-    match rustix::fs::flock(dir, FlockOperation::NonBlockingLockExclusive) {
-        // Where there are no locks nobody can be asked.
-        Ok(()) | Err(Errno::OPNOTSUPP | Errno::BADF) => {}
-        Err(Errno::WOULDBLOCK) => return Err(RemoveError::Busy { path: path() }),
-        Err(e) => return Err(RemoveError::Untouched { path: path(), source: e.into() }),
+    if !dir.lock(Lock::Exclusive).map_err(|e| RemoveError::Untouched { path: path(), source: e.into() })? {
+        return Err(RemoveError::Busy { path: path() });
     }
     // Whoever had the lock before may have removed it.
-    let there = statat(above, name, AtFlags::SYMLINK_NOFOLLOW).map(|stat| (stat.st_dev, stat.st_ino));
-    match fstat(dir).map(|stat| (stat.st_dev, stat.st_ino)) == there {
-        true => Ok(()),
-        false => Err(LoadError::NotASnapshot { path: path() }.into()),
-    }
+    if dir.is_named(above, name) { Ok(()) } else { Err(LoadError::NotASnapshot { path: path() }.into()) }
 }
 
 /// Whether these are the names of what a removal that was killed has left: files of a snapshot, its manifest excepted, or none.
@@ -201,7 +193,7 @@ fn remove_files(dir: &Dir, above: &Dir, name: &OsStr, names: &[Vec<u8>], kin: Op
 fn forget_child(dir: &Dir, kin: &Kin) {
     let Some(parent) = kin.parent(dir) else { return };
     for note in notes(&parent).unwrap_or_default() {
-        if note.child.is_some_and(|child| is_same(&child, dir)) {
+        if note.child.is_some_and(|child| child.is_same(dir)) {
             let _ = parent.remove_file(&note.name);
         }
     }
