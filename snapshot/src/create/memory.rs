@@ -4,13 +4,12 @@ use super::base::Base;
 use super::{Cancel, CreateError, LayerSource, MemorySource, Staging};
 use crate::chunk::{self, DIGEST_BYTES, Digest, ZeroDigests, is_zero};
 use crate::clusters::{Cluster, Clusters};
-use crate::image::{ImageError, pages_of};
+use crate::image::{ImageError, bytes_of, differing_pages, pages_of};
 use crate::manifest::{Memory, MemoryRegion, Packed, PageMap, Parent};
 use crate::{CHUNK_BYTES, PAGE_BYTES, file};
 use rustix::fs::Mode;
 use std::fs::File;
 use std::io;
-use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
@@ -94,15 +93,9 @@ impl Staging {
         let (size, regions) = (source.size(), source.regions());
         let file = self.create_memory(&regions, size)?;
         let mut image = ImageWriter::new(&file, size, self.room());
-        match file.set_len(size).map_err(Fault::Write).and_then(|()| image.copy(source, cancel)) {
-            Ok(()) => {}
-            Err(Fault::Cancelled) => return Err(CreateError::Cancelled),
-            Err(Fault::Source { offset, source }) => return Err(CreateError::Source { offset, source }),
-            Err(Fault::Full(bytes)) => return Err(self.over_limit(bytes)),
-            Err(Fault::Write(e)) => {
-                let needed = image.data_bytes + data_bytes(source, image.position(), cancel);
-                return Err(self.write_error(file::MEMORY, needed, e));
-            }
+        if let Err(fault) = file.set_len(size).map_err(Fault::Write).and_then(|()| image.copy(source, cancel)) {
+            let needed = || image.data_bytes + data_bytes(source, image.position(), cancel);
+            return Err(self.failed(file::MEMORY, fault, needed));
         }
         let ImageWriter { digests, data_bytes, .. } = image;
         self.end_memory(file, regions, size, digests, data_bytes, None)
@@ -122,35 +115,37 @@ impl Staging {
             let source = io::Error::new(io::ErrorKind::InvalidData, "it has another size than it began with");
             return Err(CreateError::Source { offset: 0, source });
         }
-        let parent = match stored {
-            Stored::Whole => None,
-            Stored::Changes => {
-                let noted = |source| CreateError::Note { path: base.dir().to_owned(), source };
-                Some(base.as_parent_of(&self.target_path()).map_err(noted)?)
-            }
-        };
+        let parent = (stored == Stored::Changes).then(|| self.parent(base)).transpose()?;
         let file = self.create_memory(&regions, size)?;
         let mut image = ImageWriter::new(&file, size, self.room());
-        let sized = file.set_len(size).map_err(|e| ChangeFault::Fault(Fault::Write(e)));
-        let held = match sized.and_then(|()| image.change(base, changes, stored, cancel)) {
-            Ok(held) => held,
-            Err(ChangeFault::Base(e)) => return Err(e.into()),
-            Err(ChangeFault::Fault(Fault::Cancelled)) => return Err(CreateError::Cancelled),
-            Err(ChangeFault::Fault(Fault::Source { offset, source })) => {
-                return Err(CreateError::Source { offset, source });
-            }
-            Err(ChangeFault::Fault(Fault::Full(bytes))) => return Err(self.over_limit(bytes)),
-            Err(ChangeFault::Fault(Fault::Write(e))) => {
-                let needed = match stored {
-                    Stored::Changes => changes.clusters().data() * PAGE_BYTES,
-                    Stored::Whole => size,
-                };
-                return Err(self.write_error(file::MEMORY, needed, e));
-            }
-        };
+        let sized = file.set_len(size).map_err(Fault::Write);
+        let held = sized.and_then(|()| image.change(base, changes, stored, cancel)).map_err(|fault| {
+            let needed = || match stored {
+                Stored::Changes => changes.clusters().data() * PAGE_BYTES,
+                Stored::Whole => size,
+            };
+            self.failed(file::MEMORY, fault, needed)
+        })?;
         let ImageWriter { digests, data_bytes, .. } = image;
         let over = parent.map(|parent| Over { parent, dir: base.dir().to_owned(), map: Some(held.encode()) });
         self.end_memory(file, regions, size, digests, data_bytes, over)
+    }
+
+    /// What whoever asked for the memory is told. `needed` says how many bytes it takes, if there is no space.
+    pub(super) fn failed(&self, name: &str, fault: Fault, needed: impl FnOnce() -> u64) -> CreateError {
+        match fault {
+            Fault::Cancelled => CreateError::Cancelled,
+            Fault::Source { offset, source } => CreateError::Source { offset, source },
+            Fault::Base(error) => error.into(),
+            Fault::Full(bytes) => self.over_limit(bytes),
+            Fault::Write(e) => self.write_error(name, needed(), e),
+        }
+    }
+
+    /// What the manifest will say of the snapshot that this one lies over.
+    pub(super) fn parent(&self, base: &Base) -> Result<Parent, CreateError> {
+        let noted = |source| CreateError::Note { path: base.dir().to_owned(), source };
+        base.as_parent_of(&self.target_path()).map_err(noted)
     }
 
     fn create_memory(&self, regions: &[MemoryRegion], size: u64) -> Result<File, CreateError> {
@@ -197,32 +192,22 @@ fn data_bytes(source: &mut dyn MemorySource, mut at: u64, cancel: &dyn Cancel) -
 }
 
 /// Why copying memory stopped.
-enum Fault {
+pub(super) enum Fault {
     Cancelled,
     Source {
         offset: u64,
         source: io::Error,
     },
+    /// What it lies over cannot be read.
+    Base(ImageError),
     Write(io::Error),
     /// There is no room for so many bytes of data.
     Full(u64),
 }
 
-/// The same, of changes.
-enum ChangeFault {
-    Fault(Fault),
-    Base(ImageError),
-}
-
-impl From<Fault> for ChangeFault {
-    fn from(fault: Fault) -> Self {
-        ChangeFault::Fault(fault)
-    }
-}
-
-impl From<ImageError> for ChangeFault {
+impl From<ImageError> for Fault {
     fn from(error: ImageError) -> Self {
-        ChangeFault::Base(error)
+        Fault::Base(error)
     }
 }
 
@@ -230,8 +215,7 @@ impl From<ImageError> for ChangeFault {
 fn overlay(index: u64, chunk: &mut [u8], changes: &dyn LayerSource) -> io::Result<()> {
     let first = pages_of(index).start;
     for (run, state) in changes.clusters().runs(pages_of(index)) {
-        let at = |page: u64| (((page - first) * PAGE_BYTES) as usize).min(chunk.len());
-        let bytes: Range<usize> = at(run.start)..at(run.end);
+        let bytes = bytes_of(run.start - first..run.end - first, chunk.len());
         match state {
             Cluster::Absent => {}
             Cluster::Data => changes.read(run.start * PAGE_BYTES, &mut chunk[bytes])?,
@@ -239,14 +223,6 @@ fn overlay(index: u64, chunk: &mut [u8], changes: &dyn LayerSource) -> io::Resul
         }
     }
     Ok(())
-}
-
-/// Notes which pages of a chunk, from the page `first` on, are not as they were, and whether they are zero now.
-fn note_differences(first: u64, before: &[u8], after: &[u8], held: &mut Clusters) {
-    let pages = before.chunks(PAGE_BYTES as usize).zip(after.chunks(PAGE_BYTES as usize));
-    for (page, (_, after)) in (first..).zip(pages).filter(|(_, (before, after))| before != after) {
-        held.set(page..page + 1, if is_zero(after) { Cluster::Zero } else { Cluster::Data });
-    }
 }
 
 /// Writes an image and digests it on the way.
@@ -319,13 +295,13 @@ impl<'f> ImageWriter<'f> {
         changes: &dyn LayerSource,
         stored: Stored,
         cancel: &dyn Cancel,
-    ) -> Result<Clusters, ChangeFault> {
+    ) -> Result<Clusters, Fault> {
         let (zero, mut held) = (ZeroDigests::new(self.size), Clusters::new(self.size));
         let (mut before, mut after) = (vec![0; CHUNK_BYTES as usize], vec![0; CHUNK_BYTES as usize]);
         for index in 0..chunk::count(self.size) {
             cancel.progress(self.data_bytes);
             if cancel.is_cancelled() {
-                return Err(Fault::Cancelled.into());
+                return Err(Fault::Cancelled);
             }
             let (offset, len) = (index * CHUNK_BYTES, chunk::len(self.size, index));
             let (before, after) = (&mut before[..len], &mut after[..len]);
@@ -348,11 +324,12 @@ impl<'f> ImageWriter<'f> {
                 Stored::Whole => self.write_pages(offset, after)?,
                 Stored::Changes if new == *old => {}
                 Stored::Changes => {
-                    note_differences(pages_of(index).start, before, after, &mut held);
+                    for (page, now) in differing_pages(index, before, after) {
+                        held.set(page..page + 1, if is_zero(now) { Cluster::Zero } else { Cluster::Data });
+                    }
+                    let first = pages_of(index).start;
                     for (run, _) in held.runs(pages_of(index)).filter(|(_, state)| *state == Cluster::Data) {
-                        let bytes = ((run.start * PAGE_BYTES - offset) as usize)
-                            ..((run.end * PAGE_BYTES - offset) as usize).min(len);
-                        self.write(run.start * PAGE_BYTES, &after[bytes])?;
+                        self.write(run.start * PAGE_BYTES, &after[bytes_of(run.start - first..run.end - first, len)])?;
                     }
                 }
             }

@@ -1,11 +1,11 @@
 //! Writing a packed memory image: each chunk once, compressed where that is shorter, by as many threads as there are CPUs.
 
 use super::base::Base;
-use super::memory::{MemoryDigest, Over};
+use super::memory::{Fault, MemoryDigest, Over};
 use super::{Cancel, CreateError, Staging};
 use crate::chunk::Digest;
 use crate::digests::Digests;
-use crate::image::{ImageError, MemoryImage, pages_of};
+use crate::image::MemoryImage;
 use crate::manifest::{Memory, MemoryRegion, Packed};
 use crate::packed::{self, Entry, Index};
 use crate::page_runs::PageRuns;
@@ -52,11 +52,7 @@ impl Staging {
             let source = io::Error::new(io::ErrorKind::InvalidData, "it has another size than that of the parent");
             return Err(CreateError::Source { offset: 0, source });
         }
-        let parent = over.map(|base| Ok((base.as_parent_of(&self.target_path())?, base.dir().to_owned())));
-        let parent = parent.transpose().map_err(|source| CreateError::Note {
-            path: over.map(|base| base.dir().to_owned()).unwrap_or_default(),
-            source,
-        })?;
+        let parent = over.map(|base| Ok::<_, CreateError>((self.parent(base)?, base.dir().to_owned()))).transpose()?;
         let plan = plan(image.digests(), over.map(|base| base.image.digests()), hot);
 
         let failed = |staging: &Staging, e| {
@@ -70,12 +66,9 @@ impl Staging {
             digest: blake3::Hasher::new(),
             entries: Vec::new(),
         };
-        match writer.write(image, &plan, cancel, progress) {
-            Ok(()) => {}
-            Err(Fault::Cancelled) => return Err(CreateError::Cancelled),
-            Err(Fault::Full) => return Err(self.over_limit(writer.end)),
-            Err(Fault::Source(offset, e)) => return Err(CreateError::Source { offset, source: io::Error::other(e) }),
-            Err(Fault::Write(e)) => return Err(failed(self, e)),
+        if let Err(fault) = writer.write(image, &plan, cancel, progress) {
+            let needed = || packed::index_bytes(size) + plan.bytes(image);
+            return Err(self.failed(file::PACKED_MEMORY, fault, needed));
         }
         let (file_bytes, data_digest) = (writer.end, writer.digest.finalize().to_hex().to_string());
         let index = plan.index(&writer.entries, size).encode();
@@ -160,14 +153,6 @@ impl Plan {
     }
 }
 
-/// Why packing stopped.
-enum Fault {
-    Cancelled,
-    Source(u64, ImageError),
-    Write(io::Error),
-    Full,
-}
-
 /// Puts chunks one behind the other.
 struct Writer<'f> {
     file: &'f File,
@@ -212,7 +197,7 @@ impl Writer<'_> {
                 .push((if chunk.is_frame { Entry::Zstd { offset, len } } else { Entry::Plain { offset } }, self.end));
         }
         if self.end > self.room {
-            return Err(Fault::Full);
+            return Err(Fault::Full(self.end));
         }
         let bytes: Vec<u8> = chunks.iter().flat_map(|chunk| &chunk.bytes).copied().collect();
         self.digest.update(&bytes);
@@ -245,7 +230,8 @@ fn compress_share(image: &MemoryImage, chunks: &[u64]) -> Result<Vec<Stored>, Fa
     let mut buf = vec![0; CHUNK_BYTES as usize];
     let mut compress_one = |index: u64| {
         let read = image.read_chunk(index, &mut buf);
-        let chunk = &buf[..read.map_err(|e| Fault::Source(pages_of(index).start * PAGE_BYTES, e))?];
+        let unreadable = |e| Fault::Source { offset: index * CHUNK_BYTES, source: io::Error::other(e) };
+        let chunk = &buf[..read.map_err(unreadable)?];
         let frame = compressor.compress(chunk).map_err(Fault::Write)?;
         let is_frame = frame.len() < chunk.len();
         Ok(Stored { bytes: if is_frame { frame } else { chunk.to_vec() }, is_frame })

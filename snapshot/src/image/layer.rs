@@ -211,13 +211,23 @@ pub(crate) fn pages_of(index: u64) -> Range<u64> {
     index * per_chunk..(index + 1) * per_chunk
 }
 
+/// The pages of a chunk that are not the same in two versions of it, as numbers in the image, each with its later bytes.
+pub(crate) fn differing_pages<'b>(
+    index: u64,
+    before: &'b [u8],
+    after: &'b [u8],
+) -> impl Iterator<Item = (u64, &'b [u8])> {
+    let pages = before.chunks(PAGE_BYTES as usize).zip(after.chunks(PAGE_BYTES as usize));
+    pages_of(index).zip(pages).filter(|(_, (before, after))| before != after).map(|(page, (_, after))| (page, after))
+}
+
 /// How many pages so many bytes are.
 pub(super) fn pages_in(len: usize) -> u64 {
     (len as u64).div_ceil(PAGE_BYTES)
 }
 
-/// Where pages of a chunk of `len` bytes lie in it.
-fn bytes_of(pages: Range<u64>, len: usize) -> Range<usize> {
+/// Where pages of a chunk of `len` bytes, counted from its first, lie in it.
+pub(crate) fn bytes_of(pages: Range<u64>, len: usize) -> Range<usize> {
     let at = |page: u64| ((page * PAGE_BYTES) as usize).min(len);
     at(pages.start)..at(pages.end)
 }

@@ -9,7 +9,7 @@ mod layer;
 mod trust;
 
 pub(crate) use check::Checked;
-pub(crate) use layer::pages_of;
+pub(crate) use layer::{bytes_of, differing_pages, pages_of};
 pub use trust::{Basis, Trust, TrustedLayer, TrustedMemory, ensure_same, ensure_trusted};
 pub(crate) use trust::{check_level, levels, stamp, stamp_of};
 

@@ -1,8 +1,8 @@
 //! What differs between two snapshots.
 
 use super::Job;
-use super::store::{CompareFault, compare, page_differences};
-use crate::image::{ImageError, MemoryImage};
+use super::store::{CompareFault, compare};
+use crate::image::{ImageError, MemoryImage, differing_pages};
 use crate::load::{self, LoadError};
 use crate::page_runs::PageRuns;
 use crate::state::MachineState;
@@ -108,7 +108,7 @@ pub fn diff(a: &Path, b: &Path, job: &Job<'_>) -> Result<Difference, DiffError> 
     compare(&left_image, &right_image, job.cancel, job.progress, |index, left, right| {
         chunks += 1;
         bytes += left.iter().zip(right).filter(|(left, right)| left != right).count() as u64;
-        pages.extend(page_differences(index, left, right));
+        pages.extend(differing_pages(index, left, right).map(|(page, _)| page));
     })?;
     let runs = PageRuns::of_pages(pages);
     let state = state_differences(left.state(), right.state());

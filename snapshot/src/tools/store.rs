@@ -4,7 +4,6 @@
 
 use super::Job;
 use crate::CHUNK_BYTES;
-use crate::PAGE_BYTES;
 use crate::clusters::{Cluster, Clusters};
 use crate::create::{
     Base, BaseError, Cancel, CreateError, LayerSource, MemoryDigest, MemorySource, Packing, Staging, Stored,
@@ -13,10 +12,8 @@ use crate::disk::DiskError;
 use crate::image::{ImageError, MemoryImage, pages_of};
 use crate::load::{self, LoadError, Snapshot};
 use crate::manifest::MemoryRegion;
-use crate::page_runs::PageRuns;
 use crate::working_set::WorkingSet;
 use serde::Serialize;
-use std::cell::RefCell;
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -202,13 +199,7 @@ impl MemorySource for Whole<'_> {
 
     /// Chunks are asked for as such.
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        let len = self.image.read_chunk(offset / CHUNK_BYTES, buf).map_err(io::Error::other)?;
-        (self.job.progress)(offset + len as u64, self.size());
-        if offset.is_multiple_of(CHUNK_BYTES) && len == buf.len() {
-            Ok(())
-        } else {
-            Err(io::ErrorKind::InvalidInput.into())
-        }
+        read_chunk(self.image, offset, buf, self.job.progress)
     }
 }
 
@@ -218,40 +209,21 @@ fn write_changes(
     image: &MemoryImage,
     job: &Job<'_>,
 ) -> Result<MemoryDigest, StoreError> {
-    let pages = differing_pages(base.image(), image, job.cancel, job.progress)?;
+    // All of each chunk that differs: what is the same in it is left out when it is written.
     let mut clusters = Clusters::new(image.size());
-    for run in pages.runs() {
-        clusters.set(run.clone(), Cluster::Data);
+    for index in (0..image.chunks()).filter(|index| !image.digests().agree(base.image().digests(), *index)) {
+        clusters.set(pages_of(index), Cluster::Data);
     }
-    let changes = Differences { image, clusters, chunk: RefCell::default() };
-    Ok(staging.write_changes(base, &changes, Stored::Changes, job.cancel)?)
+    let changes = Differences { image, clusters, progress: job.progress };
+    let digest = staging.write_changes(base, &changes, Stored::Changes, job.cancel)?;
+    (job.progress)(image.size(), image.size());
+    Ok(digest)
 }
 
 /// Why two images were not compared.
 pub(super) enum CompareFault {
     Cancelled,
     Image(ImageError),
-}
-
-impl From<CompareFault> for StoreError {
-    fn from(fault: CompareFault) -> Self {
-        match fault {
-            CompareFault::Cancelled => CreateError::Cancelled.into(),
-            CompareFault::Image(error) => error.into(),
-        }
-    }
-}
-
-/// The pages in which two images of one size differ. Only chunks whose digests differ are read.
-fn differing_pages(
-    a: &MemoryImage,
-    b: &MemoryImage,
-    cancel: &dyn Cancel,
-    progress: &dyn Fn(u64, u64),
-) -> Result<PageRuns, CompareFault> {
-    let mut pages = Vec::new();
-    compare(a, b, cancel, progress, |index, a, b| pages.extend(page_differences(index, a, b)))?;
-    Ok(PageRuns::of_pages(pages))
 }
 
 /// Calls `look` with the bytes of each chunk in which two images of one size differ.
@@ -276,18 +248,11 @@ pub(super) fn compare(
     Ok(())
 }
 
-/// The pages of a chunk that differ.
-pub(super) fn page_differences(index: u64, a: &[u8], b: &[u8]) -> Vec<u64> {
-    let pages = a.chunks(PAGE_BYTES as usize).zip(b.chunks(PAGE_BYTES as usize));
-    pages_of(index).zip(pages).filter(|(_, (a, b))| a != b).map(|(page, _)| page).collect()
-}
-
-/// What an image has in these pages.
+/// The chunks of an image that differ from another's.
 struct Differences<'a> {
     image: &'a MemoryImage,
     clusters: Clusters,
-    /// The chunk that was read last, and its number.
-    chunk: RefCell<(Option<u64>, Vec<u8>)>,
+    progress: &'a dyn Fn(u64, u64),
 }
 
 impl LayerSource for Differences<'_> {
@@ -299,18 +264,18 @@ impl LayerSource for Differences<'_> {
         &self.clusters
     }
 
-    /// Pages of one chunk are asked for at a time.
+    /// Chunks are asked for as such.
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        let (index, at) = (offset / CHUNK_BYTES, (offset % CHUNK_BYTES) as usize);
-        let mut last = self.chunk.borrow_mut();
-        let (number, chunk) = &mut *last;
-        if *number != Some(index) {
-            *number = None;
-            chunk.resize(CHUNK_BYTES as usize, 0);
-            self.image.read_chunk(index, chunk).map_err(io::Error::other)?;
-            *number = Some(index);
-        }
-        buf.copy_from_slice(chunk.get(at..at + buf.len()).ok_or(io::ErrorKind::InvalidInput)?);
-        Ok(())
+        read_chunk(self.image, offset, buf, self.progress)
     }
+}
+
+/// Reads the chunk that begins at `offset`, which is as long as `buf`, and tells how far that is.
+fn read_chunk(image: &MemoryImage, offset: u64, buf: &mut [u8], progress: &dyn Fn(u64, u64)) -> io::Result<()> {
+    if !offset.is_multiple_of(CHUNK_BYTES) || image.digests().chunk_len(offset / CHUNK_BYTES) != buf.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    image.read_chunk(offset / CHUNK_BYTES, buf).map_err(io::Error::other)?;
+    progress(offset + buf.len() as u64, image.size());
+    Ok(())
 }
