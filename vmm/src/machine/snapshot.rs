@@ -248,7 +248,7 @@ pub fn create(
         cancelled: AtomicBool::new(false),
         is_ending: AtomicBool::new(false),
         written: AtomicU64::new(0),
-        limit: request.max_write_mib_s.map(|mib| mib.max(1).saturating_mul(1 << 20)),
+        limit: request.max_write_mib_s.map(|mib| mib.saturating_mul(1 << 20)),
         started: Instant::now(),
     });
     let shared = writing.clone();

@@ -11,6 +11,7 @@ use crate::devices::lock;
 use rustix::fs::{MemfdFlags, memfd_create};
 use snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters};
 use snapshot::create::{Cancel, LayerSource};
+use snapshot::page_runs::PageRuns;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -78,19 +79,16 @@ impl GuestRam {
             pages.set(run, Cluster::Zero);
         }
         let pagemap = Pagemap::open().map_err(CaptureError::Pagemap)?;
-        // In the order of the image, in which the regions are.
-        let mut runs = Vec::<Range<u64>>::new();
+        let mut private = Vec::new();
         for (region, address) in self.mappings() {
             let (start, first) = (address as u64, region.offset / PAGE_SIZE);
-            let private = pagemap.private_runs(start..start + region.size_bytes).map_err(CaptureError::Pagemap)?;
-            for run in private {
-                let run = first + (run.start - start) / PAGE_SIZE..first + (run.end - start) / PAGE_SIZE;
-                pages.set(run.clone(), Cluster::Data);
-                match runs.last_mut() {
-                    Some(last) if last.end == run.start => last.end = run.end,
-                    _ => runs.push(run),
-                }
-            }
+            let found = pagemap.private_pages(start..start + region.size_bytes).map_err(CaptureError::Pagemap)?;
+            let place = |page: u64| page - start / PAGE_SIZE + first;
+            private.extend(found.runs().iter().map(|run| place(run.start)..place(run.end)));
+        }
+        let private = PageRuns::new(private);
+        for run in private.runs() {
+            pages.set(run.clone(), Cluster::Data);
         }
         let (bytes, room) = (pages.data() * PAGE_SIZE, room());
         if bytes > room {
@@ -98,14 +96,14 @@ impl GuestRam {
         }
         let keep = |e: rustix::io::Errno| CaptureError::Keep(e.into());
         let copy = File::from(memfd_create("coppice-changes", MemfdFlags::CLOEXEC).map_err(keep)?);
-        let runs = self.copy_runs(runs, &copy, cancel)?;
+        let runs = self.copy_runs(private.runs(), &copy, cancel)?;
         Ok(Some(Changes { size: self.size(), pages, runs, copy }))
     }
 
     /// Copies runs of pages of the image, one behind the other. Returns where each lies.
     fn copy_runs(
         &self,
-        runs: Vec<Range<u64>>,
+        runs: &[Range<u64>],
         mut copy: &File,
         cancel: &dyn Cancel,
     ) -> Result<Vec<(Range<u64>, u64)>, CaptureError> {

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::PAGE_SIZE;
+use snapshot::page_runs::PageRuns;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -135,10 +136,10 @@ impl Pagemap {
         Ok(())
     }
 
-    /// The runs of pages in a range of addresses, aligned to pages, that are this process's own: written, and not those of a file or
-    /// of shared memory. In order. Where the kernel can look for them by itself (`PAGEMAP_SCAN`,
-    /// Linux 6.7) that takes as long as there are pages mapped; elsewhere it takes as long as there are pages.
-    pub fn private_runs(&self, addresses: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    /// The pages in a range of addresses, aligned to pages, that are this process's own: written, and not those of a file or of
+    /// shared memory. They are numbered from address 0. Where the kernel can look for them by itself (`PAGEMAP_SCAN`, Linux 6.7)
+    /// that takes as long as there are pages mapped; elsewhere it takes as long as there are pages.
+    pub fn private_pages(&self, addresses: Range<u64>) -> io::Result<PageRuns> {
         match self.scan(addresses.clone()) {
             Err(e) if e.raw_os_error() == Some(libc::ENOTTY) => self.private_entries(addresses),
             scanned => scanned,
@@ -146,25 +147,22 @@ impl Pagemap {
     }
 
     /// The same, entry by entry.
-    fn private_entries(&self, addresses: Range<u64>) -> io::Result<Vec<Range<u64>>> {
-        let (mut runs, mut at) = (Vec::<Range<u64>>::new(), addresses.start);
+    fn private_entries(&self, addresses: Range<u64>) -> io::Result<PageRuns> {
+        let (mut pages, mut page) = (Vec::new(), addresses.start / PAGE_SIZE);
         self.each_batch(addresses, |entries| {
             for entry in entries {
                 if entry.is_used() && !entry.is_of_file() {
-                    match runs.last_mut() {
-                        Some(last) if last.end == at => last.end += PAGE_SIZE,
-                        _ => runs.push(at..at + PAGE_SIZE),
-                    }
+                    pages.push(page);
                 }
-                at += PAGE_SIZE;
+                page += 1;
             }
             true
         })?;
-        Ok(runs)
+        Ok(PageRuns::of_pages(pages))
     }
 
     /// The same by `PAGEMAP_SCAN` (Documentation/admin-guide/mm/pagemap.rst).
-    fn scan(&self, addresses: Range<u64>) -> io::Result<Vec<Range<u64>>> {
+    fn scan(&self, addresses: Range<u64>) -> io::Result<PageRuns> {
         let mut found = vec![PageRegion::default(); SCAN_BATCH];
         let (mut runs, mut at) = (Vec::new(), addresses.start);
         while at < addresses.end {
@@ -184,14 +182,15 @@ impl Pagemap {
             // entries to `vec`, which has room for so many and outlives the call; any bytes are an entry.
             let count = unsafe { libc::ioctl(self.0.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
             let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
-            runs.extend(found.iter().take(count).map(|region| region.start..region.end));
+            runs.extend(found.iter().take(count).map(|found| found.start / PAGE_SIZE..found.end / PAGE_SIZE));
             // A kernel that does not come on would keep us here for ever.
             if argument.walk_end <= at {
                 return Err(io::Error::other("PAGEMAP_SCAN does not come on"));
             }
             at = argument.walk_end;
         }
-        Ok(joined(runs))
+        // Linux 6.18 tells some runs twice if there are many.
+        Ok(PageRuns::new(runs))
     }
 
     /// The entries of the first of these pages, as many as `buf` has room for.
@@ -206,19 +205,6 @@ impl Pagemap {
         let (entries, _) = bytes.as_chunks();
         Ok(entries.iter().map(|entry| Entry(u64::from_ne_bytes(*entry))))
     }
-}
-
-/// Runs in order, and apart from each other. Linux 6.18 tells some runs twice if there are many.
-fn joined(mut runs: Vec<Range<u64>>) -> Vec<Range<u64>> {
-    runs.sort_unstable_by_key(|run| run.start);
-    let mut joined = Vec::<Range<u64>>::with_capacity(runs.len());
-    for run in runs {
-        match joined.last_mut() {
-            Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
-            _ => joined.push(run),
-        }
-    }
-    joined
 }
 
 #[cfg(test)]
@@ -248,20 +234,17 @@ mod tests {
         let (_, start) = ram.mappings().next().unwrap();
         let (start, pagemap) = (start as u64, Pagemap::open().unwrap());
         let addresses = start..start + PAGES * PAGE_SIZE;
-        let ways: [(&str, io::Result<Vec<Range<u64>>>); 3] = [
+        let ways: [(&str, io::Result<PageRuns>); 3] = [
             ("scan", pagemap.scan(addresses.clone())),
             ("entries", pagemap.private_entries(addresses.clone())),
-            ("either", pagemap.private_runs(addresses)),
+            ("either", pagemap.private_pages(addresses)),
         ];
         for (way, runs) in ways {
             let runs = match runs {
                 Err(e) if way == "scan" && e.raw_os_error() == Some(libc::ENOTTY) => continue,
                 runs => runs.unwrap(),
             };
-            let pages: Vec<u64> = runs
-                .into_iter()
-                .flat_map(|run| (run.start - start) / PAGE_SIZE..(run.end - start) / PAGE_SIZE)
-                .collect();
+            let pages: Vec<u64> = runs.runs().iter().cloned().flatten().map(|page| page - start / PAGE_SIZE).collect();
             assert!(pages.iter().copied().eq(written.iter().copied()), "{way}");
         }
     }

@@ -276,8 +276,8 @@ impl Driver {
     }
 
     pub(super) fn create_snapshot(&mut self, create: &SnapshotCreate, asker: Asker) -> Result<(), RequestError> {
+        let stops = self.stops_with_it();
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-        let stops = matches!(self.save, Some(Save { if_it_fails: IfItFails::ShutDown }));
         let saved = self.origin.as_ref().filter(|_| stops);
         let job = snapshot::create(machine, create, saved, self.readiness, self.notifier.clone(), &self.signals)?;
         self.job = Some(job);

@@ -128,7 +128,7 @@ impl Driver {
     }
 
     /// Whether the snapshot is one with which the VM stops, come what may.
-    fn stops_with_it(&self) -> bool {
+    pub(super) fn stops_with_it(&self) -> bool {
         matches!(self.save, Some(Save { if_it_fails: IfItFails::ShutDown }))
     }
 
