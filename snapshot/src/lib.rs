@@ -11,6 +11,7 @@
 //! - [`verify`]: check everything, the whole memory included
 //! - [`working_set`]: which pages clones use, learnt afterwards; [`page_runs`] is how they are told
 //! - [`compat`]: may a snapshot run on this host; [`cpu`]: what a guest may use of a CPU
+//! - [`threads`]: work that is split over CPUs
 //! - [`tools`]: packing, flattening, comparing, showing and removing snapshots
 //!
 //! docs/snapshot-format.md describes the same for users.
@@ -32,6 +33,7 @@ pub mod packed;
 pub mod page_runs;
 mod stamp;
 pub mod state;
+pub mod threads;
 pub mod tools;
 pub mod verify;
 pub mod working_set;

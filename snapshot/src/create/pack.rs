@@ -9,6 +9,7 @@ use crate::image::MemoryImage;
 use crate::manifest::{Memory, MemoryRegion, Packed};
 use crate::packed::{self, Entry, Index};
 use crate::page_runs::PageRuns;
+use crate::threads;
 use crate::{CHUNK_BYTES, PAGE_BYTES, file};
 use rustix::fs::Mode;
 use std::collections::HashMap;
@@ -181,7 +182,7 @@ impl Writer<'_> {
             if cancel.is_cancelled() {
                 return Err(Fault::Cancelled);
             }
-            self.append(&compress(image, turn, threads)?)?;
+            self.append(&compress(image, turn)?)?;
             done += turn.iter().map(|index| image.digests().chunk_len(*index) as u64).sum::<u64>();
             progress(done, total);
         }
@@ -212,17 +213,11 @@ struct Stored {
 }
 
 /// Reads, checks and compresses chunks, which come back in the same order.
-fn compress(image: &MemoryImage, chunks: &[u64], threads: usize) -> Result<Vec<Stored>, Fault> {
-    let share = chunks.len().div_ceil(threads).max(1);
-    std::thread::scope(|scope| {
-        let threads: Vec<_> =
-            chunks.chunks(share).map(|share| scope.spawn(move || compress_share(image, share))).collect();
-        let mut all = Vec::with_capacity(chunks.len());
-        for thread in threads {
-            all.extend(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
-        }
-        Ok(all)
-    })
+fn compress(image: &MemoryImage, chunks: &[u64]) -> Result<Vec<Stored>, Fault> {
+    let shares = threads::split(chunks.len() as u64, 1, |run| {
+        compress_share(image, &chunks[run.start as usize..run.end as usize])
+    })?;
+    Ok(shares.into_iter().flatten().collect())
 }
 
 fn compress_share(image: &MemoryImage, chunks: &[u64]) -> Result<Vec<Stored>, Fault> {

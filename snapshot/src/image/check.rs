@@ -5,8 +5,8 @@ use super::{ImageError, MemoryImage};
 use crate::CHUNK_BYTES;
 use crate::create::next_data;
 use crate::digests::Digests;
+use crate::threads;
 use std::ops::Range;
-use std::thread::Builder;
 
 /// Fewest chunks for which a thread is worth its start.
 const CHUNKS_PER_THREAD: u64 = 256;
@@ -47,26 +47,8 @@ impl MemoryImage {
     /// Compares what the uppermost layer holds with the digests, holes that should be data and data that should be holes included,
     /// and that of which it holds nothing with the digests of the image below.
     pub(crate) fn check(&self, below: Option<&Digests>) -> Result<Checked, ImageError> {
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from) as u64;
-        let share = self.chunks().div_ceil(cpus.min(self.chunks() / CHUNKS_PER_THREAD).max(1)).max(1);
-        let parts: Vec<Range<u64>> =
-            (0..self.chunks()).step_by(share as usize).map(|at| at..(at + share).min(self.chunks())).collect();
-        std::thread::scope(|scope| {
-            let check = |part: Range<u64>| move || self.check_part(part, below);
-            let (own, others) = parts.split_first().ok_or_else(|| self.damaged(0))?;
-            let begin =
-                |part: &Range<u64>| (part.clone(), Builder::new().spawn_scoped(scope, check(part.clone())).ok());
-            let others: Vec<_> = others.iter().map(begin).collect();
-            let mut checked = check(own.clone())()?;
-            for (part, thread) in others {
-                checked = checked.and(match thread {
-                    Some(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?,
-                    // There was no thread to be had.
-                    None => check(part)()?,
-                });
-            }
-            Ok(checked)
-        })
+        let parts = threads::split(self.chunks(), CHUNKS_PER_THREAD, |part| self.check_part(part, below))?;
+        Ok(parts.into_iter().fold(Checked::default(), Checked::and))
     }
 
     fn check_part(&self, part: Range<u64>, below: Option<&Digests>) -> Result<Checked, ImageError> {

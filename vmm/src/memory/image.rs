@@ -11,12 +11,11 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 use snapshot::clusters::{Cluster, Clusters};
 use snapshot::image::{ImageError, MemoryImage, TrustedLayer, TrustedMemory};
 use snapshot::manifest::MemoryRegion;
-use snapshot::{CHUNK_BYTES, PAGE_BYTES};
+use snapshot::{CHUNK_BYTES, PAGE_BYTES, threads};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 /// Most runs that are mapped: each may take two of the mappings that a process can have.
@@ -25,6 +24,9 @@ const MAX_MAPPED: usize = 450;
 const LONG_RUN: u64 = 16;
 /// Most bytes that are copied at a time.
 const PIECE: u64 = 1 << 20;
+
+/// Fewest chunks for which a thread is worth its start.
+const CHUNKS_PER_THREAD: u64 = 16;
 
 /// Why an image could not be put into guest memory.
 #[derive(Debug, thiserror::Error)]
@@ -180,27 +182,15 @@ fn unpack(image: &MemoryImage) -> Result<File, LayError> {
     let fd = memfd_create("coppice-image", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING);
     let file = File::from(fd.map_err(|e| failed(e.into()))?);
     ftruncate(&file, image.size()).map_err(|e| failed(e.into()))?;
-    let next = AtomicU64::new(0);
-    let work = || -> Result<(), LayError> {
+    // As many for each thread, wherever in memory they are.
+    let chunks: Vec<u64> = (0..image.chunks()).filter(|index| !image.chunk_is_zero(*index)).collect();
+    threads::split(chunks.len() as u64, CHUNKS_PER_THREAD, |run| -> Result<(), LayError> {
         let mut buf = vec![0; CHUNK_BYTES as usize];
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= image.chunks() {
-                return Ok(());
-            }
-            if !image.chunk_is_zero(index) {
-                let len = image.read_chunk(index, &mut buf)?;
-                file.write_all_at(&buf[..len], index * CHUNK_BYTES).map_err(failed)?;
-            }
+        for index in &chunks[run.start as usize..run.end as usize] {
+            let len = image.read_chunk(*index, &mut buf)?;
+            file.write_all_at(&buf[..len], index * CHUNK_BYTES).map_err(failed)?;
         }
-    };
-    let others = std::thread::available_parallelism().map_or(0, |cpus| cpus.get() - 1);
-    std::thread::scope(|scope| {
-        let others: Vec<_> = (0..others).map(|_| scope.spawn(work)).collect();
-        let own = work();
-        let joined =
-            others.into_iter().map(|other| other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-        joined.fold(own, Result::and)
+        Ok(())
     })?;
     let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
     fcntl_add_seals(&file, seals).map_err(|e| failed(e.into()))?;
