@@ -9,7 +9,7 @@ use crate::place::{self, HUGE_PAGE};
 use crate::region::PAGE_SIZE;
 use crate::uffd::{self, UffdError};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::{Arc, Weak};
 use userfaultfd::Uffd;
@@ -112,14 +112,7 @@ impl StoreMapping {
     pub fn new(memfd: BorrowedFd, len: usize) -> Result<Self, MapError> {
         let uffd = uffd::create_user_only()?;
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
-        let base = place::reserve(len, 0).map_err(|error| MapError::Map(len, error))?;
-        // SAFETY: MAP_FIXED replaces addresses that were just reserved for this, and that nothing else refers to.
-        let mapped =
-            unsafe { libc::mmap(base.as_ptr().cast(), len, protection, flags | libc::MAP_FIXED, memfd.as_raw_fd(), 0) };
-        if mapped == libc::MAP_FAILED {
-            // The addresses are left alone: the kernel may have let them go. They take no memory.
-            return Err(MapError::Map(len, io::Error::last_os_error()));
-        }
+        let base = place::map(Some((memfd, 0)), len, protection, flags).map_err(|error| MapError::Map(len, error))?;
         let mapped = Mapped { base, len, uffd };
         mapped.uffd.register(mapped.base.as_ptr().cast(), len).map_err(MapError::Register)?;
         mapped.advise(libc::MADV_DONTFORK)?;

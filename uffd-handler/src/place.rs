@@ -1,10 +1,12 @@
 //! Addresses for mappings: where the kernel can map huge pages of what is behind them.
 
-// UNSAFETY: addresses are reserved by mapping memory that cannot be accessed, and what is too much of it is unmapped.
+// UNSAFETY: addresses are reserved by mapping memory that cannot be accessed, what is too much of it is unmapped, and the rest is
+// mapped over.
 #![allow(unsafe_code)]
 
 use crate::region::PAGE_SIZE;
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
 
 /// Size of a huge page, in bytes.
@@ -32,6 +34,26 @@ pub fn reserve(len: usize, offset: u64) -> io::Result<NonNull<u8>> {
         }
     }
     NonNull::new(addr).ok_or_else(|| io::Error::other("the kernel gave out address null"))
+}
+
+/// Maps `len` bytes (not zero) at such a place: of a file, from an offset on, or of no file, as from its start. `flags` and
+/// `protection` are those of mmap(2). The mapping belongs to the caller.
+pub fn map(
+    file: Option<(BorrowedFd, u64)>,
+    len: usize,
+    protection: libc::c_int,
+    flags: libc::c_int,
+) -> io::Result<NonNull<u8>> {
+    let (fd, offset) = file.map_or((-1, 0), |(file, offset)| (file.as_raw_fd(), offset));
+    let place = reserve(len, offset)?;
+    let flags = flags | libc::MAP_FIXED;
+    // SAFETY: MAP_FIXED replaces addresses that were just reserved for this, and that nothing else refers to.
+    let mapped = unsafe { libc::mmap(place.as_ptr().cast(), len, protection, flags, fd, offset as libc::off_t) };
+    if mapped == libc::MAP_FAILED {
+        // The addresses are left alone: the kernel may have let them go, and given them to somebody else. They take no memory.
+        return Err(io::Error::last_os_error());
+    }
+    Ok(place)
 }
 
 /// How many bytes after `start` the first address lies that has the same remainder by [`HUGE_PAGE`] as `offset`.

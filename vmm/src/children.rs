@@ -1,5 +1,8 @@
 //! Processes of this same program that a demonstration or a benchmark starts. None of them outlives it, however it ends.
 
+use api_spec::agent::Request;
+use api_spec::client::AgentClient;
+use api_spec::client::agent::AgentError;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::File;
 use std::io;
@@ -98,6 +101,34 @@ impl Child {
         let last = log.lines().last().unwrap_or("its log is empty");
         let last_words = last.strip_prefix("vmm: ").unwrap_or(last).to_owned();
         Err(ChildError::Ended { name: self.name.clone(), status, last_words })
+    }
+
+    /// Waits until `deadline` for the first reply of its guest, which may take `patience` for each; if the process ends instead, says
+    /// why. `go_on` is asked at each step, and ends it by an error.
+    pub fn first_reply<E: From<ChildError>>(
+        &mut self,
+        vsock: &Path,
+        (patience, deadline): (Duration, Instant),
+        request: Request,
+        go_on: impl Fn() -> Result<(), E>,
+        failed: impl FnOnce(AgentError) -> E,
+    ) -> Result<AgentClient, E> {
+        // In slices, so that a process that fails at once is noticed at once; growing, so that a slow guest has its time.
+        let mut slice = Duration::from_millis(100);
+        loop {
+            go_on()?;
+            let until = deadline.min(Instant::now() + slice);
+            slice *= 2;
+            match AgentClient::first_reply(vsock, patience, until, request) {
+                Ok((agent, _)) => return Ok(agent),
+                Err(source) => {
+                    self.check_alive()?;
+                    if Instant::now() >= deadline {
+                        return Err(failed(source));
+                    }
+                }
+            }
+        }
     }
 
     /// Asks the process to end, without waiting for it.

@@ -107,29 +107,9 @@ impl Workplace {
             arguments(vmm);
             vmm.arg("--api-sock").arg(&api.path);
         })?;
-        let agent = self.first_reply(&mut child, vsock)?;
+        let (times, ping) = ((self.patience, Instant::now() + PATIENCE), Request::Ping { token: 0 });
+        let agent = child.first_reply(vsock, times, ping, || self.go_on(), BenchError::Agent)?;
         Ok(Guest { child, api, agent })
-    }
-
-    /// Waits for a guest's first reply; if its process ends instead, says why.
-    fn first_reply(&self, child: &mut Child, vsock: &Path) -> Result<AgentClient, BenchError> {
-        let deadline = Instant::now() + PATIENCE;
-        // In slices, so that a process that fails at once is noticed at once; growing, so that a slow guest has its time.
-        let mut slice = Duration::from_millis(100);
-        loop {
-            self.go_on()?;
-            let until = deadline.min(Instant::now() + slice);
-            slice *= 2;
-            match AgentClient::first_reply(vsock, self.patience, until, Request::Ping { token: 0 }) {
-                Ok((agent, _)) => return Ok(agent),
-                Err(source) => {
-                    child.check_alive()?;
-                    if Instant::now() >= deadline {
-                        return Err(BenchError::Agent(source));
-                    }
-                }
-            }
-        }
     }
 
     /// Fails if a signal has come.

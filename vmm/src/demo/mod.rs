@@ -453,23 +453,10 @@ impl Demo<'_> {
 
     /// Waits for a guest's first reply; if its process ends instead, says why.
     fn first_reply(&self, name: &str, mut child: Child, vsock: &Path, request: Request) -> Result<Guest, DemoError> {
-        let deadline = Instant::now() + PATIENCE;
-        // In slices, so that a process that fails at once is noticed at once; growing, so that a slow guest has its time.
-        let mut slice = Duration::from_millis(100);
-        loop {
-            self.go_on()?;
-            let until = deadline.min(Instant::now() + slice);
-            slice *= 2;
-            match AgentClient::first_reply(vsock, self.options.patience(), until, request) {
-                Ok((agent, _)) => return Ok(Guest { name: name.to_owned(), child, agent }),
-                Err(source) => {
-                    child.check_alive()?;
-                    if Instant::now() >= deadline {
-                        return Err(DemoError::Agent { name: name.to_owned(), source });
-                    }
-                }
-            }
-        }
+        let times = (self.options.patience(), Instant::now() + PATIENCE);
+        let failed = |source| DemoError::Agent { name: name.to_owned(), source };
+        let agent = child.first_reply(vsock, times, request, || self.go_on(), failed)?;
+        Ok(Guest { name: name.to_owned(), child, agent })
     }
 
     /// Asks a clone for everything that can be asked while it is alone, and lets it write.

@@ -7,7 +7,7 @@ use super::PAGE_SIZE;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::{self, NonNull};
 use uffd_handler::place;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
@@ -24,15 +24,8 @@ impl Mapping {
     /// Maps `len` bytes (not zero), readable and writable: of a file, from where is said, or of no file, as from its start.
     pub fn new(file: Option<FileOffset>, len: usize, flags: libc::c_int) -> Result<Self, MmapRegionError> {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let (fd, offset) = file.as_ref().map_or((-1, 0), |place| (place.file().as_raw_fd(), place.start()));
-        let addr = place::reserve(len, offset).map_err(MmapRegionError::Mmap)?.as_ptr();
-        let fixed = flags | libc::MAP_FIXED;
-        // SAFETY: MAP_FIXED replaces addresses that were just reserved for this, and that nothing else refers to.
-        let mapped = unsafe { libc::mmap(addr.cast(), len, protection, fixed, fd, offset as libc::off_t) };
-        if mapped == libc::MAP_FAILED {
-            // The addresses are left alone: the kernel may have let them go, and given them to somebody else. They take no memory.
-            return Err(MmapRegionError::Mmap(io::Error::last_os_error()));
-        }
+        let place = file.as_ref().map(|place| (place.file().as_fd(), place.start()));
+        let addr = place::map(place, len, protection, flags).map_err(MmapRegionError::Mmap)?.as_ptr();
         let mut builder = MmapRegionBuilder::new(len).with_mmap_prot(protection).with_mmap_flags(flags);
         if let Some(file) = file {
             builder = builder.with_file_offset(file);
