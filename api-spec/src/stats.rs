@@ -14,6 +14,9 @@ pub struct VmStats {
     pub api: ApiStats,
     /// How long operations took.
     pub latencies: Latencies,
+    /// What the last operation of each kind spent its time on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub traces: Vec<PhaseTrace>,
     /// What guest memory consists of.
     pub memory: MemoryStats,
     /// How the page server has done, if memory comes from one.
@@ -82,6 +85,45 @@ pub struct Latencies {
     /// Letting the vCPUs run by `PATCH /vm`, in microseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resume_us: Option<u64>,
+}
+
+/// An operation whose phases are timed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TracedOperation {
+    /// A guest was booted.
+    Boot,
+    /// A snapshot was loaded.
+    Load,
+}
+
+impl std::fmt::Display for TracedOperation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            TracedOperation::Boot => "boot",
+            TracedOperation::Load => "load",
+        })
+    }
+}
+
+/// What an operation spent its time on. Its phases follow each other without gaps: their times add up to the whole.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PhaseTrace {
+    /// Which operation.
+    pub operation: TracedOperation,
+    /// From its beginning to its end, in nanoseconds.
+    pub total_ns: u64,
+    /// Its phases, in order.
+    pub phases: Vec<PhaseTime>,
+}
+
+/// One phase of an operation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct PhaseTime {
+    /// What it was for.
+    pub name: String,
+    /// How long it took, in nanoseconds.
+    pub ns: u64,
 }
 
 /// What guest memory consists of, in bytes. The three parts add up to the size.

@@ -63,6 +63,7 @@ Options:
                          for each. The guest may fail at any time
   --same-generation      with --restore: keep the generation id, so that the guest takes itself for the original (tests)
   --strict               with --config: fail, instead of booting, if there is a saved state that cannot be used
+  --trace-phases         log what booting, and loading a snapshot, spends its time on (at level `info`, which is the default then)
   --console PLACE        where the guest's COM1 leads: `stdio` (default), `pty`, or a file that output is appended to
   --api-sock PATH        Unix socket of the REST API; created, mode 0600, removed at the end
   --id NAME              the VM's name in the API (default `anonymous-instance`)
@@ -322,7 +323,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         reset_is_done: false,
         end_with_parent: false,
     };
-    let mut level = None;
+    let (mut level, mut trace_phases) = (None, false);
     let (mut snapshot, mut uffd, mut copy, mut on_handler_loss, mut vsock) = (None, None, None, None, None);
     let (mut drives, mut taps, mut allow_mismatch) = (Vec::new(), Vec::new(), Vec::new());
     let (mut paused, mut same_generation, mut max_private_mib, mut no_replay) = (false, false, None, false);
@@ -375,6 +376,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             Long("metrics-path") => options.metrics_path = Some(parser.value()?.into()),
             Long("strict") => options.strict = true,
             Long("boot-timer") => options.boot_timer = true,
+            Long("trace-phases") => trace_phases = true,
             Long("start-time-us") => {
                 options.process_start.start_time_us = Some(value(&mut parser, "--start-time-us", MICROSECONDS)?);
             }
@@ -400,7 +402,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             other => return Err(other.unexpected().into()),
         }
     }
-    options.log.level = level.unwrap_or(if options.boot_timer { Level::Info } else { Level::Warn });
+    options.log.level = level.unwrap_or(if options.boot_timer || trace_phases { Level::Info } else { Level::Warn });
     options.log.id = options.id.clone();
     let only_with_restore = [
         ("--uffd", uffd.is_some()),

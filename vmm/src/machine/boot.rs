@@ -1,6 +1,7 @@
 //! Boot: configuration -> memory -> VM -> devices -> kernel -> vCPUs, standing still.
 
 use super::config::BootPlan;
+use super::phases::Phases;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, disks, start_vcpus};
 use crate::arch::regs::{self, RegsError};
@@ -73,8 +74,8 @@ pub enum BootError {
     Vcpu(#[from] VcpuError),
 }
 
-/// Builds a machine with its kernel loaded. Its vCPUs stand still.
-pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
+/// Builds a machine with its kernel loaded. Its vCPUs stand still. What it spends its time on is told to `phases`.
+pub fn boot(plan: &BootPlan, outside: Outside, phases: &mut Phases) -> Result<Machine, BootError> {
     let mut devices_plan = plan.devices.clone();
     for interface in &mut devices_plan.network {
         if interface.guest_mac.is_none() {
@@ -83,12 +84,18 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
     }
     // First, since they are the user's files.
     let disks = disks::open(&plan.devices.drives)?;
+    phases.end("disks");
     let kvm = kvm::open()?;
+    phases.end("kvm");
     let ram = GuestRam::fresh(plan.memory_bytes)?;
+    phases.end("memory");
     let vm = kvm::create(&kvm, &ram, plan.vcpus)?;
+    phases.end("vm");
     let notifier = outside.notifier.clone();
     let devices = wiring::wire(&vm.fd, &ram, &devices_plan, disks, None, outside)?;
+    phases.end("devices");
     set_up_vcpus(&kvm, &vm.vcpus)?;
+    phases.end("vcpu_state");
     write_generation(ram.memory(), &fresh_generation().map_err(BootError::Random)?).map_err(BootError::Generation)?;
 
     let tables = acpi::tables(ACPI_TABLES, plan.vcpus, &wiring::virtio_devices(&plan.devices));
@@ -99,9 +106,11 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
     if let Some(boot_vcpu) = vm.vcpus.first() {
         regs::set_boot_registers(boot_vcpu, entry)?;
     }
+    phases.end("kernel");
 
     let shape = StateShape::of_host(&kvm, &vm.fd)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
+    phases.end("threads");
     Ok(Machine {
         vcpus,
         devices,

@@ -15,6 +15,7 @@
 //! - [`wiring`]: devices and their places; [`disks`]: what lies behind the drives
 //! - [`driver`]: the one owner of all this, on the event loop
 //! - [`saved`]: a machine that is saved when it stops and goes on when it starts
+//! - [`phases`]: what an operation spends its time on
 //! - `record`: how a snapshot records the configuration of devices (pure)
 //! - `private`: watches over what the guest has of its own
 //! - [`keeper`]: keeps memory coming whatever the page server does, and ends the process when the event loop cannot
@@ -26,6 +27,7 @@ pub mod config;
 pub mod disks;
 pub mod driver;
 pub mod keeper;
+pub mod phases;
 mod private;
 mod record;
 pub mod requests;

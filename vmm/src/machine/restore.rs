@@ -7,6 +7,7 @@ use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
 use super::disks::{self, RestoreDisksError};
 use super::keeper::{Charge, Keeper};
+use super::phases::Phases;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, record, start_vcpus};
 use crate::devices::virtio::block::Disk;
@@ -123,16 +124,25 @@ pub enum RestoreError {
     Vcpu(#[from] VcpuError),
 }
 
-/// Builds a machine from a snapshot. Its vCPUs stand still. It writes the images of the disks `in_place` itself.
-pub fn restore(request: &SnapshotLoad, in_place: &[String], outside: Outside) -> Result<Machine, RestoreError> {
+/// Builds a machine from a snapshot. Its vCPUs stand still. It writes the images of the disks `in_place` itself. What it
+/// spends its time on is told to `phases`.
+pub fn restore(
+    request: &SnapshotLoad,
+    in_place: &[String],
+    outside: Outside,
+    phases: &mut Phases,
+) -> Result<Machine, RestoreError> {
     let backend = Backend::of(request)?;
     // A page server may have memory from where there is no file.
     let open = if backend.is_served() { snapshot::load::open_without_memory } else { snapshot::load::open };
     let snapshot = open(&request.snapshot_path)?;
     let allowed: Vec<Field> = request.allow_mismatch.iter().map(allowed_field).collect();
+    phases.end("snapshot");
     check(&snapshot, &allowed)?;
     let (plan, disks) = devices(&snapshot, request, in_place)?;
+    phases.end("check");
     let kvm = kvm::open()?;
+    phases.end("kvm");
 
     let Outside { notifier, signals, .. } = &outside;
     let ending = Arc::<AtomicBool>::default();
@@ -156,14 +166,18 @@ pub fn restore(request: &SnapshotLoad, in_place: &[String], outside: Outside) ->
         };
         Keeper::start(service, &ram, charge).map_err(RestoreError::Guard)
     };
+    phases.end("memory");
     let page_server = service.map(keep).transpose()?;
+    phases.end("page_server");
     let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
+    phases.end("vm");
     let state = snapshot.state();
     let other_tsc = if allowed.contains(&Field::TscKhz) { OtherTsc::Allowed } else { OtherTsc::Refused };
     for (number, (vcpu, saved)) in vm.vcpus.iter().zip(&state.vcpus).enumerate() {
         let fail = |source| RestoreError::VcpuState { vcpu: number, source };
         crate::vcpu::state::load(vcpu, &vm.fd, saved, number == 0, other_tsc).map_err(fail)?;
     }
+    phases.end("vcpu_state");
     let clock = if request.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn };
     kvm::state::load(&vm.fd, &state.vm, clock)?;
     // Guest memory may have been touched already, since KVM writes the wall clock where an MSR tells it to; the keeper and
@@ -172,15 +186,18 @@ pub fn restore(request: &SnapshotLoad, in_place: &[String], outside: Outside) ->
         let id = fresh_generation().map_err(RestoreError::Random)?;
         write_generation(ram.memory(), &id).map_err(RestoreError::Generation)?;
     }
+    phases.end("vm_state");
     let notifier = outside.notifier.clone();
     let devices = wiring::wire(&vm.fd, &ram, &plan, disks, Some(&state.devices), outside)?;
     // After the interrupt controllers' state, which would undo it.
     if request.new_generation {
         devices.announce_generation().map_err(RestoreError::Announce)?;
     }
+    phases.end("devices");
 
     let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
+    phases.end("threads");
     let bases = Bases::of(&snapshot);
     let mut machine = Machine {
         vcpus,
@@ -204,6 +221,7 @@ pub fn restore(request: &SnapshotLoad, in_place: &[String], outside: Outside) ->
             tracing::warn!("no thread to get the pages of the working set ready: {e}");
             None
         });
+        phases.end("replay");
     }
     Ok(machine)
 }

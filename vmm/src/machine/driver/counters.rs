@@ -3,6 +3,7 @@
 use super::{Asker, Driver, RequestError};
 use crate::api::Response;
 use crate::api::server::{Pending, Server};
+use crate::machine::phases::Phases;
 use crate::machine::requests::NotNow;
 use crate::stats::process::process;
 use crate::stats::prometheus;
@@ -31,6 +32,7 @@ impl Driver {
             page_faults: process().page_faults(),
             api: self.api.as_ref().map(Server::stats).unwrap_or_default(),
             latencies: self.latencies,
+            traces: self.traces.iter().map(Phases::trace).collect(),
             memory,
             ..Default::default()
         };
@@ -38,6 +40,13 @@ impl Driver {
             machine.count(&mut stats);
         }
         stats
+    }
+
+    /// Keeps what an operation has spent its time on until there is another of its kind.
+    pub(super) fn keep_trace(&mut self, phases: Phases) {
+        tracing::info!("{phases}");
+        self.traces.retain(|old| old.operation() != phases.operation());
+        self.traces.push(phases);
     }
 
     /// Has somebody answered when memory was looked at.

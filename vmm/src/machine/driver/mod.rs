@@ -11,6 +11,7 @@ use super::Machine;
 use super::backend::BackendError;
 use super::boot::BootError;
 use super::config::{self, ConfigError};
+use super::phases::Phases;
 use super::private::PrivateWatch;
 use super::requests::{NotNow, Phase};
 use super::restore::RestoreError;
@@ -348,6 +349,8 @@ struct Driver {
     started: Option<Started>,
     status: SnapshotStatus,
     latencies: Latencies,
+    /// The last operation of each kind.
+    traces: Vec<Phases>,
     scanner: Scanner,
     /// Where counters are written.
     metrics: Metrics,
@@ -395,6 +398,7 @@ impl Driver {
             started: None,
             status: SnapshotStatus::default(),
             latencies: Latencies::default(),
+            traces: Vec::new(),
             scanner: Scanner::new(notifier.clone()),
             metrics: Metrics::new()?,
             api,

@@ -1,21 +1,22 @@
 //! How a VM comes about: booted, restored from a snapshot, or gone on with where it was saved.
 
-use super::{Driver, RequestError, counters};
+use super::{Driver, RequestError};
 use crate::machine::Machine;
 use crate::machine::boot::boot;
 use crate::machine::config::{self, BootPlan};
+use crate::machine::phases::Phases;
 use crate::machine::record;
 use crate::machine::restore::restore;
 use crate::machine::saved::{self, Configuration, Found, GoingOn, GoingOnError, State, Then};
 use api_spec::saved::{SavedState, StartMode, Started};
 use api_spec::snapshot::SnapshotLoad;
+use api_spec::stats::TracedOperation;
 use api_spec::vm::VmConfig;
 use rustix::fs::OFlags;
 use snapshot::create::clear_leftovers;
 use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
-use std::time::Instant;
 
 /// Bit of the state of KVM's clock: it says when it was read, by the host's time of day.
 const CLOCK_HAS_TIME_OF_DAY: u32 = kvm_bindings::KVM_CLOCK_REALTIME;
@@ -115,13 +116,16 @@ impl Driver {
 
     /// Boots what is planned. `first` is done when nothing can fail any more, before the guest runs.
     fn boot(&mut self, plan: &BootPlan, first: impl FnOnce()) -> Result<(), RequestError> {
-        let start = Instant::now();
+        let mut phases = Phases::of(TracedOperation::Boot);
         self.private.set_limit(self.config.machine_config.max_private_mib).map_err(RequestError::Limit)?;
         let (outside, input, pty) = self.outside()?;
-        let mut machine = boot(plan, outside)?;
+        phases.end("console");
+        let mut machine = boot(plan, outside, &mut phases)?;
         first();
         machine.resume();
-        self.latencies.boot_us = counters::us_since(start);
+        phases.end("resume");
+        self.latencies.boot_us = Some(phases.total_us());
+        self.keep_trace(phases);
         self.adopt(machine, input, pty);
         tracing::info!("booted: {} vCPUs, {} MiB", plan.vcpus, plan.memory_bytes >> 20);
         Ok(())
@@ -138,16 +142,19 @@ impl Driver {
         in_place: &[String],
         first: impl FnOnce(&mut Machine) -> Result<(), E>,
     ) -> Result<(), E> {
-        let start = Instant::now();
+        let mut phases = Phases::of(TracedOperation::Load);
         config::check_max_private(load.max_private_mib).map_err(RequestError::from)?;
         self.private.set_limit(load.max_private_mib).map_err(RequestError::Limit)?;
         let (outside, input, pty) = self.outside()?;
-        let mut machine = restore(load, in_place, outside).map_err(RequestError::from)?;
+        phases.end("console");
+        let mut machine = restore(load, in_place, outside, &mut phases).map_err(RequestError::from)?;
         first(&mut machine)?;
         if load.resume_vm {
             machine.resume();
         }
-        self.latencies.load_us = counters::us_since(start);
+        phases.end("resume");
+        self.latencies.load_us = Some(phases.total_us());
+        self.keep_trace(phases);
         self.config.machine_config.max_private_mib = load.max_private_mib;
         self.adopt(machine, input, pty);
         Ok(())
