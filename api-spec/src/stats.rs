@@ -93,6 +93,8 @@ pub struct Latencies {
 pub enum TracedOperation {
     /// A guest was booted.
     Boot,
+    /// A shell was built, for a snapshot to be loaded into.
+    Shell,
     /// A snapshot was loaded.
     Load,
 }
@@ -101,6 +103,7 @@ impl std::fmt::Display for TracedOperation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             TracedOperation::Boot => "boot",
+            TracedOperation::Shell => "shell",
             TracedOperation::Load => "load",
         })
     }

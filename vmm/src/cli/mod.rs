@@ -17,6 +17,7 @@ use crate::machine::backend::BackendError;
 use crate::machine::boot::BootError;
 use crate::machine::driver::{self, Ending, RunError, Setup, Start};
 use crate::machine::restore::{self, RestoreError};
+use crate::machine::shell::ShellError;
 use crate::memory::uffd::UffdError;
 use crate::vcpu::GuestEnd;
 use api_spec::logger::MetricsSink;
@@ -112,11 +113,9 @@ impl CliError {
     /// The exit code that belongs to this failure.
     pub fn exit_code(&self) -> i32 {
         match self {
-            CliError::Run(RunError::Boot(BootError::Kvm(e)) | RunError::Restore(RestoreError::Kvm(e)))
-                if e.host_cannot() =>
-            {
-                HOST_CANNOT
-            }
+            CliError::Run(
+                RunError::Boot(BootError::Kvm(e)) | RunError::Restore(RestoreError::Shell(ShellError::Kvm(e))),
+            ) if e.host_cannot() => HOST_CANNOT,
             CliError::Run(RunError::Boot(BootError::Load(LoadError::Ring0Emulated(_)))) => HOST_CANNOT,
             CliError::Run(RunError::Restore(RestoreError::Backend(BackendError::Uffd(UffdError::Create(e)))))
                 if e.host_cannot() =>
@@ -217,6 +216,7 @@ fn run_vm(options: RunOptions) -> Result<i32, CliError> {
         api_sock,
         config,
         restore,
+        shell,
         console,
         no_api,
         max_body,
@@ -232,10 +232,11 @@ fn run_vm(options: RunOptions) -> Result<i32, CliError> {
     if end_with_parent {
         uffd_handler::process::end_with_parent().map_err(RunError::Setup)?;
     }
-    let start = match (config, restore) {
-        (Some(path), _) => Start::Boot(Box::new(read_config(&path)?)),
-        (None, Some(load)) => Start::Restore(load.request()),
-        (None, None) => Start::Api,
+    let start = match (config, restore, shell) {
+        (Some(path), ..) => Start::Boot(Box::new(read_config(&path)?)),
+        (None, Some(load), _) => Start::Restore(load.request()),
+        (None, None, Some(path)) => Start::Shell(Box::new(read_config(&path)?)),
+        (None, None, None) => Start::Api,
     };
     let metrics = metrics_path.map(|metrics_path| MetricsSink { metrics_path, ..Default::default() });
     let api = api_sock.filter(|_| !no_api);

@@ -24,6 +24,8 @@ Boots, snapshots and restores one microVM.
 Usage: vmm --config FILE [options]            boot what the file describes
        vmm --restore SNAPSHOT [options]       restore a snapshot (its directory or its snap.json)
        vmm --api-sock PATH [options]          wait for instructions over HTTP
+       vmm --shell FILE --api-sock PATH [options]
+                                              build all of a machine but what a snapshot brings, and wait for one to load
        vmm ctl COMMAND [options]              command a vmm over its API; see `vmm ctl --help`
        vmm demo [options]                     boot, snapshot, and restore clones; see `vmm demo --help`
        vmm bench api [options]                measure the REST API; see `vmm bench --help`
@@ -48,6 +50,7 @@ Usage: vmm --config FILE [options]            boot what the file describes
 Options:
   --config FILE          the machine, as JSON
   --restore SNAPSHOT     the snapshot to restore
+  --shell FILE           CPUs, memory and devices of the machine that a snapshot is to be loaded into, as JSON
   --uffd PATH            with --restore: take memory from the page server that listens there
   --on-handler-loss WHAT with --uffd: what becomes of the guest if that page server dies or hangs: `failover` (default),
                          `reattach`, `pause` or `kill`
@@ -110,6 +113,8 @@ pub struct RunOptions {
     pub config: Option<PathBuf>,
     /// What to restore.
     pub restore: Option<LoadOptions>,
+    /// What to build a shell like.
+    pub shell: Option<PathBuf>,
     /// Where the guest's console leads.
     pub console: Option<Serial>,
     /// No API, whatever is said of its socket.
@@ -312,6 +317,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         api_sock: None,
         config: None,
         restore: None,
+        shell: None,
         console: None,
         no_api: false,
         max_body: None,
@@ -335,6 +341,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
                 options.config = Some(parser.value()?.into());
                 options.reset_is_done = true;
             }
+            Long("shell") => options.shell = Some(parser.value()?.into()),
             Long("restore") => snapshot = Some(PathBuf::from(parser.value()?)),
             Long("uffd") => uffd = Some(PathBuf::from(parser.value()?)),
             Long("uffd-mode") => match parser.value()?.string()?.as_str() {
@@ -415,6 +422,17 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         ("--no-replay", no_replay),
         ("--max-private-mib", max_private_mib.is_some()),
     ];
+    if options.shell.is_some() {
+        if options.config.is_some() {
+            return Err(UsageError::Conflict("--config", "--shell"));
+        }
+        if snapshot.is_some() {
+            return Err(UsageError::Conflict("--restore", "--shell"));
+        }
+        if options.api_sock.is_none() || options.no_api {
+            return Err(UsageError::Needs("--shell", "--api-sock"));
+        }
+    }
     if copy.is_some() && uffd.is_none() {
         return Err(UsageError::Needs("--uffd-mode", "--uffd"));
     }

@@ -32,7 +32,8 @@ pub enum SerialError {
     Interrupt(std::io::Error),
 }
 
-struct Irq(EventFd);
+#[derive(Clone)]
+struct Irq(Arc<EventFd>);
 
 impl Trigger for Irq {
     type E = std::io::Error;
@@ -63,6 +64,7 @@ impl SerialEvents for Counts {
 /// The serial port.
 pub struct Serial {
     uart: Uart,
+    irq: Irq,
     counts: Arc<Counts>,
 }
 
@@ -72,13 +74,13 @@ impl Serial {
     /// What the guest writes goes to `out` on the vCPU's thread, so `out` must not block: wrap what might in
     /// [`Output`](super::output::Output). Bytes that it refuses are counted and dropped.
     pub fn new(irq: EventFd, out: Box<dyn Write + Send>) -> Self {
-        let counts = Arc::<Counts>::default();
-        Serial { uart: Uart::with_events(Irq(irq), counts.clone(), out), counts }
+        let (irq, counts) = (Irq(Arc::new(irq)), Arc::<Counts>::default());
+        Serial { uart: Uart::with_events(irq.clone(), counts.clone(), out), irq, counts }
     }
 
-    /// A serial port that goes on where `state` was saved. The guest's interrupt controller must be restored before,
-    /// as an interrupt that was pending is raised again here.
-    pub fn restore(state: &SerialState, irq: EventFd, out: Box<dyn Write + Send>) -> Result<Self, SerialError> {
+    /// Has the port go on where `state` was saved. The guest's interrupt controller must be restored before, as an interrupt
+    /// that was pending is raised again here. If this fails, output goes nowhere any more.
+    pub fn restore(&mut self, state: &SerialState) -> Result<(), SerialError> {
         let SerialState {
             baud_divisor_low,
             baud_divisor_high,
@@ -104,9 +106,13 @@ impl Serial {
             scratch,
             in_buffer,
         };
-        let counts = Arc::<Counts>::default();
-        match Uart::from_state(&state, Irq(irq), counts.clone(), out) {
-            Ok(uart) => Ok(Serial { uart, counts }),
+        let blank = Uart::with_events(self.irq.clone(), self.counts.clone(), Box::new(std::io::sink()));
+        let out = std::mem::replace(&mut self.uart, blank).into_writer();
+        match Uart::from_state(&state, self.irq.clone(), self.counts.clone(), out) {
+            Ok(uart) => {
+                self.uart = uart;
+                Ok(())
+            }
             Err(UartError::Trigger(error) | UartError::IOError(error)) => Err(SerialError::Interrupt(error)),
             Err(UartError::FullFifo) => Err(SerialError::InBuffer(waiting)),
         }
@@ -269,7 +275,8 @@ mod tests {
             in_buffer: vec![10, 11],
         };
         let irq = event();
-        let serial = Serial::restore(&state, irq.try_clone().unwrap(), Box::new(io::sink())).unwrap();
+        let mut serial = Serial::new(irq.try_clone().unwrap(), Box::new(io::sink()));
+        serial.restore(&state).unwrap();
         assert_eq!(serial.save(), state);
         assert!(irq.read().is_ok(), "the pending interrupt is raised again");
     }
@@ -286,7 +293,7 @@ mod tests {
     #[test]
     fn too_much_saved_input_is_refused() {
         let state = SerialState { in_buffer: vec![0; 65], ..SerialState::default() };
-        let refused = Serial::restore(&state, event(), Box::new(io::sink())).err().unwrap();
+        let refused = Serial::new(event(), Box::new(io::sink())).restore(&state).unwrap_err();
         assert!(matches!(refused, SerialError::InBuffer(65)), "{refused}");
     }
 }

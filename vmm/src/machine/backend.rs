@@ -7,6 +7,7 @@ use crate::memory::uffd::{self, Service, UffdError};
 use api_spec::snapshot::{LoadHugePages, MemBackend, MemBackendType, SnapshotLoad};
 use snapshot::image::{ImageError, ensure_same, ensure_trusted};
 use snapshot::load::Snapshot;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 /// Why memory cannot come from where a request says.
@@ -88,23 +89,18 @@ impl<'a> Backend<'a> {
         !matches!(self, Backend::Copy(_))
     }
 
-    /// Maps the memory of a snapshot. Nothing has touched it yet.
-    pub fn map(self, snapshot: &Snapshot) -> Result<(GuestRam, Option<Service>), BackendError> {
-        let memory = &snapshot.manifest().memory;
-        let regions = memory.regions.clone();
+    /// Shows the memory of a snapshot in `ram`, for which addresses are reserved. Nothing has touched it yet. If it is served,
+    /// the userfaultfd takes the number of `low`.
+    pub fn show(self, snapshot: &Snapshot, ram: &mut GuestRam, low: OwnedFd) -> Result<Option<Service>, BackendError> {
+        let root = &snapshot.manifest().memory.root;
         let trusted = match self {
             Backend::Own => ensure_trusted(snapshot)?,
             Backend::File(path) => ensure_same(snapshot, path)?,
-            Backend::Shared(path) => {
-                let (ram, service) = uffd::connect(path, &memory.root, regions)?;
-                return Ok((ram, Some(service)));
-            }
-            Backend::Copy(path) => {
-                let (ram, service) = uffd::connect_in_copy_mode(path, regions)?;
-                return Ok((ram, Some(service)));
-            }
+            Backend::Shared(path) => return Ok(Some(uffd::connect(path, root, ram, low)?)),
+            Backend::Copy(path) => return Ok(Some(uffd::connect_in_copy_mode(path, ram, low)?)),
         };
-        Ok((GuestRam::of_trusted(trusted.memory, regions)?, None))
+        ram.show_trusted(trusted.memory)?;
+        Ok(None)
     }
 }
 

@@ -92,7 +92,7 @@ pub fn boot(plan: &BootPlan, outside: Outside, phases: &mut Phases) -> Result<Ma
     let vm = kvm::create(&kvm, &ram, plan.vcpus)?;
     phases.end("vm");
     let notifier = outside.notifier.clone();
-    let devices = wiring::wire(&vm.fd, &ram, &devices_plan, disks, None, outside)?;
+    let devices = wiring::wire(&vm.fd, &ram, &devices_plan, disks, outside)?;
     phases.end("devices");
     set_up_vcpus(&kvm, &vm.vcpus)?;
     phases.end("vcpu_state");

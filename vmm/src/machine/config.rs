@@ -1,5 +1,6 @@
 //! Is a configuration one that can be built? Pure; the same check for the command line, the file and the API.
 
+use super::shell::Shape;
 use crate::console::Place;
 use crate::devices::virtio::net::tap::MAX_NAME;
 use crate::loader::Kernel;
@@ -554,6 +555,29 @@ pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
         memory_bytes: machine_config.mem_size_mib << 20,
         devices,
     })
+}
+
+/// Checks what a shell is to be built of: a configuration without what only a guest that is booted has.
+pub fn shape(config: &VmConfig) -> Result<Shape, ConfigError> {
+    let VmConfig { boot_source, drives, saved_state, machine_config, .. } = config;
+    let only_booted = "a shell has none: a snapshot brings its own; leave it out";
+    refuse_if(boot_source.is_some(), "boot-source", only_booted)?;
+    refuse_if(
+        !drives.is_empty(),
+        "drives",
+        "a shell has none: a snapshot with disks is loaded without a shell; leave them out",
+    )?;
+    refuse_if(saved_state.is_some(), "saved-state", "a shell has none: it loads what a request names; leave it out")?;
+    refuse_if(
+        machine_config.max_private_mib.is_some(),
+        "machine-config.max_private_mib",
+        "the request that loads a snapshot says it; leave it out",
+    )?;
+    // The rest is as for one that is booted.
+    let bootable =
+        VmConfig { boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }), ..config.clone() };
+    let BootPlan { vcpus, memory_bytes, devices, .. } = plan(&bootable)?;
+    Ok(Shape { vcpus, memory_bytes, devices })
 }
 
 /// Checks the name of a disk or a network interface.

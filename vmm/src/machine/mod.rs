@@ -12,6 +12,7 @@
 //! - [`config`], [`requests`]: what can be built, and what is legal when (pure)
 //! - [`boot`], [`restore`], [`snapshot`]: the three long constructions, each readable from top to bottom
 //! - [`backend`]: where the memory of a restored guest comes from
+//! - [`shell`]: what can be built before it is known what is restored
 //! - [`wiring`]: devices and their places; [`disks`]: what lies behind the drives
 //! - [`driver`]: the one owner of all this, on the event loop
 //! - [`saved`]: a machine that is saved when it stops and goes on when it starts
@@ -33,6 +34,7 @@ mod record;
 pub mod requests;
 pub mod restore;
 pub mod saved;
+pub mod shell;
 pub mod snapshot;
 pub mod wiring;
 

@@ -1,5 +1,5 @@
-//! Restore: snapshot -> memory (and the page server's word that it serves) -> VM -> state -> devices -> vCPUs,
-//! standing still.
+//! Restore: snapshot -> shell (VM, vCPUs, devices) -> memory, and the page server's word that it serves -> state of vCPUs, VM
+//! and devices. The vCPUs stand still.
 
 use super::backend::{Backend, BackendError};
 use super::bases::Bases;
@@ -8,26 +8,27 @@ use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
 use super::disks::{self, RestoreDisksError};
 use super::keeper::{Charge, Keeper};
 use super::phases::Phases;
-use super::wiring::{self, Outside, WireError};
-use super::{Machine, record, start_vcpus};
+use super::shell::{Misfit, Shape, Shell, ShellError};
+use super::wiring::{Outside, WireError};
+use super::{Machine, record};
 use crate::devices::virtio::block::Disk;
 use crate::host;
+use crate::kvm;
 use crate::kvm::state::{Clock, VmStateError};
-use crate::kvm::{self, KvmError};
 use crate::memory::layout;
 use crate::memory::replay::Replay;
-use crate::memory::uffd::Service;
-use crate::vcpu::VcpuError;
-use crate::vcpu::state::{OtherTsc, StateShape, VcpuStateError};
+use crate::notice::Notifier;
+use crate::vcpu::state::{OtherTsc, VcpuStateError};
 use api_spec::devices::NetworkInterface;
 use api_spec::mac::MacError;
 use api_spec::snapshot::{AllowedMismatch, NetworkOverride, SnapshotLoad, VsockOverride};
 use snapshot::compat::{self, Field, Mismatch, Verdict};
-use snapshot::load::{LoadError, Snapshot};
+use snapshot::load::{Lease, LoadError, Snapshot};
 use snapshot::manifest::Manifest;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use uffd_handler::process::Signals;
 use vm_memory::GuestMemoryError;
 
 /// Why a snapshot could not be restored.
@@ -90,9 +91,9 @@ pub enum RestoreError {
     /// The page server cannot be watched.
     #[error("cannot watch the page server: {0}; limits on open files or processes may be reached (ulimit -n, -u)")]
     Guard(std::io::Error),
-    /// KVM.
+    /// What it is loaded into.
     #[error(transparent)]
-    Kvm(#[from] KvmError),
+    Shell(#[from] ShellError),
     /// A vCPU's state.
     #[error("vCPU {vcpu}: {source}")]
     VcpuState {
@@ -116,114 +117,121 @@ pub enum RestoreError {
     /// No randomness.
     #[error("cannot get random bytes from the kernel: {0}")]
     Random(rustix::io::Errno),
-    /// What the host keeps for a vCPU.
-    #[error(transparent)]
-    Shape(VcpuStateError),
-    /// Threads.
-    #[error(transparent)]
-    Vcpu(#[from] VcpuError),
 }
 
-/// Builds a machine from a snapshot. Its vCPUs stand still. It writes the images of the disks `in_place` itself. What it
-/// spends its time on is told to `phases`.
-pub fn restore(
-    request: &SnapshotLoad,
+/// A snapshot that was read and found right, and what is to become of it.
+#[derive(Debug)]
+pub struct Opened<'a> {
+    request: &'a SnapshotLoad,
+    backend: Backend<'a>,
+    snapshot: Snapshot,
+    allowed: Vec<Field>,
+    /// All that it lies over, too, opened now: if the page server is lost, it may be looked for no more where it is.
+    lease: Lease,
+    shape: Shape,
+    disks: Vec<Disk>,
+}
+
+/// Reads the snapshot that a request names, and looks whether it can be loaded here. The machine is to write the images of the
+/// disks `in_place` itself.
+pub fn open<'a>(
+    request: &'a SnapshotLoad,
     in_place: &[String],
-    outside: Outside,
     phases: &mut Phases,
-) -> Result<Machine, RestoreError> {
+) -> Result<Opened<'a>, RestoreError> {
     let backend = Backend::of(request)?;
     // A page server may have memory from where there is no file.
     let open = if backend.is_served() { snapshot::load::open_without_memory } else { snapshot::load::open };
     let snapshot = open(&request.snapshot_path)?;
-    let allowed: Vec<Field> = request.allow_mismatch.iter().map(allowed_field).collect();
     phases.end("snapshot");
+    let allowed: Vec<Field> = request.allow_mismatch.iter().map(allowed_field).collect();
     check(&snapshot, &allowed)?;
-    let (plan, disks) = devices(&snapshot, request, in_place)?;
-    phases.end("check");
-    let kvm = kvm::open()?;
-    phases.end("kvm");
-
-    let Outside { notifier, signals, .. } = &outside;
-    let ending = Arc::<AtomicBool>::default();
-    // All that it lies over, too, opened now: if the page server is lost, it may be looked for no more where it is.
+    let (devices, disks) = devices(&snapshot, request, in_place)?;
     let lease = match snapshot.lease() {
         Err(_) if backend.is_served() => snapshot.lease_alone()?,
         lease => lease?,
     };
-    let (snapshot, shares, replay_over) = (Arc::new(snapshot), backend.shares(), Arc::<AtomicBool>::default());
-    let (ram, service) = backend.map(&snapshot)?;
-    // Before anything touches guest memory and may have to wait.
-    let keep = |service: Service| -> Result<Keeper, RestoreError> {
-        service.wait_until_it_serves(&ram, signals).map_err(BackendError::from)?;
-        let charge = Charge {
-            snapshot: snapshot.clone(),
-            policy: request.mem_backend.as_ref().and_then(|backend| backend.on_handler_loss).unwrap_or_default(),
-            signals: signals.try_clone().map_err(RestoreError::Guard)?,
-            notifier: notifier.clone(),
-            ending: ending.clone(),
-            replay_over: replay_over.clone(),
-        };
-        Keeper::start(service, &ram, charge).map_err(RestoreError::Guard)
-    };
-    phases.end("memory");
-    let page_server = service.map(keep).transpose()?;
-    phases.end("page_server");
-    let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
-    phases.end("vm");
-    let state = snapshot.state();
-    let other_tsc = if allowed.contains(&Field::TscKhz) { OtherTsc::Allowed } else { OtherTsc::Refused };
-    for (number, (vcpu, saved)) in vm.vcpus.iter().zip(&state.vcpus).enumerate() {
-        let fail = |source| RestoreError::VcpuState { vcpu: number, source };
-        crate::vcpu::state::load(vcpu, &vm.fd, saved, number == 0, other_tsc).map_err(fail)?;
-    }
-    phases.end("vcpu_state");
-    let clock = if request.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn };
-    kvm::state::load(&vm.fd, &state.vm, clock)?;
-    // Guest memory may have been touched already, since KVM writes the wall clock where an MSR tells it to; the keeper and
-    // the page server have been at work from the start.
-    if request.new_generation {
-        let id = fresh_generation().map_err(RestoreError::Random)?;
-        write_generation(ram.memory(), &id).map_err(RestoreError::Generation)?;
-    }
-    phases.end("vm_state");
-    let notifier = outside.notifier.clone();
-    let devices = wiring::wire(&vm.fd, &ram, &plan, disks, Some(&state.devices), outside)?;
-    // After the interrupt controllers' state, which would undo it.
-    if request.new_generation {
-        devices.announce_generation().map_err(RestoreError::Announce)?;
-    }
-    phases.end("devices");
+    let machine = &snapshot.manifest().machine;
+    let shape = Shape { vcpus: machine.vcpus as u8, memory_bytes: machine.memory_bytes, devices };
+    phases.end("check");
+    Ok(Opened { request, backend, snapshot, allowed, lease, shape, disks })
+}
 
-    let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
-    let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
-    phases.end("threads");
-    let bases = Bases::of(&snapshot);
-    let mut machine = Machine {
-        vcpus,
-        devices,
-        shape,
-        vm: vm.fd,
-        ram,
-        page_server,
-        ending,
-        plan,
-        bases,
-        lease: Some(lease),
-        replay: None,
-        running: false,
-        halting: false,
-    };
-    if request.replay_working_set && shares {
-        // Last, when whatever fails takes the memory away before its page server is let go.
-        let writes = request.max_private_mib.is_none();
-        machine.replay = Replay::start(snapshot, &machine.ram, writes, replay_over).unwrap_or_else(|e| {
-            tracing::warn!("no thread to get the pages of the working set ready: {e}");
-            None
-        });
-        phases.end("replay");
+impl Opened<'_> {
+    /// Whether it can be loaded into a shell.
+    pub fn fits(&self, shell: &Shell) -> Result<(), Misfit> {
+        shell.shape().fits(&self.shape, self.request)
     }
-    Ok(machine)
+
+    /// Builds a shell for it.
+    pub fn shell(&mut self, outside: Outside, phases: &mut Phases) -> Result<Shell, RestoreError> {
+        // That is told of guests that are booted.
+        let outside = Outside { boot_timer: false, ..outside };
+        Ok(Shell::build(self.shape.clone(), std::mem::take(&mut self.disks), outside, phases)?)
+    }
+
+    /// Loads it into a shell that it fits. The machine's vCPUs stand still.
+    pub fn load(
+        self,
+        shell: Shell,
+        notifier: &Notifier,
+        signals: &Signals,
+        phases: &mut Phases,
+    ) -> Result<Machine, RestoreError> {
+        let Opened { request, backend, snapshot, allowed, lease, .. } = self;
+        let (mut machine, low) = shell.open();
+        let (snapshot, shares, replay_over) = (Arc::new(snapshot), backend.shares(), Arc::<AtomicBool>::default());
+        let service = backend.show(&snapshot, &mut machine.ram, low)?;
+        phases.end("memory");
+        // Before anything touches guest memory and may have to wait.
+        if let Some(service) = service {
+            service.wait_until_it_serves(&machine.ram, signals).map_err(BackendError::from)?;
+            let charge = Charge {
+                snapshot: snapshot.clone(),
+                policy: request.mem_backend.as_ref().and_then(|backend| backend.on_handler_loss).unwrap_or_default(),
+                signals: signals.try_clone().map_err(RestoreError::Guard)?,
+                notifier: notifier.clone(),
+                ending: machine.ending.clone(),
+                replay_over: replay_over.clone(),
+            };
+            machine.page_server = Some(Keeper::start(service, &machine.ram, charge).map_err(RestoreError::Guard)?);
+            phases.end("page_server");
+        }
+        let state = snapshot.state();
+        let other_tsc = if allowed.contains(&Field::TscKhz) { OtherTsc::Allowed } else { OtherTsc::Refused };
+        for (number, (vcpu, saved)) in machine.vcpus.iter().zip(&state.vcpus).enumerate() {
+            let fail = |source| RestoreError::VcpuState { vcpu: number, source };
+            crate::vcpu::state::load(&vcpu.lock(), &machine.vm, saved, number == 0, other_tsc).map_err(fail)?;
+        }
+        phases.end("vcpu_state");
+        let clock = if request.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn };
+        kvm::state::load(&machine.vm, &state.vm, clock)?;
+        // Guest memory may have been touched already, since KVM writes the wall clock where an MSR tells it to; the keeper and
+        // the page server have been at work from the start.
+        if request.new_generation {
+            let id = fresh_generation().map_err(RestoreError::Random)?;
+            write_generation(machine.ram.memory(), &id).map_err(RestoreError::Generation)?;
+        }
+        phases.end("vm_state");
+        // After the interrupt controllers' state, which would undo what these raise.
+        machine.devices.restore(&machine.plan, &state.devices)?;
+        if request.new_generation {
+            machine.devices.announce_generation().map_err(RestoreError::Announce)?;
+        }
+        phases.end("device_state");
+        machine.bases = Bases::of(&snapshot);
+        machine.lease = Some(lease);
+        if request.replay_working_set && shares {
+            // Last, when whatever fails takes the memory away before its page server is let go.
+            let writes = request.max_private_mib.is_none();
+            machine.replay = Replay::start(snapshot, &machine.ram, writes, replay_over).unwrap_or_else(|e| {
+                tracing::warn!("no thread to get the pages of the working set ready: {e}");
+                None
+            });
+            phases.end("replay");
+        }
+        Ok(machine)
+    }
 }
 
 /// Whether this program on this host can run the snapshot, going by what can be known without KVM.

@@ -44,7 +44,7 @@ use api_spec::devices::{self, CacheType, Drive};
 use api_spec::vm;
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::{IoEventAddress, VmFd};
-use snapshot::state::{BalloonState, DeviceState, DriveState, EntropyState, NetState, VsockState};
+use snapshot::state::DeviceState;
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use uffd_handler::process::Signals;
@@ -150,6 +150,16 @@ pub struct Slot<D> {
     transport: Arc<Mutex<MmioTransport>>,
 }
 
+impl<D: VirtioDevice> Slot<D> {
+    fn restore(
+        &self,
+        restore: impl FnOnce(&Mutex<D>, &mut MmioTransport) -> Result<(), TransportError>,
+    ) -> Result<(), WireError> {
+        let restored = restore(&self.device, &mut lock(&self.transport));
+        restored.map_err(|source| WireError::State { device: lock(&self.device).name(), source })
+    }
+}
+
 impl<D> Slot<D> {
     /// Tells the driver that the device's configuration has changed.
     pub fn config_changed(&self) {
@@ -175,6 +185,30 @@ impl Devices {
             balloon: self.balloon.as_ref().map(|slot| balloon::save(&slot.device, &lock(&slot.transport))),
             drives: self.drives.iter().map(|slot| block::save(&slot.device, &lock(&slot.transport))).collect(),
         }
+    }
+
+    /// Brings the devices of a machine that has never run, which are those of the plan, to their saved state. The interrupt
+    /// controllers must have theirs, since interrupts that were pending are raised again here.
+    pub fn restore(&self, plan: &DevicePlan, saved: &DeviceState) -> Result<(), WireError> {
+        check_saved(plan, saved)?;
+        let DeviceState { serial, vsock, network, entropy, balloon, drives } = saved;
+        lock(&self.serial).restore(serial)?;
+        for (slot, state) in self.vsock.iter().zip(vsock) {
+            slot.restore(|device, transport| vsock::restore(device, transport, state))?;
+        }
+        for (slot, state) in self.drives.iter().zip(drives) {
+            slot.restore(|device, transport| block::restore(device, transport, state))?;
+        }
+        for (slot, state) in self.network.iter().zip(network) {
+            slot.restore(|device, transport| net::restore(device, transport, state))?;
+        }
+        for (slot, state) in self.entropy.iter().zip(entropy) {
+            slot.restore(|device, transport| rng::restore(device, transport, state))?;
+        }
+        for (slot, state) in self.balloon.iter().zip(balloon) {
+            slot.restore(|device, transport| balloon::restore(device, transport, state))?;
+        }
+        Ok(())
     }
 
     /// Tells the guest that its generation id has changed.
@@ -209,58 +243,37 @@ fn address(index: u32) -> u64 {
     MMIO_BASE + u64::from(index) * MMIO_STRIDE
 }
 
-/// Builds the devices of a machine, fresh or from saved state, and connects them. `disks` are what lies behind the drives
-/// of the plan.
+/// Builds the devices of a machine, as after power-on, and connects them. `disks` are what lies behind the drives of the
+/// plan.
 pub fn wire(
     vm: &VmFd,
     ram: &GuestRam,
     plan: &DevicePlan,
     disks: Vec<Disk>,
-    saved: Option<&DeviceState>,
     outside: Outside,
 ) -> Result<Devices, WireError> {
     let Outside { notifier, console, reset, signals: _, boot_timer } = outside;
     let DevicePlan { vsock, drives, network, entropy, balloon } = plan;
     let mut pio = Bus::ports();
-    let serial = wire_serial(vm, &mut pio, saved, console)?;
+    let serial = shared(Serial::new(interrupt_line(vm, serial::IRQ)?, console));
+    pio.insert(serial::BASE, serial::LEN, serial.clone())?;
     pio.insert(i8042::BASE, i8042::LEN, shared(I8042::new(reset)))?;
     pio.insert(power::BASE, power::LEN, shared(Power::new(notifier.clone())))?;
     pio.insert(pvpanic::BASE, pvpanic::LEN, shared(Pvpanic::new(notifier.clone())))?;
     let event = interrupt_line(vm, EVENT_GSI)?;
 
-    if let Some(saved) = saved {
-        check_saved(plan, saved)?;
-    }
     let memory = ram.memory();
     let mut mmio = Bus::memory();
-    if boot_timer && saved.is_none() {
+    if boot_timer {
         mmio.insert(boot_timer::BASE, boot_timer::LEN, shared(BootTimer::start()))?;
     }
     let mut virtio = Virtio { vm, memory, mmio, devices: Vec::new(), subscribers: Vec::new() };
-    let vsock = vsock.as_ref().map(|config| {
-        let saved = saved.and_then(|saved| saved.vsock.as_ref());
-        virtio.add_vsock(config, saved, notifier.clone())
-    });
-    let vsock = vsock.transpose()?;
-    let drives = drives.iter().zip(disks).enumerate().map(|(number, (config, disk))| {
-        virtio.add_drive(config, disk, saved.and_then(|saved| saved.drives.get(number)), notifier.clone())
-    });
+    let vsock = vsock.as_ref().map(|config| virtio.add_vsock(config, notifier.clone())).transpose()?;
+    let drives = drives.iter().zip(disks).map(|(config, disk)| virtio.add_drive(config, disk, notifier.clone()));
     let drives = drives.collect::<Result<_, _>>()?;
-    let network = network
-        .iter()
-        .enumerate()
-        .map(|(number, config)| virtio.add_net(config, saved.and_then(|saved| saved.network.get(number))));
-    let network = network.collect::<Result<_, _>>()?;
-    let entropy = entropy.as_ref().map(|config| {
-        let saved = saved.and_then(|saved| saved.entropy.as_ref());
-        virtio.add_entropy(config, saved)
-    });
-    let entropy = entropy.transpose()?;
-    let balloon = balloon.map(|config| {
-        let saved = saved.and_then(|saved| saved.balloon.as_ref());
-        virtio.add_balloon(config, saved, ram)
-    });
-    let balloon = balloon.transpose()?;
+    let network = network.iter().map(|config| virtio.add_net(config)).collect::<Result<_, _>>()?;
+    let entropy = entropy.as_ref().map(|config| virtio.add_entropy(config)).transpose()?;
+    let balloon = balloon.map(|config| virtio.add_balloon(config, ram)).transpose()?;
 
     let Virtio { mmio, devices, subscribers, .. } = virtio;
     let buses = Buses { pio: Arc::new(pio), mmio: Arc::new(mmio) };
@@ -294,21 +307,6 @@ fn interrupt_line(vm: &VmFd, gsi: u32) -> Result<EventFd, WireError> {
     Ok(line)
 }
 
-fn wire_serial(
-    vm: &VmFd,
-    pio: &mut Bus,
-    saved: Option<&DeviceState>,
-    console: Box<dyn Write + Send>,
-) -> Result<Arc<Mutex<Serial>>, WireError> {
-    let irq = interrupt_line(vm, serial::IRQ)?;
-    let serial = shared(match saved {
-        None => Serial::new(irq, console),
-        Some(saved) => Serial::restore(&saved.serial, irq, console)?,
-    });
-    pio.insert(serial::BASE, serial::LEN, serial.clone())?;
-    Ok(serial)
-}
-
 /// Virtio devices on their way into the machine; each gets the next place.
 struct Virtio<'a> {
     vm: &'a VmFd,
@@ -319,18 +317,14 @@ struct Virtio<'a> {
 }
 
 impl Virtio<'_> {
-    /// Puts a device behind a transport, brings both to their saved state if there is one, and gives them the next place:
-    /// addresses, interrupt and kicks.
+    /// Puts a device behind a transport, and gives them the next place: addresses, interrupt and kicks.
     fn add<D: VirtioDevice + MutEventSubscriber + 'static>(
         &mut self,
         device: Arc<Mutex<D>>,
-        restore: impl FnOnce(&Mutex<D>, &mut MmioTransport) -> Result<(), TransportError>,
     ) -> Result<Slot<D>, WireError> {
         let index = self.devices.len() as u32;
         let interrupt = Arc::new(Interrupt::new().map_err(WireError::Event)?);
         let transport = shared(MmioTransport::new(device.clone(), self.memory.clone(), interrupt));
-        restore(&device, &mut lock(&transport))
-            .map_err(|source| WireError::State { device: lock(&device).name(), source })?;
         self.place(index, &transport)?;
         self.devices.push(device.clone());
         self.subscribers.push(device.clone());
@@ -350,13 +344,7 @@ impl Virtio<'_> {
         Ok(())
     }
 
-    fn add_drive(
-        &mut self,
-        config: &Drive,
-        disk: Disk,
-        saved: Option<&DriveState>,
-        notifier: Notifier,
-    ) -> Result<Slot<Block>, WireError> {
+    fn add_drive(&mut self, config: &Drive, disk: Disk, notifier: Notifier) -> Result<Slot<Block>, WireError> {
         let halt = Box::new(move |halt| notifier.send(Notice::Halt(halt)));
         let config = BlockConfig {
             id: config.drive_id.clone(),
@@ -365,15 +353,10 @@ impl Virtio<'_> {
             max_overlay_mib: config.max_overlay_mib,
         };
         let device = Block::new(config, disk, halt).map_err(WireError::Event)?;
-        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| block::restore(device, transport, saved)))
+        self.add(device)
     }
 
-    fn add_vsock(
-        &mut self,
-        config: &vm::Vsock,
-        saved: Option<&VsockState>,
-        notifier: Notifier,
-    ) -> Result<Slot<Vsock>, WireError> {
+    fn add_vsock(&mut self, config: &vm::Vsock, notifier: Notifier) -> Result<Slot<Vsock>, WireError> {
         // Only what is new: a guest may repeat itself as fast as it can.
         let mut announced = None;
         let ready = Box::new(move |level, _kind| {
@@ -382,32 +365,23 @@ impl Virtio<'_> {
             }
         });
         let device = Vsock::new(config.guest_cid.into(), &config.uds_path, ready)?;
-        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| vsock::restore(device, transport, saved)))
+        self.add(device)
     }
 
-    fn add_net(
-        &mut self,
-        config: &devices::NetworkInterface,
-        saved: Option<&NetState>,
-    ) -> Result<Slot<Net>, WireError> {
+    fn add_net(&mut self, config: &devices::NetworkInterface) -> Result<Slot<Net>, WireError> {
         let tap = Tap::open(&config.host_dev_name)
             .map_err(|source| WireError::Tap { iface_id: config.iface_id.clone(), source })?;
         let device = Net::new(config, Box::new(tap)).map_err(WireError::Event)?;
-        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| net::restore(device, transport, saved)))
+        self.add(device)
     }
 
-    fn add_entropy(&mut self, config: &devices::Entropy, saved: Option<&EntropyState>) -> Result<Slot<Rng>, WireError> {
+    fn add_entropy(&mut self, config: &devices::Entropy) -> Result<Slot<Rng>, WireError> {
         let device = Rng::new(config.rate_limiter.as_ref())?;
-        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| rng::restore(device, transport, saved)))
+        self.add(device)
     }
 
-    fn add_balloon(
-        &mut self,
-        config: devices::Balloon,
-        saved: Option<&BalloonState>,
-        ram: &GuestRam,
-    ) -> Result<Slot<Balloon>, WireError> {
+    fn add_balloon(&mut self, config: devices::Balloon, ram: &GuestRam) -> Result<Slot<Balloon>, WireError> {
         let device = Balloon::new(config, ram.discarder())?;
-        self.add(device, |device, transport| saved.map_or(Ok(()), |saved| balloon::restore(device, transport, saved)))
+        self.add(device)
     }
 }

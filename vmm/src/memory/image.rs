@@ -96,17 +96,16 @@ fn cut(pieces: Vec<Piece>, regions: &[MemoryRegion]) -> impl Iterator<Item = (us
 }
 
 impl GuestRam {
-    /// A private view over the memory of a snapshot.
-    pub fn of_trusted(memory: TrustedMemory, regions: Vec<MemoryRegion>) -> Result<Self, LayError> {
+    /// Shows the memory of a snapshot where nothing was yet, as a private view.
+    pub fn show_trusted(&mut self, memory: TrustedMemory) -> Result<(), LayError> {
         match memory {
-            TrustedMemory::Image(image) => Ok(GuestRam::private_view(&unpack(&image)?, regions)?),
+            TrustedMemory::Image(image) => Ok(self.show(&unpack(&image)?)?),
             TrustedMemory::Files(files) => {
                 let Some((lowest, above)) = files.split_last() else {
                     return Err(LayError::Lay(io::ErrorKind::NotFound.into()));
                 };
-                let ram = GuestRam::private_view(&lowest.file, regions)?;
-                ram.lay(above)?;
-                Ok(ram)
+                self.show(&lowest.file)?;
+                self.lay(above)
             }
         }
     }
@@ -263,7 +262,8 @@ mod tests {
                 .map(|(fill, map)| TrustedLayer { file: file(fill), pages: Some(map.clone()) })
                 .collect();
             files.push(TrustedLayer { file: file(99), pages: None });
-            let ram = GuestRam::of_trusted(TrustedMemory::Files(files), regions()).unwrap();
+            let mut ram = GuestRam::reserve(regions()).unwrap();
+            ram.show_trusted(TrustedMemory::Files(files)).unwrap();
             for page in 0..PAGES {
                 let region = ram.regions().iter().rposition(|r| r.offset <= page * PAGE_BYTES).unwrap();
                 let mut bytes = [77; PAGE_BYTES as usize];

@@ -21,18 +21,25 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// Maps `len` bytes (not zero), readable and writable: of a file, from where is said, or of no file, as from its start.
-    pub fn new(file: Option<FileOffset>, len: usize, flags: libc::c_int) -> Result<Self, MmapRegionError> {
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let place = file.as_ref().map(|place| (place.file().as_fd(), place.start()));
-        let addr = place::map(place, len, protection, flags).map_err(MmapRegionError::Mmap)?.as_ptr();
-        let mut builder = MmapRegionBuilder::new(len).with_mmap_prot(protection).with_mmap_flags(flags);
-        if let Some(file) = file {
-            builder = builder.with_file_offset(file);
-        }
+    /// Maps `len` bytes (not zero) of a file, readable and writable, from where is said.
+    pub fn new(file: FileOffset, len: usize, flags: libc::c_int) -> Result<Self, MmapRegionError> {
+        let place = (file.file().as_fd(), file.start());
+        let addr = place::map(Some(place), len, PROTECTION, flags).map_err(MmapRegionError::Mmap)?;
+        Mapping::of(addr, len, flags)
+    }
+
+    /// Reserves `len` addresses (not zero) for what is to be mapped of a file from `offset` on. Whoever accesses them before
+    /// dies of it. They take no memory.
+    pub fn reserve(len: usize, offset: u64) -> Result<Self, MmapRegionError> {
+        let addr = place::reserve(len, offset).map_err(MmapRegionError::Mmap)?;
+        Mapping::of(addr, len, libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+    }
+
+    fn of(addr: NonNull<u8>, len: usize, flags: libc::c_int) -> Result<Self, MmapRegionError> {
+        let builder = MmapRegionBuilder::new(len).with_mmap_prot(PROTECTION).with_mmap_flags(flags);
         // SAFETY: the mapping has just been made, of that length, and stays until this value is dropped, which owns the
         // region; nobody is given the region but by reference.
-        let region = unsafe { builder.with_raw_mmap_pointer(addr) }.build()?;
+        let region = unsafe { builder.with_raw_mmap_pointer(addr.as_ptr()) }.build()?;
         Ok(Mapping { region })
     }
 
@@ -41,6 +48,9 @@ impl Mapping {
         &self.region
     }
 }
+
+/// What guest memory may be used for.
+const PROTECTION: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 
 impl Drop for Mapping {
     fn drop(&mut self) {
@@ -70,6 +80,15 @@ pub fn populate(region: &MmapRegion, range: Range<u64>, how: Populate) -> io::Re
         Populate::Read => libc::MADV_POPULATE_READ,
         Populate::Write => libc::MADV_POPULATE_WRITE,
     })
+}
+
+/// Makes addresses that were reserved anonymous memory, kept out of core dumps and of child processes.
+pub fn open_up(region: &MmapRegion) -> io::Result<()> {
+    // SAFETY: the range is the region's own mapping, which so far nobody could access.
+    if unsafe { libc::mprotect(region.as_ptr().cast(), region.size(), PROTECTION) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    keep_private(region)
 }
 
 /// Keeps a region out of core dumps and out of child processes.
@@ -295,7 +314,7 @@ mod tests {
             let file = File::from(rustix::fs::memfd_create("coppice-test", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
             file.set_len((first + pages) * PAGE_SIZE).unwrap();
             let place = FileOffset::from_arc(Arc::new(file), first * PAGE_SIZE);
-            let mapping = Mapping::new(Some(place), (pages * PAGE_SIZE) as usize, libc::MAP_PRIVATE).unwrap();
+            let mapping = Mapping::new(place, (pages * PAGE_SIZE) as usize, libc::MAP_PRIVATE).unwrap();
             prop_assert_eq!(mapping.region().as_ptr() as u64 % place::HUGE_PAGE, first * PAGE_SIZE % place::HUGE_PAGE);
             prop_assert_eq!(mapping.region().size() as u64, pages * PAGE_SIZE);
             populate(mapping.region(), 0..pages * PAGE_SIZE, Populate::Write).unwrap();

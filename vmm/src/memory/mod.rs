@@ -31,7 +31,9 @@ pub mod replay;
 pub mod stand_in;
 pub mod uffd;
 
+use crate::devices::lock;
 use discard::Discarded;
+use mmap::Mapping;
 use region::RamRegion;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use snapshot::manifest::MemoryRegion;
@@ -69,6 +71,17 @@ pub enum MemoryError {
         /// What the kernel said.
         source: MmapRegionError,
     },
+    /// An image cannot be mapped where addresses are reserved for it.
+    #[error("cannot map {size} bytes of an image as guest RAM: {source}; check the number of mappings and overcommit")]
+    Show {
+        /// How much.
+        size: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// No descriptor.
+    #[error("cannot keep the file that guest RAM shows: {0}; the limit on open files may be reached (ulimit -n)")]
+    Keep(io::Error),
     /// The kernel refused advice about a mapping.
     #[error("cannot keep guest RAM out of core dumps and child processes: {0}")]
     Advise(io::Error),
@@ -92,6 +105,8 @@ enum Backing {
 pub struct GuestRam {
     memory: GuestMemory,
     regions: Vec<MemoryRegion>,
+    /// The file that is mapped, if one is. Of an image of several files, the lowest.
+    file: Option<Arc<File>>,
     /// Whoever changes what is mapped holds the lock meanwhile.
     backing: Arc<Mutex<Backing>>,
 }
@@ -104,21 +119,64 @@ impl GuestRam {
         ftruncate(&fd, size).map_err(create)?;
         let file = File::from(fd);
         let regions = layout::ram_regions(size);
-        let memory = map(Some(&file), &regions, libc::MAP_SHARED)?;
-        Ok(GuestRam { memory, regions, backing: Arc::new(Mutex::new(Backing::Own(file))) })
+        let mapped = Arc::new(file.try_clone().map_err(|source| MemoryError::Create { size, source })?);
+        let memory = place(&regions, |region, len| {
+            let place = FileOffset::from_arc(mapped.clone(), region.offset);
+            Mapping::new(place, len, libc::MAP_SHARED | libc::MAP_NORESERVE)
+        })?;
+        for region in memory.iter() {
+            mmap::keep_private(region.mapping()).map_err(MemoryError::Advise)?;
+        }
+        Ok(GuestRam { memory, regions, file: Some(mapped), backing: Arc::new(Mutex::new(Backing::Own(file))) })
     }
 
-    /// A private view over an image: what the guest writes stays its own.
+    /// Addresses for RAM, and nothing behind them yet: whoever accesses them dies of it. A VM and its devices can be built
+    /// around them before it is known which image they are to show.
+    pub fn reserve(regions: Vec<MemoryRegion>) -> Result<Self, MemoryError> {
+        let memory = place(&regions, |region, len| Mapping::reserve(len, region.offset))?;
+        Ok(GuestRam {
+            memory,
+            regions,
+            file: None,
+            backing: Arc::new(Mutex::new(Backing::Image(Discarded::default()))),
+        })
+    }
+
+    /// Shows an image where nothing was yet, as a private view: what the guest writes stays its own.
+    pub fn show(&mut self, image: &File) -> Result<(), MemoryError> {
+        for (region, mapped) in self.regions.iter().zip(self.memory.iter()) {
+            mmap::map_over(mapped.mapping(), 0..region.size_bytes, image, region.offset)
+                .map_err(|source| MemoryError::Show { size: region.size_bytes, source })?;
+        }
+        self.file = Some(Arc::new(image.try_clone().map_err(MemoryError::Keep)?));
+        Ok(())
+    }
+
+    /// Makes what was reserved anonymous memory, to be registered with `uffd` before its first access, into which somebody
+    /// copies an image: each page before the guest has it.
+    pub fn have_copied(&mut self, uffd: Arc<Uffd>) -> Result<(), MemoryError> {
+        for mapped in self.memory.iter() {
+            mmap::open_up(mapped.mapping())
+                .map_err(|source| MemoryError::Show { size: mapped.mapping().size() as u64, source })?;
+        }
+        *lock(&self.backing) = Backing::Image(Discarded::waking(uffd));
+        Ok(())
+    }
+
+    /// A private view over an image.
+    #[cfg(test)]
     pub fn private_view(image: &File, regions: Vec<MemoryRegion>) -> Result<Self, MemoryError> {
-        let memory = map(Some(image), &regions, libc::MAP_PRIVATE)?;
-        Ok(GuestRam { memory, regions, backing: Arc::new(Mutex::new(Backing::Image(Discarded::default()))) })
+        let mut ram = GuestRam::reserve(regions)?;
+        ram.show(image)?;
+        Ok(ram)
     }
 
-    /// Anonymous memory, to be registered with `uffd` before its first access, into which somebody copies an image: each page
-    /// before the guest has it.
+    /// Anonymous memory into which somebody copies an image.
+    #[cfg(test)]
     pub fn copied_into(uffd: Arc<Uffd>, regions: Vec<MemoryRegion>) -> Result<Self, MemoryError> {
-        let memory = map(None, &regions, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)?;
-        Ok(GuestRam { memory, regions, backing: Arc::new(Mutex::new(Backing::Image(Discarded::waking(uffd)))) })
+        let mut ram = GuestRam::reserve(regions)?;
+        ram.have_copied(uffd)?;
+        Ok(ram)
     }
 
     /// The memory, for devices and loaders.
@@ -136,10 +194,9 @@ impl GuestRam {
         self.regions.iter().map(|r| r.size_bytes).sum()
     }
 
-    /// The file that is mapped privately, if one is.
+    /// The file that is mapped, if one is.
     pub fn store(&self) -> Option<Arc<File>> {
-        let region = self.memory.iter().next()?;
-        region.file_offset().map(|place| place.arc().clone())
+        self.file.clone()
     }
 
     /// Whether the file that is mapped, if one is, is shorter than what is mapped of it. Of an image of several files, the lowest.
@@ -169,18 +226,16 @@ pub fn from_zero(size: usize) -> GuestMemory {
     GuestRam::fresh(size as u64).unwrap().memory().clone()
 }
 
-/// Maps `regions` of `file`, or of no file, reserving nothing and kept out of core dumps and child processes, each where
-/// huge pages can be mapped of what is behind it.
-fn map(file: Option<&File>, regions: &[MemoryRegion], sharing: i32) -> Result<GuestMemory, MemoryError> {
-    let file = file.map(File::try_clone).transpose().map_err(|source| MemoryError::Create { size: 0, source })?;
-    let file = file.map(Arc::new);
+/// Places regions: each where huge pages can be mapped of what is behind it.
+fn place(
+    regions: &[MemoryRegion],
+    map: impl Fn(&MemoryRegion, usize) -> Result<Mapping, MmapRegionError>,
+) -> Result<GuestMemory, MemoryError> {
     let mapped = regions
         .iter()
         .map(|region| {
-            let place = file.as_ref().map(|file| FileOffset::from_arc(file.clone(), region.offset));
-            let mapping = mmap::Mapping::new(place, region.size_bytes as usize, sharing | libc::MAP_NORESERVE)
+            let mapping = map(region, region.size_bytes as usize)
                 .map_err(|source| MemoryError::Map { size: region.size_bytes, source })?;
-            mmap::keep_private(mapping.region()).map_err(MemoryError::Advise)?;
             RamRegion::new(mapping, GuestAddress(region.guest_addr))
                 .ok_or(MemoryError::Regions(GuestRegionCollectionError::MemoryRegionOverlap))
         })

@@ -2,7 +2,7 @@
 
 use super::mmap::Mapping;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryRegion, GuestMemoryRegionBytes, GuestUsize, MemoryRegionAddress, MmapRegion,
+    GuestAddress, GuestMemoryRegion, GuestMemoryRegionBytes, GuestUsize, MemoryRegionAddress, MmapRegion,
     VolatileMemory, VolatileSlice, guest_memory,
 };
 
@@ -42,10 +42,6 @@ impl GuestMemoryRegion for RamRegion {
     fn get_host_address(&self, addr: MemoryRegionAddress) -> guest_memory::Result<*mut u8> {
         let addr = self.check_address(addr).ok_or(guest_memory::Error::InvalidBackendAddress)?;
         Ok(self.mapping().as_ptr().wrapping_add(addr.0 as usize))
-    }
-
-    fn file_offset(&self) -> Option<&FileOffset> {
-        self.mapping().file_offset()
     }
 
     fn get_slice(&self, offset: MemoryRegionAddress, count: usize) -> guest_memory::Result<VolatileSlice<'_, ()>> {

@@ -17,7 +17,7 @@ use super::{GuestRam, MemoryError, PAGE_SIZE};
 use api_spec::handshake::{Hello, Mode as PageMode, Region, VERSION};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_get_seals, fstat, memfd_create};
-use rustix::io::fcntl_dupfd_cloexec;
+use rustix::io::{DupFlags, dup3, fcntl_dupfd_cloexec};
 use snapshot::manifest::MemoryRegion;
 use std::fs::File;
 use std::io;
@@ -66,6 +66,9 @@ pub enum UffdError {
     /// No userfaultfd.
     #[error(transparent)]
     Create(#[from] uffd_handler::uffd::UffdError),
+    /// It could not get the number that it needs.
+    #[error("cannot renumber a userfaultfd: {0}")]
+    Renumber(io::Error),
     /// A range could not be registered.
     #[error("cannot register guest RAM with userfaultfd: {0}; faults on shared memory need Linux 4.11 or newer")]
     Register(userfaultfd::Error),
@@ -313,39 +316,44 @@ fn poll_now(fd: &impl AsFd, events: PollFlags) -> bool {
     poll(&mut [PollFd::from_borrowed_fd(fd.as_fd(), events)], Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
-/// Asks the page server at `path` for the image with this root digest and maps its store as guest RAM.
+/// Asks the page server at `path` for the image with this root digest and maps its store as guest RAM, for which addresses
+/// are reserved. The userfaultfd takes the number of `low`.
 ///
 /// When this returns, the server has said that it serves.
-pub fn connect(path: &Path, image: &str, regions: Vec<MemoryRegion>) -> Result<(GuestRam, Service), UffdError> {
+pub fn connect(path: &Path, image: &str, ram: &mut GuestRam, low: OwnedFd) -> Result<Service, UffdError> {
     let failed = |source| UffdError::Server { path: path.to_owned(), source };
-    let size = regions.iter().map(|r| r.size_bytes).sum();
+    let size = ram.size();
     let hello = Hello { version: VERSION, image: image.to_owned(), size, mode: PageMode::Shared };
-    // Made first: see `Service` about its number.
-    let uffd = Arc::new(uffd_handler::uffd::create()?);
+    let uffd = Arc::new(renumber(uffd_handler::uffd::create()?, low)?);
     let greeted = client::greet(path, &hello).map_err(failed)?;
     let store = File::from(greeted.store.try_clone().map_err(|e| failed(e.into()))?);
     check_size(path, &store, size)?;
 
-    let ram = GuestRam::private_view(&store, regions)?;
-    let ranges = register(&uffd, &ram)?;
+    ram.show(&store)?;
+    let ranges = register(&uffd, ram)?;
     let connection = greeted.attach(ranges.clone(), &uffd).map_err(failed)?;
-    let service = Service::new(path, connection, Mode::Shared, uffd, ranges).map_err(|e| failed(e.into()))?;
-    Ok((ram, service))
+    Service::new(path, connection, Mode::Shared, uffd, ranges).map_err(|e| failed(e.into()))
 }
 
-/// Has the page server at `path` copy pages into anonymous memory: which image, it knows itself.
+/// Has the page server at `path` copy pages into anonymous memory, for which addresses are reserved: which image, it knows
+/// itself. The userfaultfd takes the number of `low`.
 ///
 /// When this returns, it has taken the userfaultfd; see [`Service::wait_until_it_serves`].
-pub fn connect_in_copy_mode(path: &Path, regions: Vec<MemoryRegion>) -> Result<(GuestRam, Service), UffdError> {
+pub fn connect_in_copy_mode(path: &Path, ram: &mut GuestRam, low: OwnedFd) -> Result<Service, UffdError> {
     let failed = |source| UffdError::Server { path: path.to_owned(), source };
-    // Made first: see `Service` about its number. Servers of this protocol rely on the feature, though no event comes here.
-    let uffd = Arc::new(uffd_handler::uffd::create_with(FeatureFlags::EVENT_REMOVE)?);
-    let ram = GuestRam::copied_into(uffd.clone(), regions)?;
-    let ranges = register(&uffd, &ram)?;
+    // Servers of this protocol rely on the feature, though no event comes here.
+    let uffd = Arc::new(renumber(uffd_handler::uffd::create_with(FeatureFlags::EVENT_REMOVE)?, low)?);
+    ram.have_copied(uffd.clone())?;
+    let ranges = register(&uffd, ram)?;
     let connection = client::hand_over(path, None, &ranges, &uffd).map_err(failed)?;
     let mode = Mode::Foreign(living_peer(&connection));
-    let service = Service::new(path, connection, mode, uffd, ranges).map_err(|e| failed(e.into()))?;
-    Ok((ram, service))
+    Service::new(path, connection, mode, uffd, ranges).map_err(|e| failed(e.into()))
+}
+
+/// Gives a userfaultfd the number of another descriptor, which is closed: see [`Service`] about its number.
+fn renumber(uffd: Uffd, mut low: OwnedFd) -> Result<Uffd, UffdError> {
+    let moved = dup3(uffd, &mut low, DupFlags::CLOEXEC).map_err(|e| UffdError::Renumber(e.into()));
+    moved.and_then(|()| uffd_handler::uffd::adopt(low).map_err(|e| UffdError::Renumber(io::Error::other(e))))
 }
 
 /// Registers all of RAM, which nobody has accessed yet, and says where that is.

@@ -16,6 +16,7 @@ use super::private::PrivateWatch;
 use super::requests::{NotNow, Phase};
 use super::restore::RestoreError;
 use super::saved::Configuration;
+use super::shell::Shell;
 use super::snapshot::{Job, SnapshotError};
 use super::wiring::Outside;
 use crate::api::http::Limits;
@@ -205,6 +206,8 @@ pub enum Start {
     Boot(Box<VmConfig>),
     /// Restore this.
     Restore(SnapshotLoad),
+    /// Build a shell like this, and wait for the API.
+    Shell(Box<VmConfig>),
 }
 
 /// What a command line says of a vmm, whatever it starts.
@@ -316,6 +319,8 @@ struct Driver {
     config: VmConfig,
     configured: bool,
     machine: Option<Machine>,
+    /// What the next snapshot is loaded into, if it fits, and the console that goes with it.
+    shell: Option<(Shell, (Input, Option<Pty>))>,
     readiness: Option<Readiness>,
     /// The pseudo-terminal that is the guest's console.
     pty: Option<Pty>,
@@ -379,6 +384,7 @@ impl Driver {
             config: VmConfig::default(),
             configured: false,
             machine: None,
+            shell: None,
             readiness: None,
             pty: None,
             halt: None,
@@ -433,6 +439,13 @@ impl Driver {
                     self.config.saved_state.as_mut().ok_or(RequestError::NothingStrict)?.strict = true;
                 }
                 Ok(self.start_configured()?)
+            }
+            Start::Shell(config) => {
+                if let Some(logger) = &config.logger {
+                    change_log(logger)?;
+                }
+                self.config.serial = console.or(config.serial.clone());
+                Ok(self.build_shell(&config)?)
             }
             Start::Restore(load) => match self.load(&load) {
                 // It was given up for that.
@@ -493,7 +506,8 @@ impl Driver {
         Ok((Outside { notifier, console, reset, signals, boot_timer }, input, pty))
     }
 
-    fn adopt(&mut self, machine: Machine, input: Input, pty: Option<Pty>) {
+    fn adopt(&mut self, machine: Machine, (input, pty): (Input, Option<Pty>)) {
+        self.shell = None;
         self.arrivals.extend_from_slice(machine.devices().subscribers());
         input.feed(&machine.devices().serial);
         if let Some(pty) = &pty {

@@ -1,13 +1,16 @@
 //! How a VM comes about: booted, restored from a snapshot, or gone on with where it was saved.
 
 use super::{Driver, RequestError};
+use crate::console::{Input, Pty};
 use crate::machine::Machine;
 use crate::machine::boot::boot;
 use crate::machine::config::{self, BootPlan};
 use crate::machine::phases::Phases;
 use crate::machine::record;
-use crate::machine::restore::restore;
+use crate::machine::restore::{self, Opened, RestoreError};
 use crate::machine::saved::{self, Configuration, Found, GoingOn, GoingOnError, State, Then};
+use crate::machine::shell::Shell;
+use crate::machine::wiring::Outside;
 use api_spec::saved::{SavedState, StartMode, Started};
 use api_spec::snapshot::SnapshotLoad;
 use api_spec::stats::TracedOperation;
@@ -126,9 +129,36 @@ impl Driver {
         phases.end("resume");
         self.latencies.boot_us = Some(phases.total_us());
         self.keep_trace(phases);
-        self.adopt(machine, input, pty);
+        self.adopt(machine, (input, pty));
         tracing::info!("booted: {} vCPUs, {} MiB", plan.vcpus, plan.memory_bytes >> 20);
         Ok(())
+    }
+
+    /// Builds a shell of what is configured.
+    pub(super) fn build_shell(&mut self, config: &VmConfig) -> Result<(), RequestError> {
+        let mut phases = Phases::of(TracedOperation::Shell);
+        let shape = config::shape(config)?;
+        let (outside, input, pty) = self.outside()?;
+        let outside = Outside { boot_timer: false, ..outside };
+        phases.end("console");
+        let shell = Shell::build(shape, Vec::new(), outside, &mut phases).map_err(RestoreError::from)?;
+        self.shell = Some((shell, (input, pty)));
+        self.keep_trace(phases);
+        Ok(())
+    }
+
+    /// The shell that is there, if the snapshot fits it. One that it does not fit is of no use any more.
+    fn shell_for(&mut self, opened: &Opened) -> Option<(Shell, (Input, Option<Pty>))> {
+        let (shell, console) = self.shell.take()?;
+        match opened.fits(&shell) {
+            Ok(()) => Some((shell, console)),
+            Err(misfit) => {
+                tracing::warn!(
+                    "the snapshot does not fit the shell, and is loaded without, which takes longer: {misfit}"
+                );
+                None
+            }
+        }
     }
 
     pub(super) fn load(&mut self, load: &SnapshotLoad) -> Result<(), RequestError> {
@@ -145,9 +175,17 @@ impl Driver {
         let mut phases = Phases::of(TracedOperation::Load);
         config::check_max_private(load.max_private_mib).map_err(RequestError::from)?;
         self.private.set_limit(load.max_private_mib).map_err(RequestError::Limit)?;
-        let (outside, input, pty) = self.outside()?;
-        phases.end("console");
-        let mut machine = restore(load, in_place, outside, &mut phases).map_err(RequestError::from)?;
+        let mut opened = restore::open(load, in_place, &mut phases).map_err(RequestError::from)?;
+        let (shell, console) = match self.shell_for(&opened) {
+            Some(shell) => shell,
+            None => {
+                let (outside, input, pty) = self.outside()?;
+                phases.end("console");
+                (opened.shell(outside, &mut phases).map_err(RequestError::from)?, (input, pty))
+            }
+        };
+        let loaded = opened.load(shell, &self.notifier, &self.signals, &mut phases);
+        let mut machine = loaded.map_err(RequestError::from)?;
         first(&mut machine)?;
         if load.resume_vm {
             machine.resume();
@@ -156,7 +194,7 @@ impl Driver {
         self.latencies.load_us = Some(phases.total_us());
         self.keep_trace(phases);
         self.config.machine_config.max_private_mib = load.max_private_mib;
-        self.adopt(machine, input, pty);
+        self.adopt(machine, console);
         Ok(())
     }
 }

@@ -1,0 +1,265 @@
+//! A shell: all of a machine that does not depend on a snapshot, ready to have one loaded into it.
+//!
+//! ```text
+//!   before the request    VM, vCPUs and their threads, memory slots over reserved addresses, devices and their registrations
+//!   at the request        map memory over the addresses -> load vCPU, VM and device state -> run
+//! ```
+//!
+//! Every load goes through a shell: one that was built ahead (`vmm --shell`), or, if there is none or the snapshot does not
+//! fit it ([`Misfit`]), one that is built for the occasion.
+
+use super::config::DevicePlan;
+use super::phases::Phases;
+use super::wiring::{self, Outside, WireError};
+use super::{Machine, start_vcpus};
+use crate::devices::virtio::block::Disk;
+use crate::kvm::{self, KvmError};
+use crate::memory::{GuestRam, MemoryError, layout};
+use crate::vcpu::VcpuError;
+use crate::vcpu::state::{StateShape, VcpuStateError};
+use api_spec::snapshot::{SnapshotLoad, VsockOverride};
+use rustix::event::{EventfdFlags, eventfd};
+use std::io;
+use std::os::fd::OwnedFd;
+
+/// Why a shell could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum ShellError {
+    /// No descriptor.
+    #[error("cannot create an event descriptor: {0}; the limit on open files may be reached (ulimit -n)")]
+    Descriptor(io::Error),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Devices.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// What the host keeps for a vCPU.
+    #[error(transparent)]
+    Shape(VcpuStateError),
+    /// Threads.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+}
+
+/// Why a snapshot does not fit a shell.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Misfit {
+    /// Another number of vCPUs.
+    #[error("the shell has {shell} vCPUs and the snapshot {snapshot}")]
+    Vcpus {
+        /// Those of the shell.
+        shell: u8,
+        /// Those of the snapshot.
+        snapshot: u8,
+    },
+    /// Another size of memory.
+    #[error("the shell has {} MiB of memory and the snapshot {} MiB", .shell >> 20, .snapshot >> 20)]
+    Memory {
+        /// That of the shell, in bytes.
+        shell: u64,
+        /// That of the snapshot, in bytes.
+        snapshot: u64,
+    },
+    /// A device that one of them lacks, or that is another one.
+    #[error("the shell's {0} is not that of the snapshot")]
+    Device(&'static str),
+    /// Disks, which are opened when it is known what is in them.
+    #[error("a shell has no disks, and the snapshot has")]
+    Drives,
+    /// The request wants another host side of a device than the shell has.
+    #[error("{0} wants another host side than the shell has")]
+    HostSide(&'static str),
+}
+
+/// What a machine is built of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Guest memory, in bytes.
+    pub memory_bytes: u64,
+    /// Devices.
+    pub devices: DevicePlan,
+}
+
+impl Shape {
+    /// Whether what a request wants, which is of the shape `wanted`, can be had in a shell of this one. Pure.
+    pub fn fits(&self, wanted: &Shape, request: &SnapshotLoad) -> Result<(), Misfit> {
+        if self.vcpus != wanted.vcpus {
+            return Err(Misfit::Vcpus { shell: self.vcpus, snapshot: wanted.vcpus });
+        }
+        if self.memory_bytes != wanted.memory_bytes {
+            return Err(Misfit::Memory { shell: self.memory_bytes, snapshot: wanted.memory_bytes });
+        }
+        let DevicePlan { vsock, drives, network, entropy, balloon } = &wanted.devices;
+        if !drives.is_empty() {
+            return Err(Misfit::Drives);
+        }
+        let own = &self.devices;
+        let interfaces = |plan: &DevicePlan| -> Vec<_> {
+            plan.network.iter().map(|interface| (interface.iface_id.clone(), interface.guest_mac)).collect()
+        };
+        let same = [
+            ("vsock device", own.vsock.as_ref().map(|v| v.guest_cid) == vsock.as_ref().map(|v| v.guest_cid)),
+            ("network interfaces", interfaces(own) == interfaces(&wanted.devices)),
+            ("source of entropy", own.entropy.is_some() == entropy.is_some()),
+            ("balloon", own.balloon == *balloon),
+        ];
+        if let Some((device, _)) = same.into_iter().find(|(_, same)| !same) {
+            return Err(Misfit::Device(device));
+        }
+        let is_elsewhere =
+            |wanted: &VsockOverride| own.vsock.as_ref().is_none_or(|own| own.uds_path != wanted.uds_path);
+        if request.vsock_override.as_ref().is_some_and(is_elsewhere) {
+            return Err(Misfit::HostSide("vsock_override"));
+        }
+        let mut taps = own.network.iter().zip(network);
+        let is_other = |(own, wanted): (&api_spec::devices::NetworkInterface, &api_spec::devices::NetworkInterface)| {
+            own.host_dev_name != wanted.host_dev_name
+        };
+        if !request.network_overrides.is_empty() && taps.any(is_other) {
+            return Err(Misfit::HostSide("network_overrides"));
+        }
+        Ok(())
+    }
+}
+
+/// A machine without a guest.
+#[derive(Debug)]
+pub struct Shell {
+    machine: Machine,
+    /// Its number is lower than that of the VM, for the userfaultfd: see [`crate::memory::uffd::Service`].
+    low: OwnedFd,
+}
+
+impl Shell {
+    /// Builds one. `disks` are what lies behind the drives of its shape.
+    pub fn build(shape: Shape, disks: Vec<Disk>, outside: Outside, phases: &mut Phases) -> Result<Self, ShellError> {
+        let Shape { vcpus, memory_bytes, devices: plan } = shape;
+        let low = eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| ShellError::Descriptor(e.into()))?;
+        let kvm = kvm::open()?;
+        phases.end("kvm");
+        let ram = GuestRam::reserve(layout::ram_regions(memory_bytes))?;
+        let vm = kvm::create(&kvm, &ram, vcpus)?;
+        phases.end("vm");
+        let notifier = outside.notifier.clone();
+        let devices = wiring::wire(&vm.fd, &ram, &plan, disks, outside)?;
+        phases.end("devices");
+        let shape = StateShape::of_host(&kvm, &vm.fd).map_err(ShellError::Shape)?;
+        let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
+        phases.end("threads");
+        let machine = Machine {
+            vcpus,
+            devices,
+            shape,
+            vm: vm.fd,
+            ram,
+            page_server: None,
+            replay: None,
+            ending: Default::default(),
+            plan,
+            bases: Default::default(),
+            lease: None,
+            running: false,
+            halting: false,
+        };
+        Ok(Shell { machine, low })
+    }
+
+    /// What it is built of.
+    pub fn shape(&self) -> Shape {
+        let Machine { vcpus, ram, plan, .. } = &self.machine;
+        Shape { vcpus: vcpus.len() as u8, memory_bytes: ram.size(), devices: plan.clone() }
+    }
+
+    /// The machine, with nothing loaded into it, and a descriptor for its userfaultfd to take the number of.
+    pub(super) fn open(self) -> (Machine, OwnedFd) {
+        (self.machine, self.low)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use api_spec::devices::{Balloon, NetworkInterface};
+    use api_spec::snapshot::NetworkOverride;
+    use api_spec::vm::Vsock;
+    use proptest::prelude::*;
+
+    fn interface(host_dev_name: &str, mac: Option<u8>) -> NetworkInterface {
+        NetworkInterface {
+            iface_id: "eth0".into(),
+            host_dev_name: host_dev_name.into(),
+            guest_mac: mac.map(|last| format!("02:00:00:00:00:{last:02x}").parse().unwrap()),
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+            mtu: None,
+        }
+    }
+
+    fn shapes() -> impl Strategy<Value = Shape> {
+        let vsock = prop::option::of((3..5u32, prop::sample::select(vec!["a", "b"])));
+        let network = prop::option::of((prop::sample::select(vec!["tap0", "tap1"]), prop::option::of(1..3u8)));
+        (1..3u8, 1..3u64, vsock, network, prop::option::of(0..2u64), any::<bool>()).prop_map(
+            |(vcpus, mib, vsock, network, balloon, entropy)| Shape {
+                vcpus,
+                memory_bytes: mib << 20,
+                devices: DevicePlan {
+                    vsock: vsock.map(|(guest_cid, path)| Vsock { guest_cid, uds_path: path.into(), vsock_id: None }),
+                    network: network.map(|(tap, mac)| interface(tap, mac)).into_iter().collect(),
+                    balloon: balloon.map(|amount_mib| Balloon {
+                        amount_mib,
+                        deflate_on_oom: false,
+                        stats_polling_interval_s: 0,
+                        free_page_reporting: false,
+                        free_page_hinting: false,
+                    }),
+                    entropy: entropy.then(Default::default),
+                    drives: Vec::new(),
+                },
+            },
+        )
+    }
+
+    /// What the guest can see of a machine.
+    fn seen(shape: &Shape) -> Shape {
+        let mut seen = shape.clone();
+        seen.devices.vsock.iter_mut().for_each(|vsock| vsock.uds_path = "".into());
+        seen.devices.network.iter_mut().for_each(|interface| interface.host_dev_name = String::new());
+        seen
+    }
+
+    proptest! {
+        #[test]
+        fn a_snapshot_fits_a_shell_that_looks_the_same_from_inside(shell in shapes(), wanted in shapes()) {
+            let fits = shell.fits(&wanted, &SnapshotLoad::of("s".into()));
+            prop_assert_eq!(fits.is_ok(), seen(&shell) == seen(&wanted), "{:?}", fits);
+        }
+
+        #[test]
+        fn what_a_request_says_of_the_host_side_must_be_what_the_shell_has(shell in shapes(), path in prop::sample::select(vec!["a", "b"])) {
+            let vsock_override = Some(VsockOverride { uds_path: path.into() });
+            let fits = shell.fits(&shell, &SnapshotLoad { vsock_override, ..SnapshotLoad::of("s".into()) });
+            let same = shell.devices.vsock.as_ref().is_some_and(|vsock| vsock.uds_path == std::path::Path::new(path));
+            prop_assert_eq!(fits, if same { Ok(()) } else { Err(Misfit::HostSide("vsock_override")) });
+        }
+    }
+
+    #[test]
+    fn another_tap_is_refused_only_if_it_was_asked_for() {
+        let with = |tap| Shape {
+            vcpus: 1,
+            memory_bytes: 1 << 20,
+            devices: DevicePlan { network: vec![interface(tap, Some(1))], ..Default::default() },
+        };
+        let asks = NetworkOverride { iface_id: "eth0".into(), host_dev_name: "tap1".into(), guest_mac: None };
+        let request = SnapshotLoad { network_overrides: vec![asks], ..SnapshotLoad::of("s".into()) };
+        assert_eq!(with("tap0").fits(&with("tap1"), &SnapshotLoad::of("s".into())), Ok(()));
+        assert_eq!(with("tap0").fits(&with("tap1"), &request), Err(Misfit::HostSide("network_overrides")));
+        assert_eq!(with("tap1").fits(&with("tap1"), &request), Ok(()));
+    }
+}
