@@ -4,7 +4,7 @@
 //! The guest is asked to touch many pages at once, and the clock of whoever asks runs meanwhile. The same request, made
 //! again when all pages are there, is taken off. What remains, by page, is what the page faults cost.
 
-use super::guest::{Guest, PATIENCE, Workplace};
+use super::guest::{Guest, PATIENCE, Workplace, wait_for_listener};
 use super::{BenchError, host_line, io_error};
 use crate::children::{Child, Children};
 use crate::host::{self, Host};
@@ -487,38 +487,9 @@ fn check(case: Case, pages: Pages, response: Response) -> Result<(), BenchError>
     if response == expected { Ok(()) } else { Err(BenchError::WrongPages(case.title())) }
 }
 
-/// Waits until somebody listens, without connecting: some page servers serve the first who does, and nobody else.
-fn wait_for_listener(server: &mut Child, socket: &Path) -> Result<(), BenchError> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let table = std::fs::read("/proc/net/unix").map_err(io_error("cannot read /proc/net/unix"))?;
-        if listens(&String::from_utf8_lossy(&table), socket) {
-            return Ok(());
-        }
-        server.check_alive()?;
-        if Instant::now() > deadline {
-            return Err(BenchError::Late("the page server does not listen", PATIENCE));
-        }
-        std::thread::sleep(AGAIN);
-    }
-}
-
-/// Whether a socket at this path listens, as /proc/net/unix has it.
-fn listens(table: &str, socket: &Path) -> bool {
-    /// The flag of a socket that listens, as the kernel writes it.
-    const ACCEPTS: &str = "00010000";
-    let path = socket.to_string_lossy();
-    table.lines().any(|line| {
-        let facts = line.strip_suffix(&*path).and_then(|facts| facts.strip_suffix(' '));
-        facts.and_then(|facts| facts.split_whitespace().nth(3)) == Some(ACCEPTS)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::net::UnixListener;
-    use tempfile::TempDir;
 
     #[test]
     fn patterns_share_no_page_and_fit_the_guest() {
@@ -551,18 +522,6 @@ mod tests {
         assert_eq!(rows[0].per_page, PerPage { min_us: 10.0, p50_us: 40.0, max_us: 50.0 });
         let expected = Ratio { of: Case::Later, to: Case::First, pattern: Pattern::Scattered, ratio: 0.025 };
         assert_eq!(ratios(&rows), [expected], "nothing is divided by zero, or guessed");
-    }
-
-    #[test]
-    fn a_listener_is_known_without_a_connection() {
-        let place = TempDir::new().unwrap();
-        let path = place.path().join("a socket");
-        let table = || String::from_utf8_lossy(&std::fs::read("/proc/net/unix").unwrap()).into_owned();
-        assert!(!listens(&table(), &path));
-        let listener = UnixListener::bind(&path).unwrap();
-        assert!(listens(&table(), &path));
-        listener.set_nonblocking(true).unwrap();
-        assert!(listener.accept().is_err(), "nobody has connected");
     }
 
     #[test]

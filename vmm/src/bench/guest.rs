@@ -16,6 +16,9 @@ use uffd_handler::process::Signals;
 /// How long anything may take that takes milliseconds.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
+/// How often to look whether somebody listens.
+const AGAIN: Duration = Duration::from_micros(500);
+
 /// Where a benchmark works: a temporary directory, and the processes that are started in it.
 pub struct Workplace {
     dir: TempDir,
@@ -136,6 +139,11 @@ impl Guest {
 }
 
 impl Api {
+    /// Its socket.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Takes a snapshot, and asks how it went.
     pub fn snapshot(&self, create: &SnapshotCreate) -> Result<Taken, BenchError> {
         let failed = |source| BenchError::Api { what: "cannot take a snapshot", source };
@@ -144,5 +152,50 @@ impl Api {
         client.put("/snapshot/create", create).map_err(failed)?;
         let call = before.elapsed();
         Ok(Taken { status: client.get("/snapshot/status").map_err(failed)?, call })
+    }
+}
+
+/// Waits until somebody listens, without connecting: some page servers serve the first who does, and nobody else.
+pub fn wait_for_listener(server: &mut Child, socket: &Path) -> Result<(), BenchError> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let table = std::fs::read("/proc/net/unix").map_err(io_error("cannot read /proc/net/unix"))?;
+        if listens(&String::from_utf8_lossy(&table), socket) {
+            return Ok(());
+        }
+        server.check_alive()?;
+        if Instant::now() > deadline {
+            return Err(BenchError::Late("nobody listens where a benchmark connects", PATIENCE));
+        }
+        std::thread::sleep(AGAIN);
+    }
+}
+
+/// Whether a socket at this path listens, as /proc/net/unix has it.
+fn listens(table: &str, socket: &Path) -> bool {
+    /// The flag of a socket that listens, as the kernel writes it.
+    const ACCEPTS: &str = "00010000";
+    let path = socket.to_string_lossy();
+    table.lines().any(|line| {
+        let facts = line.strip_suffix(&*path).and_then(|facts| facts.strip_suffix(' '));
+        facts.and_then(|facts| facts.split_whitespace().nth(3)) == Some(ACCEPTS)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn a_listener_is_known_without_a_connection() {
+        let place = TempDir::new().unwrap();
+        let path = place.path().join("a socket");
+        let table = || String::from_utf8_lossy(&std::fs::read("/proc/net/unix").unwrap()).into_owned();
+        assert!(!listens(&table(), &path));
+        let listener = UnixListener::bind(&path).unwrap();
+        assert!(listens(&table(), &path));
+        listener.set_nonblocking(true).unwrap();
+        assert!(listener.accept().is_err(), "nobody has connected");
     }
 }

@@ -4,6 +4,7 @@
 pub mod api;
 pub mod faults;
 mod guest;
+pub mod restore;
 pub mod snapshot;
 
 use crate::children::ChildError;
@@ -20,6 +21,7 @@ Measures, on this machine, and prints what it found. Leave the machine alone mea
 
 Usage: vmm bench api [options]       how long calls of the REST API take, and how soon it can be called
        vmm bench faults [options]    what it costs a guest to touch a page that is not there yet
+       vmm bench restore [options]   how soon a clone answers that was asked for
        vmm bench snapshot [options]  how long guests stand still for snapshots, and what else these cost
 
   --json                  print one JSON document instead of a table
@@ -30,6 +32,13 @@ Of `api`:
 
 Of `faults` and `snapshot`:
   --n RUNS                how often to measure everything, 1 to 100 (default 5 for `faults`, 10 for `snapshot`)
+
+Of `restore`:
+  --n CLONES              how many clones of each kind, 1 to 10000 (default 200)
+  --memory MIB            guest memory (default 128)
+  --vcpus N               1 to 8 (default 1)
+  --backend WHICH         only `file`, or only `shared`, a page server whose store clones share
+  --shell WHICH           only `warm`, into a process that was built ahead, or only `none`, by `vmm --restore`
 
 Of `faults`:
   --pages N               how many pages to touch at once, 1 to 8192 (default 2048)

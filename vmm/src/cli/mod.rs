@@ -1,5 +1,6 @@
 //! The command line: what it asks for, and doing it. `main` prints, [`run`] decides.
 
+mod benches;
 pub mod ctl;
 mod list;
 mod options;
@@ -148,6 +149,10 @@ pub fn run(command: Command) -> Result<i32, CliError> {
         }
         Command::BenchFaults(options) => {
             let report = bench::faults::run(&options)?;
+            print(&if options.json { to_json(&report) } else { report.to_string() })
+        }
+        Command::BenchRestore(options) => {
+            let report = bench::restore::run(&options)?;
             print(&if options.json { to_json(&report) } else { report.to_string() })
         }
         Command::BenchSnapshot(options) => {

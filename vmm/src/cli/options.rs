@@ -1,5 +1,6 @@
 //! What a command line asks for. Pure.
 
+use super::benches;
 use super::ctl::{self, Ctl};
 use super::snapshots;
 use crate::bench;
@@ -30,6 +31,7 @@ Usage: vmm --config FILE [options]            boot what the file describes
        vmm demo [options]                     boot, snapshot, and restore clones; see `vmm demo --help`
        vmm bench api [options]                measure the REST API; see `vmm bench --help`
        vmm bench faults [options]             measure page faults of clones
+       vmm bench restore [options]            measure how soon clones answer
        vmm bench snapshot [options]           measure snapshots
        vmm list CONFIG... [--json]            say which machines are saved, by their configuration files
        vmm doctor [--json]                    say what this host can do, with remedies
@@ -206,6 +208,8 @@ pub enum Command {
     BenchFaults(bench::faults::Options),
     /// Measure snapshots.
     BenchSnapshot(bench::snapshot::Options),
+    /// Measure how soon clones answer.
+    BenchRestore(bench::restore::Options),
     /// Print the version of the snapshot format.
     SnapshotVersion,
     /// Print the version of a snapshot's format.
@@ -280,7 +284,7 @@ impl Command {
         match args.first().and_then(|first| first.to_str()) {
             Some("ctl") => Ok(Command::Ctl(Box::new(ctl::parse(rest)?))),
             Some("demo") => parse_demo(rest),
-            Some("bench") => parse_bench(rest),
+            Some("bench") => benches::parse(rest),
             Some("doctor") => parse_doctor(rest),
             Some("list") => parse_list(rest),
             Some("guest") => parse_guest(rest),
@@ -556,70 +560,6 @@ fn parse_demo(args: Vec<OsString>) -> Result<Command, UsageError> {
     Ok(Command::Demo(options))
 }
 
-fn parse_bench(args: Vec<OsString>) -> Result<Command, UsageError> {
-    match args.split_first() {
-        Some((what, rest)) if what == "faults" => parse_bench_faults(rest.to_vec()),
-        Some((what, rest)) if what == "snapshot" => parse_bench_snapshot(rest.to_vec()),
-        _ => parse_bench_api(args),
-    }
-}
-
-fn parse_bench_faults(args: Vec<OsString>) -> Result<Command, UsageError> {
-    use lexopt::prelude::*;
-    let mut options = bench::faults::Options::default();
-    let mut parser = lexopt::Parser::from_args(args);
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Long("pages") => options.pages = value(&mut parser, "--pages", "a number")?,
-            Long("n") => options.runs = value(&mut parser, "--n", "a number")?,
-            Long("peer-handler") => options.peer_handler = Some(parser.value()?.into()),
-            Long("json") => options.json = true,
-            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
-            other => return Err(other.unexpected().into()),
-        }
-    }
-    options.check().map_err(lexopt::Error::from)?;
-    Ok(Command::BenchFaults(options))
-}
-
-fn parse_bench_snapshot(args: Vec<OsString>) -> Result<Command, UsageError> {
-    use lexopt::prelude::*;
-    let mut options = bench::snapshot::Options::default();
-    let mut parser = lexopt::Parser::from_args(args);
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Long("n") => options.runs = value(&mut parser, "--n", "a number")?,
-            Long("resident-mib") => options.resident_mib = value(&mut parser, "--resident-mib", "a number of MiB")?,
-            Long("json") => options.json = true,
-            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
-            other => return Err(other.unexpected().into()),
-        }
-    }
-    options.check().map_err(lexopt::Error::from)?;
-    Ok(Command::BenchSnapshot(options))
-}
-
-fn parse_bench_api(args: Vec<OsString>) -> Result<Command, UsageError> {
-    use lexopt::prelude::*;
-    let (mut options, mut what) = (bench::api::Options::default(), None);
-    let mut parser = lexopt::Parser::from_args(args);
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Long("calls") => options.calls = value(&mut parser, "--calls", "a number")?,
-            Long("starts") => options.starts = value(&mut parser, "--starts", "a number")?,
-            Long("json") => options.json = true,
-            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
-            Value(value) if what.is_none() => what = Some(value),
-            other => return Err(other.unexpected().into()),
-        }
-    }
-    if what.as_deref() != Some(OsStr::new("api")) {
-        return Err(UsageError::Missing("`bench` takes `api`, `faults` or `snapshot`"));
-    }
-    options.check().map_err(lexopt::Error::from)?;
-    Ok(Command::BenchApi(options))
-}
-
 fn parse_doctor(args: Vec<OsString>) -> Result<Command, UsageError> {
     use lexopt::prelude::*;
     let mut json = false;
@@ -778,15 +718,6 @@ mod tests {
         };
         let expected = [tap("eth0", "tap1", None), tap("eth1", "tap2", Some("06:00:00:00:00:01"))];
         assert_eq!(options.restore.unwrap().request().network_overrides, expected);
-    }
-
-    #[test]
-    fn benchmarks_take_their_options() {
-        let snapshot =
-            |runs, resident_mib, json| Command::BenchSnapshot(bench::snapshot::Options { runs, resident_mib, json });
-        assert_eq!(parse("bench snapshot").unwrap(), snapshot(10, 1024, false));
-        assert_eq!(parse("bench snapshot --n 3 --resident-mib 16 --json").unwrap(), snapshot(3, 16, true));
-        assert_eq!(parse("bench snapshot --help").unwrap(), Command::Help(bench::USAGE));
     }
 
     #[test]
