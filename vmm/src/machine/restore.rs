@@ -197,28 +197,7 @@ impl Opened<'_> {
             machine.page_server = Some(Keeper::start(service, &machine.ram, charge).map_err(RestoreError::Guard)?);
             phases.end("page_server");
         }
-        let state = snapshot.state();
-        let other_tsc = if allowed.contains(&Field::TscKhz) { OtherTsc::Allowed } else { OtherTsc::Refused };
-        for (number, (vcpu, saved)) in machine.vcpus.iter().zip(&state.vcpus).enumerate() {
-            let fail = |source| RestoreError::VcpuState { vcpu: number, source };
-            crate::vcpu::state::load(&vcpu.lock(), &machine.vm, saved, number == 0, other_tsc).map_err(fail)?;
-        }
-        phases.end("vcpu_state");
-        let clock = if request.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn };
-        kvm::state::load(&machine.vm, &state.vm, clock)?;
-        // Guest memory may have been touched already, since KVM writes the wall clock where an MSR tells it to; the keeper and
-        // the page server have been at work from the start.
-        if request.new_generation {
-            let id = fresh_generation().map_err(RestoreError::Random)?;
-            write_generation(machine.ram.memory(), &id).map_err(RestoreError::Generation)?;
-        }
-        phases.end("vm_state");
-        // After the interrupt controllers' state, which would undo what these raise.
-        machine.devices.restore(&machine.plan, &state.devices)?;
-        if request.new_generation {
-            machine.devices.announce_generation().map_err(RestoreError::Announce)?;
-        }
-        phases.end("device_state");
+        load_state(&machine, &snapshot, request, &allowed, phases)?;
         machine.bases = Bases::of(&snapshot);
         machine.lease = Some(lease);
         if request.replay_working_set && shares {
@@ -232,6 +211,39 @@ impl Opened<'_> {
         }
         Ok(machine)
     }
+}
+
+/// Loads the state of vCPUs, VM and devices: all that touches guest memory, and may have to wait for it.
+fn load_state(
+    machine: &Machine,
+    snapshot: &Snapshot,
+    request: &SnapshotLoad,
+    allowed: &[Field],
+    phases: &mut Phases,
+) -> Result<(), RestoreError> {
+    let state = snapshot.state();
+    let other_tsc = if allowed.contains(&Field::TscKhz) { OtherTsc::Allowed } else { OtherTsc::Refused };
+    for (number, (vcpu, saved)) in machine.vcpus.iter().zip(&state.vcpus).enumerate() {
+        let fail = |source| RestoreError::VcpuState { vcpu: number, source };
+        crate::vcpu::state::load(&vcpu.lock(), &machine.vm, saved, number == 0, other_tsc).map_err(fail)?;
+    }
+    phases.end("vcpu_state");
+    let clock = if request.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn };
+    kvm::state::load(&machine.vm, &state.vm, clock)?;
+    // Guest memory may have been touched already, since KVM writes the wall clock where an MSR tells it to; the keeper and
+    // the page server have been at work from the start.
+    if request.new_generation {
+        let id = fresh_generation().map_err(RestoreError::Random)?;
+        write_generation(machine.ram.memory(), &id).map_err(RestoreError::Generation)?;
+    }
+    phases.end("vm_state");
+    // After the interrupt controllers' state, which would undo what these raise.
+    machine.devices.restore(&machine.plan, &state.devices)?;
+    if request.new_generation {
+        machine.devices.announce_generation().map_err(RestoreError::Announce)?;
+    }
+    phases.end("device_state");
+    Ok(())
 }
 
 /// Whether this program on this host can run the snapshot, going by what can be known without KVM.

@@ -1,0 +1,154 @@
+//! Machines that are built before it is known which snapshot they are to run.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad, VsockOverride};
+use api_spec::stats::{TracedOperation, VmStats};
+use api_spec::vm::InstanceState;
+use serde_json::{Value, json};
+use tests::vm::waiting_with;
+use tests::{PageServer, Place, Template, TemplateOptions, Vm, require};
+
+/// A shell of so many vCPUs and so much memory, with a vsock device, and whatever else a configuration says.
+fn shell(place: &Place, name: &str, vcpus: u8, memory_mib: u64, more: Value) -> Vm {
+    let mut config = json!({
+        "machine-config": { "vcpu_count": vcpus, "mem_size_mib": memory_mib },
+        "vsock": { "guest_cid": 3, "uds_path": place.join(format!("{name}.vsock")) },
+    });
+    let fields = more.as_object().expect("more is an object").clone();
+    config.as_object_mut().expect("it is an object").extend(fields);
+    let path = place.join(format!("{name}.json"));
+    std::fs::write(&path, config.to_string()).expect("a file can be made in the test's directory");
+    waiting_with(place, name, |vmm| {
+        vmm.arg("--shell").arg(&path);
+    })
+}
+
+fn load(template: &Template) -> SnapshotLoad {
+    SnapshotLoad { resume_vm: true, ..SnapshotLoad::of(template.snapshot.clone()) }
+}
+
+/// The phases of the last operation of this kind.
+fn phases(vm: &mut Vm, operation: TracedOperation) -> Vec<String> {
+    let stats: VmStats = vm.api().get("/vm/stats").expect("a VM that was started has counters");
+    let trace = stats.traces.into_iter().find(|trace| trace.operation == operation).expect("it was done");
+    assert_eq!(trace.phases.iter().map(|phase| phase.ns).sum::<u64>(), trace.total_ns, "{trace:?}");
+    trace.phases.into_iter().map(|phase| phase.name).collect()
+}
+
+/// What is built of a machine before a snapshot is loaded into it.
+const BUILT: [&str; 4] = ["kvm", "vm", "devices", "threads"];
+
+#[test]
+fn a_snapshot_is_loaded_into_a_shell_from_a_file_and_from_a_page_server() {
+    require!(Kvm, Userfaultfd);
+    let template = Template::make(TemplateOptions { vcpus: 2, memory_mib: 32, working_set_mib: 4 });
+    let place = Place::new();
+    let server = PageServer::start(&place, &template.snapshot);
+    for (name, backend) in
+        [("file", None), ("shared", Some(MemBackendType::UffdShared)), ("copied", Some(MemBackendType::Uffd))]
+    {
+        let mut vm = shell(&place, name, 2, 32, json!({}));
+        assert_eq!(vm.state(), InstanceState::NotStarted, "{name}");
+        let mem_backend = backend.map(|backend| MemBackend::of(backend, server.socket.clone()));
+        vm.api().put("/snapshot/load", &SnapshotLoad { mem_backend, ..load(&template) }).expect("it fits");
+        template.facts.check(&mut vm.agent());
+        let (built, loaded) = (phases(&mut vm, TracedOperation::Shell), phases(&mut vm, TracedOperation::Load));
+        assert!(BUILT.iter().all(|phase| built.iter().any(|built| built == phase)), "{name}: {built:?}");
+        assert!(!BUILT.iter().any(|phase| loaded.iter().any(|loaded| loaded == phase)), "{name}: {loaded:?}");
+        vm.pause();
+        vm.resume();
+        template.facts.check(&mut vm.agent());
+        vm.stop();
+    }
+}
+
+#[test]
+fn a_snapshot_that_does_not_fit_the_shell_is_loaded_without_and_the_log_says_why() {
+    require!(Kvm);
+    let template = Template::make(TemplateOptions { vcpus: 1, memory_mib: 16, working_set_mib: 1 });
+    let place = Place::new();
+    let elsewhere = |vm: &Vm| Some(VsockOverride { uds_path: vm.vsock.with_extension("other") });
+    for (name, vcpus, memory_mib, more, moved, why) in [
+        ("vcpus", 2, 16, json!({}), false, "the shell has 2 vCPUs and the snapshot 1"),
+        ("memory", 1, 32, json!({}), false, "the shell has 32 MiB of memory and the snapshot 16 MiB"),
+        (
+            "entropy",
+            1,
+            16,
+            json!({ "entropy": {} }),
+            false,
+            "the shell's source of entropy is not that of the snapshot",
+        ),
+        ("moved", 1, 16, json!({}), true, "vsock_override wants another host side than the shell has"),
+    ] {
+        let mut vm = shell(&place, name, vcpus, memory_mib, more);
+        let vsock_override = if moved { elsewhere(&vm) } else { Some(VsockOverride { uds_path: vm.vsock.clone() }) };
+        vm.api()
+            .put("/snapshot/load", &SnapshotLoad { vsock_override, ..load(&template) })
+            .expect("loaded all the same");
+        if moved {
+            vm.vsock = vm.vsock.with_extension("other");
+        }
+        template.facts.check(&mut vm.agent());
+        let loaded = phases(&mut vm, TracedOperation::Load);
+        assert!(BUILT.iter().all(|phase| loaded.iter().any(|loaded| loaded == phase)), "{name}: {loaded:?}");
+        let log = vm.process.log();
+        let told = log.lines().filter(|line| line.contains("does not fit the shell")).collect::<Vec<_>>();
+        assert!(told.len() == 1 && told[0].contains(why), "{name}: {log}");
+        vm.stop();
+    }
+}
+
+#[test]
+fn a_load_that_is_refused_before_it_touches_the_shell_leaves_it_as_it_was() {
+    require!(Kvm);
+    let template = Template::make(TemplateOptions { vcpus: 1, memory_mib: 16, working_set_mib: 1 });
+    let place = Place::new();
+    let mut vm = shell(&place, "shell", 1, 16, json!({}));
+    let nowhere = SnapshotLoad::of(place.join("nowhere"));
+    vm.api().put("/snapshot/load", &nowhere).expect_err("there is no such snapshot");
+    vm.api().put("/snapshot/load", &load(&template)).expect("it fits");
+    template.facts.check(&mut vm.agent());
+    let loaded = phases(&mut vm, TracedOperation::Load);
+    assert!(!loaded.iter().any(|phase| phase == "vm"), "the shell was used: {loaded:?}");
+    vm.stop();
+}
+
+#[test]
+fn a_load_that_fails_in_the_shell_leaves_a_process_that_can_load_without() {
+    require!(Kvm);
+    let template = Template::make(TemplateOptions { vcpus: 1, memory_mib: 16, working_set_mib: 1 });
+    let place = Place::new();
+    let mut vm = shell(&place, "shell", 1, 16, json!({}));
+    let gone = Some(MemBackend::of(MemBackendType::UffdShared, place.join("nobody")));
+    vm.api().put("/snapshot/load", &SnapshotLoad { mem_backend: gone, ..load(&template) }).expect_err("nobody serves");
+    assert_eq!(vm.state(), InstanceState::NotStarted);
+    let vsock_override = Some(VsockOverride { uds_path: vm.vsock.clone() });
+    vm.api().put("/snapshot/load", &SnapshotLoad { vsock_override, ..load(&template) }).expect("it is loaded");
+    template.facts.check(&mut vm.agent());
+    vm.stop();
+}
+
+#[test]
+fn what_a_shell_cannot_have_is_refused_by_name() {
+    let place = Place::new();
+    for (name, more, why) in [
+        ("boot", json!({ "boot-source": { "embedded_guest": true } }), "boot-source"),
+        ("drives", json!({ "drives": [{ "drive_id": "a", "path_on_host": "/a", "is_root_device": false }] }), "drives"),
+        ("saved", json!({ "saved-state": { "path": "/a" } }), "saved-state"),
+        (
+            "private",
+            json!({ "machine-config": { "vcpu_count": 1, "mem_size_mib": 16, "max_private_mib": 4 } }),
+            "max_private_mib",
+        ),
+    ] {
+        let ended = shell(&place, name, 1, 16, more).process.finish();
+        assert_eq!(ended.code(), 1, "{name}: {}", ended.stderr);
+        assert!(ended.one_line().contains(why), "{name}: {}", ended.stderr);
+    }
+    for arguments in [&["--shell", "s.json"][..], &["--shell", "s", "--api-sock", "a", "--restore", "r"]] {
+        let ended = tests::process::run_vmm(&place, "usage", arguments);
+        assert_eq!(ended.code(), 2, "{}", ended.stderr);
+    }
+}
