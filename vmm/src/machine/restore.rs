@@ -6,25 +6,28 @@ use super::bases::Bases;
 use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
 use super::disks::{self, RestoreDisksError};
-use super::keeper::{Charge, Keeper};
-use super::wiring::{self, Outside, WireError};
+use super::keeper::{Charge, GivenUp, Keeper};
+use super::wiring::{self, Devices, Outside, WireError};
 use super::{Machine, record, start_vcpus};
 use crate::devices::virtio::block::Disk;
 use crate::host;
 use crate::kvm::state::{Clock, VmStateError};
-use crate::kvm::{self, KvmError};
+use crate::kvm::{self, KvmError, Vm};
+use crate::memory::GuestRam;
 use crate::memory::layout;
 use crate::memory::replay::Replay;
-use crate::memory::uffd::Service;
+use crate::memory::uffd::{Service, UffdError};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{OtherTsc, StateShape, VcpuStateError};
 use api_spec::devices::NetworkInterface;
 use api_spec::mac::MacError;
 use api_spec::snapshot::{AllowedMismatch, NetworkOverride, SnapshotLoad, VsockOverride};
+use kvm_ioctls::Kvm;
 use snapshot::compat::{self, Field, Mismatch, Verdict};
 use snapshot::load::{LoadError, Snapshot};
 use snapshot::manifest::Manifest;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use vm_memory::GuestMemoryError;
@@ -89,6 +92,17 @@ pub enum RestoreError {
     /// The page server cannot be watched.
     #[error("cannot watch the page server: {0}; limits on open files or processes may be reached (ulimit -n, -u)")]
     Guard(std::io::Error),
+    /// It does not serve.
+    #[error(
+        "the snapshot is not loaded: pages that this takes do not come from the page server at {path}: {reason}; see that server's \
+         log, check the snapshot that it serves (vmm snapshot verify), and load again once a server has it whole"
+    )]
+    Unserved {
+        /// Its socket.
+        path: PathBuf,
+        /// Why they do not.
+        reason: String,
+    },
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -157,27 +171,11 @@ pub fn restore(request: &SnapshotLoad, in_place: &[String], outside: Outside) ->
         Keeper::start(service, &ram, charge).map_err(RestoreError::Guard)
     };
     let page_server = service.map(keep).transpose()?;
-    let vm = kvm::create(&kvm, &ram, snapshot.manifest().machine.vcpus as u8)?;
-    let state = snapshot.state();
-    let other_tsc = if allowed.contains(&Field::TscKhz) { OtherTsc::Allowed } else { OtherTsc::Refused };
-    for (number, (vcpu, saved)) in vm.vcpus.iter().zip(&state.vcpus).enumerate() {
-        let fail = |source| RestoreError::VcpuState { vcpu: number, source };
-        crate::vcpu::state::load(vcpu, &vm.fd, saved, number == 0, other_tsc).map_err(fail)?;
-    }
-    let clock = if request.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn };
-    kvm::state::load(&vm.fd, &state.vm, clock)?;
-    // Guest memory may have been touched already, since KVM writes the wall clock where an MSR tells it to; the keeper and
-    // the page server have been at work from the start.
-    if request.new_generation {
-        let id = fresh_generation().map_err(RestoreError::Random)?;
-        write_generation(ram.memory(), &id).map_err(RestoreError::Generation)?;
-    }
     let notifier = outside.notifier.clone();
-    let devices = wiring::wire(&vm.fd, &ram, &plan, disks, Some(&state.devices), outside)?;
-    // After the interrupt controllers' state, which would undo it.
-    if request.new_generation {
-        devices.announce_generation().map_err(RestoreError::Announce)?;
-    }
+    let assembled = assemble(&kvm, &ram, &snapshot, request, &allowed, Parts { plan: &plan, disks, outside });
+    // Whatever came of it: it may have been let go because pages do not come.
+    page_server.as_ref().map_or(Ok(()), loaded)?;
+    let (vm, devices) = assembled?;
 
     let shape = StateShape::of_host(&kvm, &vm.fd).map_err(RestoreError::Shape)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
@@ -206,6 +204,53 @@ pub fn restore(request: &SnapshotLoad, in_place: &[String], outside: Outside) ->
         });
     }
     Ok(machine)
+}
+
+/// Whether the page server has served to the end of a load, or somebody in its place.
+fn loaded(keeper: &Keeper) -> Result<(), RestoreError> {
+    keeper.loaded().map_err(|why| match why {
+        GivenUp::Ending => BackendError::from(UffdError::Ending).into(),
+        GivenUp::Unserved(reason) => RestoreError::Unserved { path: keeper.path().to_owned(), reason },
+    })
+}
+
+/// What devices are made of.
+struct Parts<'a> {
+    plan: &'a DevicePlan,
+    disks: Vec<Disk>,
+    outside: Outside,
+}
+
+/// VM -> state -> devices: all that touches guest memory, and may have to wait for it.
+fn assemble(
+    kvm: &Kvm,
+    ram: &GuestRam,
+    snapshot: &Snapshot,
+    request: &SnapshotLoad,
+    allowed: &[Field],
+    Parts { plan, disks, outside }: Parts,
+) -> Result<(Vm, Devices), RestoreError> {
+    let vm = kvm::create(kvm, ram, snapshot.manifest().machine.vcpus as u8)?;
+    let state = snapshot.state();
+    let other_tsc = if allowed.contains(&Field::TscKhz) { OtherTsc::Allowed } else { OtherTsc::Refused };
+    for (number, (vcpu, saved)) in vm.vcpus.iter().zip(&state.vcpus).enumerate() {
+        let fail = |source| RestoreError::VcpuState { vcpu: number, source };
+        crate::vcpu::state::load(vcpu, &vm.fd, saved, number == 0, other_tsc).map_err(fail)?;
+    }
+    let clock = if request.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn };
+    kvm::state::load(&vm.fd, &state.vm, clock)?;
+    // Guest memory may have been touched already, since KVM writes the wall clock where an MSR tells it to; the keeper and
+    // the page server have been at work from the start.
+    if request.new_generation {
+        let id = fresh_generation().map_err(RestoreError::Random)?;
+        write_generation(ram.memory(), &id).map_err(RestoreError::Generation)?;
+    }
+    let devices = wiring::wire(&vm.fd, ram, plan, disks, Some(&state.devices), outside)?;
+    // After the interrupt controllers' state, which would undo it.
+    if request.new_generation {
+        devices.announce_generation().map_err(RestoreError::Announce)?;
+    }
+    Ok((vm, devices))
 }
 
 /// Whether this program on this host can run the snapshot, going by what can be known without KVM.
