@@ -4,6 +4,8 @@
 //! The event loop itself may be waiting for a page. So the thread needs nothing of it, and if the process is to end and the event
 //! loop does not see to that, the thread does.
 //!
+//! Nor does whoever loads a guest wait for ever: see [`Keeper::loaded`].
+//!
 //! No guest reads wrong bytes meanwhile: the vmm holds its own descriptor of the userfaultfd, so pages that were not
 //! delivered stay unreadable; and before the process ends, and that descriptor with it, guest memory is taken away, so
 //! that a fault which is let go by that cannot put a page of zeros into a store that other clones still use.

@@ -16,7 +16,7 @@
 //! [`ANSWER`].
 //!
 //! While the server is silent, gone, or cannot get its bytes, faults are served here if the policy and the image allow it. Where
-//! nobody serves them, the guest is paused after [`PATIENCE`].
+//! nobody serves them, the guest is paused after [`PATIENCE`]. One that is still being loaded is given up after [`LOAD_PATIENCE`].
 
 use api_spec::snapshot::OnHandlerLoss;
 use std::time::Duration;
