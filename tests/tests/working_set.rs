@@ -3,11 +3,12 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use api_spec::agent::Pages;
+use api_spec::snapshot::OnHandlerLoss;
 use snapshot::working_set::WorkingSet;
 use std::path::Path;
 use tests::procfs::resident;
 use tests::template::SEED;
-use tests::{Agent, PageServer, Place, Restore, Template, TemplateOptions, require, until};
+use tests::{Agent, PageServer, Place, Restore, Template, TemplateOptions, Web, require, until};
 
 const MIB_PAGES: u32 = 256;
 
@@ -30,7 +31,9 @@ fn learn(template: &Template, place: &Place) {
     let server = PageServer::start_with(place, &template.snapshot, &["--record", "3"]);
     let clones: Vec<_> = (0..3)
         .map(|number| {
-            let restore = Restore::new(place, &template.snapshot).uffd(&server);
+            // On a busy host a server may answer late, and one that was stood in for is not told what a clone has used.
+            let restore =
+                Restore::new(place, &template.snapshot).uffd(&server).on_handler_loss(OnHandlerLoss::Reattach);
             let (vm, mut agent) = restore.ready(&format!("teacher-{number}"));
             work(&mut agent);
             if number == 0 {
@@ -120,4 +123,35 @@ fn a_working_set_that_is_of_no_use_costs_nothing() {
         clone.stop();
         server.process.stop();
     }
+}
+
+/// A server of a URL learns nothing, but what was learnt from the snapshot on some host goes with the files that each host has.
+#[test]
+fn a_clone_of_a_remote_image_gets_ready_what_a_local_one_has_taught() {
+    require!(Kvm, Userfaultfd);
+    let (template, place) = (template(), Place::new());
+    learn(&template, &place);
+    let bare = template.without_memory(&place);
+    let web = Web::start(template.place.path());
+    let server = PageServer::start(&place, Path::new(&web.url("snapshot")));
+    let restore = |name: &str| Restore::new(&place, &bare).uffd(&server).paused().start(name);
+    let mut plain = restore("plain");
+    plain.state();
+    assert!(resident(plain.pid(), "RssShmem") < 2 << 10, "nothing is known here");
+    plain.stop();
+
+    let name = "working-set.json";
+    std::fs::copy(template.snapshot.join(name), bare.join(name)).expect("it can be copied");
+    let mut clone = restore("clone");
+    let set = known(&template.snapshot).expect("it was learnt");
+    let wanted = 4 * set.read().union(set.written()).pages();
+    until("all pages are there", || resident(clone.pid(), "RssShmem") + resident(clone.pid(), "RssAnon") >= wanted);
+    clone.resume();
+    let mut agent = clone.agent();
+    let events = server.session(clone.pid()).uffd_events;
+    work(&mut agent);
+    let more = server.session(clone.pid()).uffd_events - events;
+    assert!(more < 16, "{more} faults on pages that were got ready");
+    template_check(&template, &mut agent);
+    clone.stop();
 }

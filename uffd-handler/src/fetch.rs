@@ -11,7 +11,7 @@
 //! waits for the threads at the end: one that hangs in its source ends with the process.
 
 use crate::source::{Chunk, Source, SourceError};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
@@ -92,6 +92,25 @@ impl Queue {
         self.reading_ahead += usize::from(urgency == Urgency::Ahead);
         self.places.insert(chunk, Place::Taken(urgency));
         Some((chunk, urgency))
+    }
+
+    /// Forgets what is queued for guests of which none waits any more: `is_awaited` says so. What was to be read ahead all the same
+    /// is so again. Takes time only where there is something to forget, for all of it at once.
+    fn forget(&mut self, is_awaited: impl Fn(u64) -> bool) {
+        let (awaited, forgotten): (VecDeque<u64>, VecDeque<u64>) =
+            self.demand.drain(..).partition(|&chunk| is_awaited(chunk));
+        self.demand = awaited;
+        if forgotten.is_empty() {
+            return;
+        }
+        let ahead: BTreeSet<u64> = self.ahead.iter().copied().collect();
+        for chunk in forgotten {
+            if ahead.contains(&chunk) {
+                self.places.insert(chunk, Place::Queued(Urgency::Ahead));
+            } else {
+                self.places.remove(&chunk);
+            }
+        }
     }
 
     fn next_ahead(&mut self) -> Option<u64> {
@@ -240,6 +259,11 @@ impl Fetcher {
         new
     }
 
+    /// Has no chunk read for guests that none waits for any more, unless a thread is at it: `is_awaited` tells.
+    pub fn forget(&mut self, is_awaited: impl Fn(u64) -> bool) {
+        self.shared.queue().forget(is_awaited);
+    }
+
     /// Says how soon a chunk was wanted that has come, which may be asked for again from now on.
     pub fn delivered(&mut self, chunk: u64) -> Option<Urgency> {
         self.shared.queue().delivered(chunk)
@@ -282,7 +306,6 @@ impl Drop for Fetcher {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::collections::BTreeSet;
 
     #[test]
     fn demand_goes_first_and_one_thread_is_kept_for_it() {
@@ -297,6 +320,20 @@ mod tests {
     }
 
     #[test]
+    fn what_nobody_waits_for_any_more_is_not_read_unless_it_was_to_be_read_ahead() {
+        let mut queue = Queue::default();
+        (0..3).for_each(|chunk| assert!(queue.want(chunk, Urgency::Ahead)));
+        [10, 11, 2, 12, 13].into_iter().for_each(|chunk| assert!(queue.want(chunk, Urgency::Demand)));
+        assert_eq!(queue.take(), Some((10, Urgency::Demand)));
+        queue.forget(|chunk| chunk == 12);
+        assert!(queue.want(13, Urgency::Demand), "it may be wanted again");
+        assert!(!queue.want(10, Urgency::Demand), "it is on its way");
+        let taken: Vec<_> = std::iter::from_fn(|| queue.take()).collect();
+        let (demand, ahead) = (Urgency::Demand, Urgency::Ahead);
+        assert_eq!(taken, [(12, demand), (13, demand), (0, ahead), (1, ahead), (2, ahead)]);
+    }
+
+    #[test]
     fn what_is_read_ahead_is_bounded() {
         let mut queue = Queue::default();
         (0..MOST_AHEAD as u64).for_each(|chunk| assert!(queue.want(chunk, Urgency::Ahead)));
@@ -307,7 +344,7 @@ mod tests {
     proptest! {
         #[test]
         fn each_chunk_is_wanted_once_and_none_is_lost(
-            steps in prop::collection::vec((0..4u8, 0..12u64), 0..200)
+            steps in prop::collection::vec((0..5u8, 0..12u64), 0..200)
         ) {
             let mut queue = Queue::default();
             let (mut open, mut taken) = (BTreeSet::new(), Vec::new());
@@ -316,6 +353,15 @@ mod tests {
                     0 => prop_assert_eq!(queue.want(chunk, Urgency::Ahead), open.insert(chunk)),
                     1 => drop((queue.want(chunk, Urgency::Demand), open.insert(chunk))),
                     2 => taken.extend(queue.take()),
+                    3 => {
+                        let is_awaited = |other| other % 3 == chunk % 3;
+                        let waited: Vec<u64> = queue.demand.iter().copied().filter(|&other| !is_awaited(other)).collect();
+                        queue.forget(is_awaited);
+                        prop_assert!(queue.demand.iter().all(|&other| is_awaited(other)));
+                        for chunk in waited.into_iter().filter(|chunk| !queue.ahead.contains(chunk)) {
+                            prop_assert!(open.remove(&chunk));
+                        }
+                    }
                     _ => if let Some((chunk, urgency)) = taken.pop() {
                         queue.has_read(urgency);
                         prop_assert_eq!(queue.delivered(chunk), Some(urgency));

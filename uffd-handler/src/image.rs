@@ -167,18 +167,26 @@ impl Image {
 
     /// Somebody waits for nothing any more.
     pub fn leave(&mut self, waiter: Waiter) {
-        self.waiters.retain(|_, waiters| {
+        self.let_leave(|waiters| {
             waiters.remove(&waiter);
-            !waiters.is_empty()
         });
     }
 
     /// Nobody waits for the sake of a store that is no more.
     pub fn leave_store(&mut self, store: u64) {
+        self.let_leave(|waiters| waiters.retain(|waiter| waiter.store != store));
+    }
+
+    /// What nobody waits for then is not read either.
+    fn let_leave(&mut self, leave: impl Fn(&mut BTreeSet<Waiter>)) {
+        let awaited = self.waiters.len();
         self.waiters.retain(|_, waiters| {
-            waiters.retain(|waiter| waiter.store != store);
+            leave(waiters);
             !waiters.is_empty()
         });
+        if self.waiters.len() < awaited {
+            self.fetcher.forget(|chunk| self.waiters.contains_key(&chunk));
+        }
     }
 
     /// Has a chunk read when there is nothing better to do; false if it is on its way already, or too many are.

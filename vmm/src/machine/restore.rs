@@ -6,7 +6,7 @@ use super::bases::Bases;
 use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
 use super::disks::{self, RestoreDisksError};
-use super::keeper::{Charge, Keeper};
+use super::keeper::{Charge, GivenUp, Keeper};
 use super::phases::Phases;
 use super::shell::{Misfit, Shape, Shell, ShellError};
 use super::wiring::{Outside, WireError};
@@ -17,6 +17,7 @@ use crate::kvm;
 use crate::kvm::state::{Clock, VmStateError};
 use crate::memory::layout;
 use crate::memory::replay::Replay;
+use crate::memory::uffd::UffdError;
 use crate::notice::Notifier;
 use crate::vcpu::state::{OtherTsc, VcpuStateError};
 use api_spec::devices::NetworkInterface;
@@ -26,6 +27,7 @@ use snapshot::compat::{self, Field, Mismatch, Verdict};
 use snapshot::load::{Lease, LoadError, Snapshot};
 use snapshot::manifest::Manifest;
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use uffd_handler::process::Signals;
@@ -91,6 +93,17 @@ pub enum RestoreError {
     /// The page server cannot be watched.
     #[error("cannot watch the page server: {0}; limits on open files or processes may be reached (ulimit -n, -u)")]
     Guard(std::io::Error),
+    /// It does not serve.
+    #[error(
+        "the snapshot is not loaded: pages that this takes do not come from the page server at {path}: {reason}; see that server's \
+         log, check the snapshot that it serves (vmm snapshot verify), and load again once a server has it whole"
+    )]
+    Unserved {
+        /// Its socket.
+        path: PathBuf,
+        /// Why they do not.
+        reason: String,
+    },
     /// What it is loaded into.
     #[error(transparent)]
     Shell(#[from] ShellError),
@@ -197,7 +210,10 @@ impl Opened<'_> {
             machine.page_server = Some(Keeper::start(service, &machine.ram, charge).map_err(RestoreError::Guard)?);
             phases.end("page_server");
         }
-        load_state(&machine, &snapshot, request, &allowed, phases)?;
+        let state_loaded = load_state(&machine, &snapshot, request, &allowed, phases);
+        // Whatever came of it: it may have been let go because pages do not come.
+        machine.page_server.as_ref().map_or(Ok(()), loaded)?;
+        state_loaded?;
         machine.bases = Bases::of(&snapshot);
         machine.lease = Some(lease);
         if request.replay_working_set && shares {
@@ -211,6 +227,14 @@ impl Opened<'_> {
         }
         Ok(machine)
     }
+}
+
+/// Whether the page server has served to the end of a load, or somebody in its place.
+fn loaded(keeper: &Keeper) -> Result<(), RestoreError> {
+    keeper.loaded().map_err(|why| match why {
+        GivenUp::Ending => BackendError::from(UffdError::Ending).into(),
+        GivenUp::Unserved(reason) => RestoreError::Unserved { path: keeper.path().to_owned(), reason },
+    })
 }
 
 /// Loads the state of vCPUs, VM and devices: all that touches guest memory, and may have to wait for it.

@@ -208,10 +208,19 @@ pub fn empty(region: &MmapRegion, range: Range<u64>) -> io::Result<()> {
 /// Puts a mapping in a region's place that cannot be accessed. For the end of a guest: whoever accesses the region later
 /// dies of it.
 pub fn cut_off(region: &MmapRegion) -> io::Result<()> {
+    put_nothing(region, libc::PROT_NONE)
+}
+
+/// Puts memory of zeros in a region's place. For the end of a guest that never ran: whoever accesses the region later finds zeros.
+pub fn blank(region: &MmapRegion) -> io::Result<()> {
+    put_nothing(region, libc::PROT_READ | libc::PROT_WRITE)
+}
+
+fn put_nothing(region: &MmapRegion, protection: libc::c_int) -> io::Result<()> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
     // SAFETY: MAP_FIXED replaces exactly the region's own mapping, so nothing else is unmapped, and the address stays
     // the region's to unmap; the bytes were volatile guest memory that no Rust reference points to.
-    let nothing = unsafe { libc::mmap(region.as_ptr().cast(), region.size(), libc::PROT_NONE, flags, -1, 0) };
+    let nothing = unsafe { libc::mmap(region.as_ptr().cast(), region.size(), protection, flags, -1, 0) };
     if nothing == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 

@@ -220,6 +220,12 @@ pub fn cut_off(memory: &GuestMemory) {
     }
 }
 
+/// Puts zeros in the place of guest memory: from now on every access to it finds those, and waits for nobody. For a guest that
+/// is not going to run.
+pub fn blank(memory: &GuestMemory) -> io::Result<()> {
+    memory.iter().try_for_each(|region| mmap::blank(region.mapping()))
+}
+
 /// Memory from guest address 0 on, for tests of who uses it.
 #[cfg(test)]
 pub fn from_zero(size: usize) -> GuestMemory {

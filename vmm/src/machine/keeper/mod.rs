@@ -4,6 +4,8 @@
 //! The event loop itself may be waiting for a page. So the thread needs nothing of it, and if the process is to end and the event
 //! loop does not see to that, the thread does.
 //!
+//! Nor does whoever loads a guest wait for ever: see [`Keeper::loaded`].
+//!
 //! No guest reads wrong bytes meanwhile: the vmm holds its own descriptor of the userfaultfd, so pages that were not
 //! delivered stay unreadable; and before the process ends, and that descriptor with it, guest memory is taken away, so
 //! that a fault which is let go by that cannot put a page of zeros into a store that other clones still use.
@@ -56,6 +58,25 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// How often to look at a store whose server is gone.
 const AUDIT: Duration = Duration::from_secs(1);
 
+/// Why a load was given up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GivenUp {
+    /// This process is to end.
+    Ending,
+    /// Nobody serves the pages that it needs.
+    Unserved(String),
+}
+
+/// How far the load of a guest is.
+#[derive(Debug, Default)]
+enum Load {
+    #[default]
+    UnderWay,
+    Over,
+    /// Guest memory reads as zeros.
+    GivenUp(GivenUp),
+}
+
 /// What a keeper needs of a guest and of the process.
 #[derive(Debug)]
 pub struct Charge {
@@ -80,12 +101,13 @@ pub struct Keeper {
     path: PathBuf,
     uffd: Arc<Uffd>,
     stats: Arc<Mutex<PageServerStats>>,
+    load: Arc<Mutex<Load>>,
     /// Readable once the guest needs nobody more.
     released: OwnedFd,
 }
 
 impl Keeper {
-    /// Begins to watch over a server that serves a guest with this RAM.
+    /// Begins to watch over a server that serves a guest with this RAM, which is being loaded: see [`Keeper::loaded`].
     pub fn start(service: Service, ram: &GuestRam, charge: Charge) -> io::Result<Self> {
         static SESSIONS: AtomicU64 = AtomicU64::new(0);
         let keeper = Keeper {
@@ -93,6 +115,7 @@ impl Keeper {
             path: service.path.clone(),
             uffd: service.uffd.clone(),
             stats: Arc::default(),
+            load: Arc::default(),
             released: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         };
         let began = Instant::now();
@@ -113,6 +136,8 @@ impl Keeper {
             audited_at: began,
             released: keeper.released.try_clone()?,
             stats: keeper.stats.clone(),
+            load: keeper.load.clone(),
+            has_given_up: false,
             last_orders: None,
             trouble_at: began,
             looked_at: began,
@@ -122,6 +147,19 @@ impl Keeper {
         };
         std::thread::Builder::new().name("keeper".into()).spawn(move || watch.run())?;
         Ok(keeper)
+    }
+
+    /// The guest is loaded, and may run; unless it has been given up, since when its memory is none.
+    ///
+    /// Until then whoever loads it may wait for pages. Where nobody serves them the keeper lets him go, with zeros in their
+    /// place, so that he comes here.
+    pub fn loaded(&self) -> Result<(), GivenUp> {
+        let mut load = lock(&self.load);
+        if let Load::GivenUp(why) = &*load {
+            return Err(why.clone());
+        }
+        *load = Load::Over;
+        Ok(())
     }
 
     /// Where the server listens.
@@ -263,6 +301,9 @@ struct Watch {
     audited_at: Instant,
     released: OwnedFd,
     stats: Arc<Mutex<PageServerStats>>,
+    load: Arc<Mutex<Load>>,
+    /// There is nothing more to watch over.
+    has_given_up: bool,
     last_orders: Option<LastOrders>,
     /// When what led to the last takeover was first seen.
     trouble_at: Instant,
@@ -307,6 +348,9 @@ impl Watch {
             let now = self.now();
             if self.plan.deadline().is_some_and(|at| now >= at) {
                 self.on(Event::Time);
+            }
+            if self.has_given_up {
+                return;
             }
             if let Some(LastOrders { words, .. }) = self.last_orders.take_if(|orders| Instant::now() >= orders.at) {
                 return self.leave(words);
@@ -357,7 +401,9 @@ impl Watch {
         match ready {
             Ready::Signal => {
                 self.charge.ending.store(true, Ordering::Relaxed);
-                self.last_orders = Some(LastOrders { at: Instant::now() + SIGNAL_ORDERS, words: None });
+                if !self.give_up_load(GivenUp::Ending) {
+                    self.last_orders = Some(LastOrders { at: Instant::now() + SIGNAL_ORDERS, words: None });
+                }
             }
             Ready::Line => {
                 let said = self.link.as_mut().map(Link::hear).unwrap_or_default();
@@ -478,6 +524,9 @@ impl Watch {
             Step::Pause(reason) => self.tell(PageServerWord::Pause(reason)),
             Step::Resume => self.tell(PageServerWord::Resume),
             Step::End(reason) => self.end(reason),
+            Step::GiveUpLoad(reason) => {
+                self.give_up_load(GivenUp::Unserved(reason));
+            }
         }
     }
 
@@ -643,10 +692,33 @@ impl Watch {
         stats.reason = unserved.or_else(|| self.plan.serves_here().then(|| self.plan.reason()));
     }
 
-    /// Has the event loop end the process, in good order if it can.
+    /// Lets a load fail that is under way; false if none is. Whoever loads may be waiting for a page: what he finds in its
+    /// place does no harm, as the guest is not going to run.
+    fn give_up_load(&mut self, why: GivenUp) -> bool {
+        let mut load = lock(&self.load);
+        if !matches!(*load, Load::UnderWay) {
+            return false;
+        }
+        // Before there is anything wrong to be found.
+        *load = Load::GivenUp(why);
+        self.has_given_up = true;
+        if let Err(e) = memory::blank(&self.memory) {
+            drop(load);
+            self.leave(Some(RunError::Guard(e)));
+        }
+        self.wake_all();
+        true
+    }
+
+    /// Lets a load fail that is under way. Has the event loop end the process otherwise, in good order if it can.
     fn end(&mut self, reason: String) {
         // Whoever ends everything at once may have ended the server first.
         std::thread::sleep(ALL_AT_ONCE);
+        let why =
+            if self.charge.signals.have_come() { GivenUp::Ending } else { GivenUp::Unserved(format!("it {reason}")) };
+        if self.has_given_up || self.give_up_load(why) {
+            return;
+        }
         self.charge.ending.store(true, Ordering::Relaxed);
         self.tell(PageServerWord::End(reason.clone()));
         let words = RunError::PageServer { path: self.service.path.clone(), reason };

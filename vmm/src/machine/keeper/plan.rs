@@ -16,7 +16,7 @@
 //! [`ANSWER`].
 //!
 //! While the server is silent, gone, or cannot get its bytes, faults are served here if the policy and the image allow it. Where
-//! nobody serves them, the guest is paused after [`PATIENCE`].
+//! nobody serves them, the guest is paused after [`PATIENCE`]. One that is still being loaded is given up after [`LOAD_PATIENCE`].
 
 use api_spec::snapshot::OnHandlerLoss;
 use std::time::Duration;
@@ -39,6 +39,10 @@ pub const STAND_IN: Duration = Duration::from_secs(1);
 pub const PATIENCE: Duration = Duration::from_secs(1);
 /// How long a server may be silent before the guest ends with it, if it is to.
 pub const DEADLY_SILENCE: Duration = Duration::from_secs(5);
+/// How long nobody may serve a guest that is still being loaded.
+pub const LOAD_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a load may take, whoever serves it: it needs a few pages.
+pub const LONGEST_LOAD: Duration = Duration::from_secs(60);
 /// The pauses between attempts to attach to a server again.
 const FIRST_RETRY: Duration = Duration::from_millis(50);
 const LAST_RETRY: Duration = Duration::from_secs(1);
@@ -108,6 +112,8 @@ pub enum Step {
     Resume,
     /// End the guest, for this reason.
     End(String),
+    /// If the guest is still being loaded, let that fail, for this reason. Told once, whether it is or not.
+    GiveUpLoad(String),
 }
 
 /// Where the server stands.
@@ -157,6 +163,8 @@ pub struct Plan {
     unserved_since: Option<Duration>,
     paused: bool,
     ended: bool,
+    /// When a load is late, unless that was told.
+    load_until: Option<Duration>,
     pings: u64,
     retry: Duration,
     attached_at: Duration,
@@ -175,7 +183,7 @@ fn quiet(now: Duration) -> Link {
 }
 
 impl Plan {
-    /// Of a guest that its server has just begun to serve.
+    /// Of a guest that its server has just begun to serve, and that is being loaded.
     pub fn new(policy: OnHandlerLoss, speaks: bool) -> Self {
         Plan {
             policy,
@@ -187,6 +195,7 @@ impl Plan {
             unserved_since: None,
             paused: false,
             ended: false,
+            load_until: Some(LONGEST_LOAD),
             pings: 0,
             retry: FIRST_RETRY,
             attached_at: Duration::ZERO,
@@ -235,7 +244,13 @@ impl Plan {
             Link::Gone { attach_at } => attach_at,
         };
         let consequence = self.unserved_since.filter(|_| !self.paused).map(|since| since + self.patience());
-        link.into_iter().chain(consequence).min()
+        link.into_iter().chain(consequence).chain(self.load_deadline()).min()
+    }
+
+    /// When a load that is not over by then is to fail.
+    fn load_deadline(&self) -> Option<Duration> {
+        let until = self.load_until?;
+        Some(self.unserved_since.map_or(until, |since| until.min(since + LOAD_PATIENCE)))
     }
 
     /// Takes in what has happened, and says what to do, in this order.
@@ -280,6 +295,11 @@ impl Plan {
             Event::Time => self.on_time(now, &mut steps),
         }
         self.settle(now, &mut steps);
+        if !self.ended && self.load_deadline().is_some_and(|at| now >= at) {
+            self.load_until = None;
+            let late = || format!("they have not come within {} s", LONGEST_LOAD.as_secs());
+            steps.push(Step::GiveUpLoad(self.unserved().unwrap_or_else(late)));
+        }
         steps
     }
 
@@ -515,7 +535,7 @@ mod tests {
         let mut plan = Plan::new(OnHandlerLoss::Failover, true);
         assert_eq!(plan.on(ms(20_005), Event::Gone), [Step::TakeOver]);
         assert_eq!(plan.on(plan.deadline().unwrap(), Event::Time), [Step::Attach]);
-        assert_eq!(plan.deadline(), None, "one attempt at a time");
+        assert_eq!(plan.deadline(), Some(LONGEST_LOAD), "one attempt at a time");
         plan.on(ms(20_010), Event::NotAttached("refused".into()));
         assert_eq!(plan.deadline(), Some(ms(20_010) + FIRST_RETRY));
         assert_eq!(plan.on(ms(20_060), Event::Time), [Step::Attach]);
@@ -679,6 +699,47 @@ mod tests {
     }
 
     #[test]
+    fn a_load_that_nobody_serves_is_given_up_once_and_one_that_is_served_in_the_end_is_not() {
+        for policy in [OnHandlerLoss::Failover, OnHandlerLoss::Reattach, OnHandlerLoss::Pause] {
+            let gone = || {
+                let mut plan = Plan::new(policy, true);
+                plan.on(ms(100), Event::Gone);
+                plan.on(ms(100), Event::CannotServe("chunk 7 is damaged".into()));
+                plan
+            };
+            let given_up = |steps: Vec<Step>| {
+                let reasons = steps.into_iter().filter_map(|step| match step {
+                    Step::GiveUpLoad(reason) => Some(reason),
+                    _ => None,
+                });
+                reasons.collect::<Vec<_>>()
+            };
+            let (mut plan, mut told) = (gone(), Vec::new());
+            while plan.deadline().is_some_and(|at| at < ms(100_000)) {
+                let now = plan.deadline().unwrap();
+                let steps = plan.on(now, Event::Time);
+                if steps.contains(&Step::Attach) {
+                    plan.on(now, Event::NotAttached("the image is damaged".into()));
+                }
+                told.extend(given_up(steps).into_iter().map(|reason| (now, reason)));
+            }
+            let [(at, reason)] = &told[..] else { panic!("{told:?}") };
+            assert_eq!(*at, ms(100) + LOAD_PATIENCE);
+            assert!(
+                ["is gone", "chunk 7", "the image is damaged"].iter().all(|part| reason.contains(part)),
+                "{reason}"
+            );
+
+            let mut plan = gone();
+            plan.on(ms(4000), Event::Attached);
+            assert!(plan.deadline().unwrap() < LONGEST_LOAD);
+            assert_eq!(given_up(plan.on(LONGEST_LOAD - ms(1), Event::Time)), [""; 0]);
+            let [reason] = &given_up(plan.on(LONGEST_LOAD, Event::Time))[..] else { panic!() };
+            assert!(reason.contains("60 s"), "{reason}");
+        }
+    }
+
+    #[test]
     fn no_policy_outlives_a_store_that_is_not_to_be_trusted() {
         for policy in POLICIES {
             let steps = Plan::new(policy, true).on(ms(0), Event::Refused("wrong pages".into()));
@@ -715,6 +776,7 @@ mod tests {
         ) {
             let mut plan = Plan::new(policy, speaks);
             let (mut now, mut here, mut paused, mut ended, mut able) = (Duration::ZERO, false, false, false, true);
+            let mut given_up = false;
             for (wait, event) in events {
                 now += ms(wait);
                 // An attempt has an outcome only if there was one; a guest that is served here can stop to be.
@@ -732,6 +794,7 @@ mod tests {
                         Step::Pause(_) => prop_assert!(!std::mem::replace(&mut paused, true) && !here),
                         Step::Resume => prop_assert!(std::mem::replace(&mut paused, false)),
                         Step::End(_) => ended = true,
+                        Step::GiveUpLoad(_) => prop_assert!(!std::mem::replace(&mut given_up, true)),
                         Step::Look | Step::Ping(_) | Step::Attach | Step::Wake => {}
                     }
                 }
