@@ -26,6 +26,7 @@ pub mod create;
 pub mod digests;
 mod dir;
 pub mod disk;
+mod holes;
 pub mod image;
 pub mod load;
 pub mod manifest;
