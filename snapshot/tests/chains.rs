@@ -6,6 +6,7 @@ mod common;
 use common::*;
 use proptest::prelude::*;
 use snapshot::clusters::{Cluster, Clusters};
+use snapshot::compat::{Host, HostTsc, MemoryPlace, Report};
 use snapshot::create::{Base, BaseError, CreateError, Staging, Stored};
 use snapshot::image::{Basis, ImageError, MemoryImage, TrustedMemory, ensure_trusted};
 use snapshot::load::{self, LoadError, MAX_LEVELS};
@@ -362,4 +363,56 @@ fn pages_that_are_claimed_and_not_there_are_not_read() {
         file.write_all_at(&[7; PAGE], 40 * PAGE as u64).unwrap();
         verify(&child.dir).unwrap();
     }
+}
+
+/// It is told where a snapshot is looked at whose parent is not there, or no longer what it was.
+#[test]
+fn a_check_tells_of_parents_that_cannot_be_used() {
+    let sample = Sample::new();
+    let root = sample.root.path();
+    let mut memory = memory();
+    next(root, "snap", "middle", &mut memory, &[(1, 9)], &[]);
+    next(root, "middle", "child", &mut memory, &[(2, 9)], &[]);
+    let report = |name: &str| {
+        let snapshot = load::open_without_memory(&root.join(name)).unwrap();
+        let like = Host { facts: host(), page_bytes: PAGE as u64, cpuid: vec![], tsc: HostTsc::default() };
+        Report::of(&snapshot, &like)
+    };
+    let place = |name: &str| (report(name).memory, report(name).memory_fault);
+    assert_eq!(place("child"), (MemoryPlace::Here, None));
+    let unusable = |words: &[&str]| {
+        let report = report("child");
+        assert_eq!((report.memory, report.is_usable()), (MemoryPlace::Unusable, false));
+        let fault = report.memory_fault.clone().unwrap();
+        assert!(words.iter().all(|word| fault.contains(word)), "{fault}");
+        assert!(report.to_string().contains(&fault));
+    };
+    let in_place_of = |path: &Path, act: &dyn Fn()| {
+        let aside = root.join("aside");
+        fs::rename(path, &aside).unwrap();
+        act();
+        let _ = fs::remove_dir_all(path);
+        let _ = fs::remove_file(path);
+        fs::rename(aside, path).unwrap();
+    };
+    in_place_of(&sample.dir, &|| unusable(&["middle", "its parent", "snap"]));
+    in_place_of(&sample.dir, &|| {
+        create_at(&sample.dir, &varied_memory(), &state(1)).unwrap();
+        unusable(&["is not the snapshot"]);
+    });
+    in_place_of(&sample.path("mem.bin"), &|| unusable(&["mem.bin", "missing"]));
+    in_place_of(&sample.path("mem.bin"), &|| {
+        fs::write(sample.path("mem.bin"), "short").unwrap();
+        unusable(&["mem.bin", "5 bytes"]);
+    });
+    in_place_of(&root.join("middle/mem.map"), &|| unusable(&["mem.map", "missing"]));
+    in_place_of(&root.join("middle/mem.map"), &|| {
+        let length = fs::metadata(root.join("aside")).unwrap().len();
+        fs::write(root.join("middle/mem.map"), vec![1; length as usize]).unwrap();
+        unusable(&["mem.map", "damaged"]);
+    });
+    in_place_of(&root.join("child/mem.b3"), &|| unusable(&["mem.b3", "missing"]));
+    // Somebody else has all of it.
+    in_place_of(&root.join("child/mem.bin"), &|| assert_eq!(place("child"), (MemoryPlace::Elsewhere, None)));
+    assert_eq!(place("child"), (MemoryPlace::Here, None));
 }
