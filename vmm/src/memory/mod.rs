@@ -156,11 +156,7 @@ impl GuestRam {
 
 /// Takes away what lies behind guest memory: from now on every access to it fails. For the end of a guest.
 pub fn cut_off(memory: &GuestMemory) {
-    for region in memory.iter() {
-        if let Err(e) = mmap::cut_off(region.mapping()) {
-            tracing::warn!("cannot take guest memory away: {e}");
-        }
-    }
+    memory.iter().for_each(|region| mmap::cut_off(region.mapping()));
 }
 
 /// Memory from guest address 0 on, for tests of who uses it.
