@@ -101,23 +101,26 @@ impl GuestRam {
         match memory {
             TrustedMemory::Image(image) => Ok(GuestRam::private_view(&unpack(&image)?, regions)?),
             TrustedMemory::Files(files) => {
-                let Some((lowest, above)) = files.split_last() else {
-                    return Err(LayError::Lay(io::ErrorKind::NotFound.into()));
-                };
-                let ram = GuestRam::private_view(&lowest.file, regions)?;
-                ram.lay(above)?;
+                let mut above = files;
+                let lowest = above.pop().ok_or_else(|| LayError::Lay(io::ErrorKind::NotFound.into()))?;
+                let mut ram = GuestRam::private_view(&lowest.file, regions)?;
+                let ends = ram.lay(&above)?;
+                let files = above.into_iter().map(|layer| layer.file).zip(ends);
+                ram.above = files.filter(|(_, end)| *end > 0).collect();
                 Ok(ram)
             }
         }
     }
 
-    /// Puts what these layers hold, the uppermost first, over what is there. Nobody has used the memory yet.
-    fn lay(&self, layers: &[TrustedLayer]) -> Result<(), LayError> {
+    /// Puts what these layers hold, the uppermost first, over what is there. Nobody has used the memory yet. Returns where what is
+    /// mapped of each layer ends in it, in bytes.
+    fn lay(&self, layers: &[TrustedLayer]) -> Result<Vec<u64>, LayError> {
         let maps: Vec<&Clusters> = layers.iter().filter_map(|layer| layer.pages.as_ref()).collect();
         let mut pieces: Vec<(usize, Piece)> = cut(visible(&maps), &self.regions).collect();
         // The longest are mapped, as far as there are mappings.
         pieces.sort_by_key(|(_, piece)| std::cmp::Reverse(piece.pages.end - piece.pages.start));
         let (discarder, mut mapped) = (self.discarder(), 0);
+        let mut ends = vec![0; layers.len()];
         for (region, piece) in pieces {
             let pages = piece.pages.end - piece.pages.start;
             match piece.layer {
@@ -132,6 +135,7 @@ impl GuestRam {
                 }
                 Some(layer) if pages >= LONG_RUN && mapped < MAX_MAPPED => {
                     self.map_over(region, &piece.pages, &layers[layer].file).map_err(LayError::Lay)?;
+                    ends[layer] = ends[layer].max(piece.pages.end * PAGE_BYTES);
                     mapped += 1;
                 }
                 Some(layer) => {
@@ -140,7 +144,7 @@ impl GuestRam {
                 }
             }
         }
-        Ok(())
+        Ok(ends)
     }
 
     fn guest_addr(&self, region: usize, page: u64) -> u64 {
@@ -238,6 +242,24 @@ mod tests {
             MemoryRegion { guest_addr: 0, size_bytes: first, offset: 0 },
             MemoryRegion { guest_addr: 1 << 32, size_bytes: PAGES * PAGE_BYTES - first, offset: first },
         ]
+    }
+
+    #[test]
+    fn a_file_that_is_cut_short_is_noticed_wherever_in_a_chain_it_lies() {
+        let mut map = Clusters::new(PAGES * PAGE_BYTES);
+        map.set(20..20 + LONG_RUN, Cluster::Data);
+        for cut in 0..3 {
+            let files = [1, 2, 99].map(file);
+            let layers = files.iter().zip([Some(map.clone()), Some(map.clone()), None]);
+            let layers = layers.map(|(file, pages)| TrustedLayer { file: file.try_clone().unwrap(), pages }).collect();
+            let ram = GuestRam::of_trusted(TrustedMemory::Files(layers), regions()).unwrap();
+            assert!(!ram.is_cut_short());
+            files[cut].set_len((20 + LONG_RUN) * PAGE_BYTES).unwrap();
+            assert_eq!(ram.is_cut_short(), cut == 2, "as much is mapped of each of the others");
+            files[cut].set_len((19 + LONG_RUN) * PAGE_BYTES).unwrap();
+            // Nothing is mapped of the one in the middle.
+            assert_eq!(ram.is_cut_short(), cut != 1, "{cut}");
+        }
     }
 
     proptest! {
