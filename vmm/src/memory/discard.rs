@@ -116,6 +116,13 @@ impl Discarder {
         }
         outcome
     }
+
+    /// What was discarded so far counts no more against what may be: it was not the guest that did it.
+    pub(super) fn begin_anew(&self) {
+        if let Backing::Image(discarded) = &mut *lock(&self.backing) {
+            discarded.begun = 0;
+        }
+    }
 }
 
 /// A run of pages within a region of RAM, counted from the region's start.

@@ -20,6 +20,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 /// Most runs that are mapped: each may take two of the mappings that a process can have.
 const MAX_MAPPED: usize = 450;
+/// Most runs of zeros that take mappings; the others take memory. A guest may have twice as many of those that it gives back.
+const MAX_EMPTIED: usize = 8_000;
 /// How many pages a run has that is worth a mapping: 64 KiB.
 const LONG_RUN: u64 = 16;
 /// Most bytes that are copied at a time.
@@ -119,14 +121,15 @@ impl GuestRam {
         let mut pieces: Vec<(usize, Piece)> = cut(visible(&maps), &self.regions).collect();
         // The longest are mapped, as far as there are mappings.
         pieces.sort_by_key(|(_, piece)| std::cmp::Reverse(piece.pages.end - piece.pages.start));
-        let (discarder, mut mapped) = (self.discarder(), 0);
+        let (discarder, mut mapped, mut emptied) = (self.discarder(), 0, 0);
         let mut ends = vec![0; layers.len()];
         for (region, piece) in pieces {
             let pages = piece.pages.end - piece.pages.start;
             match piece.layer {
                 None => {
                     let first = (self.guest_addr(region, piece.pages.start)) / PAGE_SIZE;
-                    if discarder.discard(first..first + pages).discarded < pages {
+                    emptied += 1;
+                    if emptied > MAX_EMPTIED || discarder.discard(first..first + pages).discarded < pages {
                         self.write(region, &piece.pages, |_, buf| {
                             buf.fill(0);
                             Ok(())
@@ -144,6 +147,8 @@ impl GuestRam {
                 }
             }
         }
+        // What the guest gives back is bounded by itself.
+        discarder.begin_anew();
         Ok(ends)
     }
 
@@ -242,6 +247,30 @@ mod tests {
             MemoryRegion { guest_addr: 0, size_bytes: first, offset: 0 },
             MemoryRegion { guest_addr: 1 << 32, size_bytes: PAGES * PAGE_BYTES - first, offset: first },
         ]
+    }
+
+    /// Every other page is zero, and those between them are of the lowest file.
+    #[test]
+    fn zeros_of_a_chain_leave_a_guest_all_that_it_may_give_back() {
+        const RUNS: u64 = 1_500;
+        let size = 2 * RUNS * PAGE_BYTES;
+        let mut map = Clusters::new(size);
+        (0..RUNS - 1).for_each(|run| map.set(2 * run..2 * run + 1, Cluster::Zero));
+        let lowest = tempfile::tempfile().unwrap();
+        lowest.write_all_at(&vec![1; size as usize], 0).unwrap();
+        let upper = tempfile::tempfile().unwrap();
+        upper.set_len(size).unwrap();
+        let files = vec![TrustedLayer { file: upper, pages: Some(map) }, TrustedLayer { file: lowest, pages: None }];
+        let regions = vec![MemoryRegion { guest_addr: 0, size_bytes: size, offset: 0 }];
+        let ram = GuestRam::of_trusted(TrustedMemory::Files(files), regions).unwrap();
+        let last = 2 * RUNS - 1;
+        assert_eq!(ram.discarder().discard(last..last + 1).discarded, 1);
+        for page in 0..2 * RUNS {
+            let mut byte = [7];
+            ram.memory().read_slice(&mut byte, GuestAddress(page * PAGE_BYTES)).unwrap();
+            let is_zero = page == last || page % 2 == 0 && page < 2 * RUNS - 2;
+            assert_eq!(byte, [u8::from(!is_zero)], "page {page}");
+        }
     }
 
     #[test]
