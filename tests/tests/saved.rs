@@ -460,7 +460,8 @@ fn what_is_saved_is_told_with_its_size_over_the_api_and_by_list() {
     let bytes = on_disk(&path(&place));
     assert!(bytes > 1 << 20);
     let expected = json!([{
-        "config": place.join("guest.json"), "path": path(&place), "saved": true, "saved_bytes": bytes, "config_drift": false,
+        "config": place.join("guest.json"), "path": path(&place), "saved": true, "saved_bytes": bytes,
+        "unusable": null, "config_drift": false,
     }]);
     assert_eq!(listed(), expected);
     assert!(list(&[]).stdout.contains("saved_bytes") && list(&[]).stdout.contains("true"), "{:?}", list(&[]));
@@ -490,6 +491,56 @@ fn what_is_saved_is_told_with_its_size_over_the_api_and_by_list() {
     config["saved-state"] = Value::Null;
     fs::write(place.join("guest.json"), config.to_string()).expect("it can be written");
     assert_eq!((&listed()[0]["saved"], &listed()[0]["path"]), (&json!(false), &Value::Null));
+}
+
+/// Neither by `list` nor over the API is anything a saved state that a start would not even open.
+#[test]
+fn what_a_start_could_not_open_is_told_as_unusable() {
+    require!(Kvm);
+    let place = Place::new();
+    saved_machine(&place);
+    let waiting = |name: &str| {
+        let mut vm = tests::vm::waiting(&place, name);
+        let saved_state = SavedState { path: path(&place), save_on_stop: true, strict: false };
+        vm.client().put_saved_state(&saved_state).expect("it can be set");
+        let exists = saved(&mut vm).exists;
+        vm.stop();
+        exists
+    };
+    let listed = || {
+        let config = place.join("guest.json").to_string_lossy().into_owned();
+        let done = tests::process::run_vmm(&place, "list", &["list", "--json", &config]);
+        assert_eq!(done.code(), 0, "{done:?}");
+        let machine = serde_json::from_str::<Value>(&done.stdout).expect("it is JSON")[0].clone();
+        (machine["saved"] == true, machine["unusable"].as_str().map(str::to_owned))
+    };
+    assert_eq!((listed(), waiting("whole")), ((true, None), true));
+    for (file, word) in [
+        ("state.bin", "state.bin"),
+        ("snap.json", "snap.json"),
+        ("mem.bin", "mem.bin"),
+        ("config.json", "config.json"),
+        ("saved.mark", "is no saved state"),
+    ] {
+        let (part, aside) = (path(&place).join(file), place.join("aside"));
+        fs::rename(&part, &aside).expect("it can be moved");
+        let (is_saved, reason) = listed();
+        let reason = reason.expect("it says why");
+        assert!(!is_saved && reason.contains(word), "{file}: {reason}");
+        assert!(!waiting(file), "{file}");
+        fs::rename(&aside, &part).expect("it can be moved back");
+    }
+    for (mark, word) in [("used \n", "used by an earlier start"), ("left \n", "left it"), ("else", "damaged")] {
+        fs::write(path(&place).join("saved.mark"), mark).expect("it can be written");
+        let (is_saved, reason) = listed();
+        assert!(!is_saved && reason.as_ref().is_some_and(|reason| reason.contains(word)), "{mark}: {reason:?}");
+    }
+    fs::write(path(&place).join("saved.mark"), "fresh\n").expect("it can be written");
+    assert_eq!(listed(), (true, None));
+    fs::remove_dir_all(path(&place)).expect("it can be removed");
+    assert_eq!((listed(), waiting("none")), ((false, None), false));
+    fs::write(path(&place), "a file").expect("a file can be made");
+    assert!(listed().1.expect("it says why").contains("no directory"));
 }
 
 #[test]
