@@ -226,6 +226,32 @@ fn what_is_no_saved_state_is_left_alone() {
     vm.stop();
 }
 
+/// Units make the directories that they name, and there is nothing to lose in one.
+#[test]
+fn an_empty_directory_in_the_place_of_a_saved_state_is_as_nothing() {
+    require!(Kvm);
+    let place = Place::new();
+    let (mut vm, mut agent) = machine(&place, true).ready("guest");
+    let facts = Facts::gather(&mut agent, 1);
+    fs::create_dir(path(&place)).expect("a directory can be made");
+    assert_eq!(saved(&mut vm), Saved::default());
+    vm.stop();
+    let (mut vm, mut agent) = machine(&place, true).ready("guest");
+    assert_eq!(started(&mut vm), RESTORED);
+    facts.check(&mut agent);
+    stop(vm, StopMode::Shutdown);
+    fs::create_dir(path(&place)).expect("a directory can be made");
+    let (mut vm, _) = machine(&place, true).strict().ready("guest");
+    assert_eq!(started(&mut vm), COLD);
+    // With anything in it it is somebody's.
+    fs::create_dir(path(&place)).expect("a directory can be made");
+    fs::write(path(&place).join("note"), "mine").expect("a file can be made");
+    let stopped = vm.client().stop(VmStop::default()).expect("it can be stopped");
+    assert!(stopped.reason.expect("it was to be saved").contains("exists already"));
+    ended_well(vm);
+    assert_eq!(fs::read(path(&place).join("note")).expect("it is there"), b"mine");
+}
+
 /// The disk is full: the guest is shut down, and nothing is left of what was begun.
 #[test]
 fn a_machine_that_cannot_be_saved_is_shut_down() {
