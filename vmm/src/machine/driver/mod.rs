@@ -458,8 +458,11 @@ impl Driver {
     fn take_leave(&mut self, ending: &Result<Ending, RunError>) {
         let job = self.job.take().inspect(Job::cancel);
         let stopping = self.last_words(ending);
-        let waiting =
-            job.as_ref().zip(self.waiting.take()).map(|(job, asker)| (asker, self.last_word(&job.status().0)));
+        let waiting = job.as_ref().zip(self.waiting.take()).map(|(job, asker)| {
+            let (status, _) = job.status();
+            self.tell_of_save(&status);
+            (asker, self.last_word(&status))
+        });
         if let Some(api) = &mut self.api {
             for (asker, response) in stopping.into_iter().chain(waiting) {
                 if let Asker::Client(from) = asker {
