@@ -192,6 +192,25 @@ fn a_machine_boots_if_it_cannot_go_on_and_says_why() {
     }
 }
 
+#[test]
+fn a_machine_boots_where_its_saved_state_does_not_fit_the_host() {
+    require!(Kvm);
+    let place = Place::new();
+    let facts = saved_machine(&place);
+    let manifest = path(&place).join("snap.json");
+    let mut other: Value = serde_json::from_slice(&fs::read(&manifest).expect("it is there")).expect("JSON");
+    other["cpu"]["vendor"] = "OtherMakerCo".into();
+    let other = snapshot::manifest::reseal(other.to_string().as_bytes()).expect("it is a manifest");
+    fs::remove_file(&manifest).expect("it can be replaced");
+    fs::write(&manifest, other).expect("it can be replaced");
+    let (mut vm, mut agent) = machine(&place, false).ready("guest");
+    let reason = cold_reason(&mut vm);
+    assert!(reason.contains("vendor") && reason.contains("OtherMakerCo"), "{reason}");
+    assert_ne!(agent.nonce(), facts.nonce);
+    assert!(place.join("saved.unusable-1/snap.json").exists());
+    vm.stop();
+}
+
 /// A machine that does not come about either way leaves everything as it was.
 #[test]
 fn a_failed_start_leaves_the_saved_state_where_it_is() {
