@@ -39,7 +39,7 @@ fn a_place_that_cannot_take_a_snapshot_is_named_and_the_guest_goes_on() {
         (place.join("x".repeat(201)), ["cannot be the name of a snapshot", "200 bytes"]),
         (place.join("x".repeat(5000)), ["cannot be the name of a snapshot", "200 bytes"]),
         (place.join("taken/.."), ["cannot be the name of a snapshot", ""]),
-        ("".into(), ["cannot be the name of a snapshot", ""]),
+        ("".into(), ["snapshot_path", "the path is empty"]),
         ("/".into(), ["cannot be the name of a snapshot", ""]),
         ("..".into(), ["cannot be the name of a snapshot", ""]),
         (place.join("a\0b"), ["cannot write", ""]),
