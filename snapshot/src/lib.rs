@@ -39,7 +39,7 @@ pub mod tools;
 pub mod verify;
 pub mod working_set;
 
-pub use dir::FileError;
+pub use dir::{FileError, told};
 pub use stamp::FILE_TIME_GRANULARITY;
 
 /// The newest version of the format: the last that this crate reads. It writes the lowest that can say what is to be said.

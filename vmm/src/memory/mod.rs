@@ -54,7 +54,7 @@ pub type GuestMemory = GuestRegionCollection<RamRegion>;
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// No memory file.
-    #[error("cannot create a memory file of {size} bytes for guest RAM: {source}")]
+    #[error("cannot create a memory file of {size} bytes for guest RAM: {}", snapshot::told(.source))]
     Create {
         /// Size asked for.
         size: u64,
@@ -182,7 +182,8 @@ pub fn from_zero(size: usize) -> GuestMemory {
 /// Maps `regions` of `file`, or of no file, reserving nothing and kept out of core dumps and child processes, each where
 /// huge pages can be mapped of what is behind it.
 fn map(file: Option<&File>, regions: &[MemoryRegion], sharing: i32) -> Result<GuestMemory, MemoryError> {
-    let file = file.map(File::try_clone).transpose().map_err(|source| MemoryError::Create { size: 0, source })?;
+    let size = regions.iter().map(|region| region.size_bytes).sum();
+    let file = file.map(File::try_clone).transpose().map_err(|source| MemoryError::Create { size, source })?;
     let file = file.map(Arc::new);
     let mapped = regions
         .iter()

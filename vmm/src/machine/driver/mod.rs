@@ -85,7 +85,7 @@ pub enum RunError {
     #[error("the event loop failed: {0}")]
     Loop(String),
     /// No event descriptor, signal descriptor or thread.
-    #[error("cannot set up the vmm: {0}")]
+    #[error("cannot set up the vmm: {}", snapshot::told(.0))]
     Setup(#[from] io::Error),
     /// The API's socket.
     #[error(transparent)]
@@ -151,7 +151,7 @@ enum RequestError {
     Restore(#[from] RestoreError),
     #[error("{field}: cannot read {}: {source}", path.display())]
     Unreadable { field: &'static str, path: PathBuf, source: io::Error },
-    #[error("cannot set up the VM: {0}")]
+    #[error("cannot set up the VM: {}", snapshot::told(.0))]
     Setup(io::Error),
     #[error("the VM has no balloon: one can be configured before it is started (`PUT /balloon`)")]
     NoBalloon,
