@@ -54,7 +54,7 @@ pub type GuestMemory = GuestRegionCollection<RamRegion>;
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// No memory file.
-    #[error("cannot create a memory file of {size} bytes for guest RAM: {source}")]
+    #[error("cannot create a memory file of {size} bytes for guest RAM: {}", snapshot::told(.source))]
     Create {
         /// Size asked for.
         size: u64,
@@ -94,6 +94,8 @@ pub struct GuestRam {
     regions: Vec<MemoryRegion>,
     /// Whoever changes what is mapped holds the lock meanwhile.
     backing: Arc<Mutex<Backing>>,
+    /// What is mapped over the image, if that is of several files: each, and where that ends in it, in bytes.
+    above: Vec<(File, u64)>,
 }
 
 impl GuestRam {
@@ -105,20 +107,30 @@ impl GuestRam {
         let file = File::from(fd);
         let regions = layout::ram_regions(size);
         let memory = map(Some(&file), &regions, libc::MAP_SHARED)?;
-        Ok(GuestRam { memory, regions, backing: Arc::new(Mutex::new(Backing::Own(file))) })
+        Ok(GuestRam { memory, regions, backing: Arc::new(Mutex::new(Backing::Own(file))), above: Vec::new() })
     }
 
     /// A private view over an image: what the guest writes stays its own.
     pub fn private_view(image: &File, regions: Vec<MemoryRegion>) -> Result<Self, MemoryError> {
         let memory = map(Some(image), &regions, libc::MAP_PRIVATE)?;
-        Ok(GuestRam { memory, regions, backing: Arc::new(Mutex::new(Backing::Image(Discarded::default()))) })
+        Ok(GuestRam {
+            memory,
+            regions,
+            backing: Arc::new(Mutex::new(Backing::Image(Discarded::default()))),
+            above: Vec::new(),
+        })
     }
 
     /// Anonymous memory, to be registered with `uffd` before its first access, into which somebody copies an image: each page
     /// before the guest has it.
     pub fn copied_into(uffd: Arc<Uffd>, regions: Vec<MemoryRegion>) -> Result<Self, MemoryError> {
         let memory = map(None, &regions, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)?;
-        Ok(GuestRam { memory, regions, backing: Arc::new(Mutex::new(Backing::Image(Discarded::waking(uffd)))) })
+        Ok(GuestRam {
+            memory,
+            regions,
+            backing: Arc::new(Mutex::new(Backing::Image(Discarded::waking(uffd)))),
+            above: Vec::new(),
+        })
     }
 
     /// The memory, for devices and loaders.
@@ -142,10 +154,12 @@ impl GuestRam {
         region.file_offset().map(|place| place.arc().clone())
     }
 
-    /// Whether the file that is mapped, if one is, is shorter than what is mapped of it. Of an image of several files, the lowest.
+    /// Whether a file that is mapped is shorter than what is mapped of it.
     pub fn is_cut_short(&self) -> bool {
         let end = self.regions.iter().map(|region| region.offset + region.size_bytes).max().unwrap_or(0);
-        self.store().is_some_and(|file| file.metadata().is_ok_and(|metadata| metadata.len() < end))
+        let is_short = |file: &File, end: u64| file.metadata().is_ok_and(|metadata| metadata.len() < end);
+        self.store().is_some_and(|file| is_short(&file, end))
+            || self.above.iter().any(|(file, end)| is_short(file, *end))
     }
 
     /// Each region with the address of its mapping in this process.
@@ -156,17 +170,13 @@ impl GuestRam {
 
 /// Takes away what lies behind guest memory: from now on every access to it fails. For the end of a guest.
 pub fn cut_off(memory: &GuestMemory) {
-    for region in memory.iter() {
-        if let Err(e) = mmap::cut_off(region.mapping()) {
-            tracing::warn!("cannot take guest memory away: {e}");
-        }
-    }
+    memory.iter().for_each(|region| mmap::cut_off(region.mapping()));
 }
 
 /// Puts zeros in the place of guest memory: from now on every access to it finds those, and waits for nobody. For a guest that
 /// is not going to run.
-pub fn blank(memory: &GuestMemory) -> io::Result<()> {
-    memory.iter().try_for_each(|region| mmap::blank(region.mapping()))
+pub fn blank(memory: &GuestMemory) {
+    memory.iter().for_each(|region| mmap::blank(region.mapping()));
 }
 
 /// Memory from guest address 0 on, for tests of who uses it.
@@ -178,7 +188,8 @@ pub fn from_zero(size: usize) -> GuestMemory {
 /// Maps `regions` of `file`, or of no file, reserving nothing and kept out of core dumps and child processes, each where
 /// huge pages can be mapped of what is behind it.
 fn map(file: Option<&File>, regions: &[MemoryRegion], sharing: i32) -> Result<GuestMemory, MemoryError> {
-    let file = file.map(File::try_clone).transpose().map_err(|source| MemoryError::Create { size: 0, source })?;
+    let size = regions.iter().map(|region| region.size_bytes).sum();
+    let file = file.map(File::try_clone).transpose().map_err(|source| MemoryError::Create { size, source })?;
     let file = file.map(Arc::new);
     let mapped = regions
         .iter()
