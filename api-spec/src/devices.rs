@@ -15,6 +15,8 @@ pub struct Drive {
     #[schemars(length(min = 1, max = 64), regex(pattern = "^[A-Za-z0-9_-]+$"))]
     pub drive_id: String,
     /// The image: a raw file or a block device, of a whole number of 512-byte sectors.
+    #[serde(deserialize_with = "crate::path::one")]
+    #[schemars(length(min = 1))]
     pub path_on_host: PathBuf,
     /// The guest's root file system: it becomes the first disk, and the kernel command line says `root=/dev/vda`.
     #[serde(default)]
@@ -58,7 +60,8 @@ pub struct DriveUpdate {
     #[schemars(length(min = 1, max = 64), regex(pattern = "^[A-Za-z0-9_-]+$"))]
     pub drive_id: String,
     /// Another image. The image of a running guest's disk is not exchanged: a value is refused by name.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::path::some")]
+    #[schemars(length(min = 1))]
     pub path_on_host: Option<PathBuf>,
     /// Most that the overlay may hold from now on, in MiB, at least 1; `null` takes the bound away.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "given")]
@@ -223,7 +226,8 @@ pub struct Entropy {
 #[serde(deny_unknown_fields)]
 pub struct Serial {
     /// A file that what the guest writes is appended to, up to 64 MiB, or a FIFO. Nothing can be typed.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::path::some")]
+    #[schemars(length(min = 1))]
     pub serial_out_path: Option<PathBuf>,
     /// A new pseudo-terminal; `GET /` tells its name.
     #[serde(default)]

@@ -31,6 +31,8 @@ pub mod operations;
 #[cfg(feature = "std")]
 pub mod page_server;
 #[cfg(feature = "std")]
+mod path;
+#[cfg(feature = "std")]
 pub mod prometheus;
 #[cfg(feature = "std")]
 pub mod saved;

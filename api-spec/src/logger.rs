@@ -11,7 +11,7 @@ use std::path::PathBuf;
 #[serde(deny_unknown_fields)]
 pub struct Logger {
     /// A file that lines are appended to, or a FIFO; standard error at first.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::path::some")]
     #[schemars(length(min = 1))]
     pub log_path: Option<PathBuf>,
     /// Which lines there are: those of this level and of those above.
@@ -86,6 +86,7 @@ pub enum LogFormat {
 #[serde(deny_unknown_fields)]
 pub struct MetricsSink {
     /// A file that lines are appended to, or a FIFO.
+    #[serde(deserialize_with = "crate::path::one")]
     #[schemars(length(min = 1))]
     pub metrics_path: PathBuf,
     /// Each line tells the id of the VM.

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 #[serde(deny_unknown_fields)]
 pub struct SavedState {
     /// The directory that a save makes. The one above it must exist, and its name may have 200 bytes.
+    #[serde(deserialize_with = "crate::path::one")]
     #[schemars(length(min = 1))]
     pub path: PathBuf,
     /// Save the VM when it is stopped and nobody says how: by SIGTERM, SIGINT or SIGHUP, or by `PUT /vm/stop` without a

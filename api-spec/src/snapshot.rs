@@ -13,6 +13,7 @@ use std::path::PathBuf;
 #[serde(deny_unknown_fields)]
 pub struct SnapshotCreate {
     /// The directory to create. It must not exist; its parent must.
+    #[serde(deserialize_with = "crate::path::one")]
     #[schemars(length(min = 1))]
     pub snapshot_path: PathBuf,
     /// Which kind of snapshot; `Full` unless told otherwise.
@@ -20,7 +21,8 @@ pub struct SnapshotCreate {
     pub snapshot_type: SnapshotType,
     /// Another name for the snapshot's memory file, as other VMMs' clients give it: a hard link to the file in the directory,
     /// which must not exist yet, on the same file system. None when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::path::some")]
+    #[schemars(length(min = 1))]
     pub mem_file_path: Option<PathBuf>,
     /// Most MiB of memory that are written in a second while the guest runs; no bound when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -56,14 +58,16 @@ pub struct SnapshotCancel {}
 #[serde(deny_unknown_fields)]
 pub struct SnapshotLoad {
     /// The snapshot directory, or the `snap.json` in it.
+    #[serde(deserialize_with = "crate::path::one")]
     #[schemars(length(min = 1))]
     pub snapshot_path: PathBuf,
     /// Where memory comes from; the snapshot's own memory file when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem_backend: Option<MemBackend>,
     /// Deprecated: the memory file, as `mem_backend` of type `File` names it. One of the two may be given.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::path::some")]
     #[schemars(extend("deprecated" = true))]
+    #[schemars(length(min = 1))]
     pub mem_file_path: Option<PathBuf>,
     /// Run the vCPUs at once; otherwise the VM is left paused.
     #[serde(default)]
@@ -169,6 +173,8 @@ impl SnapshotLoad {
 #[serde(deny_unknown_fields)]
 pub struct MemBackend {
     /// A file or a socket, according to `backend_type`.
+    #[serde(deserialize_with = "crate::path::one")]
+    #[schemars(length(min = 1))]
     pub backend_path: PathBuf,
     /// How memory is provided.
     pub backend_type: MemBackendType,
@@ -216,6 +222,7 @@ pub enum MemBackendType {
 #[serde(deny_unknown_fields)]
 pub struct VsockOverride {
     /// The Unix socket that stands for the device on the host, at most 107 bytes.
+    #[serde(deserialize_with = "crate::path::one")]
     #[schemars(length(min = 1, max = 107))]
     pub uds_path: PathBuf,
 }
@@ -227,6 +234,8 @@ pub struct DriveOverride {
     /// Name of the disk.
     pub drive_id: String,
     /// The image.
+    #[serde(deserialize_with = "crate::path::one")]
+    #[schemars(length(min = 1))]
     pub path_on_host: PathBuf,
 }
 

@@ -71,13 +71,15 @@ pub struct VmConfig {
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
     /// An uncompressed ELF kernel or a bzImage.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::path::some")]
+    #[schemars(length(min = 1))]
     pub kernel_image_path: Option<PathBuf>,
     /// Boot the guest that the vmm carries, instead of a file.
     #[serde(default, skip_serializing_if = "crate::is_false")]
     pub embedded_guest: bool,
     /// An initial RAM disk.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "crate::path::some")]
+    #[schemars(length(min = 1))]
     pub initrd_path: Option<PathBuf>,
     /// The kernel command line; the vmm appends its devices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -269,6 +271,7 @@ pub enum ActionType {
 #[serde(deny_unknown_fields)]
 pub struct VmSave {
     /// The directory to create. It must not exist; its parent must.
+    #[serde(deserialize_with = "crate::path::one")]
     #[schemars(length(min = 1))]
     pub snapshot_path: PathBuf,
 }

@@ -3,6 +3,7 @@
 
 use crate::PAGE_BYTES;
 use crate::cpu;
+use crate::image::MemoryImage;
 use crate::load::Snapshot;
 use crate::manifest::{Cpu, Manifest};
 use crate::state::{CpuidEntry, MachineState};
@@ -279,21 +280,47 @@ pub struct Report {
     pub fits: bool,
     /// Each field.
     pub fields: [Comparison; 6],
+    /// Where its memory is.
+    pub memory: MemoryPlace,
+    /// Why that cannot be used, if so.
+    pub memory_fault: Option<String>,
+}
+
+/// Where the memory of a snapshot is, as far as can be told without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MemoryPlace {
+    /// In its directory and, if it lies over other snapshots, in theirs.
+    Here,
+    /// Not here: a page server may have it.
+    Elsewhere,
+    /// In its directory, and cannot be used: a file is missing or damaged, or a snapshot that it lies over.
+    Unusable,
 }
 
 impl Report {
-    /// Compares.
+    /// Compares, and looks for the memory.
     pub fn of(snapshot: &Snapshot, host: &Host) -> Report {
         let fields = compare(snapshot.manifest(), snapshot.state(), host);
         let fits = fields.iter().all(|field| field.verdict != Verdict::Differs);
         let format_version = snapshot.manifest().format_version;
-        Report { path: snapshot.dir().to_owned(), format_version, fits, fields }
+        let (memory, memory_fault) = match (snapshot.level().file(), MemoryImage::open(snapshot)) {
+            (Err(_), _) => (MemoryPlace::Elsewhere, None),
+            (Ok(_), Ok(_)) => (MemoryPlace::Here, None),
+            (Ok(_), Err(fault)) => (MemoryPlace::Unusable, Some(fault.to_string())),
+        };
+        Report { path: snapshot.dir().to_owned(), format_version, fits, fields, memory, memory_fault }
+    }
+
+    /// Whether nothing is known to stand in the way of a restore.
+    pub fn is_usable(&self) -> bool {
+        self.fits && self.memory != MemoryPlace::Unusable
     }
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Report { path, format_version: _, fits, fields } = self;
+        let Report { path, format_version: _, fits, fields, memory, memory_fault } = self;
         writeln!(f, "{} {} this host", path.display(), if *fits { "fits" } else { "does not fit" })?;
         for Comparison { field, snapshot, host, verdict } in fields {
             let verdict = match verdict {
@@ -303,7 +330,15 @@ impl fmt::Display for Report {
             };
             writeln!(f, "  {:<12} {verdict}: it needs {snapshot}, the host {}", field.name(), told(host.as_deref()))?;
         }
-        Ok(())
+        match (memory, memory_fault) {
+            (MemoryPlace::Here, _) => {
+                writeln!(f, "  memory       is here, and was not read (vmm snapshot verify reads it)")
+            }
+            (MemoryPlace::Elsewhere, _) => writeln!(f, "  memory       is not here: a page server must have it"),
+            (MemoryPlace::Unusable, fault) => {
+                writeln!(f, "  memory       cannot be used: {}", fault.as_deref().unwrap_or_default())
+            }
+        }
     }
 }
 

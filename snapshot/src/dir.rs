@@ -1,7 +1,7 @@
 //! Files of one directory, reached through its descriptor: a directory that is renamed or replaced while it is being
 //! read or written cannot mix two snapshots.
 
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 use std::ffi::OsStr;
 use std::fs::File;
@@ -9,6 +9,17 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+
+/// What the system said, and what can be done about it where that is not plain.
+pub fn told(source: &io::Error) -> String {
+    match Errno::from_io_error(source) {
+        Some(Errno::MFILE) => {
+            format!("{source}; this process may open no more: raise its limit (ulimit -n, or LimitNOFILE= of its unit)")
+        }
+        Some(Errno::NFILE) => format!("{source}; the host may open no more: raise its limit (sysctl fs.file-max)"),
+        _ => source.to_string(),
+    }
+}
 
 /// Why a file of a snapshot cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -21,14 +32,14 @@ pub enum FileError {
         /// Which file.
         path: PathBuf,
     },
-    /// It is a link, a directory, a device or the like.
+    /// It is a link, a directory, a socket, a device or the like.
     #[error("{path} is not a regular file; links are not followed inside a snapshot: put the file itself there")]
     NotRegular {
         /// Which file.
         path: PathBuf,
     },
     /// The system refused.
-    #[error("cannot read {path}: {source}")]
+    #[error("cannot read {path}: {}", told(.source))]
     Read {
         /// Which file.
         path: PathBuf,
@@ -112,9 +123,10 @@ impl Dir {
     pub(crate) fn open_file(&self, name: &str) -> Result<(File, u64), FileError> {
         // NONBLOCK: opening a FIFO must not wait for a writer. It means nothing for regular files.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let read = |source: io::Error| match rustix::io::Errno::from_io_error(&source) {
-            Some(rustix::io::Errno::NOENT) => FileError::Missing { path: self.join(name) },
-            Some(rustix::io::Errno::LOOP) => FileError::NotRegular { path: self.join(name) },
+        let read = |source: io::Error| match Errno::from_io_error(&source) {
+            Some(Errno::NOENT) => FileError::Missing { path: self.join(name) },
+            // A link; a socket, or a device that is not there.
+            Some(Errno::LOOP | Errno::NXIO | Errno::NODEV) => FileError::NotRegular { path: self.join(name) },
             _ => FileError::Read { path: self.join(name), source },
         };
         let file = File::from(rustix::fs::openat(&self.fd, name, flags, Mode::empty()).map_err(|e| read(e.into()))?);
@@ -215,9 +227,19 @@ impl Dir {
 
     /// Removes every file in this directory, as far as that goes.
     pub(crate) fn clear(&self) {
-        let Ok(entries) = rustix::fs::Dir::read_from(&self.fd) else { return };
-        for entry in entries.flatten() {
-            let _ = rustix::fs::unlinkat(&self.fd, entry.file_name(), AtFlags::empty());
+        // Through this descriptor, as there may be none left for another.
+        let mut buf = Vec::with_capacity(4096);
+        loop {
+            let _ = rustix::fs::seek(&self.fd, SeekFrom::Start(0));
+            let mut entries = RawDir::new(&self.fd, buf.spare_capacity_mut());
+            let mut has_removed = false;
+            while let Some(Ok(entry)) = entries.next() {
+                has_removed |= rustix::fs::unlinkat(&self.fd, entry.file_name(), AtFlags::empty()).is_ok();
+            }
+            // Names may be passed over where others go meanwhile.
+            if !has_removed {
+                return;
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 use crate::clusters::{CLUSTER_BYTES, Cluster, Clusters, MapError};
 use crate::dir::{Dir, FileError};
+use crate::holes::Holes;
 use crate::load::Snapshot;
 use crate::manifest::{DriveDevice, HeldDisk};
 use crate::stamp::Stamp;
@@ -130,12 +131,18 @@ fn check_open(dir: &Dir, drive: &DriveDevice, saved: &HeldDisk, held: &Held, bef
 pub(crate) fn check_clusters(dir: &Dir, drive: &DriveDevice, saved: &HeldDisk, held: &Held) -> Result<u64, DiskError> {
     let Held { file, clusters } = held;
     let path = || dir.join(&saved.file);
+    let mut holes = Holes::of(file);
     let (mut hasher, mut bytes, mut buf) = (blake3::Hasher::new(), 0, vec![0; CHUNK_BYTES as usize]);
     for (run, _) in clusters.runs(0..clusters.count()).filter(|(_, state)| *state == Cluster::Data) {
         let (mut at, end) = (run.start * CLUSTER_BYTES, (run.end * CLUSTER_BYTES).min(drive.size_bytes));
         while at < end {
             let buf = &mut buf[..(end - at).min(CHUNK_BYTES) as usize];
-            file.read_exact_at(buf, at).map_err(|source| DiskError::Read { path: path(), offset: at, source })?;
+            let unreadable = |source| DiskError::Read { path: path(), offset: at, source };
+            // No cluster that counts as data is zero: what claims much and holds nothing is not read through.
+            if holes.cover(at..at + buf.len() as u64).map_err(unreadable)? {
+                return Err(DiskError::Damaged { path: path() });
+            }
+            file.read_exact_at(buf, at).map_err(unreadable)?;
             hasher.update(buf);
             at += buf.len() as u64;
             bytes += buf.len() as u64;

@@ -26,6 +26,7 @@ pub mod create;
 pub mod digests;
 mod dir;
 pub mod disk;
+mod holes;
 pub mod image;
 pub mod load;
 pub mod manifest;
@@ -38,7 +39,7 @@ pub mod tools;
 pub mod verify;
 pub mod working_set;
 
-pub use dir::FileError;
+pub use dir::{FileError, told};
 pub use stamp::FILE_TIME_GRANULARITY;
 
 /// The newest version of the format: the last that this crate reads. It writes the lowest that can say what is to be said.

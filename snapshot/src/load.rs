@@ -1,7 +1,7 @@
 //! Reading a snapshot: everything but the memory is read and checked here, in an order that gives each fault its name.
 
 use crate::digests::Digests;
-use crate::dir::{Dir, FileError, Lock};
+use crate::dir::{Dir, FileError, Lock, told};
 use crate::manifest::{self, BadField, Manifest, StateFile};
 use crate::state::{self, MachineState, StateError};
 use crate::{FORMAT_VERSION, OLDEST_FORMAT_VERSION, file};
@@ -22,7 +22,7 @@ pub enum LoadError {
         path: PathBuf,
     },
     /// The directory cannot be opened.
-    #[error("cannot open {path}: {source}")]
+    #[error("cannot open {path}: {}", told(.source))]
     Open {
         /// The path that was given.
         path: PathBuf,

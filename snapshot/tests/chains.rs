@@ -5,6 +5,8 @@ mod common;
 
 use common::*;
 use proptest::prelude::*;
+use snapshot::clusters::{Cluster, Clusters};
+use snapshot::compat::{Host, HostTsc, MemoryPlace, Report};
 use snapshot::create::{Base, BaseError, CreateError, Staging, Stored};
 use snapshot::image::{Basis, ImageError, MemoryImage, TrustedMemory, ensure_trusted};
 use snapshot::load::{self, LoadError, MAX_LEVELS};
@@ -319,4 +321,98 @@ fn a_chain_of_long_names_is_read() {
         next(root.path(), &name(level - 1), &name(level), &mut memory, &[(level % 4, level as u8)], &[]);
     }
     assert!(read_all(&image(&root.path().join(name(39)))) == memory);
+}
+
+/// A map may claim any number of pages that the file does not hold: they are zero, and nobody reads through terabytes to know that.
+#[test]
+fn pages_that_are_claimed_and_not_there_are_not_read() {
+    let sample = Sample::of(&vec![0; 64 * CHUNK], &state(1));
+    let root = sample.root.path();
+    let mut memory = vec![0; 64 * CHUNK];
+    next(root, "snap", "child", &mut memory, &[(40, 7)], &[]);
+    let child = Sample { dir: root.join("child"), ..Sample::new() };
+    let mut map = Clusters::new(memory.len() as u64);
+    map.set(0..map.count(), Cluster::Data);
+    let map = map.encode();
+    child.put("mem.map", &map);
+    child.forge(|json| {
+        json["memory"]["map"]["bytes"] = map.len().into();
+        json["memory"]["map"]["digest"] = blake3::hash(&map).to_hex().as_str().into();
+    });
+    assert_eq!(verify(&child.dir).unwrap().checked_bytes, CHUNK as u64, "the one chunk that is there");
+    // A byte that should not be there is noticed, and one that should.
+    for (page, fill) in [(5, 1), (40, 0)] {
+        fs::set_permissions(child.path("mem.bin"), Permissions::from_mode(0o600)).unwrap();
+        let file = File::options().write(true).open(child.path("mem.bin")).unwrap();
+        file.write_all_at(&[fill; PAGE], page * PAGE as u64).unwrap();
+        match verify(&child.dir) {
+            Err(VerifyError::Damaged { damaged, first: ImageError::Damaged { offset, .. }, .. }) => {
+                assert_eq!((damaged, offset), (1, page * PAGE as u64 / CHUNK as u64 * CHUNK as u64));
+            }
+            other => panic!("{other:?}"),
+        }
+        // As it was.
+        file.set_len(0).unwrap();
+        file.set_len(memory.len() as u64).unwrap();
+        match verify(&child.dir) {
+            Err(VerifyError::Damaged { damaged: 1, first: ImageError::Damaged { offset, .. }, .. }) => {
+                assert_eq!(offset, 2 * CHUNK as u64, "a hole where there was data");
+            }
+            other => panic!("{other:?}"),
+        }
+        file.write_all_at(&[7; PAGE], 40 * PAGE as u64).unwrap();
+        verify(&child.dir).unwrap();
+    }
+}
+
+/// It is told where a snapshot is looked at whose parent is not there, or no longer what it was.
+#[test]
+fn a_check_tells_of_parents_that_cannot_be_used() {
+    let sample = Sample::new();
+    let root = sample.root.path();
+    let mut memory = memory();
+    next(root, "snap", "middle", &mut memory, &[(1, 9)], &[]);
+    next(root, "middle", "child", &mut memory, &[(2, 9)], &[]);
+    let report = |name: &str| {
+        let snapshot = load::open_without_memory(&root.join(name)).unwrap();
+        let like = Host { facts: host(), page_bytes: PAGE as u64, cpuid: vec![], tsc: HostTsc::default() };
+        Report::of(&snapshot, &like)
+    };
+    let place = |name: &str| (report(name).memory, report(name).memory_fault);
+    assert_eq!(place("child"), (MemoryPlace::Here, None));
+    let unusable = |words: &[&str]| {
+        let report = report("child");
+        assert_eq!((report.memory, report.is_usable()), (MemoryPlace::Unusable, false));
+        let fault = report.memory_fault.clone().unwrap();
+        assert!(words.iter().all(|word| fault.contains(word)), "{fault}");
+        assert!(report.to_string().contains(&fault));
+    };
+    let in_place_of = |path: &Path, act: &dyn Fn()| {
+        let aside = root.join("aside");
+        fs::rename(path, &aside).unwrap();
+        act();
+        let _ = fs::remove_dir_all(path);
+        let _ = fs::remove_file(path);
+        fs::rename(aside, path).unwrap();
+    };
+    in_place_of(&sample.dir, &|| unusable(&["middle", "its parent", "snap"]));
+    in_place_of(&sample.dir, &|| {
+        create_at(&sample.dir, &varied_memory(), &state(1)).unwrap();
+        unusable(&["is not the snapshot"]);
+    });
+    in_place_of(&sample.path("mem.bin"), &|| unusable(&["mem.bin", "missing"]));
+    in_place_of(&sample.path("mem.bin"), &|| {
+        fs::write(sample.path("mem.bin"), "short").unwrap();
+        unusable(&["mem.bin", "5 bytes"]);
+    });
+    in_place_of(&root.join("middle/mem.map"), &|| unusable(&["mem.map", "missing"]));
+    in_place_of(&root.join("middle/mem.map"), &|| {
+        let length = fs::metadata(root.join("aside")).unwrap().len();
+        fs::write(root.join("middle/mem.map"), vec![1; length as usize]).unwrap();
+        unusable(&["mem.map", "damaged"]);
+    });
+    in_place_of(&root.join("child/mem.b3"), &|| unusable(&["mem.b3", "missing"]));
+    // Somebody else has all of it.
+    in_place_of(&root.join("child/mem.bin"), &|| assert_eq!(place("child"), (MemoryPlace::Elsewhere, None)));
+    assert_eq!(place("child"), (MemoryPlace::Here, None));
 }

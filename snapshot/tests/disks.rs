@@ -4,7 +4,7 @@
 mod common;
 
 use common::*;
-use snapshot::clusters::{CLUSTER_BYTES, Cluster};
+use snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters};
 use snapshot::create::{CreateError, Staging};
 use snapshot::disk::DiskError;
 use snapshot::load::LoadError;
@@ -132,4 +132,33 @@ fn disks_that_the_state_does_not_have_are_refused() {
     other.devices.drives.swap(0, 1);
     let sample = Sample::of(&memory(), &other);
     assert!(matches!(load::open(&sample.dir), Err(LoadError::Drives { .. })));
+}
+
+/// No cluster that is written is zero, so nobody reads through terabytes that a map claims and a file does not hold, even if the
+/// digest is that of as many zeros.
+#[test]
+fn clusters_that_are_claimed_and_not_there_are_not_read() {
+    const SIZE: u64 = 1 << 20;
+    let sample = Sample::new();
+    let image = sample.path("disk-root.img");
+    std::fs::set_permissions(&image, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let file = File::options().write(true).open(&image).unwrap();
+    file.set_len(0).unwrap();
+    file.set_len(SIZE).unwrap();
+    let mut map = Clusters::new(SIZE);
+    map.set(0..map.count(), Cluster::Data);
+    let map = map.encode();
+    sample.put("disk-root.map", &map);
+    sample.forge(|json| {
+        let drive = &mut json["devices"]["drives"][0];
+        drive["size_bytes"] = SIZE.into();
+        drive["held"]["data_bytes"] = SIZE.into();
+        drive["held"]["digest"] = blake3::hash(&vec![0; SIZE as usize]).to_hex().as_str().into();
+        drive["held"]["map_bytes"] = map.len().into();
+        drive["held"]["map_digest"] = blake3::hash(&map).to_hex().as_str().into();
+    });
+    match verify::verify(&sample.dir) {
+        Err(VerifyError::Disk(DiskError::Damaged { path })) => assert_eq!(path, image),
+        other => panic!("{other:?}"),
+    }
 }

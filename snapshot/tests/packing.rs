@@ -10,7 +10,7 @@ use snapshot::image::{Basis, ImageError, MemoryImage, TrustedMemory, ensure_trus
 use snapshot::load;
 use snapshot::page_runs::PageRuns;
 use snapshot::tools::store::{Form, flatten, pack, write_diff};
-use snapshot::verify::verify;
+use snapshot::verify::{VerifyError, verify};
 use snapshot::working_set::{Used, WorkingSet};
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -252,4 +252,25 @@ fn old_packed_snapshots_and_chains_still_load() {
     let packed = load::open(&golden.join("packed")).unwrap();
     assert_eq!(WorkingSet::load(&packed).unwrap().unwrap().read().runs(), [0..2, 32..34]);
     assert!(MemoryImage::open(&packed).unwrap().hot_bytes() > 0);
+}
+
+#[test]
+fn a_packed_image_that_claims_more_than_is_there_is_not_read_through() {
+    let sample = Sample::of(&varied_memory(), &state(1));
+    let packed = sample.root.path().join("packed");
+    pack(&sample.dir, &packed, &job()).unwrap();
+    verify(&packed).unwrap();
+    let path = packed.join("mem.pack");
+    fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    let (data, end) = (snapshot::packed::index_bytes(varied_memory().len() as u64), file.metadata().unwrap().len());
+    file.set_len(data).unwrap();
+    file.set_len(end).unwrap();
+    match verify(&packed) {
+        Err(VerifyError::Damaged { first: ImageError::PackedHole { offset, .. }, .. }) => {
+            // The block that the index ends in is there.
+            assert!((data..data + CHUNK as u64).contains(&offset), "{offset}");
+        }
+        other => panic!("{other:?}"),
+    }
 }

@@ -38,6 +38,17 @@ fn a_missing_file_is_refused() {
 }
 
 #[test]
+fn a_socket_in_the_place_of_a_file_is_refused() {
+    for name in FILES {
+        let sample = Sample::new();
+        fs::remove_file(sample.path(name)).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(sample.path(name)).unwrap();
+        let message = refusal(&sample);
+        assert!(message.contains(name) && message.contains("not a regular file"), "{message}");
+    }
+}
+
+#[test]
 fn a_file_cut_short_or_grown_is_refused() {
     for name in FILES {
         let sample = Sample::new();

@@ -192,6 +192,25 @@ fn a_machine_boots_if_it_cannot_go_on_and_says_why() {
     }
 }
 
+#[test]
+fn a_machine_boots_where_its_saved_state_does_not_fit_the_host() {
+    require!(Kvm);
+    let place = Place::new();
+    let facts = saved_machine(&place);
+    let manifest = path(&place).join("snap.json");
+    let mut other: Value = serde_json::from_slice(&fs::read(&manifest).expect("it is there")).expect("JSON");
+    other["cpu"]["vendor"] = "OtherMakerCo".into();
+    let other = snapshot::manifest::reseal(other.to_string().as_bytes()).expect("it is a manifest");
+    fs::remove_file(&manifest).expect("it can be replaced");
+    fs::write(&manifest, other).expect("it can be replaced");
+    let (mut vm, mut agent) = machine(&place, false).ready("guest");
+    let reason = cold_reason(&mut vm);
+    assert!(reason.contains("vendor") && reason.contains("OtherMakerCo"), "{reason}");
+    assert_ne!(agent.nonce(), facts.nonce);
+    assert!(place.join("saved.unusable-1/snap.json").exists());
+    vm.stop();
+}
+
 /// A machine that does not come about either way leaves everything as it was.
 #[test]
 fn a_failed_start_leaves_the_saved_state_where_it_is() {
@@ -224,6 +243,32 @@ fn what_is_no_saved_state_is_left_alone() {
     ended_well(vm);
     let (vm, _) = Restore::new(&place, &path(&place)).ready("clone");
     vm.stop();
+}
+
+/// Units make the directories that they name, and there is nothing to lose in one.
+#[test]
+fn an_empty_directory_in_the_place_of_a_saved_state_is_as_nothing() {
+    require!(Kvm);
+    let place = Place::new();
+    let (mut vm, mut agent) = machine(&place, true).ready("guest");
+    let facts = Facts::gather(&mut agent, 1);
+    fs::create_dir(path(&place)).expect("a directory can be made");
+    assert_eq!(saved(&mut vm), Saved::default());
+    vm.stop();
+    let (mut vm, mut agent) = machine(&place, true).ready("guest");
+    assert_eq!(started(&mut vm), RESTORED);
+    facts.check(&mut agent);
+    stop(vm, StopMode::Shutdown);
+    fs::create_dir(path(&place)).expect("a directory can be made");
+    let (mut vm, _) = machine(&place, true).strict().ready("guest");
+    assert_eq!(started(&mut vm), COLD);
+    // With anything in it it is somebody's.
+    fs::create_dir(path(&place)).expect("a directory can be made");
+    fs::write(path(&place).join("note"), "mine").expect("a file can be made");
+    let stopped = vm.client().stop(VmStop::default()).expect("it can be stopped");
+    assert!(stopped.reason.expect("it was to be saved").contains("exists already"));
+    ended_well(vm);
+    assert_eq!(fs::read(path(&place).join("note")).expect("it is there"), b"mine");
 }
 
 /// The disk is full: the guest is shut down, and nothing is left of what was begun.
@@ -460,7 +505,8 @@ fn what_is_saved_is_told_with_its_size_over_the_api_and_by_list() {
     let bytes = on_disk(&path(&place));
     assert!(bytes > 1 << 20);
     let expected = json!([{
-        "config": place.join("guest.json"), "path": path(&place), "saved": true, "saved_bytes": bytes, "config_drift": false,
+        "config": place.join("guest.json"), "path": path(&place), "saved": true, "saved_bytes": bytes,
+        "unusable": null, "config_drift": false,
     }]);
     assert_eq!(listed(), expected);
     assert!(list(&[]).stdout.contains("saved_bytes") && list(&[]).stdout.contains("true"), "{:?}", list(&[]));
@@ -490,6 +536,56 @@ fn what_is_saved_is_told_with_its_size_over_the_api_and_by_list() {
     config["saved-state"] = Value::Null;
     fs::write(place.join("guest.json"), config.to_string()).expect("it can be written");
     assert_eq!((&listed()[0]["saved"], &listed()[0]["path"]), (&json!(false), &Value::Null));
+}
+
+/// Neither by `list` nor over the API is anything a saved state that a start would not even open.
+#[test]
+fn what_a_start_could_not_open_is_told_as_unusable() {
+    require!(Kvm);
+    let place = Place::new();
+    saved_machine(&place);
+    let waiting = |name: &str| {
+        let mut vm = tests::vm::waiting(&place, name);
+        let saved_state = SavedState { path: path(&place), save_on_stop: true, strict: false };
+        vm.client().put_saved_state(&saved_state).expect("it can be set");
+        let exists = saved(&mut vm).exists;
+        vm.stop();
+        exists
+    };
+    let listed = || {
+        let config = place.join("guest.json").to_string_lossy().into_owned();
+        let done = tests::process::run_vmm(&place, "list", &["list", "--json", &config]);
+        assert_eq!(done.code(), 0, "{done:?}");
+        let machine = serde_json::from_str::<Value>(&done.stdout).expect("it is JSON")[0].clone();
+        (machine["saved"] == true, machine["unusable"].as_str().map(str::to_owned))
+    };
+    assert_eq!((listed(), waiting("whole")), ((true, None), true));
+    for (file, word) in [
+        ("state.bin", "state.bin"),
+        ("snap.json", "snap.json"),
+        ("mem.bin", "mem.bin"),
+        ("config.json", "config.json"),
+        ("saved.mark", "is no saved state"),
+    ] {
+        let (part, aside) = (path(&place).join(file), place.join("aside"));
+        fs::rename(&part, &aside).expect("it can be moved");
+        let (is_saved, reason) = listed();
+        let reason = reason.expect("it says why");
+        assert!(!is_saved && reason.contains(word), "{file}: {reason}");
+        assert!(!waiting(file), "{file}");
+        fs::rename(&aside, &part).expect("it can be moved back");
+    }
+    for (mark, word) in [("used \n", "used by an earlier start"), ("left \n", "left it"), ("else", "damaged")] {
+        fs::write(path(&place).join("saved.mark"), mark).expect("it can be written");
+        let (is_saved, reason) = listed();
+        assert!(!is_saved && reason.as_ref().is_some_and(|reason| reason.contains(word)), "{mark}: {reason:?}");
+    }
+    fs::write(path(&place).join("saved.mark"), "fresh\n").expect("it can be written");
+    assert_eq!(listed(), (true, None));
+    fs::remove_dir_all(path(&place)).expect("it can be removed");
+    assert_eq!((listed(), waiting("none")), ((false, None), false));
+    fs::write(path(&place), "a file").expect("a file can be made");
+    assert!(listed().1.expect("it says why").contains("no directory"));
 }
 
 #[test]
@@ -534,7 +630,7 @@ fn a_second_signal_ends_a_save() {
         vm.process.signal(Signal::TERM);
         std::thread::sleep(Duration::from_millis(delay_ms));
         vm.process.signal(Signal::INT);
-        ended_well(vm);
+        let log = ended_well(vm).stderr;
         no_partials(&place);
         if path(&place).exists() {
             let (vm, mut agent) = machine(&place, true).memory_mib(256).ready("guest");
@@ -542,9 +638,33 @@ fn a_second_signal_ends_a_save() {
             stop(vm, StopMode::Force);
         } else {
             given_up += 1;
+            // The first may have come so late that both are one.
+            let says = log.contains("given up") || log.contains("could not be saved") || delay_ms == 0;
+            assert!(says, "after {delay_ms} ms: {log}");
         }
     }
     println!("{given_up} of 7 were given up");
+}
+
+#[test]
+fn a_save_that_is_given_up_is_told() {
+    require!(Kvm);
+    let place = Place::new();
+    // One that waits for a snapshot.
+    let (mut vm, mut agent) = machine(&place, true).memory_mib(64).ready("guest");
+    Facts::gather(&mut agent, 32);
+    let create = json!({ "snapshot_path": place.join("snap"), "max_write_mib_s": 1 }).to_string();
+    let mut stream = connect(&vm.api);
+    stream.write_all(&request("PUT", "/snapshot/create", create.as_bytes())).expect("the API listens");
+    until("it is being written", || place.names().iter().any(|name| name.starts_with(".snap")));
+    vm.process.signal(Signal::TERM);
+    // It is known to have been heard when nothing else is begun any more.
+    until("it is stopping", || vm.api().patch("/vm", &json!({ "state": "Resumed" })).is_err());
+    vm.process.signal(Signal::TERM);
+    let log = ended_well(vm).stderr;
+    assert!(log.contains("is not saved") && log.contains("the next start boots"), "{log}");
+    assert!(!path(&place).exists());
+    no_partials(&place);
 }
 
 /// A snapshot that somebody waits for is completed first.

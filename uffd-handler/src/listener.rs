@@ -36,7 +36,7 @@ pub enum ListenError {
     #[error("{0} exists and is no socket: remove it, or choose another path")]
     NotASocket(PathBuf),
     /// A step failed.
-    #[error("cannot {step} socket {path}: {source}")]
+    #[error("cannot {step} socket {path}: {}", snapshot::told(.source))]
     Failed {
         /// What was tried.
         step: &'static str,

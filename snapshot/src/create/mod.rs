@@ -32,6 +32,7 @@ pub(crate) use source::next_data;
 pub use source::{BytesSource, FileSource, LayerSource, MemorySource};
 pub use staging::{Facts, Staging, clear_leftovers};
 
+use crate::dir::told;
 use crate::image::ImageError;
 use crate::manifest::BadField;
 use crate::state::StateError;
@@ -86,7 +87,7 @@ pub enum CreateError {
         needed_bytes: u64,
     },
     /// A file cannot be written.
-    #[error("cannot write {path}: {source}")]
+    #[error("cannot write {path}: {}", told(.source))]
     Write {
         /// Which file.
         path: PathBuf,

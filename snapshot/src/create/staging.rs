@@ -333,10 +333,18 @@ fn make_locked(parent: &Dir, target: &[u8]) -> Result<(Vec<u8>, Dir), CreateErro
         let dir = match parent.open_dir(OsStr::from_bytes(&name)) {
             Ok(dir) => dir,
             Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(failed(e)),
+            Err(e) => {
+                let _ = parent.remove_dir(OsStr::from_bytes(&name));
+                return Err(failed(e));
+            }
         };
-        if !dir.lock(Lock::Exclusive).map_err(|e| failed(e.into()))? {
-            continue;
+        match dir.lock(Lock::Exclusive) {
+            Ok(true) => {}
+            Ok(false) => continue,
+            Err(e) => {
+                let _ = parent.remove_dir(OsStr::from_bytes(&name));
+                return Err(failed(e.into()));
+            }
         }
         if rustix::fs::statat(parent, &name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).is_ok() {
             return Ok((name, dir));

@@ -5,6 +5,7 @@ use super::{ImageError, MemoryImage};
 use crate::CHUNK_BYTES;
 use crate::create::next_data;
 use crate::digests::Digests;
+use crate::holes::Holes;
 use crate::threads;
 use std::ops::Range;
 
@@ -54,6 +55,7 @@ impl MemoryImage {
     fn check_part(&self, part: Range<u64>, below: Option<&Digests>) -> Result<Checked, ImageError> {
         let mut checked = Checked::default();
         let mut buf = vec![0; CHUNK_BYTES as usize];
+        let mut holes: Vec<Holes<'_>> = self.layers.iter().map(|layer| Holes::of(&layer.file)).collect();
         let mut index = part.start;
         while index < part.end {
             let held = self.next_held(index)?;
@@ -68,6 +70,12 @@ impl MemoryImage {
                 }
             }
             for chunk in held.clone() {
+                if self.is_hole(chunk, &mut holes)? {
+                    if !self.chunk_is_zero(chunk) {
+                        checked.damage(self.damaged(chunk));
+                    }
+                    continue;
+                }
                 let buf = &mut buf[..self.digests.chunk_len(chunk)];
                 match self.assemble(chunk, buf, Patience::Waits) {
                     Ok(_) if self.digests.is_right(chunk, buf) => {}
@@ -80,6 +88,20 @@ impl MemoryImage {
             index = held.end;
         }
         Ok(checked)
+    }
+
+    /// Whether a chunk is zero because no file has anything where it would be read: a file that claims much and holds nothing is
+    /// not read through.
+    fn is_hole(&self, chunk: u64, holes: &mut [Holes<'_>]) -> Result<bool, ImageError> {
+        for (layer, holes) in self.layers.iter().zip(holes) {
+            let Some(bytes) = layer.place_of(chunk) else { return Ok(false) };
+            let offset = bytes.start;
+            let unreadable = |source| ImageError::Read { path: layer.path.clone(), offset, source };
+            if !holes.cover(bytes).map_err(unreadable)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// The next run of chunks, from `index` on, of which the uppermost layer holds something. Those of a whole image that are holes

@@ -97,6 +97,22 @@ impl Layer {
         }
     }
 
+    /// Where in the file the bytes of a chunk would be, as they are, whichever of them it holds: nowhere if it holds none, or only
+    /// zeros; `None` if they are compressed.
+    pub(super) fn place_of(&self, index: u64) -> Option<Range<u64>> {
+        match &self.form {
+            Form::Whole | Form::Pages(_) => {
+                let start = index * CHUNK_BYTES;
+                Some(start..start + chunk::len(self.size, index) as u64)
+            }
+            Form::Packed(table) => match table.entry(index) {
+                Entry::Zero | Entry::Parent => Some(0..0),
+                Entry::Plain { offset } => Some(offset..offset + chunk::len(self.size, index) as u64),
+                Entry::Zstd { .. } => None,
+            },
+        }
+    }
+
     /// Fills those of the `wanted` pages of a chunk that the layer holds into `buf`, which has the length of the chunk. Returns the
     /// others.
     pub(super) fn fill(&self, index: u64, buf: &mut [u8], wanted: Pages, patience: Patience) -> Result<Pages, Fault> {

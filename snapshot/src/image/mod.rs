@@ -73,6 +73,14 @@ pub enum ImageError {
         /// The packed image.
         path: PathBuf,
     },
+    /// Nothing is where a packed image has chunks.
+    #[error("{path} has a hole at offset {offset:#x}, as no packed image has: it was copied badly; copy it again")]
+    PackedHole {
+        /// The packed image.
+        path: PathBuf,
+        /// Where the hole begins, in bytes.
+        offset: u64,
+    },
     /// A snapshot whose memory is below cannot be used.
     #[error(transparent)]
     Parent(Box<LoadError>),

@@ -3,7 +3,9 @@
 
 use super::layer::{Form, Layer};
 use super::{ImageError, MemoryImage, open_digests, open_map};
+use crate::CHUNK_BYTES;
 use crate::clusters::Clusters;
+use crate::create::next_data;
 use crate::file;
 use crate::load::{Level, Snapshot};
 use crate::packed;
@@ -133,6 +135,9 @@ fn ensure_level(levels: &[&Level]) -> Result<Option<u64>, ImageError> {
 
 /// Compares what the first of these levels holds with its digests.
 pub(crate) fn check_level(levels: &[&Level]) -> Result<super::Checked, ImageError> {
+    if let Some(hole) = find_packed_hole(levels[0])? {
+        return Ok(super::Checked { bytes: 0, damaged: 1, first: Some(hole) });
+    }
     let below = levels.get(1).map(|level| open_digests(level)).transpose()?;
     let mut checked = MemoryImage::of(levels)?.check(below.as_ref())?;
     if checked.first.is_none() {
@@ -140,6 +145,23 @@ pub(crate) fn check_level(levels: &[&Level]) -> Result<super::Checked, ImageErro
         checked.damaged += u64::from(checked.first.is_some());
     }
     Ok(checked)
+}
+
+/// Looks for a hole in a packed image that is as long as two chunks. None has any, as no chunk that is stored is zero and none takes
+/// more room than its bytes: what claims to be longer than what is there is not read through.
+fn find_packed_hole(level: &Level) -> Result<Option<ImageError>, ImageError> {
+    let Some(packed) = &level.manifest.memory.packed else { return Ok(None) };
+    let (file, mut at) = (level.file()?, packed::index_bytes(level.manifest.memory.size_bytes));
+    let unreadable = |source| unreadable(level, source);
+    while at < packed.file_bytes {
+        let data = next_data(file, at, packed.file_bytes).map_err(unreadable)?;
+        let data = data.unwrap_or(packed.file_bytes..packed.file_bytes);
+        if data.start - at >= 2 * CHUNK_BYTES {
+            return Ok(Some(ImageError::PackedHole { path: level.path(), offset: at }));
+        }
+        at = data.end;
+    }
+    Ok(None)
 }
 
 /// Compares all that a packed image stores, however little of it counts, with its digest.

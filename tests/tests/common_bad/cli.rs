@@ -165,6 +165,18 @@ fn a_guest_that_cannot_be_exported_leaves_no_file() {
     });
 }
 
+#[test]
+fn too_few_open_files_are_told_with_a_remedy() {
+    let place = Place::new();
+    fs::create_dir(place.join("snap")).expect("a directory can be made");
+    let words = ["snap.json", "open no more", "ulimit -n"];
+    for verb in ["show", "check", "verify"] {
+        refused_by(&place, "few", Path::new("prlimit"), FAILED, &words, |vmm| {
+            vmm.arg("--nofile=4").arg(binaries::vmm()).args(["snapshot", verb]).arg(place.join("snap"));
+        });
+    }
+}
+
 /// Runs a shell command in which `$0` is the vmm; its exit code and what it said.
 fn shell(place: &Place, script: &str) -> (i32, String) {
     let done = Process::start(place, "shell", Path::new("sh"), |sh| {

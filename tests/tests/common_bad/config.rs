@@ -151,7 +151,7 @@ fn each_disk_that_cannot_be_is_named() {
         ("odd", vec![disk("a", &odd, sealed())], &["odd.img has 1000 bytes", "multiple of 512"]),
         ("directory", vec![disk("a", place.path(), json!({}))], &["neither a regular file nor a block device"]),
         ("zeros", vec![disk("a", Path::new("/dev/zero"), sealed())], &["/dev/zero is neither"]),
-        ("no-path", vec![disk("a", Path::new(""), json!({}))], &["drive a: cannot open"]),
+        ("no-path", vec![disk("a", Path::new(""), json!({}))], &["path_on_host", "path is empty"]),
         ("nul-path", vec![disk("a", Path::new("a\0b"), json!({}))], &["drive a: cannot open"]),
         ("same-id", vec![disk("a", &good, sealed()), disk("a", &odd, sealed())], &["two have the drive_id a"]),
         ("two-writers", vec![disk("a", &good, json!({})), disk("b", &good, json!({}))], &["drive b", "is in use"]),

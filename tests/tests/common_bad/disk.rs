@@ -2,6 +2,7 @@
 
 use super::{is_root, skip};
 use api_spec::client::rest::RestError;
+use api_spec::snapshot::SnapshotCreate;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -39,7 +40,7 @@ fn a_place_that_cannot_take_a_snapshot_is_named_and_the_guest_goes_on() {
         (place.join("x".repeat(201)), ["cannot be the name of a snapshot", "200 bytes"]),
         (place.join("x".repeat(5000)), ["cannot be the name of a snapshot", "200 bytes"]),
         (place.join("taken/.."), ["cannot be the name of a snapshot", ""]),
-        ("".into(), ["cannot be the name of a snapshot", ""]),
+        ("".into(), ["snapshot_path", "the path is empty"]),
         ("/".into(), ["cannot be the name of a snapshot", ""]),
         ("..".into(), ["cannot be the name of a snapshot", ""]),
         (place.join("a\0b"), ["cannot write", ""]),
@@ -157,6 +158,49 @@ fn a_limit_on_file_sizes_is_named_and_the_guest_goes_on() {
     snapshot::verify::verify(&place.join("snapshot")).expect("it is whole");
     facts.check(&mut agent);
     vm.stop();
+}
+
+#[test]
+fn a_limit_on_open_files_is_named_and_the_guest_goes_on() {
+    require!(Kvm);
+    let place = Place::new();
+    let (mut vm, mut agent) = Boot::new(&place).memory_mib(16).ready("guest");
+    let facts = Facts::gather(&mut agent, 1);
+    let (target, before) = (place.join("snapshot"), place.names());
+    // Connected before there is a limit, so that it is the snapshot that lacks descriptors.
+    let mut client = vm.client();
+    client.config().expect("it tells");
+    let limit = |most: u64| {
+        let line = format!("--nofile={most}:1024");
+        let set = Command::new("prlimit").args(["--pid", &vm.pid().to_string(), &line]).status();
+        assert!(set.is_ok_and(|status| status.success()), "a process of ours can be given a limit");
+    };
+    let mut refused = 0;
+    // What is open stays so.
+    for most in 4.. {
+        limit(most);
+        match client.snapshot_create(&SnapshotCreate::of(target.clone())) {
+            Ok(()) => break,
+            Err(RestError::Refused { status: 400, message }) => {
+                assert!(message.contains("open no more") && message.contains("ulimit -n"), "{message}");
+                assert_eq!(place.names(), before, "something was left behind");
+                refused += 1;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(refused > 1, "{refused}");
+    limit(1024);
+    snapshot::verify::verify(&target).expect("it is whole");
+    facts.check(&mut agent);
+    vm.stop();
+    // Nor does a clone come about without some, whichever of them is the one too many.
+    for most in 4..=20 {
+        super::refused_by(&place, "few", Path::new("prlimit"), super::FAILED, &["ulimit -n"], |vmm| {
+            vmm.arg(format!("--nofile={most}")).arg(tests::binaries::vmm()).arg("--restore").arg(&target);
+            vmm.arg("--api-sock").arg(place.join("api"));
+        });
+    }
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! `vmm list`: which machines are saved, by their configuration files. Looks, and changes nothing.
 
 use super::{CliError, read_config};
-use crate::machine::saved::{self, Configuration};
-use api_spec::saved::{Saved, SavedState};
+use crate::machine::saved;
+use api_spec::saved::SavedState;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -13,11 +13,13 @@ pub struct Machine {
     pub config: PathBuf,
     /// Where it is saved, if anywhere.
     pub path: Option<PathBuf>,
-    /// Whether there is a saved state that the next start can go on from.
+    /// Whether there is a saved state that the next start can open, to go on from.
     pub saved: bool,
     /// What that takes on disk, in bytes.
     pub saved_bytes: u64,
-    /// Whether it was saved with another configuration, as far as its guest can tell; `None` if that cannot be known.
+    /// Why the next start cannot go on from what is there, if something is.
+    pub unusable: Option<String>,
+    /// Whether it was saved with another configuration, as far as its guest can tell; `None` if nothing can be gone on from.
     pub config_drift: Option<bool>,
 }
 
@@ -29,9 +31,17 @@ pub fn list(configs: &[PathBuf]) -> Result<Vec<Machine>, CliError> {
 fn look(path: &Path) -> Result<Machine, CliError> {
     let config = read_config(path)?;
     let place = config.saved_state.as_ref().map(|SavedState { path, .. }| path.clone());
-    let Saved { exists, bytes } = place.as_deref().map(saved::look).unwrap_or_default();
-    let kept = place.as_ref().filter(|_| exists).and_then(|place| snapshot::load::open(place).ok());
-    let kept = kept.and_then(|snapshot| snapshot.manifest().config.clone());
-    let config_drift = kept.map(|digest| digest != Configuration::of(&config).digest());
-    Ok(Machine { config: path.to_owned(), path: place, saved: exists, saved_bytes: bytes, config_drift })
+    let (found, unusable) = match place.as_deref().map(|place| saved::look(place, &config)) {
+        None => (None, None),
+        Some(Ok(found)) => (found, None),
+        Some(Err(reason)) => (None, Some(reason)),
+    };
+    Ok(Machine {
+        config: path.to_owned(),
+        path: place,
+        saved: found.is_some(),
+        saved_bytes: found.map_or(0, |found| found.bytes),
+        unusable,
+        config_drift: found.map(|found| found.drift),
+    })
 }

@@ -185,7 +185,7 @@ pub fn run(command: Command) -> Result<i32, CliError> {
             restore::check_machine(snapshot.manifest()).map_err(RunError::from)?;
             let report = Report::of(&snapshot, &host::to_compare_closely());
             print(&if json { to_json(&report) } else { report.to_string() })?;
-            Ok(if report.fits { DONE } else { FAILED })
+            Ok(if report.is_usable() { DONE } else { FAILED })
         }
         Command::SnapshotTool(tool) => print(&snapshots::run(&tool)?),
         Command::Verify { path, json } => {

@@ -116,6 +116,13 @@ impl Discarder {
         }
         outcome
     }
+
+    /// What was discarded so far counts no more against what may be: it was not the guest that did it.
+    pub(super) fn begin_anew(&self) {
+        if let Backing::Image(discarded) = &mut *lock(&self.backing) {
+            discarded.begun = 0;
+        }
+    }
 }
 
 /// A run of pages within a region of RAM, counted from the region's start.
@@ -155,15 +162,9 @@ impl Part<'_> {
             Some(blank) => blank,
             None => discarded.blank.insert(mmap::Blank::new()?),
         };
-        let put = blank.put(self.mapped.mapping(), self.bytes());
+        blank.put(self.mapped.mapping(), self.bytes())?;
         if let Some(uffd) = &discarded.waker {
-            // Also after a failure, which may have come half-way.
             self.wake(uffd);
-        }
-        if let Err((done, e)) = put {
-            // So much of it reads as zeros all the same.
-            discarded.pages.insert(place.start..place.start + done / PAGE_SIZE);
-            return Err(e);
         }
         discarded.pages.insert(place);
         discarded.begun += usize::from(begins);

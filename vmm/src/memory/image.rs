@@ -20,6 +20,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 /// Most runs that are mapped: each may take two of the mappings that a process can have.
 const MAX_MAPPED: usize = 450;
+/// Most runs of zeros that take mappings; the others take memory. A guest may have twice as many of those that it gives back.
+const MAX_EMPTIED: usize = 8_000;
 /// How many pages a run has that is worth a mapping: 64 KiB.
 const LONG_RUN: u64 = 16;
 /// Most bytes that are copied at a time.
@@ -101,28 +103,33 @@ impl GuestRam {
         match memory {
             TrustedMemory::Image(image) => Ok(self.show(&unpack(&image)?)?),
             TrustedMemory::Files(files) => {
-                let Some((lowest, above)) = files.split_last() else {
-                    return Err(LayError::Lay(io::ErrorKind::NotFound.into()));
-                };
+                let mut above = files;
+                let lowest = above.pop().ok_or_else(|| LayError::Lay(io::ErrorKind::NotFound.into()))?;
                 self.show(&lowest.file)?;
-                self.lay(above)
+                let ends = self.lay(&above)?;
+                let files = above.into_iter().map(|layer| layer.file).zip(ends);
+                self.above = files.filter(|(_, end)| *end > 0).collect();
+                Ok(())
             }
         }
     }
 
-    /// Puts what these layers hold, the uppermost first, over what is there. Nobody has used the memory yet.
-    fn lay(&self, layers: &[TrustedLayer]) -> Result<(), LayError> {
+    /// Puts what these layers hold, the uppermost first, over what is there. Nobody has used the memory yet. Returns where what is
+    /// mapped of each layer ends in it, in bytes.
+    fn lay(&self, layers: &[TrustedLayer]) -> Result<Vec<u64>, LayError> {
         let maps: Vec<&Clusters> = layers.iter().filter_map(|layer| layer.pages.as_ref()).collect();
         let mut pieces: Vec<(usize, Piece)> = cut(visible(&maps), &self.regions).collect();
         // The longest are mapped, as far as there are mappings.
         pieces.sort_by_key(|(_, piece)| std::cmp::Reverse(piece.pages.end - piece.pages.start));
-        let (discarder, mut mapped) = (self.discarder(), 0);
+        let (discarder, mut mapped, mut emptied) = (self.discarder(), 0, 0);
+        let mut ends = vec![0; layers.len()];
         for (region, piece) in pieces {
             let pages = piece.pages.end - piece.pages.start;
             match piece.layer {
                 None => {
                     let first = (self.guest_addr(region, piece.pages.start)) / PAGE_SIZE;
-                    if discarder.discard(first..first + pages).discarded < pages {
+                    emptied += 1;
+                    if emptied > MAX_EMPTIED || discarder.discard(first..first + pages).discarded < pages {
                         self.write(region, &piece.pages, |_, buf| {
                             buf.fill(0);
                             Ok(())
@@ -131,6 +138,7 @@ impl GuestRam {
                 }
                 Some(layer) if pages >= LONG_RUN && mapped < MAX_MAPPED => {
                     self.map_over(region, &piece.pages, &layers[layer].file).map_err(LayError::Lay)?;
+                    ends[layer] = ends[layer].max(piece.pages.end * PAGE_BYTES);
                     mapped += 1;
                 }
                 Some(layer) => {
@@ -139,7 +147,9 @@ impl GuestRam {
                 }
             }
         }
-        Ok(())
+        // What the guest gives back is bounded by itself.
+        discarder.begin_anew();
+        Ok(ends)
     }
 
     fn guest_addr(&self, region: usize, page: u64) -> u64 {
@@ -237,6 +247,50 @@ mod tests {
             MemoryRegion { guest_addr: 0, size_bytes: first, offset: 0 },
             MemoryRegion { guest_addr: 1 << 32, size_bytes: PAGES * PAGE_BYTES - first, offset: first },
         ]
+    }
+
+    /// Every other page is zero, and those between them are of the lowest file.
+    #[test]
+    fn zeros_of_a_chain_leave_a_guest_all_that_it_may_give_back() {
+        const RUNS: u64 = 1_500;
+        let size = 2 * RUNS * PAGE_BYTES;
+        let mut map = Clusters::new(size);
+        (0..RUNS - 1).for_each(|run| map.set(2 * run..2 * run + 1, Cluster::Zero));
+        let lowest = tempfile::tempfile().unwrap();
+        lowest.write_all_at(&vec![1; size as usize], 0).unwrap();
+        let upper = tempfile::tempfile().unwrap();
+        upper.set_len(size).unwrap();
+        let files = vec![TrustedLayer { file: upper, pages: Some(map) }, TrustedLayer { file: lowest, pages: None }];
+        let regions = vec![MemoryRegion { guest_addr: 0, size_bytes: size, offset: 0 }];
+        let mut ram = GuestRam::reserve(regions).unwrap();
+        ram.show_trusted(TrustedMemory::Files(files)).unwrap();
+        let last = 2 * RUNS - 1;
+        assert_eq!(ram.discarder().discard(last..last + 1).discarded, 1);
+        for page in 0..2 * RUNS {
+            let mut byte = [7];
+            ram.memory().read_slice(&mut byte, GuestAddress(page * PAGE_BYTES)).unwrap();
+            let is_zero = page == last || page % 2 == 0 && page < 2 * RUNS - 2;
+            assert_eq!(byte, [u8::from(!is_zero)], "page {page}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_cut_short_is_noticed_wherever_in_a_chain_it_lies() {
+        let mut map = Clusters::new(PAGES * PAGE_BYTES);
+        map.set(20..20 + LONG_RUN, Cluster::Data);
+        for cut in 0..3 {
+            let files = [1, 2, 99].map(file);
+            let layers = files.iter().zip([Some(map.clone()), Some(map.clone()), None]);
+            let layers = layers.map(|(file, pages)| TrustedLayer { file: file.try_clone().unwrap(), pages }).collect();
+            let mut ram = GuestRam::reserve(regions()).unwrap();
+            ram.show_trusted(TrustedMemory::Files(layers)).unwrap();
+            assert!(!ram.is_cut_short());
+            files[cut].set_len((20 + LONG_RUN) * PAGE_BYTES).unwrap();
+            assert_eq!(ram.is_cut_short(), cut == 2, "as much is mapped of each of the others");
+            files[cut].set_len((19 + LONG_RUN) * PAGE_BYTES).unwrap();
+            // Nothing is mapped of the one in the middle.
+            assert_eq!(ram.is_cut_short(), cut != 1, "{cut}");
+        }
     }
 
     proptest! {

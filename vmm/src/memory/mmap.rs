@@ -3,7 +3,7 @@
 // at the same address and size, for as long as the region lives.
 #![allow(unsafe_code)]
 
-use super::PAGE_SIZE;
+use super::{PAGE_SIZE, lost};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -55,7 +55,8 @@ const PROTECTION: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: the range is this mapping, whole, which the region does not unmap by itself; whoever refers to it borrows
-        // this value.
+        // this value. Nothing else can lie there: what is put in its place is put there by `replaced` alone, which does not
+        // return if that fails.
         unsafe { libc::munmap(self.region.as_ptr().cast(), self.region.size()) };
     }
 }
@@ -127,6 +128,18 @@ impl Part {
     }
 }
 
+/// Tells that something has taken the place of part of a region, given what the kernel says of it; or ends the process.
+///
+/// The kernel unmaps what was there before it puts something in its place. If it then fails, the addresses are free, and the next
+/// mapping of any thread may get them: the guest could read and write that, and whoever unmaps the region would unmap it. Which
+/// failures come that late is not said, and cannot be seen afterwards, as somebody else's mapping looks like ours. So none is
+/// survived. They are rare: the kernel has no memory for itself, or its bound of mappings is reached, which we stay far from.
+fn replaced(put: *mut libc::c_void) {
+    if put == libc::MAP_FAILED {
+        lost::end_of_a_place(&io::Error::last_os_error());
+    }
+}
+
 /// Anonymous memory that nobody has ever accessed, to put in the place of parts of regions.
 ///
 /// What is put there joins neighbours of the same kind: a range that touches such a one takes no mapping of its own. It
@@ -169,24 +182,17 @@ impl Blank {
 
     /// Puts anonymous memory, which reads as zeros, in the place of part of a region: `range` in bytes from its start,
     /// whole pages. Others may access the region meanwhile; they find what was there before, or zeros.
-    ///
-    /// If this fails, the error tells how many bytes of the part, from its start, are replaced; each other page of it is what it was,
-    /// or is empty, unless the kernel ran out of memory for itself in the midst of it: then it may be gone, and whoever accesses
-    /// it dies of that.
-    pub fn put(&self, region: &MmapRegion, range: Range<u64>) -> Result<(), (u64, io::Error)> {
-        let part = Part::of(region, range).map_err(|e| (0, e))?;
+    pub fn put(&self, region: &MmapRegion, range: Range<u64>) -> io::Result<()> {
+        let part = Part::of(region, range)?;
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
         for offset in (0..part.len).step_by(Self::LEN) {
             let (to, len) = (part.addr.wrapping_add(offset), Self::LEN.min(part.len - offset));
             // SAFETY: what moves are empty pages of a mapping that nothing refers to, and MREMAP_DONTUNMAP leaves such a
             // mapping behind. `Part::of` has checked that the range lies within the region's own mapping, so nothing else
-            // is unmapped; the new mapping has the same protection, so every pointer into the region stays valid; page
-            // faults on the range wait until it is complete; the bytes are volatile guest memory that no Rust reference
-            // points to.
-            let put = unsafe { libc::mremap(self.addr.as_ptr().cast(), len, len, flags, to) };
-            if put == libc::MAP_FAILED {
-                return Err((offset as u64, io::Error::last_os_error()));
-            }
+            // is unmapped; the new mapping has the same protection, so every pointer into the region stays valid, and
+            // `replaced` does not return if the place may have become somebody else's; page faults on the range wait until
+            // it is complete; the bytes are volatile guest memory that no Rust reference points to.
+            replaced(unsafe { libc::mremap(self.addr.as_ptr().cast(), len, len, flags, to) });
         }
         Ok(())
     }
@@ -207,21 +213,21 @@ pub fn empty(region: &MmapRegion, range: Range<u64>) -> io::Result<()> {
 
 /// Puts a mapping in a region's place that cannot be accessed. For the end of a guest: whoever accesses the region later
 /// dies of it.
-pub fn cut_off(region: &MmapRegion) -> io::Result<()> {
-    put_nothing(region, libc::PROT_NONE)
+pub fn cut_off(region: &MmapRegion) {
+    put_nothing(region, libc::PROT_NONE);
 }
 
 /// Puts memory of zeros in a region's place. For the end of a guest that never ran: whoever accesses the region later finds zeros.
-pub fn blank(region: &MmapRegion) -> io::Result<()> {
-    put_nothing(region, libc::PROT_READ | libc::PROT_WRITE)
+pub fn blank(region: &MmapRegion) {
+    put_nothing(region, libc::PROT_READ | libc::PROT_WRITE);
 }
 
-fn put_nothing(region: &MmapRegion, protection: libc::c_int) -> io::Result<()> {
+fn put_nothing(region: &MmapRegion, protection: libc::c_int) {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
     // SAFETY: MAP_FIXED replaces exactly the region's own mapping, so nothing else is unmapped, and the address stays
-    // the region's to unmap; the bytes were volatile guest memory that no Rust reference points to.
-    let nothing = unsafe { libc::mmap(region.as_ptr().cast(), region.size(), protection, flags, -1, 0) };
-    if nothing == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    // the region's to unmap: `replaced` does not return if it may have become somebody else's. The bytes were volatile
+    // guest memory that no Rust reference points to.
+    replaced(unsafe { libc::mmap(region.as_ptr().cast(), region.size(), protection, flags, -1, 0) });
 }
 
 /// Puts a private mapping of part of `file`, from `offset` on, in the place of part of a region: `range` in bytes from its start,
@@ -231,13 +237,12 @@ pub fn map_over(region: &MmapRegion, range: Range<u64>, file: &File, offset: u64
     let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: `Part::of` has checked that the range lies within the region's own mapping, so nothing else is unmapped. MAP_FIXED
-    // replaces it in one step by a mapping with the same protection, so every pointer into the region stays valid; the bytes are
-    // volatile guest memory that no Rust reference points to.
-    let put =
-        unsafe { libc::mmap(part.addr.cast(), part.len, protection, flags, file.as_raw_fd(), offset as libc::off_t) };
-    if put == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
+    // replaces it in one step by a mapping with the same protection, so every pointer into the region stays valid, and `replaced`
+    // does not return if the place may have become somebody else's; the bytes are volatile guest memory that no Rust reference
+    // points to.
+    replaced(unsafe {
+        libc::mmap(part.addr.cast(), part.len, protection, flags, file.as_raw_fd(), offset as libc::off_t)
+    });
     PRIVACY.into_iter().try_for_each(|advice| part.advise(advice))
 }
 
@@ -271,7 +276,7 @@ impl Drop for Aside {
 /// Nobody may access the region meanwhile: in between it is still the shared mapping, only not yet populated, so an access
 /// would not be undefined, but a write would go to the file.
 ///
-/// If the second step fails, the region is the shared mapping that it was.
+/// If this fails, the region is the shared mapping that it was.
 pub fn make_private(region: &MmapRegion, file: &File, offset: u64) -> io::Result<Aside> {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
     // To a place that lies in the same way: the kernel then moves whole tables of 512 pages, not page by page.
@@ -287,9 +292,9 @@ pub fn make_private(region: &MmapRegion, file: &File, offset: u64) -> io::Result
         return Err(failed);
     }
     // SAFETY: MAP_FIXED replaces exactly the region's own mapping, atomically, with one of the same length and
-    // protection, so every pointer into the region stays valid; the bytes there are volatile guest memory that no Rust
-    // reference points to.
-    let private = unsafe {
+    // protection, so every pointer into the region stays valid, and `replaced` does not return if the place may have become
+    // somebody else's; the bytes there are volatile guest memory that no Rust reference points to.
+    replaced(unsafe {
         libc::mmap(
             region.as_ptr().cast(),
             region.size(),
@@ -298,10 +303,7 @@ pub fn make_private(region: &MmapRegion, file: &File, offset: u64) -> io::Result
             file.as_raw_fd(),
             offset as libc::off_t,
         )
-    };
-    if private == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
+    });
     // The new mapping stands; advice that is refused costs privacy of core dumps, not the freeze.
     if let Err(e) = keep_private(region) {
         tracing::warn!("guest RAM may appear in core dumps: {e}");
@@ -313,7 +315,57 @@ pub fn make_private(region: &MmapRegion, file: &File, offset: u64) -> io::Result
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::os::unix::fs::OpenOptionsExt;
+    use std::process::Command;
     use std::sync::Arc;
+
+    /// Has the kernel refuse what is named, which must be the end of this process.
+    fn have_refused(what: &str) {
+        let memory = File::from(rustix::fs::memfd_create("coppice-test", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        memory.set_len(4 * PAGE_SIZE).unwrap();
+        let place = FileOffset::new(memory, 0);
+        let mapping = Mapping::new(place, 4 * PAGE_SIZE as usize, libc::MAP_SHARED).unwrap();
+        let unreadable = || {
+            let mut options = File::options();
+            options.write(true).custom_flags(libc::O_TMPFILE).open(std::env::temp_dir()).unwrap()
+        };
+        // Nothing can be mapped then, not even in the place of something.
+        let no_addresses = || {
+            use rustix::process::{Resource, Rlimit, setrlimit};
+            setrlimit(Resource::As, Rlimit { current: Some(PAGE_SIZE), maximum: Some(PAGE_SIZE) }).unwrap();
+        };
+        match what {
+            "map_over" => map_over(mapping.region(), 0..PAGE_SIZE, &unreadable(), 0).unwrap(),
+            "make_private" => drop(make_private(mapping.region(), &unreadable(), 0)),
+            "cut_off" => {
+                no_addresses();
+                cut_off(mapping.region());
+            }
+            "put" => {
+                let blank = Blank::new().unwrap();
+                no_addresses();
+                blank.put(mapping.region(), 0..PAGE_SIZE).unwrap();
+            }
+            other => panic!("{other}"),
+        }
+    }
+
+    /// Else a mapping of somebody else could lie there next, open to the guest, and be unmapped with the region.
+    #[test]
+    fn a_place_that_the_kernel_may_have_given_away_is_the_end_of_the_process() {
+        const CASE: &str = "COPPICE_TEST_REFUSED";
+        if let Ok(case) = std::env::var(CASE) {
+            return have_refused(&case);
+        }
+        for case in ["map_over", "make_private", "cut_off", "put"] {
+            let name = "memory::mmap::tests::a_place_that_the_kernel_may_have_given_away_is_the_end_of_the_process";
+            let mut test = Command::new(std::env::current_exe().unwrap());
+            let done = test.args(["--exact", name, "--nocapture"]).env(CASE, case).output().unwrap();
+            let words = String::from_utf8_lossy(&done.stderr);
+            assert!(words.contains("guest memory cannot be remapped"), "{case}: {done:?}");
+            assert_eq!(done.status.code(), Some(1), "{case}: {done:?}");
+        }
+    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]

@@ -56,7 +56,7 @@ pub type GuestMemory = GuestRegionCollection<RamRegion>;
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// No memory file.
-    #[error("cannot create a memory file of {size} bytes for guest RAM: {source}")]
+    #[error("cannot create a memory file of {size} bytes for guest RAM: {}", snapshot::told(.source))]
     Create {
         /// Size asked for.
         size: u64,
@@ -107,6 +107,8 @@ pub struct GuestRam {
     regions: Vec<MemoryRegion>,
     /// The file that is mapped, if one is. Of an image of several files, the lowest.
     file: Option<Arc<File>>,
+    /// What is mapped over that, if the image is of several files: each, and where that ends in it, in bytes.
+    above: Vec<(File, u64)>,
     /// Whoever changes what is mapped holds the lock meanwhile.
     backing: Arc<Mutex<Backing>>,
 }
@@ -120,26 +122,17 @@ impl GuestRam {
         let file = File::from(fd);
         let regions = layout::ram_regions(size);
         let mapped = Arc::new(file.try_clone().map_err(|source| MemoryError::Create { size, source })?);
-        let memory = place(&regions, |region, len| {
-            let place = FileOffset::from_arc(mapped.clone(), region.offset);
-            Mapping::new(place, len, libc::MAP_SHARED | libc::MAP_NORESERVE)
-        })?;
-        for region in memory.iter() {
-            mmap::keep_private(region.mapping()).map_err(MemoryError::Advise)?;
-        }
-        Ok(GuestRam { memory, regions, file: Some(mapped), backing: Arc::new(Mutex::new(Backing::Own(file))) })
+        let memory = share(&mapped, &regions)?;
+        let backing = Arc::new(Mutex::new(Backing::Own(file)));
+        Ok(GuestRam { memory, regions, file: Some(mapped), above: Vec::new(), backing })
     }
 
     /// Addresses for RAM, and nothing behind them yet: whoever accesses them dies of it. A VM and its devices can be built
     /// around them before it is known which image they are to show.
     pub fn reserve(regions: Vec<MemoryRegion>) -> Result<Self, MemoryError> {
         let memory = place(&regions, |region, len| Mapping::reserve(len, region.offset))?;
-        Ok(GuestRam {
-            memory,
-            regions,
-            file: None,
-            backing: Arc::new(Mutex::new(Backing::Image(Discarded::default()))),
-        })
+        let backing = Arc::new(Mutex::new(Backing::Image(Discarded::default())));
+        Ok(GuestRam { memory, regions, file: None, above: Vec::new(), backing })
     }
 
     /// Shows an image where nothing was yet, as a private view: what the guest writes stays its own.
@@ -199,10 +192,12 @@ impl GuestRam {
         self.file.clone()
     }
 
-    /// Whether the file that is mapped, if one is, is shorter than what is mapped of it. Of an image of several files, the lowest.
+    /// Whether a file that is mapped is shorter than what is mapped of it.
     pub fn is_cut_short(&self) -> bool {
         let end = self.regions.iter().map(|region| region.offset + region.size_bytes).max().unwrap_or(0);
-        self.store().is_some_and(|file| file.metadata().is_ok_and(|metadata| metadata.len() < end))
+        let is_short = |file: &File, end: u64| file.metadata().is_ok_and(|metadata| metadata.len() < end);
+        self.store().is_some_and(|file| is_short(&file, end))
+            || self.above.iter().any(|(file, end)| is_short(file, *end))
     }
 
     /// Each region with the address of its mapping in this process.
@@ -213,23 +208,29 @@ impl GuestRam {
 
 /// Takes away what lies behind guest memory: from now on every access to it fails. For the end of a guest.
 pub fn cut_off(memory: &GuestMemory) {
-    for region in memory.iter() {
-        if let Err(e) = mmap::cut_off(region.mapping()) {
-            tracing::warn!("cannot take guest memory away: {e}");
-        }
-    }
+    memory.iter().for_each(|region| mmap::cut_off(region.mapping()));
 }
 
 /// Puts zeros in the place of guest memory: from now on every access to it finds those, and waits for nobody. For a guest that
 /// is not going to run.
-pub fn blank(memory: &GuestMemory) -> io::Result<()> {
-    memory.iter().try_for_each(|region| mmap::blank(region.mapping()))
+pub fn blank(memory: &GuestMemory) {
+    memory.iter().for_each(|region| mmap::blank(region.mapping()));
 }
 
 /// Memory from guest address 0 on, for tests of who uses it.
 #[cfg(test)]
 pub fn from_zero(size: usize) -> GuestMemory {
     GuestRam::fresh(size as u64).unwrap().memory().clone()
+}
+
+/// Maps regions of a file, for all who map it, kept out of core dumps and child processes.
+fn share(file: &Arc<File>, regions: &[MemoryRegion]) -> Result<GuestMemory, MemoryError> {
+    let memory = place(regions, |region, len| {
+        let place = FileOffset::from_arc(file.clone(), region.offset);
+        Mapping::new(place, len, libc::MAP_SHARED | libc::MAP_NORESERVE)
+    })?;
+    memory.iter().try_for_each(|region| mmap::keep_private(region.mapping())).map_err(MemoryError::Advise)?;
+    Ok(memory)
 }
 
 /// Places regions: each where huge pages can be mapped of what is behind it.

@@ -15,7 +15,7 @@ use crate::notice::Halt;
 use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate, DriveUpdate, NetworkUpdate};
 use api_spec::error::ErrorBody;
 use api_spec::logger::Logger;
-use api_spec::saved::VmStop;
+use api_spec::saved::{Saved, VmStop};
 use api_spec::snapshot::{SnapshotCancel, SnapshotCreate, SnapshotState, SnapshotStatus};
 use api_spec::vm::{
     Action, ActionType, InstanceInfo, InstanceState, MachinePatch, Version, VmConfig, VmPatch, VmSave, VmState,
@@ -353,8 +353,13 @@ impl Driver {
             pause_reason: self.halt.as_ref().map(Halt::to_string),
             page_server: self.machine.as_ref().and_then(Machine::page_server).map(|server| server.stats().state),
             started: self.started.clone(),
-            saved: self.config.saved_state.as_ref().map(|saved| saved::look(&saved.path)),
+            saved: self.config.saved_state.as_ref().map(|saved| self.saved_at(&saved.path)),
         }
+    }
+
+    fn saved_at(&self, path: &Path) -> Saved {
+        let found = saved::look(path, &self.config).ok().flatten();
+        Saved { exists: found.is_some(), bytes: found.map_or(0, |found| found.bytes) }
     }
 }
 

@@ -87,7 +87,7 @@ pub enum RunError {
     #[error("the event loop failed: {0}")]
     Loop(String),
     /// No event descriptor, signal descriptor or thread.
-    #[error("cannot set up the vmm: {0}")]
+    #[error("cannot set up the vmm: {}", snapshot::told(.0))]
     Setup(#[from] io::Error),
     /// The API's socket.
     #[error(transparent)]
@@ -153,7 +153,7 @@ enum RequestError {
     Restore(#[from] RestoreError),
     #[error("{field}: cannot read {}: {source}", path.display())]
     Unreadable { field: &'static str, path: PathBuf, source: io::Error },
-    #[error("cannot set up the VM: {0}")]
+    #[error("cannot set up the VM: {}", snapshot::told(.0))]
     Setup(io::Error),
     #[error("the VM has no balloon: one can be configured before it is started (`PUT /balloon`)")]
     NoBalloon,
@@ -475,8 +475,11 @@ impl Driver {
     fn take_leave(&mut self, ending: &Result<Ending, RunError>) {
         let job = self.job.take().inspect(Job::cancel);
         let stopping = self.last_words(ending);
-        let waiting =
-            job.as_ref().zip(self.waiting.take()).map(|(job, asker)| (asker, self.last_word(&job.status().0)));
+        let waiting = job.as_ref().zip(self.waiting.take()).map(|(job, asker)| {
+            let (status, _) = job.status();
+            self.tell_of_save(&status);
+            (asker, self.last_word(&status))
+        });
         if let Some(api) = &mut self.api {
             for (asker, response) in stopping.into_iter().chain(waiting) {
                 if let Asker::Client(from) = asker {

@@ -8,18 +8,15 @@ use crate::machine::config::{self, BootPlan};
 use crate::machine::phases::Phases;
 use crate::machine::record;
 use crate::machine::restore::{self, Opened, RestoreError};
-use crate::machine::saved::{self, Configuration, Found, GoingOn, GoingOnError, State, Then};
+use crate::machine::saved::{self, Configuration, Found, GoingOn, GoingOnError, OpenError, State, Then};
 use crate::machine::shell::Shell;
 use crate::machine::wiring::Outside;
 use api_spec::saved::{SavedState, StartMode, Started};
 use api_spec::snapshot::SnapshotLoad;
 use api_spec::stats::TracedOperation;
 use api_spec::vm::VmConfig;
-use rustix::fs::OFlags;
 use snapshot::create::clear_leftovers;
-use std::fs::OpenOptions;
-use std::io::{self, Read};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
 
 /// Bit of the state of KVM's clock: it says when it was read, by the host's time of day.
 const CLOCK_HAS_TIME_OF_DAY: u32 = kvm_bindings::KVM_CLOCK_REALTIME;
@@ -27,18 +24,9 @@ const CLOCK_HAS_TIME_OF_DAY: u32 = kvm_bindings::KVM_CLOCK_REALTIME;
 /// Why a machine does not go on from its saved state.
 #[derive(Debug, thiserror::Error)]
 enum CannotGoOn {
-    /// The snapshot.
+    /// It cannot be opened.
     #[error(transparent)]
-    Load(#[from] snapshot::load::LoadError),
-    /// No snapshot of a machine that was to go on.
-    #[error("its manifest names no configuration: it was not written by a save on stop")]
-    NoConfiguration,
-    /// The copy of the configuration cannot be read.
-    #[error("cannot read {}: {_0}", saved::CONFIGURATION)]
-    Read(io::Error),
-    /// It is not the one.
-    #[error(transparent)]
-    Configuration(#[from] saved::ConfigurationError),
+    Open(#[from] OpenError),
     /// The configuration of today does not allow it.
     #[error(transparent)]
     GoingOn(#[from] GoingOnError),
@@ -88,14 +76,12 @@ impl Driver {
 
     /// Goes on where the machine was saved.
     fn go_on(&mut self, state: &State) -> Result<(), CannotGoOn> {
-        let snapshot = snapshot::load::open(state.path())?;
+        let (snapshot, origin) = saved::open(state.path())?;
         let manifest = snapshot.manifest();
-        let digest = manifest.config.as_ref().ok_or(CannotGoOn::NoConfiguration)?;
-        let origin = Configuration::read(&read_configuration(state).map_err(CannotGoOn::Read)?, digest)?;
         let has_clock = snapshot.state().vm.clock.flags & CLOCK_HAS_TIME_OF_DAY != 0;
         let GoingOn { load, in_place } =
             saved::plan(state.path(), &manifest.devices, has_clock, &origin, &self.config)?;
-        let drift = *digest != Configuration::of(&self.config).digest();
+        let drift = origin.digest() != Configuration::of(&self.config).digest();
         let configured = self.config.clone();
         self.restore(&load, &in_place, |machine| {
             bound(machine, &configured);
@@ -219,14 +205,4 @@ fn bound(machine: &mut Machine, configured: &VmConfig) {
             machine.set_network_bounds(interface);
         }
     }
-}
-
-/// The copy of the configuration in a saved state.
-fn read_configuration(state: &State) -> io::Result<Vec<u8>> {
-    let mut text = Vec::new();
-    // Not through a link, and without waiting for whoever would write a FIFO.
-    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32;
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(state.path().join(saved::CONFIGURATION))?;
-    file.take(saved::MAX_CONFIGURATION).read_to_end(&mut text)?;
-    Ok(text)
 }

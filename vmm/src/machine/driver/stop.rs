@@ -127,6 +127,20 @@ impl Driver {
         Response::document(&VmStopped { how, reason: status.error.clone() })
     }
 
+    /// Says what is left of a save that was still going on when the process was to end.
+    pub(super) fn tell_of_save(&self, status: &SnapshotStatus) {
+        let Some(path) = status.snapshot_path.as_ref().filter(|_| self.stops_with_it()).map(|path| path.display())
+        else {
+            return;
+        };
+        match &status.error {
+            None => tracing::info!("the VM was saved all the same: the next start goes on from {path}"),
+            Some(error) => tracing::warn!(
+                "the save of the VM is given up, since it is to end at once ({error}): nothing is left at {path}, and the next start boots"
+            ),
+        }
+    }
+
     /// Whether the snapshot is one with which the VM stops, come what may.
     pub(super) fn stops_with_it(&self) -> bool {
         matches!(self.save, Some(Save { if_it_fails: IfItFails::ShutDown }))
@@ -188,7 +202,13 @@ impl Driver {
     pub(super) fn last_words(&mut self, ending: &Result<Ending, RunError>) -> Option<(Asker, Response)> {
         let (asker, reason) = match self.shutdown.take() {
             Some(Shutdown { asker, reason }) => (asker, reason),
-            None => (self.postponed.take()?, None),
+            None => {
+                let asker = self.postponed.take()?;
+                tracing::warn!(
+                    "the VM is not saved, since it is to end at once, before the snapshot is complete that this waited for: the next start boots"
+                );
+                (asker, None)
+            }
         };
         Some((asker, Response::document(&stopped(ending, reason))))
     }

@@ -13,11 +13,15 @@
 //! - `seen`: what of a configuration its guest can tell (pure)
 //! - `going_on`: how a machine that was saved is restored with the configuration of today (pure)
 //! - `store`: what lies on disk
+//! - `open`: opening it, and looking whether a start could
 
 mod going_on;
+mod open;
 mod seen;
 mod store;
 
 pub use going_on::{GoingOn, GoingOnError, plan};
-pub use seen::{Configuration, ConfigurationError, FILE as CONFIGURATION, MAX_BYTES as MAX_CONFIGURATION};
-pub use store::{FRESH, Found, MARK, State, Then, find, look, make_room};
+pub use open::{Looked, OpenError, look, open};
+pub use seen::FILE as CONFIGURATION;
+pub use seen::{Configuration, ConfigurationError};
+pub use store::{FRESH, Found, MARK, State, Then, find, make_room};

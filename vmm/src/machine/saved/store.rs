@@ -1,6 +1,5 @@
 //! A saved state on disk: a snapshot with a mark that says whether it was used.
 
-use api_spec::saved::Saved;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use std::ffi::OsString;
@@ -58,59 +57,93 @@ pub struct State {
 
 /// Looks what there is to go on from.
 pub fn find(path: &Path) -> Found {
-    let unusable = |reason: String, then| Found::Unusable { reason: format!("{}: {reason}", path.display()), then };
-    let dir = match open_dir(path) {
-        Ok(dir) => dir,
-        Err(Errno::NOENT) => return Found::Nothing,
-        Err(Errno::NOTDIR | Errno::LOOP) => return unusable("it is no directory".into(), Then::Leave),
-        Err(e) => return unusable(format!("it cannot be opened: {e}"), Then::Leave),
+    // The last piece of one that was being removed, or a directory that was made ahead: nothing is lost with it.
+    let (_, mark) = match open(path, |_| fs::remove_dir(path).is_ok()) {
+        Ok(opened) => opened,
+        Err(found) => return found,
     };
-    let mark = match open_mark(&dir, OFlags::RDWR) {
-        Ok(mark) => mark,
-        // The last piece of one that was being removed.
-        Err(Errno::NOENT) if fs::remove_dir(path).is_ok() => return Found::Nothing,
-        Err(Errno::NOENT) => {
-            let reason = format!("it is no saved state, as it has no {MARK}; `--restore` restores snapshots");
-            return unusable(reason, Then::Leave);
-        }
-        Err(e) => {
-            let was_used =
-                open_mark(&dir, OFlags::RDONLY).is_ok_and(|mark| read(&mark).is_ok_and(|mark| mark != *FRESH));
-            let reason = if was_used { "it was used by an earlier start".into() } else { format!("{MARK}: {e}") };
-            return unusable(reason, if was_used { Then::Leave } else { Then::SetAside(None) });
-        }
-    };
+    let unusable = |reason: String, then| Found::Unusable { reason: told(path, &reason), then };
     match rustix::fs::flock(&mark, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) | Err(Errno::OPNOTSUPP) => {}
         Err(Errno::WOULDBLOCK) => return unusable("another vmm is using it right now".into(), Then::Leave),
         Err(e) => return unusable(format!("{MARK} cannot be locked: {e}"), Then::SetAside(None)),
     }
     let state = State { path: path.to_owned(), mark };
-    match read(&state.mark) {
-        Ok(mark) if mark == *FRESH => Found::Fresh(state),
-        Ok(mark) if mark == *USED => unusable("it was used by an earlier start".into(), Then::Remove),
-        Ok(mark) if mark == *LEFT => unusable("an earlier start could not use it, and left it".into(), Then::Leave),
-        Ok(_) => unusable(format!("{MARK} is damaged"), Then::SetAside(Some(state))),
-        Err(e) => unusable(format!("{MARK} cannot be read: {e}"), Then::SetAside(Some(state))),
+    match judge(&state.mark) {
+        Ok(()) => Found::Fresh(state),
+        Err((reason, then)) => unusable(reason, then(state)),
     }
 }
 
-/// What there is to go on from, and what it takes on disk.
-pub fn look(path: &Path) -> Saved {
-    let bytes = || -> Result<Option<u64>, Errno> {
-        let dir = open_dir(path)?;
-        if read(&open_mark(&dir, OFlags::RDONLY)?)? != *FRESH {
-            return Ok(None);
-        }
-        let sizes = Dir::read_from(&dir)?.map(|entry| {
-            let entry = rustix::fs::statat(&dir, entry?.file_name(), AtFlags::SYMLINK_NOFOLLOW)?;
-            let is_file = FileType::from_raw_mode(entry.st_mode) == FileType::RegularFile;
-            Ok(if is_file { entry.st_blocks as u64 * 512 } else { 0 })
-        });
-        sizes.sum::<Result<u64, Errno>>().map(Some)
+/// What the state that there is to go on from takes on disk, in bytes; `None` if nothing is there, or why a start would not even
+/// open what is. Changes nothing, and locks nothing that a start would find locked.
+pub fn look(path: &Path) -> Result<Option<u64>, String> {
+    let (dir, mark) = match open(path, is_empty) {
+        Ok(opened) => opened,
+        Err(Found::Unusable { reason, .. }) => return Err(reason),
+        Err(_) => return Ok(None),
     };
-    let found = bytes().ok().flatten();
-    Saved { exists: found.is_some(), bytes: found.unwrap_or(0) }
+    judge(&mark).map_err(|(reason, _)| told(path, &reason))?;
+    size(&dir).map(Some).map_err(|e| told(path, &format!("it cannot be read: {e}")))
+}
+
+fn told(path: &Path, reason: &str) -> String {
+    format!("{}: {reason}", path.display())
+}
+
+/// Opens the directory of a state and its mark. `is_nothing` is asked about a directory that has none.
+fn open(path: &Path, is_nothing: impl FnOnce(&OwnedFd) -> bool) -> Result<(OwnedFd, File), Found> {
+    let unusable = |reason: String, then| Found::Unusable { reason: told(path, &reason), then };
+    let dir = match open_dir(path) {
+        Ok(dir) => dir,
+        Err(Errno::NOENT) => return Err(Found::Nothing),
+        Err(Errno::NOTDIR | Errno::LOOP) => return Err(unusable("it is no directory".into(), Then::Leave)),
+        Err(e) => return Err(unusable(format!("it cannot be opened: {e}"), Then::Leave)),
+    };
+    match open_mark(&dir, OFlags::RDWR) {
+        Ok(mark) => Ok((dir, mark)),
+        Err(Errno::NOENT) if is_nothing(&dir) => Err(Found::Nothing),
+        Err(Errno::NOENT) => {
+            let reason = format!("it is no saved state, as it has no {MARK}; `--restore` restores snapshots");
+            Err(unusable(reason, Then::Leave))
+        }
+        Err(e) => {
+            let was_used =
+                open_mark(&dir, OFlags::RDONLY).is_ok_and(|mark| read(&mark).is_ok_and(|mark| mark != *FRESH));
+            let reason = if was_used { WAS_USED.into() } else { format!("{MARK}: {e}") };
+            Err(unusable(reason, if was_used { Then::Leave } else { Then::SetAside(None) }))
+        }
+    }
+}
+
+const WAS_USED: &str = "it was used by an earlier start";
+
+/// Why nobody goes on from a state with this mark, if so, and what is to be done with it.
+fn judge(mark: &File) -> Result<(), (String, fn(State) -> Then)> {
+    match read(mark) {
+        Ok(mark) if mark == *FRESH => Ok(()),
+        Ok(mark) if mark == *USED => Err((WAS_USED.into(), |_| Then::Remove)),
+        Ok(mark) if mark == *LEFT => Err(("an earlier start could not use it, and left it".into(), |_| Then::Leave)),
+        Ok(_) => Err((format!("{MARK} is damaged"), |state| Then::SetAside(Some(state)))),
+        Err(e) => Err((format!("{MARK} cannot be read: {e}"), |state| Then::SetAside(Some(state)))),
+    }
+}
+
+fn is_empty(dir: &OwnedFd) -> bool {
+    let is_own = |name: &[u8]| name == b"." || name == b"..";
+    Dir::read_from(dir).is_ok_and(|entries| {
+        entries.into_iter().all(|entry| entry.is_ok_and(|entry| is_own(entry.file_name().to_bytes())))
+    })
+}
+
+/// What the files of a directory take on disk, in bytes.
+fn size(dir: &OwnedFd) -> Result<u64, Errno> {
+    let sizes = Dir::read_from(dir)?.map(|entry| {
+        let entry = rustix::fs::statat(dir, entry?.file_name(), AtFlags::SYMLINK_NOFOLLOW)?;
+        let is_file = FileType::from_raw_mode(entry.st_mode) == FileType::RegularFile;
+        Ok(if is_file { entry.st_blocks as u64 * 512 } else { 0 })
+    });
+    sizes.sum()
 }
 
 /// Makes way for a state that is to be saved, if what is in the way was used.
@@ -240,8 +273,13 @@ mod tests {
     }
 
     fn reason(path: &Path) -> String {
+        let looked = look(path);
         match find(path) {
-            Found::Unusable { reason, .. } => reason,
+            Found::Unusable { reason, .. } => {
+                // Who only looks sees no lock.
+                assert!(looked == Err(reason.clone()) || reason.contains("another vmm"), "{looked:?}, {reason}");
+                reason
+            }
             other => panic!("{other:?}"),
         }
     }
@@ -251,14 +289,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state");
         assert!(matches!(find(&path), Found::Nothing));
-        assert_eq!(look(&path), Saved::default());
+        assert_eq!(look(&path), Ok(None));
         let path = state(dir.path(), FRESH);
-        let saved = look(&path);
-        assert!(saved.exists && saved.bytes >= 10_000 + FRESH.len() as u64, "{saved:?}");
+        let bytes = look(&path).unwrap();
+        assert!(bytes >= Some(10_000 + FRESH.len() as u64), "{bytes:?}");
         let Found::Fresh(first) = find(&path) else { panic!() };
         assert!(reason(&path).contains("another vmm"), "nobody else can have it");
         first.mark_as_used().unwrap();
-        assert_eq!(look(&path), Saved::default());
+        assert!(look(&path).unwrap_err().contains(WAS_USED));
         drop(first);
         let Found::Unusable { reason, then } = find(&path) else { panic!() };
         assert!(reason.contains("used by an earlier start"), "{reason}");
@@ -274,6 +312,8 @@ mod tests {
         assert!(reason(&path).contains("no directory"));
         fs::remove_file(&path).unwrap();
         fs::create_dir(&path).unwrap();
+        assert_eq!(look(&path), Ok(None));
+        assert!(path.exists(), "a look changes nothing");
         assert!(matches!(find(&path), Found::Nothing), "the rest of one that was being removed");
         assert!(!path.exists());
         fs::create_dir(&path).unwrap();
