@@ -28,12 +28,27 @@ pub struct SnapshotCreate {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub max_write_mib_s: Option<u64>,
+    /// Have the guest's agent run the guest's hooks for a snapshot first, and write back to its disks. There is no snapshot if
+    /// one fails.
+    #[serde(default, skip_serializing_if = "crate::is_false")]
+    pub run_hooks: bool,
+    /// Have the guest let go of its caches first, and give its free memory back through its balloon, so that neither is stored.
+    /// However far it gets with that, the snapshot is taken.
+    #[serde(default, skip_serializing_if = "crate::is_false")]
+    pub trim: bool,
 }
 
 impl SnapshotCreate {
     /// A full snapshot in this directory.
     pub fn of(snapshot_path: PathBuf) -> Self {
-        SnapshotCreate { snapshot_path, snapshot_type: SnapshotType::Full, mem_file_path: None, max_write_mib_s: None }
+        SnapshotCreate {
+            snapshot_path,
+            snapshot_type: SnapshotType::Full,
+            mem_file_path: None,
+            max_write_mib_s: None,
+            run_hooks: false,
+            trim: false,
+        }
     }
 }
 
@@ -264,7 +279,7 @@ pub struct SnapshotStatus {
     /// How long the guest stood still, in microseconds.
     #[serde(default)]
     pub pause_us: u64,
-    /// From the request until the snapshot was complete on disk, in microseconds.
+    /// From when the guest was prepared for it, if it was to be, until the snapshot was complete on disk, in microseconds.
     #[serde(default)]
     pub total_us: u64,
     /// Bytes of memory that were written (holes are not), so far if it is being written.
@@ -273,9 +288,24 @@ pub struct SnapshotStatus {
     /// The snapshot that this one lies over; absent if it stands alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<PathBuf>,
+    /// What the guest gave back for it; absent if it was not to, or has not yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trimmed: Option<Trimmed>,
     /// What went wrong.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+}
+
+/// What a guest gave back for a snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Trimmed {
+    /// Memory that it gave back, in bytes, as the host counts them.
+    pub given_back_bytes: u64,
+    /// How long that took, and its hooks, in microseconds. The guest ran meanwhile.
+    pub took_us: u64,
+    /// Why it was less than it could be, or is not over yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shortfall: Option<String>,
 }
 
 impl SnapshotStatus {
@@ -292,6 +322,8 @@ pub enum SnapshotState {
     /// None was asked for.
     #[default]
     None,
+    /// The guest prepares for it, and runs.
+    Preparing,
     /// Memory is being written in the background.
     Writing,
     /// Complete on disk.

@@ -69,7 +69,7 @@ fn ask(question: u8, sent: &[u8]) {
     let mut client = AgentClient::over(near, PATIENCE);
     let exec = Exec { argv: vec!["true".into()], stdin: true, ..Exec::default() };
     let mut output = Vec::new();
-    let _ = match question % 6 {
+    let _ = match question % 7 {
         0 => client.call(Request::Info).map(drop),
         1 => client.run(&exec, b"input", Instant::now() + PATIENCE).map(|done| {
             output = [done.stdout, done.stderr].concat();
@@ -77,6 +77,7 @@ fn ask(question: u8, sent: &[u8]) {
         2 => client.get("/etc/hostname", &mut output).map(drop),
         3 => client.put("/etc/hostname", 0o644, 3, &mut &b"abc"[..]),
         4 => client.readiness().map(drop),
+        5 => client.trim().map(drop),
         _ => client.pre_snapshot(),
     };
     assert!(output.len() <= sent.len(), "more was read than was sent");
@@ -107,9 +108,10 @@ pub fn seeds() -> Vec<Vec<u8>> {
         [vec![2], linux(Linux::File { mode: 0o644, size: 11 }), output(Stream::File), linux(Linux::Done)].concat(),
         [vec![3], linux(Linux::Done), linux(Linux::Done)].concat(),
         [vec![4], linux(Linux::Readiness(readiness))].concat(),
-        [vec![5], linux(Linux::Failed(Failure { part: Part::Hook, detail: "no".into() }))].concat(),
+        [vec![6], linux(Linux::Failed(Failure { part: Part::Hook, detail: "no".into() }))].concat(),
         [vec![0], frame(0, Either::Common(Response::Refused(Refusal::Busy)))].concat(),
         [vec![0], ready.clone(), ready].concat(),
+        [vec![5], linux(Linux::Trimmed { free_kib: 4096 })].concat(),
     ]
 }
 

@@ -84,7 +84,7 @@ fn is_for_clones(request: &AnyRequest) -> bool {
             // Of no conversation: dropped, whoever sends it.
             Linux::Data(_) => true,
             Linux::Exec(_) | Linux::Signal { .. } | Linux::Put { .. } | Linux::Get { .. } => false,
-            Linux::PreSnapshot => false,
+            Linux::PreSnapshot | Linux::Trim => false,
         },
     }
 }
@@ -132,6 +132,7 @@ mod tests {
             Either::Linux(Linux::Put { path: "/x".into(), mode: 0, size: 0 }),
             Either::Linux(Linux::Signal { exec: 1, signal: 9 }),
             Either::Linux(Linux::PreSnapshot),
+            Either::Linux(Linux::Trim),
         ] {
             assert_eq!(gate.may(&request, RESTORED), Err(Refusal::NotResumed), "{request:?}");
         }

@@ -114,6 +114,9 @@ mod tests {
             self.step(&interface.name)
         }
         fn sync(&self) {}
+        fn drop_caches(&self) -> io::Result<()> {
+            Ok(())
+        }
         fn power(&self, _: Power) -> io::Result<()> {
             Ok(())
         }

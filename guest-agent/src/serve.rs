@@ -209,6 +209,11 @@ impl Agent {
                     let prepared = self.prepare_snapshot();
                     stream.send(id, &Either::Linux(prepared.map_or_else(Response::Failed, |()| Response::Done)))
                 }
+                Request::Trim => {
+                    let trimmed = self.trim();
+                    let trimmed = trimmed.map_or_else(Response::Failed, |free_kib| Response::Trimmed { free_kib });
+                    stream.send(id, &Either::Linux(trimmed))
+                }
                 Request::PowerOff => self.power(stream, id, Power::Off),
                 Request::Reboot => self.power(stream, id, Power::Reboot),
             },
@@ -263,6 +268,14 @@ impl Agent {
         identity::run_hooks(&self.options.hooks.join("pre-snapshot"), &[], self.options.hook_deadline)?;
         self.system.sync();
         Ok(())
+    }
+
+    /// Lets go of what the guest remembers of files; how much memory is free then, in KiB.
+    fn trim(&self) -> Result<u64, Failure> {
+        // Only what is on the disk is let go of.
+        self.system.sync();
+        let free = self.system.drop_caches().and_then(|()| self.system.free_kib());
+        free.map_err(|e| Failure { part: Part::Memory, detail: e.to_string() })
     }
 
     fn power(&self, stream: &mut Stream, id: u32, power: Power) -> Result<(), Broken> {

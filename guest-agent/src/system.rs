@@ -45,6 +45,8 @@ pub trait System: Send + Sync {
     fn configure(&self, interface: &Interface) -> io::Result<()>;
     /// Writes back what is not on the guest's disks yet.
     fn sync(&self);
+    /// Lets go of what is remembered of files, as far as the disks have it.
+    fn drop_caches(&self) -> io::Result<()>;
     /// Stops everything in order.
     fn power(&self, power: Power) -> io::Result<()>;
     /// Starts the machine again, at once.
@@ -71,6 +73,12 @@ pub trait System: Send + Sync {
     fn boot_id(&self) -> io::Result<[u8; 16]> {
         let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
         parse_id(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
+    /// Memory that nothing uses, in KiB.
+    fn free_kib(&self) -> io::Result<u64> {
+        let text = fs::read_to_string("/proc/meminfo")?;
+        free_kib(&text).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/meminfo has no MemFree"))
     }
 
     /// vCPUs that are up.
@@ -166,6 +174,11 @@ impl System for Linux {
         rustix::fs::sync();
     }
 
+    fn drop_caches(&self) -> io::Result<()> {
+        // Contents of files, and what is known of directories and files.
+        fs::write("/proc/sys/vm/drop_caches", "3")
+    }
+
     fn power(&self, power: Power) -> io::Result<()> {
         if self.under_init {
             let signal = match power {
@@ -215,6 +228,12 @@ pub fn parse_id(text: &str) -> Option<[u8; 16]> {
     is_id.then(|| u128::from_str_radix(&digits, 16).ok().map(u128::to_be_bytes)).flatten()
 }
 
+/// What /proc/meminfo says of memory that nothing uses, in KiB.
+fn free_kib(meminfo: &str) -> Option<u64> {
+    let value = meminfo.lines().find_map(|line| line.strip_prefix("MemFree:"))?;
+    value.trim().strip_suffix(" kB")?.parse().ok()
+}
+
 /// The address in the word `coppice.generation=` of a kernel command line.
 fn generation_address(line: &str) -> Option<u64> {
     let value = line.split_whitespace().filter_map(|word| word.strip_prefix("coppice.generation=")).next_back()?;
@@ -253,6 +272,14 @@ mod tests {
         assert_eq!(generation_address("coppice.generation=4096"), Some(4096));
         assert_eq!(generation_address("quiet"), None);
         assert_eq!(generation_address("coppice.generation=x"), None);
+    }
+
+    #[test]
+    fn free_memory_is_found() {
+        assert_eq!(free_kib("MemTotal:  9 kB\nMemFree:        12345 kB\nMemAvailable: 7 kB\n"), Some(12345));
+        for wrong in ["", "MemFree: x kB", "MemFree: 1 MB", "MemFreed: 1 kB"] {
+            assert_eq!(free_kib(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

@@ -67,6 +67,12 @@ impl System for Fake {
     fn sync(&self) {
         self.step("sync").unwrap();
     }
+    fn drop_caches(&self) -> io::Result<()> {
+        self.step("drop")
+    }
+    fn free_kib(&self) -> io::Result<u64> {
+        Ok(77)
+    }
     fn power(&self, power: Power) -> io::Result<()> {
         self.step(&format!("{power:?}"))
     }
@@ -305,6 +311,16 @@ fn a_snapshot_is_prepared_by_hooks_and_a_sync() {
     let failed = guest.connect().pre_snapshot().unwrap_err();
     assert_eq!(failed.to_string(), "the agent could not: hook: `20-no` ended with code 1");
     assert!(guest.done().is_empty());
+}
+
+#[test]
+fn a_guest_lets_go_of_its_caches_once_they_are_on_the_disk() {
+    let guest = Guest::start(Some([1; 16]));
+    assert_eq!(guest.connect().trim().unwrap(), 77);
+    assert_eq!(guest.done(), ["sync", "drop"]);
+    guest.fake.0.lock().unwrap().fails_at = Some("drop");
+    let failed = guest.connect().trim().unwrap_err();
+    assert_eq!(failed.to_string(), "the agent could not: memory: as planned");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::stats::scan::Scanned;
 use crate::vcpu::GuestEnd;
-use api_spec::agent::Level;
+use api_spec::agent::{GuestKind, Level};
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
@@ -54,6 +54,15 @@ pub enum PageServerWord {
     End(String),
 }
 
+/// What a guest's agent has said before a snapshot, or why it has not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked {
+    /// Whether its hooks have done their work, if they were to run.
+    pub hooks: Result<(), String>,
+    /// How much memory is free, in MiB, if it was to let go of its caches.
+    pub free_mib: Result<u64, String>,
+}
+
 /// Something that the owner of the machine wants to know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notice {
@@ -62,7 +71,7 @@ pub enum Notice {
     /// The guest has powered its machine off.
     PowerOff,
     /// The agent has announced itself.
-    Ready(Level),
+    Ready(Level, GuestKind),
     /// The guest has reached a limit and is to stand still.
     Halt(Halt),
     /// Of the page server of this session: see [`Keeper::session`](crate::machine::keeper::Keeper::session).
@@ -73,6 +82,8 @@ pub enum Notice {
     LayersFolded,
     /// The guest's agent was asked to switch the guest off, and has said that it does so, or why it does not.
     AskedToPowerOff(Result<(), String>),
+    /// The guest's agent was asked to prepare the guest for a snapshot.
+    AskedToPrepare(Asked),
     /// Guest memory was looked at for somebody.
     Scanned(Scanned),
 }

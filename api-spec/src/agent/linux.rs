@@ -122,6 +122,9 @@ pub enum Request {
     PowerOff,
     /// Stop everything and start the machine again. Answered with [`Response::Done`] before that.
     Reboot,
+    /// Write back what the guest has not written to its disks, and let go of what it remembers of files. Answered with
+    /// [`Response::Trimmed`].
+    Trim,
 }
 
 /// What a Linux guest answers.
@@ -156,6 +159,11 @@ pub enum Response {
     Readiness(Readiness),
     /// It could not be done.
     Failed(Failure),
+    /// What could be let go of was.
+    Trimmed {
+        /// Memory that nothing uses now, in KiB.
+        free_kib: u64,
+    },
 }
 
 /// Where a piece of output comes from.
@@ -227,6 +235,8 @@ pub enum Part {
     Power,
     /// The identity as a whole.
     Identity,
+    /// The guest's memory.
+    Memory,
 }
 
 impl Part {
@@ -243,6 +253,7 @@ impl Part {
             Part::Hook => "hook",
             Part::Power => "power",
             Part::Identity => "identity",
+            Part::Memory => "memory",
         }
     }
 }
@@ -386,6 +397,7 @@ mod tests {
         assert_eq!(request(Request::Identity(identity)), [&[5, 17, 5][..], &[1; 16], &tail].concat());
         assert_eq!(request(Request::Readiness), [5, 17, 6]);
         assert_eq!(request(Request::Reboot), [5, 17, 9]);
+        assert_eq!(request(Request::Trim), [5, 17, 10]);
         let response = |response| body(&encode_response(5, &Either::Linux(response)).unwrap()).to_vec();
         assert_eq!(response(Response::Done), [5, 14, 0]);
         assert_eq!(response(Response::Started { exec: 1, pid: 2 }), [5, 14, 1, 1, 2]);
@@ -396,6 +408,9 @@ mod tests {
         assert_eq!(response(Response::Readiness(readiness)), [5, 14, 5, 2, 1, 1, b'u']);
         let failure = Failure { part: Part::Identity, detail: "d".into() };
         assert_eq!(response(Response::Failed(failure)), [5, 14, 6, 9, 1, b'd']);
+        assert_eq!(response(Response::Trimmed { free_kib: 300 }), [5, 14, 7, 0xac, 2]);
+        let failure = Failure { part: Part::Memory, detail: "d".into() };
+        assert_eq!(response(Response::Failed(failure)), [5, 14, 6, 10, 1, b'd']);
     }
 
     #[test]
@@ -404,6 +419,7 @@ mod tests {
         assert_eq!(decode::<Common>(body(&frame)).unwrap(), Envelope { id: 3, body: Common::Ping { token: 1 } });
         assert_eq!(decode_request(&[3, 16, 0]), Err(FrameError::Body), "a byte is left over");
         assert_eq!(decode_request(&[3, 17]), Err(FrameError::Body), "nothing follows");
+        assert_eq!(decode_request(&[3, 17, 11]), Err(FrameError::Body), "there is no such request");
         assert_eq!(decode_request(&[3, 17, 9, 0]), Err(FrameError::Body), "a byte is left over");
     }
 

@@ -164,11 +164,19 @@ impl AgentClient {
     }
 
     fn read_exact(&mut self, buf: &mut [u8], deadline: Instant) -> io::Result<()> {
-        unix::limit(&self.stream, deadline)?;
-        self.stream.read_exact(buf).map_err(|e| match e.kind() {
-            io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
-            _ => e,
-        })
+        let mut rest = buf;
+        while !rest.is_empty() {
+            // Each time anew: a guest that sends a byte now and then has no longer than another.
+            unix::limit(&self.stream, deadline)?;
+            match self.stream.read(rest) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(len) => rest = &mut rest[len..],
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Err(io::ErrorKind::TimedOut.into()),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -176,4 +184,30 @@ impl AgentClient {
 fn is_not_yet(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, UnexpectedEof};
     matches!(error.kind(), NotFound | ConnectionRefused | ConnectionReset | UnexpectedEof | BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A guest that sends a byte of its answer now and then has no longer than one that sends nothing.
+    #[test]
+    fn a_slow_answer_is_no_answer() {
+        const BYTES: u16 = 2000;
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let drip = std::thread::spawn(move || {
+            let header = [BYTES.to_le_bytes(), [0, 0], 1u16.to_le_bytes(), [0, 0]].concat();
+            for byte in header.into_iter().chain((0..BYTES).map(|_| 0)) {
+                if far.write_all(&[byte]).is_err() {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let mut client = AgentClient::over(near, Duration::from_millis(300));
+        let answer = client.trim();
+        assert!(matches!(answer, Err(AgentError::Slow(_))), "{answer:?}");
+        drop(client);
+        drip.join().unwrap();
+    }
 }

@@ -60,27 +60,14 @@ pub struct Facts {
 }
 
 impl Staging {
+    /// Says what stands in the way of a snapshot at `target`, as far as it can be known, and makes nothing.
+    pub fn check(target: &Path) -> Result<(), CreateError> {
+        place(target).map(drop)
+    }
+
     /// Makes a directory beside `target`, which must not exist, whereas the directory above it must.
     pub fn begin(target: &Path) -> Result<Staging, CreateError> {
-        let bad_name = || CreateError::BadName { path: target.to_owned() };
-        let name = target.file_name().ok_or_else(bad_name)?.as_bytes();
-        // Room for the affixes of the staging directory's name in the file system's 255 bytes.
-        if name.len() > 200 {
-            return Err(bad_name());
-        }
-        let parent_path = match target.parent() {
-            Some(path) if !path.as_os_str().is_empty() => path,
-            _ => Path::new("."),
-        };
-        let parent = Dir::open(parent_path).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => CreateError::NoParent { path: parent_path.to_owned() },
-            _ => CreateError::Write { path: parent_path.to_owned(), source },
-        })?;
-        match rustix::fs::statat(&parent, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW) {
-            Err(Errno::NOENT) => {}
-            Err(e) => return Err(CreateError::Write { path: target.to_owned(), source: e.into() }),
-            Ok(_) => return Err(CreateError::Exists { path: target.to_owned() }),
-        }
+        let (parent, name) = place(target)?;
         remove_leftovers(&parent, name);
         let (staging_name, dir) = make_locked(&parent, name)?;
         let (target, unsynced) = (name.to_owned(), Vec::new());
@@ -350,6 +337,30 @@ fn make_locked(parent: &Dir, target: &[u8]) -> Result<(Vec<u8>, Dir), CreateErro
             return Ok((name, dir));
         }
     }
+}
+
+/// The directory above a snapshot that is to be made, and the name that is free there.
+fn place(target: &Path) -> Result<(Dir, &[u8]), CreateError> {
+    let bad_name = || CreateError::BadName { path: target.to_owned() };
+    let name = target.file_name().ok_or_else(bad_name)?.as_bytes();
+    // Room for the affixes of the staging directory's name in the file system's 255 bytes.
+    if name.len() > 200 {
+        return Err(bad_name());
+    }
+    let parent_path = match target.parent() {
+        Some(path) if !path.as_os_str().is_empty() => path,
+        _ => Path::new("."),
+    };
+    let parent = Dir::open(parent_path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => CreateError::NoParent { path: parent_path.to_owned() },
+        _ => CreateError::Write { path: parent_path.to_owned(), source },
+    })?;
+    match rustix::fs::statat(&parent, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => {}
+        Err(e) => return Err(CreateError::Write { path: target.to_owned(), source: e.into() }),
+        Ok(_) => return Err(CreateError::Exists { path: target.to_owned() }),
+    }
+    Ok((parent, name))
 }
 
 /// Removes what processes that no longer run have left of a snapshot that was to become `target`. [`Staging::begin`] does

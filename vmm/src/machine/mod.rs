@@ -36,6 +36,7 @@ pub mod restore;
 pub mod saved;
 pub mod shell;
 pub mod snapshot;
+pub mod trim;
 pub mod wiring;
 
 use crate::devices::lock;
@@ -127,11 +128,23 @@ impl Machine {
 
     /// Has the guest give back so much memory in all, in MiB. `false` if it has no balloon.
     pub fn set_balloon(&mut self, amount_mib: u64) -> bool {
-        let (Some(slot), Some(config)) = (&self.devices.balloon, &mut self.plan.balloon) else { return false };
+        let (Some(_), Some(config)) = (&self.devices.balloon, &mut self.plan.balloon) else { return false };
         config.amount_mib = amount_mib;
-        lock(&slot.device).set_target(amount_mib);
-        slot.config_changed();
+        self.ask_for_balloon(amount_mib);
         true
+    }
+
+    /// Asks the guest for a balloon of so many MiB for now. How large it is configured to be stays as it is.
+    pub fn ask_for_balloon(&self, amount_mib: u64) {
+        if let Some(slot) = &self.devices.balloon {
+            lock(&slot.device).set_target(amount_mib);
+            slot.config_changed();
+        }
+    }
+
+    /// How much memory the guest has given back so far, in bytes.
+    pub fn given_back(&self) -> u64 {
+        self.devices.balloon.as_ref().map_or(0, |slot| lock(&slot.device).stats().discarded_bytes)
     }
 
     /// Has the guest report statistics every so many seconds. `false` if it has no balloon.

@@ -199,6 +199,16 @@ enum Captured {
     Written(MemoryDigest),
 }
 
+/// Refuses what can only fail, as far as that is known before anything is done.
+pub fn check(request: &SnapshotCreate) -> Result<(), SnapshotError> {
+    check_rate(request)?;
+    Ok(Staging::check(&request.snapshot_path)?)
+}
+
+fn check_rate(request: &SnapshotCreate) -> Result<(), SnapshotError> {
+    if request.max_write_mib_s == Some(0) { Err(SnapshotError::NoRate) } else { Ok(()) }
+}
+
 /// Takes a snapshot. The guest runs again, if it ran, when this returns. The result may be the job of a snapshot that has
 /// failed: what was frozen for it is still to be folded. With a configuration it is a saved state of the machine that was
 /// started with it.
@@ -211,9 +221,7 @@ pub fn create(
     signals: &Signals,
 ) -> Result<Job, SnapshotError> {
     let started = Instant::now();
-    if request.max_write_mib_s == Some(0) {
-        return Err(SnapshotError::NoRate);
-    }
+    check_rate(request)?;
     let stored = match request.snapshot_type {
         SnapshotType::Full => Stored::Whole,
         SnapshotType::Diff => Stored::Changes,

@@ -359,9 +359,9 @@ impl Virtio<'_> {
     fn add_vsock(&mut self, config: &vm::Vsock, notifier: Notifier) -> Result<Slot<Vsock>, WireError> {
         // Only what is new: a guest may repeat itself as fast as it can.
         let mut announced = None;
-        let ready = Box::new(move |level, _kind| {
+        let ready = Box::new(move |level, kind| {
             if announced.replace(level) != Some(level) {
-                notifier.send(Notice::Ready(level));
+                notifier.send(Notice::Ready(level, kind));
             }
         });
         let device = Vsock::new(config.guest_cid.into(), &config.uds_path, ready)?;

@@ -35,7 +35,7 @@ impl Driver {
         if self.ending.is_some() {
             return Some(Response::fault(400, ENDING));
         }
-        let work = match (&self.save, self.waiting.is_some() || self.next.is_some()) {
+        let work = match (&self.save, self.is_awaited()) {
             _ if self.shutdown.is_some() || self.postponed.is_some() => Work::Stopping,
             (Some(_), _) => Work::Saving,
             (None, true) => Work::Writing,
@@ -217,8 +217,19 @@ impl Driver {
         Ok(())
     }
 
-    /// Takes a snapshot, now or when the background part of the one before is over.
+    /// Takes a snapshot, once the guest is prepared for it if it is to be.
     pub(super) fn ask_for_snapshot(&mut self, create: SnapshotCreate, asker: Asker) -> Result<(), RequestError> {
+        let before = self.trimmed.take();
+        let prepares = create.run_hooks || create.trim;
+        let asked = if prepares { self.prepare(create, asker) } else { self.take_snapshot(create, asker) };
+        if asked.is_err() {
+            self.trimmed = before;
+        }
+        asked
+    }
+
+    /// Takes a snapshot, now or when the background part of the one before is over.
+    pub(super) fn take_snapshot(&mut self, create: SnapshotCreate, asker: Asker) -> Result<(), RequestError> {
         if self.job.is_none() {
             return self.create_snapshot(&create, asker);
         }
@@ -233,11 +244,14 @@ impl Driver {
             (Some(job), SnapshotState::Writing) if self.next.is_none() => job.written_bytes(),
             _ => self.status.memory_bytes,
         };
-        SnapshotStatus { memory_bytes, ..self.status.clone() }
+        SnapshotStatus { memory_bytes, trimmed: self.trimmed.clone(), ..self.status.clone() }
     }
 
     /// Has the snapshot that is being written given up, or the one that waits for its turn.
     fn cancel_snapshot(&mut self) -> Result<(), RequestError> {
+        if self.cancel_preparation() {
+            return Ok(());
+        }
         match (&self.job, &self.waiting, &self.next) {
             (Some(job), Some(_), _) => job.cancel(),
             (_, None, Some(_)) => self.next_is_cancelled = true,
@@ -325,6 +339,7 @@ impl Driver {
             return Err(RequestError::NoBalloon);
         }
         self.config.balloon = machine.plan().balloon;
+        self.balloon_was_resized();
         Ok(())
     }
 

@@ -1,9 +1,10 @@
 //! The one owner of the VM, on the event loop's thread: requests, notices, signals and the page server's fate all end up
 //! here, one at a time. `answers` is what each request does; `counters`, what is told of what the VM has done; `start`, how a
-//! VM comes about; `stop`, how it is saved or shut down.
+//! VM comes about; `prepare`, what is asked of its guest before a snapshot; `stop`, how it is saved or shut down.
 
 mod answers;
 mod counters;
+mod prepare;
 mod start;
 mod stop;
 
@@ -33,15 +34,16 @@ use crate::stats::process::{self, ProcessStart};
 use crate::stats::scan::Scanner;
 use crate::stats::sink::{Metrics, MetricsError};
 use crate::vcpu::{GuestEnd, VcpuError};
-use api_spec::agent::Level;
+use api_spec::agent::{GuestKind, Level};
 use api_spec::devices::Serial;
 use api_spec::logger::{LogFormat, LogLevel, Logger, MetricsSink};
 use api_spec::operations::Operation;
 use api_spec::saved::Started;
-use api_spec::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus};
+use api_spec::snapshot::{SnapshotCreate, SnapshotLoad, SnapshotState, SnapshotStatus, Trimmed};
 use api_spec::stats::Latencies;
 use api_spec::vm::{Readiness, VmConfig};
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, SubscriberOps};
+use prepare::{Preparation, Unprepared};
 use snapshot::create::CreateError;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -149,6 +151,10 @@ enum RequestError {
     Vcpu(#[from] VcpuError),
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    #[error(transparent)]
+    Unprepared(#[from] Unprepared),
+    #[error("run_hooks: {0}; there is no snapshot")]
+    Hooks(String),
     #[error(transparent)]
     Restore(#[from] RestoreError),
     #[error("{field}: cannot read {}: {source}", path.display())]
@@ -295,6 +301,14 @@ enum Asker {
     Signal,
 }
 
+/// Logs something as a part of what was asked for.
+fn logged(asker: Asker, tell: impl FnOnce()) {
+    match asker {
+        Asker::Client(from) => logging::request_span(from.request).in_scope(tell),
+        Asker::Signal => tell(),
+    }
+}
+
 /// A snapshot after which the vmm ends.
 #[derive(Clone, Copy, Debug)]
 struct Save {
@@ -322,6 +336,10 @@ struct Driver {
     /// What the next snapshot is loaded into, if it fits, and the console that goes with it.
     shell: Option<(Shell, (Input, Option<Pty>))>,
     readiness: Option<Readiness>,
+    /// Which guest has said so, if one has.
+    agent: Option<GuestKind>,
+    /// It is being asked something for a snapshot.
+    agent_is_busy: bool,
     /// The pseudo-terminal that is the guest's console.
     pty: Option<Pty>,
     /// Why the machine stands still, if nobody asked for it.
@@ -336,6 +354,12 @@ struct Driver {
     job: Option<Job>,
     /// Who waits for it; nobody, once it is complete and only its layers are being folded.
     waiting: Option<Asker>,
+    /// The snapshot before which the guest is asked to prepare for it.
+    preparation: Option<Preparation>,
+    /// When to look how far it is.
+    look: Alarm,
+    /// What the guest gave back for the last snapshot that was begun.
+    trimmed: Option<Trimmed>,
     /// That is to be the end of the vmm.
     save: Option<Save>,
     /// The snapshot that is to be taken when that is over.
@@ -386,6 +410,8 @@ impl Driver {
             machine: None,
             shell: None,
             readiness: None,
+            agent: None,
+            agent_is_busy: false,
             pty: None,
             halt: None,
             halting: None,
@@ -394,6 +420,9 @@ impl Driver {
             private: PrivateWatch::new(notifier.clone()),
             job: None,
             waiting: None,
+            preparation: None,
+            look: Alarm::new()?,
+            trimmed: None,
             save: None,
             next: None,
             next_is_cancelled: false,
@@ -491,6 +520,11 @@ impl Driver {
         }
     }
 
+    /// Whether somebody waits for a snapshot.
+    fn is_awaited(&self) -> bool {
+        self.waiting.is_some() || self.next.is_some() || self.preparation.is_some()
+    }
+
     fn phase(&self) -> Phase {
         match &self.machine {
             None => Phase::NotStarted { configured: self.configured },
@@ -565,7 +599,8 @@ impl Driver {
 
     fn on_notice(&mut self, notice: Notice, ops: &mut EventOps) {
         match notice {
-            Notice::Ready(level) => {
+            Notice::Ready(level, kind) => {
+                self.agent = Some(kind);
                 let readiness = match level {
                     Level::Agent => Readiness::Agent,
                     Level::Full => Readiness::Full,
@@ -596,6 +631,7 @@ impl Driver {
             Notice::SnapshotWritten => self.on_snapshot_written(ops),
             Notice::LayersFolded => self.on_layers_folded(ops),
             Notice::AskedToPowerOff(answer) => self.on_asked_to_power_off(answer),
+            Notice::AskedToPrepare(asked) => self.on_asked_to_prepare(asked, ops),
             Notice::Scanned(scanned) => self.on_scanned(scanned, ops),
         }
     }
@@ -700,18 +736,14 @@ impl Driver {
             self.latencies.snapshot_pause_us = Some(self.status.pause_us);
             self.latencies.snapshot_total_us = Some(self.status.total_us);
         }
-        let tell = || match &self.status.error {
+        logged(asker, || match &self.status.error {
             None => {
                 let SnapshotStatus { pause_us, total_us, .. } = self.status;
                 tracing::info!(pause_us, total_us, "a snapshot is complete");
             }
             // Whoever has asked is told; it may be no news, as when the vmm ends.
             Some(error) => tracing::info!("a snapshot failed: {error}"),
-        };
-        match asker {
-            Asker::Client(from) => logging::request_span(from.request).in_scope(tell),
-            Asker::Signal => tell(),
-        }
+        });
         self.snapshot_is_over(asker, ops);
     }
 
@@ -727,10 +759,15 @@ impl Driver {
             true => Err(RequestError::Snapshot(SnapshotError::Create(CreateError::Cancelled))),
         };
         if let Err(e) = begun {
-            self.status.state = SnapshotState::Failed;
-            self.status.error = Some(e.to_string());
-            self.snapshot_is_over(asker, ops);
+            self.snapshot_has_failed(&e, asker, ops);
         }
+    }
+
+    /// There will be no snapshot, of which nothing was written.
+    fn snapshot_has_failed(&mut self, error: &RequestError, asker: Asker, ops: &mut EventOps) {
+        self.status.state = SnapshotState::Failed;
+        self.status.error = Some(error.to_string());
+        self.snapshot_is_over(asker, ops);
     }
 
     /// A snapshot is complete, or has failed, as `status` says.
@@ -758,6 +795,7 @@ impl MutEventSubscriber for Driver {
             self.signals.as_raw_fd(),
             self.retry.as_raw_fd(),
             self.last_call.as_raw_fd(),
+            self.look.as_raw_fd(),
             self.metrics.as_raw_fd(),
         ];
         sources.extend(self.api.iter().flat_map(Server::sources));
@@ -781,6 +819,8 @@ impl MutEventSubscriber for Driver {
             self.on_signal(ops);
         } else if fd == self.last_call.as_raw_fd() {
             self.on_last_call();
+        } else if fd == self.look.as_raw_fd() {
+            self.on_look(ops);
         } else if fd == self.retry.as_raw_fd() {
             self.go_on_halting();
         } else if fd == self.metrics.as_raw_fd() {

@@ -63,7 +63,9 @@ impl Driver {
             StopMode::Shutdown => Ok(self.shut_down(asker, None)),
             StopMode::Save => {
                 let SavedState { path, .. } = place.ok_or(RequestError::NoPlace)?.clone();
-                if self.waiting.is_some() || self.next.is_some() {
+                if self.is_awaited() {
+                    // Whoever stops the VM may not have the time that a guest takes for that.
+                    self.cancel_preparation();
                     self.postponed = Some(asker);
                     return Ok(None);
                 }
@@ -77,7 +79,7 @@ impl Driver {
 
     /// Stops the VM if that was to wait until a snapshot was complete.
     pub(super) fn go_on_stopping(&mut self, ops: &mut EventOps) {
-        if self.waiting.is_some() || self.next.is_some() || self.ending.is_some() {
+        if self.is_awaited() || self.ending.is_some() {
             return;
         }
         let Some(asker) = self.postponed.take() else { return };
