@@ -3,6 +3,8 @@
 #![allow(unsafe_code)]
 
 use std::process::{Command, Output};
+use std::time::Duration;
+use vmm::devices::alarm::Alarm;
 use vmm::sandbox::{Kind, confine, start};
 
 /// Tells a child of these tests what it is to do.
@@ -64,9 +66,14 @@ fn child() {
     let forbidden: Vec<_> = kind.map(forbidden).unwrap_or_default().iter().chain(&BY_ALL).collect();
     let call = call.parse::<usize>().ok().map(|number| forbidden[number]);
     start().expect("filters can be installed");
+    let mut alarm = Alarm::new().expect("there are timers");
     let work = move || {
         kind.into_iter().for_each(confine);
         live();
+        if kind == Some(Kind::Vcpu) {
+            // As a device that the guest starts.
+            alarm.set(Some(Duration::from_secs(60)));
+        }
         if let Some(&(_, number, [a, b, c])) = call {
             // SAFETY: each of these calls fails for its arguments, if it is made at all.
             unsafe { libc::syscall(number, a, b, c) };
@@ -79,7 +86,7 @@ fn child() {
 fn live() {
     let memory: Vec<u64> = (0..1 << 20).collect();
     assert_eq!(memory.iter().max(), Some(&((1 << 20) - 1)));
-    std::thread::sleep(std::time::Duration::from_millis(1));
+    std::thread::sleep(Duration::from_millis(1));
     std::thread::spawn(|| println!("{:?}", std::time::Instant::now())).join().unwrap();
 }
 

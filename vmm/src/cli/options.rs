@@ -752,6 +752,7 @@ mod tests {
         };
         assert_eq!((options.log, options.metrics_path), (log, Some("m".into())));
         assert!(options.boot_timer && options.reset_is_done && options.max_body == Some(1000));
+        assert_eq!(options.confinement, Confinement { seccomp: false, ..Confinement::default() });
         let start = ProcessStart { start_time_us: Some(1), start_time_cpu_us: Some(2), parent_cpu_time_us: Some(3) };
         assert_eq!(options.process_start, start);
         let Ok(Command::Run(options)) = parse("--config-file c --no-api --api-sock a --boot-timer") else { panic!() };
@@ -817,6 +818,8 @@ mod tests {
             "--api-sock a --mmds-size-limit 5",
             "--api-sock a --seccomp-filter f",
             "--api-sock a --start-time-us soon",
+            "--api-sock a --uid 5",
+            "--api-sock a --isolate everything",
             "--describe-snapshot",
             "--config a --tap eth0=tap1",
             "--restore a --tap eth0",

@@ -42,6 +42,9 @@ const TERMINALS: &[Rule] = &[when(
 /// Which pages of this process are there.
 const PAGES: &[Rule] = &[when(SYS_ioctl, &[&[is(1, PAGEMAP_SCAN)]])];
 
+/// Timers of devices, which a driver's start and end wind: the balloon's statistics.
+const TIMERS: &[Rule] = &[always(SYS_timerfd_settime)];
+
 /// The console's file is as long as this says.
 const FILE_LENGTH: &[Rule] = &[always(SYS_statx)];
 
@@ -66,7 +69,7 @@ pub const PROCESS: &[&[Rule]] = &[
 ];
 
 /// `vcpu0` and so on: the guest, and the registers of its devices. It opens nothing.
-pub const VCPU: &[&[Rule]] = &[THREAD, OPENS_NOTHING, NARROWING, GUEST, TAP_OFFLOADS, FILE_LENGTH];
+pub const VCPU: &[&[Rule]] = &[THREAD, OPENS_NOTHING, NARROWING, GUEST, TAP_OFFLOADS, TIMERS, FILE_LENGTH];
 
 /// `console` and `output`: the console's two directions.
 pub const STREAM: &[&[Rule]] = &[THREAD, OPENS_NOTHING, FILE_LENGTH];
