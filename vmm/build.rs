@@ -2,11 +2,16 @@
 //!
 //! The guest is a freestanding program in a workspace of its own: it is built with the same cargo and compiler for the
 //! same host target, but with none of the flags and wrappers that are meant for this build.
+//!
+//! And makes programs of the tables of system calls.
 
 use std::env;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+
+#[path = "src/sandbox/tables.rs"]
+mod tables;
 
 const INHERITED: [&str; 7] = [
     "CARGO_ENCODED_RUSTFLAGS",
@@ -19,6 +24,25 @@ const INHERITED: [&str; 7] = [
 ];
 
 fn main() {
+    write_filters();
+    build_guest();
+}
+
+fn write_filters() {
+    println!("cargo:rerun-if-changed=src/sandbox/tables.rs");
+    let out = env::var("OUT_DIR").expect("cargo sets OUT_DIR");
+    let tables = [
+        ("PROCESS", tables::PROCESS),
+        ("VCPU", tables::VCPU),
+        ("STREAM", tables::STREAM),
+        ("WRITER", tables::WRITER),
+        ("MEMORY", tables::MEMORY),
+        ("PEER", tables::PEER),
+    ];
+    sandbox::build::write_programs(&Path::new(&out).join("filters.rs"), &tables).expect("the tables become programs");
+}
+
+fn build_guest() {
     let guest = Path::new("../resources/guest");
     for source in ["src", "Cargo.toml", "Cargo.lock", "build.rs", "linker.ld"] {
         println!("cargo:rerun-if-changed={}", guest.join(source).display());

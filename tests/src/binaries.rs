@@ -11,14 +11,17 @@ use std::time::SystemTime;
 /// The `vmm` program; `COPPICE_VMM` names another one.
 pub fn vmm() -> &'static Path {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
-    FOUND
-        .get_or_init(|| find("vmm", "COPPICE_VMM", &["api-spec", "snapshot", "uffd-handler", "vmm", "resources/guest"]))
+    FOUND.get_or_init(|| {
+        find("vmm", "COPPICE_VMM", &["api-spec", "sandbox", "snapshot", "uffd-handler", "vmm", "resources/guest"])
+    })
 }
 
 /// The `uffd-handler` program; `COPPICE_UFFD_HANDLER` names another one.
 pub fn uffd_handler() -> &'static Path {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
-    FOUND.get_or_init(|| find("uffd-handler", "COPPICE_UFFD_HANDLER", &["api-spec", "snapshot", "uffd-handler"]))
+    FOUND.get_or_init(|| {
+        find("uffd-handler", "COPPICE_UFFD_HANDLER", &["api-spec", "sandbox", "snapshot", "uffd-handler"])
+    })
 }
 
 fn find(name: &str, variable: &str, crates: &[&str]) -> PathBuf {

@@ -12,7 +12,7 @@ use std::process::Command;
 pub const UID: u32 = 65534;
 
 /// What the shell does as root before it becomes the program: `$1` is a directory, which becomes /dev, `$2` the mode of userfaultfd
-/// there, or nothing if it is not to be there, `$3` are words for setpriv, and what follows is the program.
+/// there, or nothing if it is not to be there, `$3` are words that lead the program's, and what follows is the program.
 const SCRIPT: &str = r#"
 dev=$1 mode=$2 words=$3
 shift 3
@@ -21,7 +21,7 @@ for device in null zero random urandom kvm ${mode:+userfaultfd}; do cp -a "/dev/
 chmod 666 "$dev/kvm"
 [ -z "$mode" ] || chmod "$mode" "$dev/userfaultfd"
 mount --bind "$dev" /dev
-exec setpriv --reuid=65534 --regid=65534 --clear-groups $words "$@"
+exec $words "$@"
 "#;
 
 /// What a user finds at /dev/userfaultfd.
@@ -74,6 +74,31 @@ impl User {
 
     /// Starts a program.
     pub fn start(&self, place: &Place, name: &str, program: &Path, arguments: impl FnOnce(&mut Command)) -> Process {
+        let capabilities =
+            if self.has_ptrace { "--inh-caps=+sys_ptrace --ambient-caps=+sys_ptrace" } else { "--inh-caps=-all" };
+        let words = format!("setpriv --reuid=65534 --regid=65534 --clear-groups {capabilities}");
+        self.start_by(&words, place, name, program, arguments)
+    }
+
+    /// Starts a program as root, which is to become this user by itself.
+    pub fn start_as_root(
+        &self,
+        place: &Place,
+        name: &str,
+        program: &Path,
+        arguments: impl FnOnce(&mut Command),
+    ) -> Process {
+        self.start_by("", place, name, program, arguments)
+    }
+
+    fn start_by(
+        &self,
+        words: &str,
+        place: &Place,
+        name: &str,
+        program: &Path,
+        arguments: impl FnOnce(&mut Command),
+    ) -> Process {
         let devices = place.join("devices");
         std::fs::create_dir_all(&devices).expect("a directory can be made in the test's directory");
         let open = std::fs::Permissions::from_mode(0o755);
@@ -83,8 +108,6 @@ impl User {
             Device::Closed => "600",
             Device::Absent => "",
         };
-        let words =
-            if self.has_ptrace { "--inh-caps=+sys_ptrace --ambient-caps=+sys_ptrace" } else { "--inh-caps=-all" };
         Process::start(place, name, Path::new("unshare"), |command| {
             command.args(["--mount", "--propagation=private", "sh", "-euc", SCRIPT, "sh"]).arg(&devices);
             command.args([mode, words]).arg(program);

@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "it maps memory and touches it, as a guest would")]
 
 use api_spec::handshake::{Hello, Region, VERSION};
+use sandbox::confinement::Confinement;
 use snapshot::create::{BytesSource, Facts, Staging};
 use snapshot::manifest::Cpu;
 use snapshot::state::MachineState;
@@ -39,6 +40,7 @@ fn main() -> Result<()> {
                 limits: Default::default(),
                 ready_fd: None,
                 end_with_parent: false,
+                confinement: Confinement { seccomp: false, ..Confinement::default() },
                 log: Settings::new(Level::Info, "page_cost"),
             })?)
         }

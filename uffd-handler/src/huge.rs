@@ -79,6 +79,7 @@ impl Joiner {
 
 /// What the thread does until there is nobody any more to tell it.
 fn work(blocks: &mpsc::Receiver<Block>, counters: &Counters) {
+    crate::sandbox::confine(crate::sandbox::Kind::Memory);
     let mut said = false;
     for block in blocks {
         match block.collapse() {

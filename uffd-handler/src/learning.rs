@@ -57,6 +57,7 @@ impl Learning {
         self.recorder = None;
         let snapshot = snapshot.clone();
         let begun = std::thread::Builder::new().name("learn".into()).spawn(move || {
+            crate::sandbox::confine(crate::sandbox::Kind::Writer);
             // One that is of no use is written over.
             let known = WorkingSet::load(&snapshot).ok().flatten();
             let mut set = known.unwrap_or_else(|| WorkingSet::of(&snapshot));

@@ -43,6 +43,7 @@ pub mod process;
 pub mod prometheus;
 pub mod recorder;
 pub mod region;
+pub mod sandbox;
 pub mod server;
 pub mod session;
 pub mod socket;
@@ -71,6 +72,12 @@ pub enum RunError {
     /// There is no log.
     #[error(transparent)]
     Log(#[from] logging::LogError),
+    /// What the process may do.
+    #[error(transparent)]
+    Confinement(#[from] ::sandbox::confinement::ConfinementError),
+    /// Which system calls it may make.
+    #[error(transparent)]
+    Filter(#[from] ::sandbox::filter::FilterError),
     /// There is no userfaultfd to be had.
     #[error(transparent)]
     Uffd(#[from] uffd::UffdError),
@@ -104,6 +111,7 @@ impl RunError {
 /// Starts the log, and serves until SIGTERM or SIGINT. Must be called while the process has one thread: signals are blocked, the umask is
 /// changed for a moment.
 pub fn run(options: &Options) -> Result<(), RunError> {
+    options.confinement.enter()?;
     logging::start(options.log.clone())?;
     drop(uffd::create_user_only()?);
     if options.end_with_parent {
@@ -111,6 +119,9 @@ pub fn run(options: &Options) -> Result<(), RunError> {
     }
     // Before images are opened: those that lie elsewhere start threads, which must not be struck by a signal.
     let signals = Signals::catch().map_err(RunError::Setup)?;
+    if options.confinement.seccomp {
+        sandbox::start(options.snapshots.iter().any(|snapshot| source::open::is_url(snapshot)))?;
+    }
     let images = source::open::open_images(options)?;
     raise_descriptor_limit();
     let socket = Listener::bind(&options.socket)?;

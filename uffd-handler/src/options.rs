@@ -5,13 +5,16 @@ use crate::logging::{Level, Settings};
 use crate::server::Limits;
 use crate::tool::Tool;
 use crate::top;
+use sandbox::confinement::Confinement;
+use sandbox::options::OptionError;
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// What `--help` prints.
-pub const USAGE: &str = "\
+pub const USAGE: &str = concat!(
+    "\
 Serves the memory of snapshots to microVMs, which share every page that they have not written.
 
 Usage: uffd-handler --socket PATH --snapshot SNAPSHOT [--snapshot SNAPSHOT]... [options]
@@ -41,6 +44,9 @@ Usage: uffd-handler --socket PATH --snapshot SNAPSHOT [--snapshot SNAPSHOT]... [
   --log-format FORMAT  `human` (default), or `json`: one object a line
   --log-file PATH      where the log goes, instead of standard error: a file, FIFO or terminal
 
+",
+    sandbox::confinement_usage!(),
+    "
 `top` shows what the page server does whose --metrics has this PATH, until Ctrl-C or the server's end:
   --interval SECONDS   time between two looks, 0.1 to 3600 (default 1)
   --once               show it once, after one interval
@@ -52,8 +58,10 @@ it.
   --help               print this
   --version            print the version
 
-Ends with 0 on SIGTERM or SIGINT, 1 on failure, 2 on bad usage, 77 if userfaultfd is not possible here.
-";
+Ends with 0 on SIGTERM or SIGINT, 1 on failure, 2 on bad usage, 77 if userfaultfd is not possible here,
+148 after a system call that it may not make.
+"
+);
 
 /// What to serve, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,6 +80,8 @@ pub struct Options {
     pub ready_fd: Option<RawFd>,
     /// End when the parent process ends.
     pub end_with_parent: bool,
+    /// What is taken away from the process.
+    pub confinement: Confinement,
     /// What to log.
     pub log: Settings,
 }
@@ -108,6 +118,9 @@ pub enum UsageError {
     /// An option that is unknown, or lacks its value.
     #[error("{0}")]
     Syntax(#[from] lexopt::Error),
+    /// What is to be taken away from the process.
+    #[error("{0}")]
+    Confinement(#[from] OptionError),
     /// An option that must be there.
     #[error("{0} is missing")]
     Missing(&'static str),
@@ -204,10 +217,15 @@ impl Command {
         let (mut record, mut huge_pages) = (None, None);
         let (mut cache_dir, mut cache_max_mib) = (None, None);
         let mut end_with_parent = false;
+        let mut confinement = Confinement::default();
         let mut log = Settings::new(Level::Info, "uffd-handler");
         let mut parser = lexopt::Parser::from_args(args);
         while let Some(arg) = parser.next()? {
             match arg {
+                Long(name) if Confinement::knows(name) => {
+                    let name = name.to_owned();
+                    confinement.take(&name, &mut parser)?;
+                }
                 Long("socket") => once(&mut socket, "--socket", parser.value()?.into())?,
                 Long("snapshot") => snapshots.push(parser.value()?.into()),
                 Long("cache-dir") => once(&mut cache_dir, "--cache-dir", parser.value()?.into())?,
@@ -232,6 +250,7 @@ impl Command {
         if let Some(number) = ready_fd.filter(|&number| number < 3) {
             return Err(UsageError::ReadyFd(number));
         }
+        confinement.check()?;
         if snapshots.is_empty() {
             return Err(UsageError::Missing("--snapshot"));
         }
@@ -249,7 +268,17 @@ impl Command {
             return Err(UsageError::RecordHuge);
         }
         let cache = cache_settings(cache_dir, cache_max_mib)?;
-        Ok(Command::Serve(Options { socket, snapshots, cache, metrics, limits, ready_fd, end_with_parent, log }))
+        Ok(Command::Serve(Options {
+            socket,
+            snapshots,
+            cache,
+            metrics,
+            limits,
+            ready_fd,
+            end_with_parent,
+            confinement,
+            log,
+        }))
     }
 }
 
@@ -311,6 +340,7 @@ mod tests {
             },
             ready_fd: Some(5),
             end_with_parent: false,
+            confinement: Confinement { seccomp: false, ..Confinement::default() },
             log: Settings {
                 format: Format::Json,
                 path: Some("l".into()),
@@ -320,7 +350,7 @@ mod tests {
         let line = "--socket s --snapshot a --snapshot=b/snap.json --snapshot s3://b/c --metrics m --ready-fd 5 \
             --cache-dir d --cache-max-mib 3 \
             --copy-snapshot b/snap.json --max-sessions 7 --max-stores-mib 3 --keep-warm 0 --record 4 --huge-pages never \
-            --log-level debug --log-format json --log-file l";
+            --log-level debug --log-format json --log-file l --no-seccomp";
         assert_eq!(parse(line), Ok(Command::Serve(options)));
         assert_eq!(parse("--socket s --help"), Ok(Command::Help));
     }

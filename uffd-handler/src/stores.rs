@@ -478,7 +478,10 @@ impl Stores {
         if let Some(entry) = self.entries.remove(&key) {
             self.images[entry.image].leave_store(key);
             // Giving its memory back takes the kernel a third of a second for each GiB.
-            let dropped = std::thread::Builder::new().name("drop-store".into()).spawn(move || drop(entry.store));
+            let dropped = std::thread::Builder::new().name("drop-store".into()).spawn(move || {
+                crate::sandbox::confine(crate::sandbox::Kind::Memory);
+                drop(entry.store);
+            });
             if let Err(error) = dropped {
                 tracing::debug!("no thread to drop a store: {error}");
             }

@@ -173,6 +173,7 @@ fn open_pty() -> rustix::io::Result<(File, Pty)> {
 }
 
 fn feed(mut input: Box<dyn Read + Send>, serial: &Weak<Mutex<Serial>>) {
+    crate::sandbox::confine(crate::sandbox::Kind::Stream);
     let mut chunk = [0; 64];
     while let Ok(n @ 1..) = input.read(&mut chunk) {
         let (mut rest, mut wait) = (&chunk[..n], RETRY);

@@ -19,5 +19,6 @@ pub mod logging;
 pub mod machine;
 pub mod memory;
 pub mod notice;
+pub mod sandbox;
 pub mod stats;
 pub mod vcpu;

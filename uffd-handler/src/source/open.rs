@@ -43,7 +43,7 @@ fn open_local(path: &Path) -> Result<Box<dyn Source>, OpenError> {
 }
 
 /// Whether this is a URL: it begins with a scheme and `://`. A path that looks so is written `./...`.
-fn is_url(path: &Path) -> bool {
+pub(crate) fn is_url(path: &Path) -> bool {
     let text = path.as_os_str().to_string_lossy();
     let Some((scheme, _)) = text.split_once("://") else { return false };
     let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.');

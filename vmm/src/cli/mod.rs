@@ -24,6 +24,8 @@ use crate::vcpu::GuestEnd;
 use api_spec::logger::MetricsSink;
 use api_spec::strict::{self, DocumentError};
 use api_spec::vm::VmConfig;
+use sandbox::confinement::ConfinementError;
+use sandbox::filter::FilterError;
 use snapshot::compat::Report;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -73,6 +75,12 @@ pub enum CliError {
     /// The log.
     #[error(transparent)]
     Log(#[from] logging::LogError),
+    /// What the process may do.
+    #[error(transparent)]
+    Confinement(#[from] ConfinementError),
+    /// Which system calls it may make.
+    #[error(transparent)]
+    Filter(#[from] FilterError),
     /// The VM.
     #[error(transparent)]
     Run(#[from] RunError),
@@ -232,7 +240,9 @@ fn run_vm(options: RunOptions) -> Result<i32, CliError> {
         process_start,
         reset_is_done,
         end_with_parent,
+        confinement,
     } = options;
+    confinement.enter()?;
     logging::start(log)?;
     if end_with_parent {
         uffd_handler::process::end_with_parent().map_err(RunError::Setup)?;
@@ -246,6 +256,9 @@ fn run_vm(options: RunOptions) -> Result<i32, CliError> {
     let metrics = metrics_path.map(|metrics_path| MetricsSink { metrics_path, ..Default::default() });
     let api = api_sock.filter(|_| !no_api);
     let setup = Setup { id, api, max_body, console, metrics, boot_timer, strict, process_start };
+    if confinement.seccomp {
+        crate::sandbox::start()?;
+    }
     Ok(match driver::run(setup, start)? {
         Ending::PowerOff | Ending::Signal | Ending::Stopped | Ending::Saved => DONE,
         Ending::Reset if reset_is_done => DONE,

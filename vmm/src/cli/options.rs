@@ -14,12 +14,15 @@ use api_spec::snapshot::{
     AllowedMismatch, DriveOverride, MemBackend, MemBackendType, NetworkOverride, OnHandlerLoss, SnapshotLoad,
     VsockOverride,
 };
+use sandbox::confinement::Confinement;
+use sandbox::options::OptionError;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 /// What `--help` prints.
-pub const USAGE: &str = "\
+pub const USAGE: &str = concat!(
+    "\
 Boots, snapshots and restores one microVM.
 
 Usage: vmm --config FILE [options]            boot what the file describes
@@ -78,6 +81,9 @@ Options:
   --log-format FORMAT    `human` (default), or `json`: an object a line
   --help (-h), --version (-V)
 
+",
+    sandbox::confinement_usage!(),
+    "
 Options by which Firecracker's clients start it:
   --config-file FILE     as --config, but a guest that resets its machine ends the vmm with 0, as there
   --no-api               with --config or --config-file: no API, whatever --api-sock says
@@ -93,7 +99,6 @@ Options by which Firecracker's clients start it:
                          longest body that the API takes, in bytes (default 51200)
   --start-time-us N, --start-time-cpu-us N, --parent-cpu-time-us N
                          when and at what cost this process was started, for the counters
-  --no-seccomp           taken; no filter is installed yet
   --snapshot-version     print the version of the snapshot format
   --describe-snapshot SNAPSHOT
                          print the version of a snapshot's format
@@ -101,8 +106,10 @@ Options by which Firecracker's clients start it:
 
 Ends with 0 when the guest has powered its machine off, or on SIGTERM, SIGINT or SIGHUP, 1 on failure, 2 on bad usage, 3
 when the guest's kernel has panicked and said so (pvpanic), 4 when the guest has reset its machine (a reboot; 0 if it was
-started over the API or by --config-file), and 77 if this host cannot run microVMs.
-";
+started over the API or by --config-file), 77 if this host cannot run microVMs, and
+148 after a system call that it may not make.
+"
+);
 
 /// How to run a VM.
 #[derive(Clone, Debug, PartialEq)]
@@ -137,6 +144,8 @@ pub struct RunOptions {
     pub reset_is_done: bool,
     /// End when the parent process ends.
     pub end_with_parent: bool,
+    /// What is taken away from the process.
+    pub confinement: Confinement,
 }
 
 /// What to restore.
@@ -259,6 +268,9 @@ pub enum UsageError {
     /// A command for a vmm that is none.
     #[error("{0}")]
     Ctl(String),
+    /// What is to be taken away from the process.
+    #[error("{0}")]
+    Confinement(#[from] OptionError),
     /// The page server's own options.
     #[error("{0}")]
     PageServer(#[from] uffd_handler::UsageError),
@@ -312,6 +324,7 @@ impl Command {
 const DEFAULT_ID: &str = "anonymous-instance";
 const LEVELS: &str = "off, error, warn, info, debug or trace";
 const MICROSECONDS: &str = "a number of microseconds";
+const OWN_FILTERS: &str = "filters are part of this program; --no-seccomp does without";
 const NO_METADATA: &str = "there is no metadata service; the guest's agent can be told what it needs";
 
 fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
@@ -332,6 +345,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
         process_start: ProcessStart::default(),
         reset_is_done: false,
         end_with_parent: false,
+        confinement: Confinement::default(),
     };
     let (mut level, mut trace_phases) = (None, false);
     let (mut snapshot, mut uffd, mut copy, mut on_handler_loss, mut vsock) = (None, None, None, None, None);
@@ -340,6 +354,10 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next()? {
         match arg {
+            Long(name) if Confinement::knows(name) => {
+                let name = name.to_owned();
+                options.confinement.take(&name, &mut parser)?;
+            }
             Long("config") => options.config = Some(parser.value()?.into()),
             Long("config-file") => {
                 options.config = Some(parser.value()?.into());
@@ -399,8 +417,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
                 options.process_start.parent_cpu_time_us =
                     Some(value(&mut parser, "--parent-cpu-time-us", MICROSECONDS)?);
             }
-            Long("no-seccomp") => {}
-            Long("seccomp-filter") => return Err(UsageError::NotOffered("--seccomp-filter", "no filter is installed")),
+            Long("seccomp-filter") => return Err(UsageError::NotOffered("--seccomp-filter", OWN_FILTERS)),
             Long("metadata") => return Err(UsageError::NotOffered("--metadata", NO_METADATA)),
             Long("mmds-size-limit") => return Err(UsageError::NotOffered("--mmds-size-limit", NO_METADATA)),
             Long("enable-pci") => {
@@ -413,6 +430,7 @@ fn parse_run(args: Vec<OsString>) -> Result<Command, UsageError> {
             other => return Err(other.unexpected().into()),
         }
     }
+    options.confinement.check()?;
     options.log.level = level.unwrap_or(if options.boot_timer || trace_phases { Level::Info } else { Level::Warn });
     options.log.id = options.id.clone();
     let only_with_restore = [
@@ -694,6 +712,7 @@ mod tests {
         };
         assert_eq!((options.log, options.metrics_path), (log, Some("m".into())));
         assert!(options.boot_timer && options.reset_is_done && options.max_body == Some(1000));
+        assert_eq!(options.confinement, Confinement { seccomp: false, ..Confinement::default() });
         let start = ProcessStart { start_time_us: Some(1), start_time_cpu_us: Some(2), parent_cpu_time_us: Some(3) };
         assert_eq!(options.process_start, start);
         let Ok(Command::Run(options)) = parse("--config-file c --no-api --api-sock a --boot-timer") else { panic!() };
@@ -750,6 +769,8 @@ mod tests {
             "--api-sock a --mmds-size-limit 5",
             "--api-sock a --seccomp-filter f",
             "--api-sock a --start-time-us soon",
+            "--api-sock a --uid 5",
+            "--api-sock a --isolate everything",
             "--describe-snapshot",
             "--config a --tap eth0=tap1",
             "--restore a --tap eth0",

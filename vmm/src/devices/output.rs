@@ -52,6 +52,7 @@ impl Output {
 
 /// Writes what arrives until nobody can add any more. Errors lose bytes, never the thread: the reader may come back.
 fn copy(shared: &Shared) {
+    crate::sandbox::confine(crate::sandbox::Kind::Stream);
     let mut backlog = lock(&shared.backlog);
     let Some(mut inner) = backlog.inner.take() else { return };
     loop {

@@ -111,6 +111,7 @@ impl Drop for PrivateWatch {
 
 impl Shared {
     fn watch(&self, notifier: &Notifier) {
+        crate::sandbox::confine(crate::sandbox::Kind::Memory);
         let mut state = lock(&self.state);
         while !state.ends {
             let found = if state.looks { state.look() } else { Found::NoLimit };

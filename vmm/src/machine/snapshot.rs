@@ -264,6 +264,7 @@ pub fn create(
     let thread = std::thread::Builder::new()
         .name("snapshot".into())
         .spawn(move || {
+            crate::sandbox::confine(crate::sandbox::Kind::Writer);
             let result =
                 captured.and_then(|(state, disks, memory)| write(staging, memory, disks, facts, &state, &shared));
             let _ = sender.send(result); // Nobody asks any more only when the process is ending.

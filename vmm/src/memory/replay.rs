@@ -41,10 +41,13 @@ impl Replay {
             return Ok(None);
         }
         let work = Work { memory: ram.memory().clone(), regions: ram.regions().to_vec(), over: over.clone() };
-        std::thread::Builder::new().name("replay".into()).spawn(move || match WorkingSet::load(&snapshot) {
-            Ok(Some(set)) => work.run(&set, writes),
-            Ok(None) => {}
-            Err(e) => tracing::warn!("the working set is not made use of: {e}"),
+        std::thread::Builder::new().name("replay".into()).spawn(move || {
+            crate::sandbox::confine(crate::sandbox::Kind::Memory);
+            match WorkingSet::load(&snapshot) {
+                Ok(Some(set)) => work.run(&set, writes),
+                Ok(None) => {}
+                Err(e) => tracing::warn!("the working set is not made use of: {e}"),
+            }
         })?;
         Ok(Some(Replay { over }))
     }

@@ -179,6 +179,7 @@ impl Service {
         let sign = self.mode.sign(&self.connection).map_err(UffdError::FirstPage)?;
         let (memory, (sender, came)) = (ram.memory().clone(), mpsc::channel());
         let reader = move || {
+            crate::sandbox::confine(crate::sandbox::Kind::Memory);
             let read =
                 memfd_create("coppice-first-page", MemfdFlags::CLOEXEC).map_err(io::Error::from).and_then(|fd| {
                     let read = memory.write_volatile_to(GuestAddress(GENERATION_PAGE), &mut File::from(fd), 8);

@@ -137,6 +137,7 @@ impl Drop for Scanner {
 }
 
 fn serve(jobs: &mpsc::Receiver<Job>, pagemap: &Pagemap, notifier: &Notifier, cancelled: &AtomicBool) {
+    crate::sandbox::confine(crate::sandbox::Kind::Memory);
     for Job { kinds, wanted, to } in jobs {
         let result = scan(&kinds, wanted, pagemap, cancelled).map_err(|e| e.to_string());
         notifier.send(Notice::Scanned(Scanned { to, result }));

@@ -244,6 +244,7 @@ struct Thread {
 
 impl Thread {
     fn main(self) {
+        crate::sandbox::confine(crate::sandbox::Kind::Vcpu);
         // A parent may have left the signal blocked, and then nothing would interrupt the guest.
         if let Err(e) = unblock_signal(SIGRTMIN()) {
             tracing::warn!("vCPU {} cannot be interrupted: {e}", self.number);

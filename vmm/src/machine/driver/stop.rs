@@ -175,6 +175,7 @@ impl Driver {
         self.patch_vm(VmPatch { state: VmState::Resumed }).map_err(|e| e.to_string())?;
         let notifier = self.notifier.clone();
         let ask = move || {
+            crate::sandbox::confine(crate::sandbox::Kind::Peer);
             let asked = AgentClient::connect(&path, AGENT_PATIENCE).and_then(|mut agent| agent.power_off());
             notifier.send(Notice::AskedToPowerOff(asked.map_err(|e| e.to_string())));
         };

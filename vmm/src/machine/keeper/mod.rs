@@ -326,6 +326,7 @@ enum Ready {
 
 impl Watch {
     fn run(mut self) {
+        crate::sandbox::confine(crate::sandbox::Kind::Peer);
         loop {
             let ready = match self.wait() {
                 Ok(ready) => ready,

@@ -1,0 +1,53 @@
+//! What the threads of a vmm may do: each kind makes the system calls of its table ([`tables`]), and no others.
+//!
+//! The programs that the tables become are made when the vmm is built; see `build.rs`.
+
+pub mod tables;
+
+use sandbox::Instruction;
+use sandbox::filter::{self, FilterError};
+
+include!(concat!(env!("OUT_DIR"), "/filters.rs"));
+
+/// Threads that do the same kind of work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Runs the guest.
+    Vcpu,
+    /// Reads or writes the console.
+    Stream,
+    /// Writes a snapshot.
+    Writer,
+    /// Looks at the guest's memory, or touches it.
+    Memory,
+    /// Talks to a page server, or to the guest's agent.
+    Peer,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Kind; 5] = [Kind::Vcpu, Kind::Stream, Kind::Writer, Kind::Memory, Kind::Peer];
+
+    fn program(self) -> &'static [Instruction] {
+        match self {
+            Kind::Vcpu => &VCPU,
+            Kind::Stream => &STREAM,
+            Kind::Writer => &WRITER,
+            Kind::Memory => &MEMORY,
+            Kind::Peer => &PEER,
+        }
+    }
+}
+
+/// From now on this process makes the system calls of a vmm. To be called before it has other threads.
+pub fn start() -> Result<(), FilterError> {
+    filter::start(&PROCESS)
+}
+
+/// What a thread of this kind does first. One that cannot be given its filter makes the calls of the whole process: that is a
+/// filter too, and nothing that a guest, a client or a file can bring about.
+pub fn confine(kind: Kind) {
+    if let Err(e) = filter::narrow(kind.program()) {
+        tracing::warn!("a thread may do more than it needs: {e}");
+    }
+}
