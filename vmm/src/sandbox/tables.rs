@@ -48,6 +48,9 @@ const TIMERS: &[Rule] = &[always(SYS_timerfd_settime)];
 /// The console's file is as long as this says.
 const FILE_LENGTH: &[Rule] = &[always(SYS_statx)];
 
+/// A userfaultfd takes the number that was kept for it.
+const NUMBERS: &[Rule] = &[always(SYS_dup3)];
+
 /// The whole process; what the event loop does, and what any of the other threads does. KVM comes first, as its
 /// requests do: cases are looked at in this order.
 pub const PROCESS: &[&[Rule]] = &[
@@ -60,6 +63,7 @@ pub const PROCESS: &[&[Rule]] = &[
     UNIX_SOCKETS,
     EVENTS,
     USERFAULTFD,
+    NUMBERS,
     OWN_LIMITS,
     SYSTEM,
     TAP_OFFLOADS,
