@@ -30,11 +30,11 @@ Of `api`:
   --calls N               how many calls on one connection, 1 to 1000000 (default 5000)
   --starts N              how many processes to start, 1 to 1000 (default 20)
 
-Of `faults` and `snapshot`:
-  --n RUNS                how often to measure everything, 1 to 100 (default 5 for `faults`, 10 for `snapshot`)
+Of `faults`, `restore` and `snapshot`:
+  --n RUNS                how often to measure everything, 1 to 100 (default 5 for `faults`, 10 for `snapshot`); of `restore`
+                          how many clones of each kind, 1 to 10000 (default 200)
 
 Of `restore`:
-  --n CLONES              how many clones of each kind, 1 to 10000 (default 200)
   --memory MIB            guest memory (default 128)
   --vcpus N               1 to 8 (default 1)
   --backend WHICH         only `file`, or only `shared`, a page server whose store clones share
