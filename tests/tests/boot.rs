@@ -11,9 +11,10 @@ use tests::{Boot, Place, require, until};
 fn boots_with(vcpus: u8) {
     let place = Place::new();
     let (mut vm, mut agent) = Boot::new(&place).vcpus(vcpus).ready("guest");
+    // The agent answers while other CPUs are still being started.
+    until("the guest is ready", || vm.info().readiness == Some(Readiness::Full));
     let info = agent.info();
     assert_eq!((info.kind, info.vcpus), (GuestKind::Embedded, vcpus));
-    until("the guest is ready", || vm.info().readiness == Some(Readiness::Full));
     assert_eq!(vm.state(), InstanceState::Running);
     assert_eq!(agent.ping(7), 7);
     Facts::gather(&mut agent, 1).check(&mut agent);
