@@ -6,7 +6,9 @@
 use api_spec::client::rest::RestError;
 use api_spec::devices::Balloon;
 use api_spec::snapshot::{SnapshotCreate, SnapshotState};
+use serde_json::json;
 use std::path::Path;
+use tests::vm::waiting;
 use tests::{Boot, Place, Restore, Vm, require};
 
 fn balloon() -> Balloon {
@@ -65,7 +67,11 @@ fn what_cannot_be_done_is_refused_by_name_before_anything_is() {
     let (mut vm, _agent) = Boot::new(&place).ready("without-balloon");
     refused(&mut vm, &trim(&place.join("second")), &["trim", "no balloon", "PUT /balloon"]);
     vm.stop();
-    let mut vm = Boot::new(&place).balloon(balloon()).configured(|config| config.vsock = None).start("without-vsock");
+    let mut vm = waiting(&place, "without-vsock");
+    let mut api = vm.api();
+    api.put("/boot-source", &json!({ "embedded_guest": true })).expect("there is one");
+    api.put("/balloon", &balloon()).expect("it can have one");
+    api.put("/actions", &json!({ "action_type": "InstanceStart" })).expect("it starts");
     refused(&mut vm, &trim(&place.join("second")), &["trim", "no vsock device", "PUT /vsock"]);
     refused(&mut vm, &hooks(&place.join("second")), &["run_hooks", "no vsock device"]);
     vm.stop();
