@@ -142,10 +142,23 @@ fn a_clone_of_a_remote_image_gets_ready_what_a_local_one_has_taught() {
 
     let name = "working-set.json";
     std::fs::copy(template.snapshot.join(name), bare.join(name)).expect("it can be copied");
-    let mut clone = restore("clone");
     let set = known(&template.snapshot).expect("it was learnt");
     let wanted = 4 * set.read().union(set.written()).pages();
-    until("all pages are there", || resident(clone.pid(), "RssShmem") + resident(clone.pid(), "RssAnon") >= wanted);
+    let mut tries = 0;
+    let mut clone = loop {
+        let mut clone = restore("clone");
+        let mut was_without = false;
+        until("all pages are there", || {
+            was_without = clone.process.log().contains("does not deliver");
+            was_without || resident(clone.pid(), "RssShmem") + resident(clone.pid(), "RssAnon") >= wanted
+        });
+        tries += 1;
+        // Nothing more is got ready for a clone whose page server was too slow for once, as on a busy host.
+        if !was_without || tries == 5 {
+            break clone;
+        }
+        clone.stop();
+    };
     clone.resume();
     let mut agent = clone.agent();
     let events = server.session(clone.pid()).uffd_events;
