@@ -32,7 +32,8 @@ pub enum SerialError {
     Interrupt(std::io::Error),
 }
 
-struct Irq(EventFd);
+#[derive(Clone)]
+struct Irq(Arc<EventFd>);
 
 impl Trigger for Irq {
     type E = std::io::Error;
@@ -72,44 +73,28 @@ impl Serial {
     /// What the guest writes goes to `out` on the vCPU's thread, so `out` must not block: wrap what might in
     /// [`Output`](super::output::Output). Bytes that it refuses are counted and dropped.
     pub fn new(irq: EventFd, out: Box<dyn Write + Send>) -> Self {
-        let counts = Arc::<Counts>::default();
-        Serial { uart: Uart::with_events(Irq(irq), counts.clone(), out), counts }
+        let (counts, irq) = (Arc::<Counts>::default(), Irq(Arc::new(irq)));
+        Serial { uart: Uart::with_events(irq, counts.clone(), out), counts }
     }
 
     /// A serial port that goes on where `state` was saved. The guest's interrupt controller must be restored before,
     /// as an interrupt that was pending is raised again here.
     pub fn restore(state: &SerialState, irq: EventFd, out: Box<dyn Write + Send>) -> Result<Self, SerialError> {
-        let SerialState {
-            baud_divisor_low,
-            baud_divisor_high,
-            interrupt_enable,
-            interrupt_identification,
-            line_control,
-            line_status,
-            modem_control,
-            modem_status,
-            scratch,
-            in_buffer,
-        } = state.clone();
-        let waiting = in_buffer.len();
-        let state = UartState {
-            baud_divisor_low,
-            baud_divisor_high,
-            interrupt_enable,
-            interrupt_identification,
-            line_control,
-            line_status,
-            modem_control,
-            modem_status,
-            scratch,
-            in_buffer,
-        };
         let counts = Arc::<Counts>::default();
-        match Uart::from_state(&state, Irq(irq), counts.clone(), out) {
-            Ok(uart) => Ok(Serial { uart, counts }),
-            Err(UartError::Trigger(error) | UartError::IOError(error)) => Err(SerialError::Interrupt(error)),
-            Err(UartError::FullFifo) => Err(SerialError::InBuffer(waiting)),
+        let uart = restored(state, Irq(Arc::new(irq)), counts.clone(), out)?;
+        Ok(Serial { uart, counts })
+    }
+
+    /// Brings the port back to what was saved of it. What the guest has written since stays written.
+    pub fn rewind(&mut self, state: &SerialState) -> Result<(), SerialError> {
+        if self.save() == *state {
+            return Ok(());
         }
+        let (irq, counts) = (self.uart.interrupt_evt().clone(), self.counts.clone());
+        let blank = Uart::with_events(irq.clone(), counts.clone(), Box::new(std::io::sink()));
+        let out = std::mem::replace(&mut self.uart, blank).into_writer();
+        self.uart = restored(state, irq, counts, out)?;
+        Ok(())
     }
 
     /// The state to save.
@@ -157,6 +142,44 @@ impl Serial {
             lost_bytes: self.counts.lost.load(Ordering::Relaxed),
         }
     }
+}
+
+/// A UART as it was saved.
+fn restored(
+    state: &SerialState,
+    irq: Irq,
+    counts: Arc<Counts>,
+    out: Box<dyn Write + Send>,
+) -> Result<Uart, SerialError> {
+    let SerialState {
+        baud_divisor_low,
+        baud_divisor_high,
+        interrupt_enable,
+        interrupt_identification,
+        line_control,
+        line_status,
+        modem_control,
+        modem_status,
+        scratch,
+        in_buffer,
+    } = state.clone();
+    let waiting = in_buffer.len();
+    let state = UartState {
+        baud_divisor_low,
+        baud_divisor_high,
+        interrupt_enable,
+        interrupt_identification,
+        line_control,
+        line_status,
+        modem_control,
+        modem_status,
+        scratch,
+        in_buffer,
+    };
+    Uart::from_state(&state, irq, counts, out).map_err(|error| match error {
+        UartError::Trigger(error) | UartError::IOError(error) => SerialError::Interrupt(error),
+        UartError::FullFifo => SerialError::InBuffer(waiting),
+    })
 }
 
 impl BusDevice for Serial {

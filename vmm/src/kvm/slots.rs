@@ -1,17 +1,42 @@
-//! Memory slots: which of this process's memory the guest sees.
+//! Memory slots: which of this process's memory the guest sees, and what KVM logs of it.
 // UNSAFETY: a memory slot gives the guest access to whatever is mapped at an address.
 #![allow(unsafe_code)]
 
-use crate::memory::GuestRam;
-use kvm_bindings::kvm_userspace_memory_region;
+use crate::memory::bits::Bits;
+use crate::memory::layout::HOLE_START;
+use crate::memory::{GuestRam, PAGE_SIZE};
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
+use vm_memory::MmapRegion;
+use vm_memory::mmap::MmapRegionError;
+
+/// Number of the slot that comes and goes: beyond those of RAM.
+const PASSING: u32 = 16;
 
 /// Gives a VM its RAM: one slot a region, numbered from 0.
 pub fn set(vm: &VmFd, ram: &GuestRam) -> Result<(), kvm_ioctls::Error> {
+    set_with(vm, ram, 0)
+}
+
+/// Has KVM log which pages of RAM are written by vCPUs, and by itself on their behalf.
+pub fn keep_log(vm: &VmFd, ram: &GuestRam) -> Result<(), kvm_ioctls::Error> {
+    set_with(vm, ram, KVM_MEM_LOG_DIRTY_PAGES)
+}
+
+/// Takes the pages that were written since the last time out of KVM's log, and adds them to those of each region.
+pub fn take_log(vm: &VmFd, ram: &GuestRam, pages: &mut [Bits]) -> Result<(), kvm_ioctls::Error> {
+    for ((slot, region), pages) in ram.regions().iter().enumerate().zip(pages) {
+        let words = vm.get_dirty_log(slot as u32, region.size_bytes as usize)?;
+        words.iter().enumerate().filter(|(_, word)| **word != 0).for_each(|(n, word)| pages.insert_word(n, *word));
+    }
+    Ok(())
+}
+
+fn set_with(vm: &VmFd, ram: &GuestRam, flags: u32) -> Result<(), kvm_ioctls::Error> {
     for (slot, (region, addr)) in ram.mappings().enumerate() {
         let slot = kvm_userspace_memory_region {
             slot: slot as u32,
-            flags: 0,
+            flags,
             guest_phys_addr: region.guest_addr,
             memory_size: region.size_bytes,
             userspace_addr: addr as u64,
@@ -22,4 +47,36 @@ pub fn set(vm: &VmFd, ram: &GuestRam) -> Result<(), kvm_ioctls::Error> {
         unsafe { vm.set_user_memory_region(slot)? };
     }
     Ok(())
+}
+
+/// A page in a slot that comes and goes while no vCPU runs, where no RAM is: as it goes, KVM forgets all that it has derived
+/// from the guest's page tables.
+#[derive(Debug)]
+pub struct PassingSlot {
+    page: MmapRegion,
+}
+
+impl PassingSlot {
+    /// Makes the page.
+    pub fn new() -> Result<Self, MmapRegionError> {
+        Ok(PassingSlot { page: MmapRegion::new(PAGE_SIZE as usize)? })
+    }
+
+    /// Has the slot come and go. No vCPU may run.
+    pub fn pass(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+        for memory_size in [PAGE_SIZE, 0] {
+            let slot = kvm_userspace_memory_region {
+                slot: PASSING,
+                flags: KVM_MEM_READONLY,
+                guest_phys_addr: HOLE_START,
+                memory_size,
+                userspace_addr: self.page.as_ptr() as u64,
+            };
+            // SAFETY: the page is a mapping of its own that holds nothing, and stays until the slot is gone again, which
+            // it is when this returns, unless the second step fails: then the guest can read an empty page, of a mapping
+            // that goes with the machine, or cannot.
+            unsafe { vm.set_user_memory_region(slot)? };
+        }
+        Ok(())
+    }
 }

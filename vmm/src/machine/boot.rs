@@ -1,6 +1,7 @@
 //! Boot: configuration -> memory -> VM -> devices -> kernel -> vCPUs, standing still.
 
 use super::config::BootPlan;
+use super::reset::Resets;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, disks, start_vcpus};
 use crate::arch::regs::{self, RegsError};
@@ -114,6 +115,7 @@ pub fn boot(plan: &BootPlan, outside: Outside) -> Result<Machine, BootError> {
         plan: devices_plan,
         bases: Default::default(),
         lease: None,
+        resets: Resets::default(),
         running: false,
         halting: false,
     })

@@ -7,6 +7,7 @@ use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
 use super::disks::{self, RestoreDisksError};
 use super::keeper::{Charge, Keeper};
+use super::reset::Resets;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, record, start_vcpus};
 use crate::devices::virtio::block::Disk;
@@ -194,6 +195,7 @@ pub fn restore(request: &SnapshotLoad, in_place: &[String], outside: Outside) ->
         bases,
         lease: Some(lease),
         replay: None,
+        resets: Resets::default(),
         running: false,
         halting: false,
     };

@@ -177,6 +177,17 @@ impl Devices {
         }
     }
 
+    /// Brings all devices of a machine whose vCPUs stand still, and whose interrupt controllers are what they were, back to their
+    /// saved state. They leave guest memory alone until [`Devices::resume`].
+    pub fn rewind(&self, saved: &DeviceState) -> Result<(), WireError> {
+        lock(&self.serial).rewind(&saved.serial)?;
+        rewind(&self.vsock, &saved.vsock, vsock::restore)?;
+        rewind(&self.drives, &saved.drives, block::restore)?;
+        rewind(&self.network, &saved.network, net::restore)?;
+        rewind(&self.entropy, &saved.entropy, rng::restore)?;
+        rewind(&self.balloon, &saved.balloon, balloon::restore)
+    }
+
     /// Tells the guest that its generation id has changed.
     pub fn announce_generation(&self) -> io::Result<()> {
         self.event.write(1)
@@ -193,6 +204,20 @@ impl Devices {
     pub fn subscribers(&self) -> &[Subscriber] {
         &self.subscribers
     }
+}
+
+/// Brings devices of one kind back to their saved state, as if they were fresh.
+fn rewind<'a, D: VirtioDevice + 'a, S: 'a>(
+    slots: impl IntoIterator<Item = &'a Slot<D>>,
+    saved: impl IntoIterator<Item = &'a S>,
+    restore: fn(&Mutex<D>, &mut MmioTransport, &S) -> Result<(), TransportError>,
+) -> Result<(), WireError> {
+    for (Slot { device, transport }, saved) in slots.into_iter().zip(saved) {
+        lock(device).reset();
+        restore(device, &mut lock(transport), saved)
+            .map_err(|source| WireError::State { device: lock(device).name(), source })?;
+    }
+    Ok(())
 }
 
 /// Where the virtio-mmio devices of a machine are.

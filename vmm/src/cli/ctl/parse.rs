@@ -552,7 +552,7 @@ mod tests {
     #[test]
     fn a_command_is_made_of_known_words_only() {
         // The glossary of docs/rest-api.md.
-        const GLOSSARY: [&str; 32] = [
+        const GLOSSARY: [&str; 34] = [
             "info",
             "version",
             "config",
@@ -572,6 +572,8 @@ mod tests {
             "resume",
             "save",
             "stop",
+            "checkpoint",
+            "reset",
             "stats",
             "memory-map",
             "snapshot",

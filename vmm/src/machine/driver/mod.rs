@@ -1,9 +1,10 @@
 //! The one owner of the VM, on the event loop's thread: requests, notices, signals and the page server's fate all end up
 //! here, one at a time. `answers` is what each request does; `counters`, what is told of what the VM has done; `start`, how a
-//! VM comes about; `stop`, how it is saved or shut down.
+//! VM comes about; `stop`, how it is saved or shut down; `resets`, how it is reset.
 
 mod answers;
 mod counters;
+mod resets;
 mod start;
 mod stop;
 
@@ -13,6 +14,7 @@ use super::boot::BootError;
 use super::config::{self, ConfigError};
 use super::private::PrivateWatch;
 use super::requests::{NotNow, Phase};
+use super::reset::{CheckpointError, ResetError};
 use super::restore::RestoreError;
 use super::saved::Configuration;
 use super::snapshot::{Job, SnapshotError};
@@ -167,6 +169,14 @@ enum RequestError {
     Metrics(#[from] MetricsError),
     #[error("the guest cannot go on. {0}")]
     Halt(Halt),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Reset(#[from] ResetError),
+    #[error(
+        "the layers of the last snapshot's disks are still being put together; set the checkpoint again in a moment"
+    )]
+    Folding,
     #[error("the saved state cannot be used, and the start is strict. {0}")]
     Strict(String),
     #[error("--strict is about a saved state, and the configuration has no `saved-state`")]
@@ -328,6 +338,8 @@ struct Driver {
     private: PrivateWatch,
     /// The snapshot that is being written.
     job: Option<Job>,
+    /// How often the VM had been reset when it was begun.
+    times_reset: u64,
     /// Who waits for it; nobody, once it is complete and only its layers are being folded.
     waiting: Option<Asker>,
     /// That is to be the end of the vmm.
@@ -384,6 +396,7 @@ impl Driver {
             retry: Alarm::new()?,
             private: PrivateWatch::new(notifier.clone()),
             job: None,
+            times_reset: 0,
             waiting: None,
             save: None,
             next: None,
@@ -673,7 +686,10 @@ impl Driver {
         let (status, digest) = job.status();
         self.status = status;
         if let (Some(machine), Some(dir), Some(digest)) = (&mut self.machine, &self.status.snapshot_path, digest) {
-            machine.remember_snapshot(dir, digest);
+            // Of a guest that was reset meanwhile it is no snapshot.
+            if machine.times_reset() == self.times_reset {
+                machine.remember_snapshot(dir, digest);
+            }
         }
         if self.status.state == SnapshotState::Done {
             self.latencies.snapshot_pause_us = Some(self.status.pause_us);
