@@ -4,6 +4,7 @@
 pub mod api;
 pub mod faults;
 mod guest;
+pub mod reset;
 pub mod snapshot;
 
 use crate::children::ChildError;
@@ -20,6 +21,7 @@ Measures, on this machine, and prints what it found. Leave the machine alone mea
 
 Usage: vmm bench api [options]       how long calls of the REST API take, and how soon it can be called
        vmm bench faults [options]    what it costs a guest to touch a page that is not there yet
+       vmm bench reset [options]     how long it takes to reset a guest, by how much it has written
        vmm bench snapshot [options]  how long guests stand still for snapshots, and what else these cost
 
   --json                  print one JSON document instead of a table
@@ -35,6 +37,9 @@ Of `faults`:
   --pages N               how many pages to touch at once, 1 to 8192 (default 2048)
   --peer-handler PROGRAM  measure another page server of Firecracker's protocol as well; it is started with the path of
                           its socket and that of the memory file
+
+Of `reset`:
+  --n RESETS              how many resets of each kind, 1 to 1000000 (default 500)
 
 Of `snapshot`:
   --resident-mib N        memory in use of the guest that has much in use, 16 to 1984 (default 1024); as much is written

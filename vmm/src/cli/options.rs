@@ -28,6 +28,7 @@ Usage: vmm --config FILE [options]            boot what the file describes
        vmm demo [options]                     boot, snapshot, and restore clones; see `vmm demo --help`
        vmm bench api [options]                measure the REST API; see `vmm bench --help`
        vmm bench faults [options]             measure page faults of clones
+       vmm bench reset [options]              measure resets
        vmm bench snapshot [options]           measure snapshots
        vmm list CONFIG... [--json]            say which machines are saved, by their configuration files
        vmm doctor [--json]                    say what this host can do, with remedies
@@ -198,6 +199,8 @@ pub enum Command {
     BenchApi(bench::api::Options),
     /// Measure page faults.
     BenchFaults(bench::faults::Options),
+    /// Measure resets.
+    BenchReset(bench::reset::Options),
     /// Measure snapshots.
     BenchSnapshot(bench::snapshot::Options),
     /// Print the version of the snapshot format.
@@ -539,6 +542,7 @@ fn parse_demo(args: Vec<OsString>) -> Result<Command, UsageError> {
 fn parse_bench(args: Vec<OsString>) -> Result<Command, UsageError> {
     match args.split_first() {
         Some((what, rest)) if what == "faults" => parse_bench_faults(rest.to_vec()),
+        Some((what, rest)) if what == "reset" => parse_bench_reset(rest.to_vec()),
         Some((what, rest)) if what == "snapshot" => parse_bench_snapshot(rest.to_vec()),
         _ => parse_bench_api(args),
     }
@@ -560,6 +564,22 @@ fn parse_bench_faults(args: Vec<OsString>) -> Result<Command, UsageError> {
     }
     options.check().map_err(lexopt::Error::from)?;
     Ok(Command::BenchFaults(options))
+}
+
+fn parse_bench_reset(args: Vec<OsString>) -> Result<Command, UsageError> {
+    use lexopt::prelude::*;
+    let mut options = bench::reset::Options::default();
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("n") => options.runs = value(&mut parser, "--n", "a number")?,
+            Long("json") => options.json = true,
+            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    options.check().map_err(lexopt::Error::from)?;
+    Ok(Command::BenchReset(options))
 }
 
 fn parse_bench_snapshot(args: Vec<OsString>) -> Result<Command, UsageError> {
@@ -594,7 +614,7 @@ fn parse_bench_api(args: Vec<OsString>) -> Result<Command, UsageError> {
         }
     }
     if what.as_deref() != Some(OsStr::new("api")) {
-        return Err(UsageError::Missing("`bench` takes `api`, `faults` or `snapshot`"));
+        return Err(UsageError::Missing("`bench` takes `api`, `faults`, `reset` or `snapshot`"));
     }
     options.check().map_err(lexopt::Error::from)?;
     Ok(Command::BenchApi(options))
@@ -764,6 +784,9 @@ mod tests {
     fn benchmarks_take_their_options() {
         let snapshot =
             |runs, resident_mib, json| Command::BenchSnapshot(bench::snapshot::Options { runs, resident_mib, json });
+        let reset = |runs, json| Command::BenchReset(bench::reset::Options { runs, json });
+        assert_eq!(parse("bench reset").unwrap(), reset(500, false));
+        assert_eq!(parse("bench reset --n 3 --json").unwrap(), reset(3, true));
         assert_eq!(parse("bench snapshot").unwrap(), snapshot(10, 1024, false));
         assert_eq!(parse("bench snapshot --n 3 --resident-mib 16 --json").unwrap(), snapshot(3, 16, true));
         assert_eq!(parse("bench snapshot --help").unwrap(), Command::Help(bench::USAGE));
@@ -820,6 +843,7 @@ mod tests {
             "bench disks",
             "bench api --calls 0",
             "bench api --starts 1001",
+            "bench reset --n 0",
             "bench faults --pages 0",
             "bench faults --n 101",
             "bench faults --calls 5",
