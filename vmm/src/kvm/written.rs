@@ -60,6 +60,11 @@ impl Log {
         slots::take_log(vm, ram, pages).map_err(WrittenError::Take)
     }
 
+    /// Whether [`Log::forget_tables`] has all translations forgotten; otherwise whoever loads vCPUs has to see to that.
+    pub fn forgets_translations(&self) -> bool {
+        self.shadows.is_some()
+    }
+
     /// The guest's page tables may be other ones than KVM knows. No vCPU may run.
     pub fn forget_tables(&self, vm: &VmFd) -> Result<(), WrittenError> {
         self.shadows.as_ref().map_or(Ok(()), |slot| slot.pass(vm)).map_err(WrittenError::Forget)

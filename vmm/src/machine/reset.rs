@@ -30,7 +30,7 @@ use crate::memory::bits::Bits;
 use crate::memory::freeze::{FreezeError, Frozen};
 use crate::memory::rollback::{MarkError, PutBack, PutBackError, Rollback};
 use crate::vcpu::VcpuError;
-use crate::vcpu::rewind::VcpuMark;
+use crate::vcpu::rewind::{Translations, VcpuMark};
 use crate::vcpu::state::VcpuStateError;
 use ::snapshot::state::{DeviceState, MachineState, VmState};
 use api_spec::reset::{ResetPhases, VmCheckpointed, VmReset, VmResetDone};
@@ -318,9 +318,11 @@ impl Mark {
     }
 
     fn put_back_state(&self, machine: &Machine) -> Result<(), Broken> {
+        let forgotten = machine.resets.log.as_ref().is_some_and(Log::forgets_translations);
+        let translations = if forgotten { Translations::Forgotten } else { Translations::Stale };
         for (number, (vcpu, mark)) in machine.vcpus.iter().zip(&self.vcpus).enumerate() {
             let fail = |source| Broken::VcpuState { vcpu: number, source };
-            mark.put_back(&vcpu.lock(), number == 0).map_err(fail)?;
+            mark.put_back(&vcpu.lock(), number == 0, translations).map_err(fail)?;
         }
         // After the local APICs, as when a snapshot is restored.
         Ok(crate::kvm::state::load(&machine.vm, &self.vm, Clock::GoesOn)?)

@@ -194,7 +194,8 @@ impl Rollback {
     pub fn put_back(&mut self, ram: &GuestRam, written: &[Bits]) -> Result<PutBack, PutBackError> {
         let mut done = PutBack::default();
         let regions = ram.memory.iter().zip(self.copies.iter());
-        for ((part, written), (view, copies)) in self.parts.iter_mut().zip(written).zip(regions) {
+        let parts = self.parts.iter_mut().zip(written).zip(regions);
+        for ((part, written), (view, copies)) in parts.filter(|((_, written), _)| !written.is_empty()) {
             done.pages += written.count();
             done.fresh += part.put_back(written, view, copies)?;
         }

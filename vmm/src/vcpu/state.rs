@@ -294,10 +294,14 @@ pub(super) fn saved_tsc(saved: &[Msr]) -> u64 {
 /// attempt to synchronize vCPUs, and ignore its value: a guest that was snapshotted in its first second would see time
 /// go back. A write that is far away, before the real one, makes them believe the real one. The other vCPUs' values lie
 /// within a second of the first one's, and are synchronized with it as they should be.
-pub(super) fn prime_tsc(vcpu: &VcpuFd, saved: &[Msr], tsc_khz: u32) -> Result<(), VcpuStateError> {
+fn prime_tsc(vcpu: &VcpuFd, saved: &[Msr], tsc_khz: u32) -> Result<(), VcpuStateError> {
+    vcpu.set_msrs(&msr_list(&[far_tsc(saved, tsc_khz)])?).map(drop).map_err(step("loading the time-stamp counter"))
+}
+
+/// A write of the counter that is far away from what was saved.
+pub(super) fn far_tsc(saved: &[Msr], tsc_khz: u32) -> kvm_msr_entry {
     let far = saved_tsc(saved).wrapping_add(u64::from(tsc_khz) * 1000 * 10);
-    let entry = kvm_msr_entry { index: MSR_TSC, data: far, ..Default::default() };
-    vcpu.set_msrs(&msr_list(&[entry])?).map(drop).map_err(step("loading the time-stamp counter"))
+    kvm_msr_entry { index: MSR_TSC, data: far, ..Default::default() }
 }
 
 /// A deadline of zero means that the timer has fired and its interrupt may not have been delivered: the guest would sleep
