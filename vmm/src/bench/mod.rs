@@ -30,16 +30,14 @@ Of `api`:
   --calls N               how many calls on one connection, 1 to 1000000 (default 5000)
   --starts N              how many processes to start, 1 to 1000 (default 20)
 
-Of `faults` and `snapshot`:
-  --n RUNS                how often to measure everything, 1 to 100 (default 5 for `faults`, 10 for `snapshot`)
+Of `faults`, `reset` and `snapshot`:
+  --n RUNS                how often to measure everything, 1 to 100 (default 5 for `faults`, 10 for `snapshot`); of `reset`
+                          each kind of reset, 1 to 1000000 (default 500)
 
 Of `faults`:
   --pages N               how many pages to touch at once, 1 to 8192 (default 2048)
   --peer-handler PROGRAM  measure another page server of Firecracker's protocol as well; it is started with the path of
                           its socket and that of the memory file
-
-Of `reset`:
-  --n RESETS              how many resets of each kind, 1 to 1000000 (default 500)
 
 Of `snapshot`:
   --resident-mib N        memory in use of the guest that has much in use, 16 to 1984 (default 1024); as much is written

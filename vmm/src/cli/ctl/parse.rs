@@ -364,7 +364,7 @@ command says is sent as it is, and judged by the vmm.
 
 Usage: vmm ctl [--api-sock PATH] COMMAND ... [options]
        vmm ctl COMMAND --help                 what a command takes, and what that means
-       vmm ctl loop --reset --count N         ask the guest's agent and reset the guest, N times, and tell how long that takes
+       vmm ctl loop --reset --count N         ask the guest's agent, then reset the guest; tell the rate
        vmm ctl completions bash|zsh|fish      a script that completes commands and options of vmm
 
 Commands, by when they are taken (`...`: they take options):
@@ -552,6 +552,19 @@ mod tests {
         ] {
             usage_error(line);
         }
+    }
+
+    #[test]
+    fn rounds_are_asked_for_with_their_number() {
+        let loops = |line: &[&str]| match parse(words(line)) {
+            Ok(Ctl::Loop(rounds)) => rounds,
+            other => panic!("{line:?}: {other:?}"),
+        };
+        let rounds = loops(&["loop", "--reset", "--count", "7", "--json", "--api-sock", "a"]);
+        assert_eq!((rounds.resets, rounds.count, rounds.json), (true, 7, true));
+        assert_eq!(rounds.api_sock.as_deref(), Some("a".as_ref()));
+        assert!(!loops(&["loop", "--count", "1", "--timeout", "3"]).resets);
+        assert_eq!(loops(&["loop", "--count", "1", "--timeout", "3"]).patience, Duration::from_secs(3));
     }
 
     #[test]
