@@ -154,11 +154,11 @@ fn nothing_is_left_of_what_a_guest_has_done_since() {
                 agent.ticks(3);
                 agent.burn_stop(1);
                 agent.burn(100_000);
-                // An interrupt that is on its way would arrive after the reset.
                 drop((agent, stream.take()));
                 until_quiet(&mut vm);
-                std::thread::sleep(ON_ITS_WAY);
             }
+            // An interrupt that is on its way would arrive after the reset.
+            std::thread::sleep(ON_ITS_WAY);
             reset_paused(&mut vm);
             let what = format!("round {round}, {}", if has_stream { "with a stream" } else { "without" });
             assert_whole(&whole(&mut vm, &place.join(&format!("now-{round}"))), &then, &what);

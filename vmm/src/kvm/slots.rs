@@ -3,15 +3,17 @@
 #![allow(unsafe_code)]
 
 use crate::memory::bits::Bits;
-use crate::memory::layout::HOLE_START;
 use crate::memory::{GuestRam, PAGE_SIZE};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
+use std::cell::Cell;
+use std::io;
 use vm_memory::MmapRegion;
-use vm_memory::mmap::MmapRegionError;
 
-/// Number of the slot that comes and goes: beyond those of RAM.
-const PASSING: u32 = 16;
+/// Number of the slot that moves: beyond those of RAM.
+const MOVING: u32 = 16;
+/// Where it moves: beyond what CPUs can address.
+const NOWHERE: u64 = 1 << 51;
 
 /// Gives a VM its RAM: one slot a region, numbered from 0.
 pub fn set(vm: &VmFd, ram: &GuestRam) -> Result<(), kvm_ioctls::Error> {
@@ -49,34 +51,40 @@ fn set_with(vm: &VmFd, ram: &GuestRam, flags: u32) -> Result<(), kvm_ioctls::Err
     Ok(())
 }
 
-/// A page in a slot that comes and goes while no vCPU runs, where no RAM is: as it goes, KVM forgets all that it has derived
-/// from the guest's page tables.
+/// A page in a slot that moves while no vCPU runs, at addresses that no guest has: as it moves, KVM forgets all that it has
+/// derived from the guest's page tables.
 #[derive(Debug)]
-pub struct PassingSlot {
+pub struct MovingSlot {
     page: MmapRegion,
+    /// It is at the second of its two places.
+    is_second: Cell<bool>,
 }
 
-impl PassingSlot {
-    /// Makes the page.
-    pub fn new() -> Result<Self, MmapRegionError> {
-        Ok(PassingSlot { page: MmapRegion::new(PAGE_SIZE as usize)? })
+impl MovingSlot {
+    /// Makes the page, and the slot.
+    pub fn new(vm: &VmFd) -> io::Result<Self> {
+        let page = MmapRegion::new(PAGE_SIZE as usize).map_err(io::Error::other)?;
+        let slot = MovingSlot { page, is_second: Cell::new(false) };
+        slot.set(vm).map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+        Ok(slot)
     }
 
-    /// Has the slot come and go. No vCPU may run.
-    pub fn pass(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
-        for memory_size in [PAGE_SIZE, 0] {
-            let slot = kvm_userspace_memory_region {
-                slot: PASSING,
-                flags: KVM_MEM_READONLY,
-                guest_phys_addr: HOLE_START,
-                memory_size,
-                userspace_addr: self.page.as_ptr() as u64,
-            };
-            // SAFETY: the page is a mapping of its own that holds nothing, and stays until the slot is gone again, which
-            // it is when this returns, unless the second step fails: then the guest can read an empty page, of a mapping
-            // that goes with the machine, or cannot.
-            unsafe { vm.set_user_memory_region(slot)? };
-        }
-        Ok(())
+    /// Moves the slot to its other place. No vCPU may run.
+    pub fn move_on(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+        self.is_second.set(!self.is_second.get());
+        self.set(vm)
+    }
+
+    fn set(&self, vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+        let slot = kvm_userspace_memory_region {
+            slot: MOVING,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: NOWHERE + PAGE_SIZE * u64::from(self.is_second.get()),
+            memory_size: PAGE_SIZE,
+            userspace_addr: self.page.as_ptr() as u64,
+        };
+        // SAFETY: the page is a mapping of its own that holds nothing, and is kept as long as the machine, which has no
+        // vCPU any more when it goes. A guest that could reach it all the same could read zeros there.
+        unsafe { vm.set_user_memory_region(slot) }
     }
 }

@@ -12,11 +12,11 @@
 //! derived from them. Elsewhere it has *shadows* of them, which it keeps up to date as the guest writes its tables. It does not
 //! see what this process writes there, so it has to forget all shadows when tables may have gone back.
 
-use super::slots::{self, PassingSlot};
+use super::slots::{self, MovingSlot};
 use crate::memory::GuestRam;
 use crate::memory::bits::Bits;
 use kvm_ioctls::VmFd;
-use vm_memory::mmap::MmapRegionError;
+use std::io;
 
 /// What the modules of KVM say of a second stage, where it is in use.
 const SECOND_STAGE: [&str; 2] = ["/sys/module/kvm_intel/parameters/ept", "/sys/module/kvm_amd/parameters/npt"];
@@ -33,23 +33,23 @@ pub enum WrittenError {
     /// Shadows.
     #[error("KVM does not forget what it has derived from the guest's page tables: {0}")]
     Forget(kvm_ioctls::Error),
-    /// The page that this takes.
-    #[error("no page by which KVM is made to forget page tables: {0}")]
-    Page(MmapRegionError),
+    /// The slot that this takes.
+    #[error("no memory slot by which KVM is made to forget page tables: {0}")]
+    Slot(io::Error),
 }
 
 /// The log of a VM, which is kept as long as there is a VM.
 #[derive(Debug)]
 pub struct Log {
     /// What has shadows forgotten, where there are any.
-    shadows: Option<PassingSlot>,
+    shadows: Option<MovingSlot>,
 }
 
 impl Log {
     /// Has KVM keep a log from now on; nothing is in it yet. Takes milliseconds. No vCPU may run.
     pub fn keep(vm: &VmFd, ram: &GuestRam) -> Result<Log, WrittenError> {
-        let shadows = if has_second_stage() { None } else { Some(PassingSlot::new().map_err(WrittenError::Page)?) };
         slots::keep_log(vm, ram).map_err(WrittenError::Keep)?;
+        let shadows = if has_second_stage() { None } else { Some(MovingSlot::new(vm).map_err(WrittenError::Slot)?) };
         let log = Log { shadows };
         log.take(vm, ram, &mut ram.no_pages())?;
         Ok(log)
@@ -67,7 +67,7 @@ impl Log {
 
     /// The guest's page tables may be other ones than KVM knows. No vCPU may run.
     pub fn forget_tables(&self, vm: &VmFd) -> Result<(), WrittenError> {
-        self.shadows.as_ref().map_or(Ok(()), |slot| slot.pass(vm)).map_err(WrittenError::Forget)
+        self.shadows.as_ref().map_or(Ok(()), |slot| slot.move_on(vm)).map_err(WrittenError::Forget)
     }
 }
 
