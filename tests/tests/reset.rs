@@ -161,7 +161,7 @@ fn nothing_is_left_of_what_a_guest_has_done_since() {
             std::thread::sleep(ON_ITS_WAY);
             reset_paused(&mut vm);
             let what = format!("round {round}, {}", if has_stream { "with a stream" } else { "without" });
-            assert_whole(&whole(&mut vm, &place.join(&format!("now-{round}"))), &then, &what);
+            assert_whole(&whole(&mut vm, &place.join(format!("now-{round}"))), &then, &what);
         }
         vm.resume();
         let mut agent = vm.agent();
@@ -325,7 +325,7 @@ fn a_guest_with_an_overlay_is_reset_and_snapshotted_in_between() {
     checkpoint(&mut vm);
     for round in 0..3u64 {
         vm.agent().set_word(0, 2 + round);
-        vm.snapshot(&place.join(&format!("snapshot-{round}")));
+        vm.snapshot(&place.join(format!("snapshot-{round}")));
         reset(&mut vm);
         assert_eq!(vm.agent().word(0), 1);
     }
@@ -415,16 +415,16 @@ fn many_resets_leave_nothing_behind() {
         rest(round);
     });
     until_quiet(&mut vm);
+    std::thread::sleep(ON_ITS_WAY);
     let (counts, memory) = holdings(vm.process.pid());
     let dirty: u64 = (0..rounds).map(|round| rest(round).dirty_pages).sum();
     println!("{rounds} resets, {} pages each", dirty / u64::from(rounds));
-    until_quiet(&mut vm);
-    let last = holdings(vm.process.pid());
-    assert!(
-        last.0.iter().zip(counts).all(|(now, then)| *now <= then),
-        "{counts:?}, and {:?} after {rounds} resets",
-        last.0
-    );
+    let mut last = holdings(vm.process.pid());
+    // The last streams, and connections to the API, are closed some time later.
+    until(&format!("no more is left than {counts:?}"), || {
+        last = holdings(vm.process.pid());
+        last.0.iter().zip(counts).all(|(now, then)| *now <= then)
+    });
     for (now, then) in last.1.iter().zip(memory) {
         assert!(*now < then + 1024, "{then} KiB, and {now} KiB after {rounds} resets");
     }
@@ -450,10 +450,9 @@ fn a_reset_right_after_a_question_is_one_all_the_same() {
         });
         std::thread::sleep(std::time::Duration::from_micros(500 * round));
         reset(&mut vm);
-        match asking.join() {
-            Ok(Ok(answer)) => assert_eq!(answer, Response::Done),
-            // Cut off, or its stream was opened only when the reset was over: then the guest has written since.
-            Ok(Err(_)) | Err(_) => {}
+        // Cut off, or its stream was opened only when the reset was over: then the guest has written since.
+        if let Ok(Ok(answer)) = asking.join() {
+            assert_eq!(answer, Response::Done);
         }
         reset(&mut vm);
         assert_eq!(vm.agent().word(3), 1);
