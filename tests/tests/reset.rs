@@ -329,7 +329,7 @@ fn a_guest_with_an_overlay_is_reset_and_snapshotted_in_between() {
         reset(&mut vm);
         assert_eq!(vm.agent().word(0), 1);
     }
-    until("layers are folded", || vm.client().checkpoint(&VmCheckpoint {}).is_ok());
+    checkpoint(&mut vm);
     vm.stop();
     let (clone, mut agent) = Restore::new(&place, &place.join("snapshot-1")).ready("clone");
     assert_eq!(agent.word(0), 3);

@@ -181,12 +181,13 @@ fn us_since(start: Instant) -> u64 {
     start.elapsed().as_micros() as u64
 }
 
-/// Remembers what the machine is, in place of what was remembered before. The guest runs again, if it ran, when this returns.
-pub fn checkpoint(machine: &mut Machine) -> Result<VmCheckpointed, CheckpointError> {
+/// Remembers what the machine is, in place of what was remembered before. The guest runs again, if it ran, when this returns. The
+/// layers of its disks are folded with `may_fold`, which nobody else may be doing then.
+pub fn checkpoint(machine: &mut Machine, may_fold: bool) -> Result<VmCheckpointed, CheckpointError> {
     let (started, was_running) = (Instant::now(), machine.is_running());
     machine.pause()?;
     machine.forget_checkpoint();
-    let marked = mark(machine);
+    let marked = mark(machine, may_fold);
     if was_running {
         machine.resume();
     }
@@ -210,7 +211,7 @@ pub fn checkpoint(machine: &mut Machine) -> Result<VmCheckpointed, CheckpointErr
 }
 
 /// Remembers what a machine is whose vCPUs stand still.
-fn mark(machine: &mut Machine) -> Result<(Mark, Option<Frozen>), CheckpointError> {
+fn mark(machine: &mut Machine, may_fold: bool) -> Result<(Mark, Option<Frozen>), CheckpointError> {
     let MachineState { vcpus, vm, devices } = snapshot::save(machine)?;
     let vcpus = vcpus.iter().enumerate().map(|(number, saved)| {
         VcpuMark::of(&machine.vm, saved).map_err(|source| CheckpointError::VcpuState { vcpu: number, source })
@@ -218,7 +219,7 @@ fn mark(machine: &mut Machine) -> Result<(Mark, Option<Frozen>), CheckpointError
     let vcpus = vcpus.collect::<Result<_, _>>()?;
     let drives = machine.devices.drives.iter().map(|slot| {
         let mut block = lock(&slot.device);
-        block.mark().map_err(|source| CheckpointError::Disk { id: block.id().to_owned(), source })
+        block.mark(may_fold).map_err(|source| CheckpointError::Disk { id: block.id().to_owned(), source })
     });
     let drives = drives.collect::<Result<_, _>>()?;
     let frozen = machine.ram.freeze()?;

@@ -173,10 +173,6 @@ enum RequestError {
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
     Reset(#[from] ResetError),
-    #[error(
-        "the layers of the last snapshot's disks are still being put together; set the checkpoint again in a moment"
-    )]
-    Folding,
     #[error("the saved state cannot be used, and the start is strict. {0}")]
     Strict(String),
     #[error("--strict is about a saved state, and the configuration has no `saved-state`")]

@@ -11,12 +11,10 @@ use std::time::Instant;
 impl Driver {
     /// Remembers what the VM is.
     pub(super) fn checkpoint(&mut self) -> Result<VmCheckpointed, RequestError> {
-        // Whoever folds layers writes to those that are to be kept.
-        if self.job.is_some() {
-            return Err(RequestError::Folding);
-        }
+        // The end of a snapshot is to fold layers.
+        let may_fold = self.job.is_none();
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-        Ok(reset::checkpoint(machine)?)
+        Ok(reset::checkpoint(machine, may_fold)?)
     }
 
     /// Makes the VM what it was, and lets it run if it is to.

@@ -203,8 +203,8 @@ impl Block {
     }
 
     /// Remembers what the disk is: see [`Disk::mark`].
-    pub fn mark(&mut self) -> io::Result<Option<OverlayMark>> {
-        self.disk.mark()
+    pub fn mark(&mut self, may_fold: bool) -> io::Result<Option<OverlayMark>> {
+        self.disk.mark(may_fold)
     }
 
     /// Nobody comes back to what was remembered.

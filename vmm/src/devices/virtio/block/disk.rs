@@ -349,15 +349,15 @@ impl Disk {
         })
     }
 
-    /// Remembers what the disk is now, in place of what was remembered before; nothing of a disk that cannot be written. Nobody may
-    /// be folding its layers.
-    pub fn mark(&mut self) -> io::Result<Option<OverlayMark>> {
+    /// Remembers what the disk is now, in place of what was remembered before; nothing of a disk that cannot be written. For
+    /// `may_fold` see [`Overlay::mark`].
+    pub fn mark(&mut self, may_fold: bool) -> io::Result<Option<OverlayMark>> {
         match &mut self.kind {
             Kind::Raw { writable: false, .. } => Ok(None),
             Kind::Raw { writable: true, .. } => Err(io::Error::other(
                 "the guest writes its image itself, which cannot be undone; give it an overlay (`overlay`)",
             )),
-            Kind::Overlay { overlay, .. } => overlay.mark().map(Some),
+            Kind::Overlay { overlay, .. } => overlay.mark(may_fold).map(Some),
         }
     }
 
