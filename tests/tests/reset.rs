@@ -137,6 +137,7 @@ fn nothing_is_left_of_what_a_guest_has_done_since() {
             stream = None;
             until_quiet(&mut vm);
         }
+        std::thread::sleep(ON_ITS_WAY);
         vm.pause();
         let told = checkpoint(&mut vm);
         assert_eq!(told.private_pages, 0, "what was the guest's own is the image by now");
