@@ -3,7 +3,7 @@
 //! - [`agent`]: host and guest agent, over vsock or COM1 (also without the standard library, for the embedded guest)
 //! - [`handshake`]: vmm and page server, over a Unix stream socket; [`page_server`]: the page server's counters;
 //!   [`prometheus`]: the text in which both tell theirs to Prometheus
-//! - [`operations`]: the calls of the vmm's REST API; [`vm`], [`devices`], [`saved`], [`snapshot`], [`logger`], [`stats`],
+//! - [`operations`]: the calls of the vmm's REST API; [`vm`], [`devices`], [`saved`], [`reset`], [`snapshot`], [`logger`], [`stats`],
 //!   [`error`], [`mac`]: its documents
 //! - [`openapi`]: the published document of that API; [`strict`] reads documents as it has them
 //! - [`client`]: blocking clients of the agent, the REST API and the page server's metrics
@@ -34,6 +34,8 @@ pub mod page_server;
 mod path;
 #[cfg(feature = "std")]
 pub mod prometheus;
+#[cfg(feature = "std")]
+pub mod reset;
 #[cfg(feature = "std")]
 pub mod saved;
 #[cfg(feature = "std")]

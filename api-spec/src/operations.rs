@@ -6,6 +6,7 @@ use crate::devices::{
     NetworkUpdate, Serial,
 };
 use crate::logger::{Logger, MetricsSink};
+use crate::reset::{VmCheckpoint, VmCheckpointed, VmReset, VmResetDone};
 use crate::saved::{SavedState, VmStop, VmStopped};
 use crate::snapshot::{SnapshotCancel, SnapshotCreate, SnapshotLoad, SnapshotStatus};
 use crate::stats::{MemoryMap, MemoryMapQuery, VmStats};
@@ -426,6 +427,32 @@ pub static OPERATIONS: &[Operation] = &[
     }
     .at(When::AfterStart)
     .by(&[with_flags("stop", "mode")]),
+    Operation {
+        answer: Answer::Document(shape::<VmCheckpointed>(
+            r#"{"private_pages":350,"pause_us":4100,"total_us":4300}"#,
+        )),
+        ..put(
+            "putVmCheckpoint",
+            "/vm/checkpoint",
+            "Remember what the VM is, for it to be reset to",
+            shape::<VmCheckpoint>("{}"),
+        )
+    }
+    .at(When::AfterStart)
+    .by(&[command("checkpoint")]),
+    Operation {
+        answer: Answer::Document(shape::<VmResetDone>(
+            r#"{"dirty_pages":64,"fresh_pages":0,"dropped_pages":0,"phases":{"pause_us":15,"harvest_us":4,"memory_us":20,"state_us":40,"devices_us":5,"total_us":90}}"#,
+        )),
+        ..put(
+            "putVmReset",
+            "/vm/reset",
+            "Make the VM what it was at the checkpoint",
+            shape::<VmReset>(r#"{"max_dirty_pages":16384}"#),
+        )
+    }
+    .at(When::AfterStart)
+    .by(&[command("reset")]),
     get(
         "getVmStats",
         "/vm/stats",

@@ -50,6 +50,8 @@ const METHODS: &[(&str, Method)] = &[
     ("patchVm", |vm, _| document(vm.pause())),
     ("putVmSave", |vm, body| document(vm.save(&of(body)))),
     ("putVmStop", |vm, body| document(vm.stop(of(body)))),
+    ("putVmCheckpoint", |vm, body| document(vm.checkpoint(&of(body)))),
+    ("putVmReset", |vm, body| document(vm.reset(&of(body)))),
     ("getVmStats", |vm, _| document(vm.stats())),
     ("getMemoryMap", |vm, query| document(vm.memory_map(of(query)))),
     ("putSnapshotCreate", |vm, body| document(vm.snapshot_create(&of(body)))),

@@ -106,6 +106,11 @@ impl Clusters {
         self.data
     }
 
+    /// Whether all clusters are absent.
+    pub fn is_empty(&self) -> bool {
+        self.blocks.is_empty()
+    }
+
     /// What the layer holds of a cluster.
     pub fn get(&self, cluster: u64) -> Cluster {
         self.blocks.get(&(cluster / BLOCK)).map_or(Cluster::Absent, |block| block.get(cluster))

@@ -117,6 +117,14 @@ fn a_guest_is_configured_started_snapshotted_and_restored() {
     assert_eq!(first.told("config")["drives"][0]["max_overlay_mib"], 7);
     first.done("drive update data --max-overlay-mib null");
     first.refused("network update eth0 --tx-rate-limiter {}", "eth0");
+    first.refused("reset", "there is no checkpoint");
+    first.refused("loop --reset --count 1", "there is no checkpoint");
+    assert!(first.told("checkpoint")["pause_us"].is_u64());
+    assert!(first.told("reset --max-dirty-pages 8192")["phases"]["total_us"].is_u64());
+    let rounds = first.told("loop --reset --count 3");
+    assert!(rounds["rounds"] == 3 && rounds["reset_us"]["p50"].is_u64(), "{rounds}");
+    assert!(first.told("loop --count 2").get("reset_us").is_none());
+    assert_eq!(vm.state(), InstanceState::Running);
     first.done("pause");
     assert_eq!(vm.state(), InstanceState::Paused);
     first.done("snapshot create snap");

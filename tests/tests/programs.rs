@@ -209,6 +209,28 @@ fn the_benchmark_of_faults_measures_our_page_server_and_another_one() {
 }
 
 #[test]
+fn the_benchmark_of_resets_has_figures_of_every_case() {
+    require!(Kvm);
+    let place = Place::new();
+    let done = run_vmm(&place, "bench", &["bench", "reset", "--n", "3", "--json"]);
+    assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+    let report: Value = serde_json::from_str(&done.stdout).expect("one document");
+    let rows = report["resets"].as_array().expect("a list");
+    let cases: Vec<_> = rows.iter().map(|row| (row["pages"].as_u64(), row["pattern"].as_str())).collect();
+    let wanted = [(64, "contiguous"), (64, "scattered"), (2048, "contiguous"), (2048, "scattered")];
+    assert_eq!(cases, wanted.map(|(pages, pattern)| (Some(pages), Some(pattern))));
+    for row in rows {
+        let number = |part: &str, at: &str| row[part][at].as_f64().unwrap_or_else(|| panic!("{part}.{at}: {row}"));
+        for part in ["pause", "harvest", "memory", "state", "devices", "total", "call", "copy"] {
+            let spread = ["min_us", "p50_us", "p99_us", "max_us"].map(|at| number(part, at));
+            assert!(spread.is_sorted(), "{part}: {row}");
+        }
+        assert!(row["dirty_pages"].as_u64() >= row["pages"].as_u64(), "{row}");
+        assert!(number("call", "max_us") >= number("total", "max_us"), "{row}");
+    }
+}
+
+#[test]
 fn the_benchmark_of_snapshots_has_figures_of_every_case() {
     require!(Kvm);
     let place = Place::new();

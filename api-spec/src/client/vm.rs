@@ -6,6 +6,7 @@ use crate::devices::{
     NetworkUpdate, Serial,
 };
 use crate::logger::{Logger, MetricsSink};
+use crate::reset::{VmCheckpoint, VmCheckpointed, VmReset, VmResetDone};
 use crate::saved::{SavedState, VmStop, VmStopped};
 use crate::snapshot::{SnapshotCancel, SnapshotCreate, SnapshotLoad, SnapshotStatus};
 use crate::stats::{MemoryMap, MemoryMapQuery, VmStats};
@@ -184,6 +185,16 @@ impl VmClient {
     /// Saves the guest, shuts it down or ends it, after the start; then the vmm ends. The answer says what became of it.
     pub fn stop(&mut self, stop: VmStop) -> Result<VmStopped, RestError> {
         self.rest.ask("PUT", "/vm/stop", &stop)
+    }
+
+    /// Remembers what the VM is, for it to be reset to, after the start.
+    pub fn checkpoint(&mut self, checkpoint: &VmCheckpoint) -> Result<VmCheckpointed, RestError> {
+        self.rest.ask("PUT", "/vm/checkpoint", checkpoint)
+    }
+
+    /// Makes the VM what it was at the checkpoint.
+    pub fn reset(&mut self, reset: &VmReset) -> Result<VmResetDone, RestError> {
+        self.rest.ask("PUT", "/vm/reset", reset)
     }
 
     /// What the VM has done, and what its memory consists of, after the start.

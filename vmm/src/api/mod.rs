@@ -20,6 +20,7 @@ use api_spec::devices::{
 };
 use api_spec::logger::{Logger, MetricsSink};
 use api_spec::operations::Operation;
+use api_spec::reset::{VmCheckpoint, VmReset};
 use api_spec::saved::{SavedState, VmStop};
 use api_spec::snapshot::{SnapshotCancel, SnapshotCreate, SnapshotLoad};
 use api_spec::stats::MemoryMapQuery;
@@ -76,6 +77,10 @@ pub enum Request {
     SaveVm(VmSave),
     /// `PUT /vm/stop`
     StopVm(VmStop),
+    /// `PUT /vm/checkpoint`
+    CheckpointVm(VmCheckpoint),
+    /// `PUT /vm/reset`
+    ResetVm(VmReset),
     /// `GET /vm/stats`
     GetStats,
     /// `GET /vm/memory-map`

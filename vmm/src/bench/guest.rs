@@ -3,7 +3,7 @@
 use super::{BenchError, io_error};
 use crate::children::{Child, Children};
 use api_spec::agent::{Pages, Request, Response};
-use api_spec::client::{AgentClient, RestClient};
+use api_spec::client::{AgentClient, RestClient, VmClient};
 use api_spec::snapshot::{SnapshotCreate, SnapshotStatus};
 use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
 use std::io;
@@ -36,7 +36,7 @@ pub struct Guest {
     pub child: Child,
     /// The API of its vmm.
     pub api: Api,
-    agent: AgentClient,
+    agent: Option<AgentClient>,
 }
 
 /// The API of a vmm that runs.
@@ -112,11 +112,11 @@ impl Workplace {
         })?;
         let (times, ping) = ((self.patience, Instant::now() + PATIENCE), Request::Ping { token: 0 });
         let agent = child.first_reply(vsock, times, ping, || self.go_on(), BenchError::Agent)?;
-        Ok(Guest { child, api, agent })
+        Ok(Guest { child, api, agent: Some(agent) })
     }
 
     /// Fails if a signal has come.
-    fn go_on(&self) -> Result<(), BenchError> {
+    pub fn go_on(&self) -> Result<(), BenchError> {
         if self.signals.have_come() { Err(BenchError::Interrupted) } else { Ok(()) }
     }
 }
@@ -124,7 +124,18 @@ impl Workplace {
 impl Guest {
     /// Asks, and waits for the answer.
     pub fn ask(&mut self, request: Request) -> Result<Response, BenchError> {
-        self.agent.call(request).map_err(BenchError::Agent)
+        let hung_up = || BenchError::Late("nobody has called the guest's agent", self.api.patience);
+        self.agent.as_mut().ok_or_else(hung_up)?.call(request).map_err(BenchError::Agent)
+    }
+
+    /// Closes the stream to its agent.
+    pub fn hang_up(&mut self) {
+        self.agent = None;
+    }
+
+    /// Asks over this stream from now on.
+    pub fn call_again(&mut self, agent: AgentClient) {
+        self.agent = Some(agent);
     }
 
     /// Has the guest write every word of these pages.
@@ -142,6 +153,12 @@ impl Api {
     /// Its socket.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// A connection.
+    pub fn client(&self) -> Result<VmClient, BenchError> {
+        let failed = |source| BenchError::Api { what: "the vmm cannot be called", source };
+        VmClient::connect(&self.path, self.patience).map_err(failed)
     }
 
     /// Takes a snapshot, and asks how it went.

@@ -8,6 +8,7 @@ use std::ffi::{OsStr, OsString};
 pub fn parse(args: Vec<OsString>) -> Result<Command, UsageError> {
     match args.split_first() {
         Some((what, rest)) if what == "faults" => parse_faults(rest.to_vec()),
+        Some((what, rest)) if what == "reset" => parse_reset(rest.to_vec()),
         Some((what, rest)) if what == "restore" => parse_restore(rest.to_vec()),
         Some((what, rest)) if what == "snapshot" => parse_snapshot(rest.to_vec()),
         _ => parse_api(args),
@@ -30,6 +31,22 @@ fn parse_faults(args: Vec<OsString>) -> Result<Command, UsageError> {
     }
     options.check().map_err(lexopt::Error::from)?;
     Ok(Command::BenchFaults(options))
+}
+
+fn parse_reset(args: Vec<OsString>) -> Result<Command, UsageError> {
+    use lexopt::prelude::*;
+    let mut options = bench::reset::Options::default();
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("n") => options.runs = value(&mut parser, "--n", "a number")?,
+            Long("json") => options.json = true,
+            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    options.check().map_err(lexopt::Error::from)?;
+    Ok(Command::BenchReset(options))
 }
 
 fn parse_restore(args: Vec<OsString>) -> Result<Command, UsageError> {
@@ -97,7 +114,7 @@ fn parse_api(args: Vec<OsString>) -> Result<Command, UsageError> {
         }
     }
     if what.as_deref() != Some(OsStr::new("api")) {
-        return Err(UsageError::Missing("`bench` takes `api`, `faults`, `restore` or `snapshot`"));
+        return Err(UsageError::Missing("`bench` takes `api`, `faults`, `reset`, `restore` or `snapshot`"));
     }
     options.check().map_err(lexopt::Error::from)?;
     Ok(Command::BenchApi(options))
@@ -115,6 +132,9 @@ mod tests {
     fn benchmarks_take_their_options() {
         let snapshot =
             |runs, resident_mib, json| Command::BenchSnapshot(bench::snapshot::Options { runs, resident_mib, json });
+        let reset = |runs, json| Command::BenchReset(bench::reset::Options { runs, json });
+        assert_eq!(parse("bench reset").unwrap(), reset(500, false));
+        assert_eq!(parse("bench reset --n 3 --json").unwrap(), reset(3, true));
         assert_eq!(parse("bench snapshot").unwrap(), snapshot(10, 1024, false));
         assert_eq!(parse("bench snapshot --n 3 --resident-mib 16 --json").unwrap(), snapshot(3, 16, true));
         assert_eq!(parse("bench snapshot --help").unwrap(), Command::Help(bench::USAGE));

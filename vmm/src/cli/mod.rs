@@ -159,6 +159,10 @@ pub fn run(command: Command) -> Result<i32, CliError> {
             let report = bench::faults::run(&options)?;
             print(&if options.json { to_json(&report) } else { report.to_string() })
         }
+        Command::BenchReset(options) => {
+            let report = bench::reset::run(&options)?;
+            print(&if options.json { to_json(&report) } else { report.to_string() })
+        }
         Command::BenchRestore(options) => {
             let report = bench::restore::run(&options)?;
             print(&if options.json { to_json(&report) } else { report.to_string() })

@@ -34,6 +34,7 @@ Usage: vmm --config FILE [options]            boot what the file describes
        vmm demo [options]                     boot, snapshot, and restore clones; see `vmm demo --help`
        vmm bench api [options]                measure the REST API; see `vmm bench --help`
        vmm bench faults [options]             measure page faults of clones
+       vmm bench reset [options]              measure resets
        vmm bench restore [options]            measure how soon clones answer
        vmm bench snapshot [options]           measure snapshots
        vmm list CONFIG... [--json]            say which machines are saved, by their configuration files
@@ -215,6 +216,8 @@ pub enum Command {
     BenchApi(bench::api::Options),
     /// Measure page faults.
     BenchFaults(bench::faults::Options),
+    /// Measure resets.
+    BenchReset(bench::reset::Options),
     /// Measure snapshots.
     BenchSnapshot(bench::snapshot::Options),
     /// Measure how soon clones answer.
@@ -792,6 +795,7 @@ mod tests {
             "bench disks",
             "bench api --calls 0",
             "bench api --starts 1001",
+            "bench reset --n 0",
             "bench faults --pages 0",
             "bench faults --n 101",
             "bench faults --calls 5",

@@ -64,7 +64,6 @@ impl SerialEvents for Counts {
 /// The serial port.
 pub struct Serial {
     uart: Uart,
-    irq: Irq,
     counts: Arc<Counts>,
 }
 
@@ -74,48 +73,22 @@ impl Serial {
     /// What the guest writes goes to `out` on the vCPU's thread, so `out` must not block: wrap what might in
     /// [`Output`](super::output::Output). Bytes that it refuses are counted and dropped.
     pub fn new(irq: EventFd, out: Box<dyn Write + Send>) -> Self {
-        let (irq, counts) = (Irq(Arc::new(irq)), Arc::<Counts>::default());
-        Serial { uart: Uart::with_events(irq.clone(), counts.clone(), out), irq, counts }
+        let (counts, irq) = (Arc::<Counts>::default(), Irq(Arc::new(irq)));
+        Serial { uart: Uart::with_events(irq, counts.clone(), out), counts }
     }
 
-    /// Has the port go on where `state` was saved. The guest's interrupt controller must be restored before, as an interrupt
-    /// that was pending is raised again here. If this fails, output goes nowhere any more.
+    /// Has the port go on where `state` was saved. What the guest has written since stays written. The guest's interrupt
+    /// controller must be restored before, as an interrupt that was pending is raised again here. If this fails, output goes
+    /// nowhere any more.
     pub fn restore(&mut self, state: &SerialState) -> Result<(), SerialError> {
-        let SerialState {
-            baud_divisor_low,
-            baud_divisor_high,
-            interrupt_enable,
-            interrupt_identification,
-            line_control,
-            line_status,
-            modem_control,
-            modem_status,
-            scratch,
-            in_buffer,
-        } = state.clone();
-        let waiting = in_buffer.len();
-        let state = UartState {
-            baud_divisor_low,
-            baud_divisor_high,
-            interrupt_enable,
-            interrupt_identification,
-            line_control,
-            line_status,
-            modem_control,
-            modem_status,
-            scratch,
-            in_buffer,
-        };
-        let blank = Uart::with_events(self.irq.clone(), self.counts.clone(), Box::new(std::io::sink()));
-        let out = std::mem::replace(&mut self.uart, blank).into_writer();
-        match Uart::from_state(&state, self.irq.clone(), self.counts.clone(), out) {
-            Ok(uart) => {
-                self.uart = uart;
-                Ok(())
-            }
-            Err(UartError::Trigger(error) | UartError::IOError(error)) => Err(SerialError::Interrupt(error)),
-            Err(UartError::FullFifo) => Err(SerialError::InBuffer(waiting)),
+        if self.save() == *state {
+            return Ok(());
         }
+        let (irq, counts) = (self.uart.interrupt_evt().clone(), self.counts.clone());
+        let blank = Uart::with_events(irq.clone(), counts.clone(), Box::new(std::io::sink()));
+        let out = std::mem::replace(&mut self.uart, blank).into_writer();
+        self.uart = restored(state, irq, counts, out)?;
+        Ok(())
     }
 
     /// The state to save.
@@ -163,6 +136,44 @@ impl Serial {
             lost_bytes: self.counts.lost.load(Ordering::Relaxed),
         }
     }
+}
+
+/// A UART as it was saved.
+fn restored(
+    state: &SerialState,
+    irq: Irq,
+    counts: Arc<Counts>,
+    out: Box<dyn Write + Send>,
+) -> Result<Uart, SerialError> {
+    let SerialState {
+        baud_divisor_low,
+        baud_divisor_high,
+        interrupt_enable,
+        interrupt_identification,
+        line_control,
+        line_status,
+        modem_control,
+        modem_status,
+        scratch,
+        in_buffer,
+    } = state.clone();
+    let waiting = in_buffer.len();
+    let state = UartState {
+        baud_divisor_low,
+        baud_divisor_high,
+        interrupt_enable,
+        interrupt_identification,
+        line_control,
+        line_status,
+        modem_control,
+        modem_status,
+        scratch,
+        in_buffer,
+    };
+    Uart::from_state(&state, irq, counts, out).map_err(|error| match error {
+        UartError::Trigger(error) | UartError::IOError(error) => SerialError::Interrupt(error),
+        UartError::FullFifo => SerialError::InBuffer(waiting),
+    })
 }
 
 impl BusDevice for Serial {

@@ -2,6 +2,7 @@
 
 mod slots;
 pub mod state;
+pub mod written;
 
 use crate::memory::GuestRam;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};

@@ -2,6 +2,7 @@
 
 use super::config::BootPlan;
 use super::phases::Phases;
+use super::reset::Resets;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, disks, start_vcpus};
 use crate::arch::regs::{self, RegsError};
@@ -123,6 +124,7 @@ pub fn boot(plan: &BootPlan, outside: Outside, phases: &mut Phases) -> Result<Ma
         plan: devices_plan,
         bases: Default::default(),
         lease: None,
+        resets: Resets::default(),
         running: false,
         halting: false,
     })

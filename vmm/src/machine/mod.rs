@@ -11,6 +11,7 @@
 //!
 //! - [`config`], [`requests`]: what can be built, and what is legal when (pure)
 //! - [`boot`], [`restore`], [`snapshot`]: the three long constructions, each readable from top to bottom
+//! - [`reset`]: a checkpoint of the running machine, and back to it in place
 //! - [`backend`]: where the memory of a restored guest comes from
 //! - [`shell`]: what can be built before it is known what is restored
 //! - [`wiring`]: devices and their places; [`disks`]: what lies behind the drives
@@ -32,6 +33,7 @@ pub mod phases;
 mod private;
 mod record;
 pub mod requests;
+pub mod reset;
 pub mod restore;
 pub mod saved;
 pub mod shell;
@@ -54,6 +56,7 @@ use bases::Bases;
 use config::DevicePlan;
 use keeper::Keeper;
 use kvm_ioctls::{VcpuFd, VmFd};
+use reset::Resets;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -78,6 +81,8 @@ pub struct Machine {
     bases: Bases,
     /// The snapshot that it was loaded from is in use.
     lease: Option<Lease>,
+    /// The checkpoint that it can be reset to, and what that takes.
+    resets: Resets,
     /// Whether vCPUs run, or one of them may.
     running: bool,
     /// The vCPUs are to stand still, whoever else lets them run: see [`Machine::halt`].
@@ -98,6 +103,11 @@ impl Machine {
     /// A snapshot was taken of the machine, whose manifest has this digest.
     pub fn remember_snapshot(&mut self, dir: &Path, digest: String) {
         self.bases.add(dir, digest);
+    }
+
+    /// How often it was reset: a snapshot from before the last time is no snapshot of what it is since.
+    pub fn times_reset(&self) -> u64 {
+        self.resets.times()
     }
 
     /// The snapshot that it was loaded from is to be used for nothing more.

@@ -115,7 +115,11 @@ pub fn may(request: &Request, phase: Phase, work: Work) -> Result<(), NotNow> {
         | Request::GetBalloonStatistics
         | Request::SnapshotCancel(_)
         | Request::PatchBalloonStatistics(_) => refuse_if(!started, NotNow::NotStarted),
-        Request::SnapshotCreate(_) | Request::SaveVm(_) => {
+        Request::ResetVm(_) => {
+            refuse_if(!started, NotNow::NotStarted)?;
+            unless_ending()
+        }
+        Request::SnapshotCreate(_) | Request::SaveVm(_) | Request::CheckpointVm(_) => {
             refuse_if(!started, NotNow::NotStarted)?;
             refuse_if(work == Work::Stopping, NotNow::Stopping)?;
             refuse_if(work != Work::None, NotNow::Writing)
@@ -137,6 +141,7 @@ mod tests {
     use crate::api::http::Message;
     use crate::api::router;
     use api_spec::operations::{OPERATIONS, Operation, When};
+    use api_spec::reset::VmReset;
     use api_spec::snapshot::SnapshotCreate;
     use proptest::prelude::*;
 
@@ -209,7 +214,10 @@ mod tests {
             | Request::PutBalloon(_) => Phase::NotStarted { configured: true },
             Request::Action(Action { action_type: ActionType::InstanceStart })
             | Request::PatchVm(VmPatch { state: VmState::Resumed }) => Phase::Running,
-            Request::SnapshotLoad(_) | Request::PatchVm(VmPatch { state: VmState::Paused }) => Phase::Paused,
+            Request::ResetVm(VmReset { resume: true, .. }) => Phase::Running,
+            Request::SnapshotLoad(_) | Request::ResetVm(_) | Request::PatchVm(VmPatch { state: VmState::Paused }) => {
+                Phase::Paused
+            }
             _ => phase,
         }
     }

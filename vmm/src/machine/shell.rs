@@ -164,6 +164,7 @@ impl Shell {
             plan,
             bases: Default::default(),
             lease: None,
+            resets: Default::default(),
             running: false,
             halting: false,
         };

@@ -150,16 +150,6 @@ pub struct Slot<D> {
     transport: Arc<Mutex<MmioTransport>>,
 }
 
-impl<D: VirtioDevice> Slot<D> {
-    fn restore(
-        &self,
-        restore: impl FnOnce(&Mutex<D>, &mut MmioTransport) -> Result<(), TransportError>,
-    ) -> Result<(), WireError> {
-        let restored = restore(&self.device, &mut lock(&self.transport));
-        restored.map_err(|source| WireError::State { device: lock(&self.device).name(), source })
-    }
-}
-
 impl<D> Slot<D> {
     /// Tells the driver that the device's configuration has changed.
     pub fn config_changed(&self) {
@@ -187,28 +177,17 @@ impl Devices {
         }
     }
 
-    /// Brings the devices of a machine that has never run, which are those of the plan, to their saved state. The interrupt
-    /// controllers must have theirs, since interrupts that were pending are raised again here.
+    /// Brings all devices of a machine whose vCPUs stand still to their saved state. The interrupt controllers must have theirs,
+    /// since interrupts that were pending are raised again here. Devices leave guest memory alone until [`Devices::resume`].
     pub fn restore(&self, plan: &DevicePlan, saved: &DeviceState) -> Result<(), WireError> {
         check_saved(plan, saved)?;
         let DeviceState { serial, vsock, network, entropy, balloon, drives } = saved;
         lock(&self.serial).restore(serial)?;
-        for (slot, state) in self.vsock.iter().zip(vsock) {
-            slot.restore(|device, transport| vsock::restore(device, transport, state))?;
-        }
-        for (slot, state) in self.drives.iter().zip(drives) {
-            slot.restore(|device, transport| block::restore(device, transport, state))?;
-        }
-        for (slot, state) in self.network.iter().zip(network) {
-            slot.restore(|device, transport| net::restore(device, transport, state))?;
-        }
-        for (slot, state) in self.entropy.iter().zip(entropy) {
-            slot.restore(|device, transport| rng::restore(device, transport, state))?;
-        }
-        for (slot, state) in self.balloon.iter().zip(balloon) {
-            slot.restore(|device, transport| balloon::restore(device, transport, state))?;
-        }
-        Ok(())
+        restore(&self.vsock, vsock, vsock::restore)?;
+        restore(&self.drives, drives, block::restore)?;
+        restore(&self.network, network, net::restore)?;
+        restore(&self.entropy, entropy, rng::restore)?;
+        restore(&self.balloon, balloon, balloon::restore)
     }
 
     /// Tells the guest that its generation id has changed.
@@ -227,6 +206,20 @@ impl Devices {
     pub fn subscribers(&self) -> &[Subscriber] {
         &self.subscribers
     }
+}
+
+/// Brings devices of one kind to their saved state, as if they were fresh.
+fn restore<'a, D: VirtioDevice + 'a, S: 'a>(
+    slots: impl IntoIterator<Item = &'a Slot<D>>,
+    saved: impl IntoIterator<Item = &'a S>,
+    restore: fn(&Mutex<D>, &mut MmioTransport, &S) -> Result<(), TransportError>,
+) -> Result<(), WireError> {
+    for (Slot { device, transport }, saved) in slots.into_iter().zip(saved) {
+        lock(device).reset();
+        restore(device, &mut lock(transport), saved)
+            .map_err(|source| WireError::State { device: lock(device).name(), source })?;
+    }
+    Ok(())
 }
 
 /// Where the virtio-mmio devices of a machine are.

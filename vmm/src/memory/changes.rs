@@ -130,7 +130,7 @@ impl GuestRam {
 }
 
 /// How many bytes may be taken for a copy: half of what the host has. All that there are, if it does not say.
-fn room() -> u64 {
+pub(super) fn room() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let kib =
         text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse().ok());

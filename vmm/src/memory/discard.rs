@@ -34,6 +34,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use userfaultfd::Uffd;
 use vm_memory::GuestMemoryBackend;
+use vm_memory::bitmap::Bitmap;
 
 /// Once so many runs of a view's pages were replaced one by one, short ones are left alone. Each may take two more of the
 /// mappings that a process can have (`vm.max_map_count`, 65,530 by default), and without any left the vmm cannot go on.
@@ -54,9 +55,11 @@ pub(super) struct Discarded {
     /// the kernel cannot always join their mappings.
     begun: usize,
     /// In copy mode, what faults on the pages may be waiting for.
-    waker: Option<Arc<Uffd>>,
+    pub(super) waker: Option<Arc<Uffd>>,
     /// Part of the view still is the file itself, which a freeze has left off at: what the guest writes there is no page of its own.
     pub(super) is_mixed: bool,
+    /// Pages of the image stay where they are, for as long as memory may have to be brought back: see [`super::rollback`].
+    pub(super) keeps_image: bool,
 }
 
 /// What became of pages that were to be discarded.
@@ -64,7 +67,8 @@ pub(super) struct Discarded {
 pub struct Outcome {
     /// So many pages were discarded.
     pub discarded: u64,
-    /// So many keep their bytes and their memory: they would have taken too many mappings, or the kernel refused.
+    /// So many keep their bytes and their memory: they would have taken too many mappings, the kernel refused, or there is a
+    /// checkpoint.
     pub kept: u64,
     /// So many are not RAM.
     pub outside: u64,
@@ -146,13 +150,18 @@ impl Part<'_> {
     }
 
     /// Has anonymous memory take the place of a part of a view. The result is whether that was done: `false` if there are
-    /// too many such places already.
+    /// too many such places already, or if the image's pages are to stay.
     fn replace(&self, discarded: &mut Discarded) -> io::Result<bool> {
         let offset = self.region.offset / PAGE_SIZE;
         let place = self.pages.start + offset..self.pages.end + offset;
         if discarded.pages.contains(place.clone()) {
             // Anonymous already, and perhaps written since.
+            let Range { start, end } = self.bytes();
+            self.mapped.written().mark_dirty(start as usize, (end - start) as usize);
             return mmap::empty(self.mapped.mapping(), self.bytes()).map(|()| true);
+        }
+        if discarded.keeps_image {
+            return Ok(false);
         }
         let begins = !discarded.pages.touches(place.clone());
         if begins && !discarded.may_begin(place.end - place.start) {

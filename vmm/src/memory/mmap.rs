@@ -206,7 +206,7 @@ impl Drop for Blank {
     }
 }
 
-/// Drops what part of a region holds, which must be anonymous memory: it reads as zeros then.
+/// Drops what part of a region holds of its own: anonymous memory reads as zeros then, a private view as what lies under it.
 pub fn empty(region: &MmapRegion, range: Range<u64>) -> io::Result<()> {
     Part::of(region, range)?.advise(libc::MADV_DONTNEED)
 }

@@ -12,8 +12,11 @@
 //! - [`discard`]: pages that the guest gives back; [`ranges`] records which (pure), `pagemap` knows which were written since
 //! - [`kinds`]: which pages are loaded, and which of them are shared
 //! - [`lost`]: memory that is gone
+//! - [`rollback`]: brings it back to what it was at a checkpoint; [`written`] logs what devices write, in sets of pages as
+//!   [`bits`] (pure)
 //! - `region`: a region of it as vm-memory sees it; `mmap`: the system calls that make and change mappings
 
+pub mod bits;
 pub mod changes;
 pub mod discard;
 pub mod freeze;
@@ -28,8 +31,10 @@ pub mod pagemap;
 pub mod ranges;
 pub mod region;
 pub mod replay;
+pub mod rollback;
 pub mod stand_in;
 pub mod uffd;
+pub mod written;
 
 use crate::devices::lock;
 use discard::Discarded;

@@ -13,6 +13,7 @@
 
 mod counts;
 mod exit;
+pub mod rewind;
 mod run_page;
 pub mod state;
 

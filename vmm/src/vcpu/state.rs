@@ -25,8 +25,8 @@ use snapshot::state::{
 };
 use std::ops::RangeInclusive;
 
-const MSR_TSC: u32 = 0x10;
-const MSR_TSC_DEADLINE: u32 = 0x6e0;
+pub(super) const MSR_TSC: u32 = 0x10;
+pub(super) const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// MSRs of Hyper-V, which no guest of ours is offered. KVM lists them all the same, and makes up values for some that other
 /// hosts refuse to take.
 const HYPER_V: RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
@@ -90,7 +90,7 @@ pub enum VcpuStateError {
     },
 }
 
-fn step(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuStateError {
+pub(super) fn step(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuStateError {
     move |source| VcpuStateError::Step { step, source }
 }
 
@@ -212,7 +212,7 @@ fn load_tsc_khz(vcpu: &VcpuFd, vm: &VmFd, guest: u32) -> Result<(), VcpuStateErr
     vcpu.set_tsc_khz(guest).map_err(step("loading the frequency of the time-stamp counter"))
 }
 
-fn save_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, VcpuStateError> {
+pub(super) fn save_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, VcpuStateError> {
     let mut saved = Vec::with_capacity(indices.len());
     let mut rest = indices;
     while !rest.is_empty() {
@@ -227,14 +227,18 @@ fn save_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, VcpuStateError>
 }
 
 fn load_msrs(vcpu: &VcpuFd, saved: &[Msr]) -> Result<(), VcpuStateError> {
-    // Snapshots may hold those of Hyper-V.
-    let ours = saved.iter().filter(|msr| !HYPER_V.contains(&msr.index));
+    let ours = saved.iter().filter(|msr| is_ours(msr));
     let entries = ours.map(|msr| load_msr(msr, saved_tsc(saved))).collect();
     set_all(entries, |rest| vcpu.set_msrs(&msr_list(rest)?).map_err(step("loading MSRs")))
 }
 
+/// Whether an MSR is to be loaded: snapshots may hold those of Hyper-V.
+pub(super) fn is_ours(msr: &Msr) -> bool {
+    !HYPER_V.contains(&msr.index)
+}
+
 /// Sets MSRs in order. `set` sets some, and says how many KVM took before one that it refuses.
-fn set_all(
+pub(super) fn set_all(
     mut entries: Vec<kvm_msr_entry>,
     mut set: impl FnMut(&[kvm_msr_entry]) -> Result<usize, VcpuStateError>,
 ) -> Result<(), VcpuStateError> {
@@ -282,7 +286,7 @@ fn when_refused(index: u32, data: u64) -> Refused {
     }
 }
 
-fn saved_tsc(saved: &[Msr]) -> u64 {
+pub(super) fn saved_tsc(saved: &[Msr]) -> u64 {
     saved.iter().find(|msr| msr.index == MSR_TSC).map_or(0, |msr| msr.data)
 }
 
@@ -291,15 +295,19 @@ fn saved_tsc(saved: &[Msr]) -> u64 {
 /// go back. A write that is far away, before the real one, makes them believe the real one. The other vCPUs' values lie
 /// within a second of the first one's, and are synchronized with it as they should be.
 fn prime_tsc(vcpu: &VcpuFd, saved: &[Msr], tsc_khz: u32) -> Result<(), VcpuStateError> {
+    vcpu.set_msrs(&msr_list(&[far_tsc(saved, tsc_khz)])?).map(drop).map_err(step("loading the time-stamp counter"))
+}
+
+/// A write of the counter that is far away from what was saved.
+pub(super) fn far_tsc(saved: &[Msr], tsc_khz: u32) -> kvm_msr_entry {
     let far = saved_tsc(saved).wrapping_add(u64::from(tsc_khz) * 1000 * 10);
-    let entry = kvm_msr_entry { index: MSR_TSC, data: far, ..Default::default() };
-    vcpu.set_msrs(&msr_list(&[entry])?).map(drop).map_err(step("loading the time-stamp counter"))
+    kvm_msr_entry { index: MSR_TSC, data: far, ..Default::default() }
 }
 
 /// A deadline of zero means that the timer has fired and its interrupt may not have been delivered: the guest would sleep
 /// for ever. A deadline in the past fires at once and costs nothing if nobody waits. A counter of zero would mean to KVM:
 /// as on the other vCPUs.
-fn load_msr(msr: &Msr, tsc: u64) -> kvm_msr_entry {
+pub(super) fn load_msr(msr: &Msr, tsc: u64) -> kvm_msr_entry {
     let data = match msr.index {
         MSR_TSC_DEADLINE if msr.data == 0 => tsc,
         MSR_TSC => msr.data.max(1),
@@ -308,7 +316,7 @@ fn load_msr(msr: &Msr, tsc: u64) -> kvm_msr_entry {
     kvm_msr_entry { index: msr.index, data, ..Default::default() }
 }
 
-fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, VcpuStateError> {
+pub(super) fn msr_list(entries: &[kvm_msr_entry]) -> Result<Msrs, VcpuStateError> {
     let expected = kvm_bindings::KVM_MAX_MSR_ENTRIES;
     Msrs::from_entries(entries).map_err(|_| VcpuStateError::Size {
         what: "list of MSRs",
@@ -331,6 +339,11 @@ fn save_xsave(vcpu: &VcpuFd, size: usize) -> Result<Vec<u8>, VcpuStateError> {
 }
 
 fn load_xsave(vcpu: &VcpuFd, size: usize, saved: &[u8]) -> Result<(), VcpuStateError> {
+    set_xsave(vcpu, &load_xsave_area(size, saved)?)
+}
+
+/// What was saved of the FPU, as a host takes it whose area has this size: see [`xsave_size`].
+pub(super) fn load_xsave_area(size: usize, saved: &[u8]) -> Result<Xsave, VcpuStateError> {
     // A guest from a host with fewer features fits into the larger area: what it lacks is zero there.
     if saved.len() < XSAVE_BASE || saved.len() > size || !saved.len().is_multiple_of(4) {
         return Err(VcpuStateError::Size { what: "FPU state", found: saved.len(), expected: size });
@@ -341,8 +354,13 @@ fn load_xsave(vcpu: &VcpuFd, size: usize, saved: &[u8]) -> Result<(), VcpuStateE
     let fixed = unsafe { area.as_mut_fam_struct() };
     fixed.xsave.region.iter_mut().zip(&mut words).for_each(|(to, word)| *to = word);
     area.as_mut_slice().iter_mut().zip(&mut words).for_each(|(to, word)| *to = word);
+    Ok(area)
+}
+
+/// Loads the FPU from an area that [`load_xsave_area`] has made for the size that this host takes.
+pub(super) fn set_xsave(vcpu: &VcpuFd, area: &Xsave) -> Result<(), VcpuStateError> {
     // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 says, and the area was made for exactly that many.
-    unsafe { vcpu.set_xsave2(&area) }.map_err(step("loading the FPU"))
+    unsafe { vcpu.set_xsave2(area) }.map_err(step("loading the FPU"))
 }
 
 fn xsave_area(size: usize) -> Result<Xsave, VcpuStateError> {
@@ -351,7 +369,7 @@ fn xsave_area(size: usize) -> Result<Xsave, VcpuStateError> {
     Xsave::new(extra).map_err(|_| VcpuStateError::Size { what: "FPU state", found: size, expected: XSAVE_BASE })
 }
 
-fn load_lapic(saved: &[u8]) -> Result<kvm_lapic_state, VcpuStateError> {
+pub(super) fn load_lapic(saved: &[u8]) -> Result<kvm_lapic_state, VcpuStateError> {
     let mut lapic = kvm_lapic_state::default();
     if saved.len() != lapic.regs.len() {
         let expected = lapic.regs.len();
@@ -366,7 +384,7 @@ fn save_xcrs(xcrs: &kvm_xcrs) -> Vec<Xcr> {
     xcrs.xcrs[..count].iter().map(|x| Xcr { xcr: x.xcr, value: x.value }).collect()
 }
 
-fn load_xcrs(saved: &[Xcr]) -> Result<kvm_xcrs, VcpuStateError> {
+pub(super) fn load_xcrs(saved: &[Xcr]) -> Result<kvm_xcrs, VcpuStateError> {
     let mut xcrs = kvm_xcrs { nr_xcrs: saved.len() as u32, ..Default::default() };
     if saved.len() > xcrs.xcrs.len() {
         let expected = xcrs.xcrs.len();
@@ -393,7 +411,7 @@ fn save_regs(regs: &kvm_regs) -> Regs {
     Regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags }
 }
 
-fn load_regs(regs: &Regs) -> kvm_regs {
+pub(super) fn load_regs(regs: &Regs) -> kvm_regs {
     let Regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags } = *regs;
     kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, r8, r9, r10, r11, r12, r13, r14, r15, rip, rflags }
 }
@@ -441,7 +459,7 @@ fn save_sregs(sregs: &kvm_sregs) -> Sregs {
     }
 }
 
-fn load_sregs(sregs: &Sregs) -> kvm_sregs {
+pub(super) fn load_sregs(sregs: &Sregs) -> kvm_sregs {
     let Sregs { cs, ds, es, fs, gs, ss, tr, ldt, gdt, idt, cr0, cr2, cr3, cr4, cr8, efer, apic_base, interrupt_bitmap } =
         sregs;
     kvm_sregs {
@@ -491,7 +509,7 @@ fn save_debug_regs(regs: &kvm_debugregs) -> DebugRegs {
     DebugRegs { db, dr6, dr7, flags }
 }
 
-fn load_debug_regs(regs: &DebugRegs) -> kvm_debugregs {
+pub(super) fn load_debug_regs(regs: &DebugRegs) -> kvm_debugregs {
     let DebugRegs { db, dr6, dr7, flags } = *regs;
     kvm_debugregs { db, dr6, dr7, flags, reserved: [0; 9] }
 }
@@ -538,7 +556,7 @@ fn save_events(events: &kvm_vcpu_events) -> VcpuEvents {
     }
 }
 
-fn load_events(events: &VcpuEvents) -> kvm_vcpu_events {
+pub(super) fn load_events(events: &VcpuEvents) -> kvm_vcpu_events {
     let VcpuEvents { exception, interrupt, nmi, smi, sipi_vector, flags, triple_fault } = *events;
     let mut to = kvm_vcpu_events { sipi_vector, flags, ..Default::default() };
     let ExceptionEvent { injected, nr, has_error_code, pending, error_code, has_payload, payload } = exception;

@@ -4,19 +4,21 @@
 //!   table of calls --parse--> Call --> message --RestClient--> answer --output--> text
 //! ```
 //!
-//! `fields`, `parse`, `completions` and `output` are pure. Nothing is judged here that the vmm judges: whatever a
+//! `rounds` is what one command makes of several calls. `fields`, `parse`, `completions` and `output` are pure. Nothing is judged here that the vmm judges: whatever a
 //! command says is sent, and the vmm's own words are printed.
 
 mod completions;
 mod fields;
 mod output;
 mod parse;
+mod rounds;
 
 pub use output::rows;
 pub use parse::{Call, Ctl, parse};
 
 use crate::machine::config::ConfigError;
 use api_spec::client::RestClient;
+use api_spec::client::agent::AgentError;
 use api_spec::client::rest::{Response, RestError};
 use api_spec::operations::Answer;
 use fields::Source;
@@ -76,6 +78,17 @@ pub enum CtlError {
         /// What came of it.
         source: RestError,
     },
+    /// There is no way to the guest's agent.
+    #[error("the VM has no vsock device, over which its agent could be asked")]
+    NoVsock,
+    /// The guest's agent.
+    #[error("the guest's agent at {path}: {source}")]
+    Agent {
+        /// The socket of the vsock device.
+        path: PathBuf,
+        /// What came of it.
+        source: Box<AgentError>,
+    },
     /// A document that cannot be read.
     #[error("cannot read {place}: {source}")]
     Read {
@@ -105,15 +118,25 @@ fn remedy(error: &io::Error) -> &'static str {
 
 /// Does what a command line says; what is to be printed.
 pub fn run(ctl: &Ctl) -> Result<String, CtlError> {
+    let variable = || std::env::var_os(SOCKET_VARIABLE);
     match ctl {
         Ctl::Print(text) => Ok(text.clone()),
-        Ctl::Call(call) => make(call, std::env::var_os(SOCKET_VARIABLE)),
+        Ctl::Call(call) => make(call, variable()),
+        Ctl::Loop(rounds) => {
+            let told = rounds.run(&socket(&rounds.api_sock, variable())?)?;
+            Ok(output::document(&told, rounds.json))
+        }
     }
 }
 
-fn make(call: &Call, variable: Option<OsString>) -> Result<String, CtlError> {
+/// The socket that a command line names, or else the environment.
+fn socket(named: &Option<PathBuf>, variable: Option<OsString>) -> Result<PathBuf, CtlError> {
     let variable = variable.filter(|path| !path.is_empty()).map(PathBuf::from);
-    let socket = call.api_sock.clone().or(variable).ok_or(CtlError::NoSocket)?;
+    named.clone().or(variable).ok_or(CtlError::NoSocket)
+}
+
+fn make(call: &Call, variable: Option<OsString>) -> Result<String, CtlError> {
+    let socket = socket(&call.api_sock, variable)?;
     let (path, body) = call.message(read)?;
     let name = format!("{} {path}", call.operation.method);
     let mut client = RestClient::connect(&socket, call.patience).map_err(|error| match error {

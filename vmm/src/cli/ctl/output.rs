@@ -12,7 +12,12 @@ pub fn answer(body: &[u8], is_text: bool, as_json: bool) -> Result<String, serde
         (false, true) => return Ok(ended(String::from_utf8_lossy(body).into_owned())),
         (false, false) => serde_json::from_slice(body)?,
     };
-    if as_json { serde_json::to_string_pretty(&document).map(ended) } else { Ok(table(&document)) }
+    Ok(self::document(&document, as_json))
+}
+
+/// What is printed of a document.
+pub fn document(document: &Value, as_json: bool) -> String {
+    if as_json { ended(format!("{document:#}")) } else { table(document) }
 }
 
 fn ended(mut text: String) -> String {

@@ -1,6 +1,7 @@
 //! The command line of `vmm ctl`, made from the table of calls. Pure.
 
 use super::fields::{self, Field, Kind, Reader, Source};
+use super::rounds::Rounds;
 use super::{CtlError, completions};
 use crate::cli::UsageError;
 use crate::doctor::wrap;
@@ -33,6 +34,8 @@ pub enum Ctl {
     Print(String),
     /// Make a call.
     Call(Call),
+    /// Make some, again and again.
+    Loop(Rounds),
 }
 
 /// A call, and how to make it.
@@ -83,9 +86,23 @@ pub fn parse(args: Vec<OsString>) -> Result<Ctl, UsageError> {
         let shell = leaf.get_one::<String>("shell").map(String::as_str).unwrap_or_default();
         return Ok(Ctl::Print(completions::script(shell, command())));
     }
+    if words == "loop" {
+        return Ok(Ctl::Loop(Rounds {
+            api_sock: leaf.get_one::<PathBuf>("api-sock").cloned(),
+            json: leaf.get_flag("json"),
+            patience: patience(leaf, PATIENCE),
+            resets: leaf.get_flag("reset"),
+            count: leaf.get_one::<u32>("count").copied().unwrap_or(1),
+        }));
+    }
     let found = verbs().find(|(_, verb)| verb.words == words);
     let (operation, verb) = found.ok_or_else(|| UsageError::Ctl("a command is missing".into()))?;
     Ok(Ctl::Call(call(operation, verb, leaf)))
+}
+
+/// How long an answer may take, if not as long as it may by default, in seconds.
+fn patience(matches: &ArgMatches, default: u32) -> Duration {
+    Duration::from_secs(matches.get_one::<u32>("timeout").copied().unwrap_or(default).into())
 }
 
 /// What a message of several lines says, up to where it tells about usage, in one.
@@ -157,7 +174,21 @@ fn command() -> Command {
             }
         };
     }
-    root.subcommand(
+    let rounds = Command::new("loop")
+        .about("Ask the guest's agent for a sign of life, each time over a stream of its own, and tell how long that takes")
+        .args([
+            Arg::new("reset")
+                .long("reset")
+                .action(ArgAction::SetTrue)
+                .help("Reset the guest after each answer: to its checkpoint, which must have been set"),
+            Arg::new("count")
+                .long("count")
+                .value_name("N")
+                .required(true)
+                .value_parser(value_parser!(u32).range(1..))
+                .help("How often"),
+        ]);
+    root.subcommand(rounds).subcommand(
         Command::new("completions")
             .about("Print a script that completes the commands and options of vmm, for a shell to source")
             .arg(
@@ -245,7 +276,7 @@ fn call(operation: &'static Operation, verb: &'static Verb, matches: &ArgMatches
     Call {
         api_sock: matches.get_one::<PathBuf>("api-sock").cloned(),
         json: matches.get_flag("json"),
-        patience: Duration::from_secs(matches.get_one::<u32>("timeout").copied().unwrap_or(patience).into()),
+        patience: self::patience(matches, patience),
         operation,
         name: named,
         whole: match verb.body {
@@ -333,6 +364,7 @@ command says is sent as it is, and judged by the vmm.
 
 Usage: vmm ctl [--api-sock PATH] COMMAND ... [options]
        vmm ctl COMMAND --help                 what a command takes, and what that means
+       vmm ctl loop --reset --count N         ask the guest's agent, then reset the guest; tell the rate
        vmm ctl completions bash|zsh|fish      a script that completes commands and options of vmm
 
 Commands, by when they are taken (`...`: they take options):
@@ -512,12 +544,27 @@ mod tests {
             &["info", "--api-sock"],
             &["completions", "csh"],
             &["completions"],
+            &["loop"],
+            &["loop", "--count", "0"],
             &["drive", "set", "a", "--path-on-host", "p", "--overlay", "maybe"],
             &["drive", "set", "a", "--path-on-host", "p", "--overlay=maybe"],
             &["drive", "set", "a", "--path-on-host", "p", "--path-on-host", "q"],
         ] {
             usage_error(line);
         }
+    }
+
+    #[test]
+    fn rounds_are_asked_for_with_their_number() {
+        let loops = |line: &[&str]| match parse(words(line)) {
+            Ok(Ctl::Loop(rounds)) => rounds,
+            other => panic!("{line:?}: {other:?}"),
+        };
+        let rounds = loops(&["loop", "--reset", "--count", "7", "--json", "--api-sock", "a"]);
+        assert_eq!((rounds.resets, rounds.count, rounds.json), (true, 7, true));
+        assert_eq!(rounds.api_sock.as_deref(), Some("a".as_ref()));
+        assert!(!loops(&["loop", "--count", "1", "--timeout", "3"]).resets);
+        assert_eq!(loops(&["loop", "--count", "1", "--timeout", "3"]).patience, Duration::from_secs(3));
     }
 
     #[test]
@@ -552,7 +599,7 @@ mod tests {
     #[test]
     fn a_command_is_made_of_known_words_only() {
         // The glossary of docs/rest-api.md.
-        const GLOSSARY: [&str; 32] = [
+        const GLOSSARY: [&str; 34] = [
             "info",
             "version",
             "config",
@@ -572,6 +619,8 @@ mod tests {
             "resume",
             "save",
             "stop",
+            "checkpoint",
+            "reset",
             "stats",
             "memory-map",
             "snapshot",

@@ -15,6 +15,7 @@ use crate::notice::Halt;
 use api_spec::devices::{BalloonStatisticsUpdate, BalloonUpdate, DriveUpdate, NetworkUpdate};
 use api_spec::error::ErrorBody;
 use api_spec::logger::Logger;
+use api_spec::reset::VmCheckpoint;
 use api_spec::saved::{Saved, VmStop};
 use api_spec::snapshot::{SnapshotCancel, SnapshotCreate, SnapshotState, SnapshotStatus};
 use api_spec::vm::{
@@ -74,6 +75,8 @@ impl Driver {
             Request::SnapshotCreate(create) => {
                 return self.ask_for_snapshot(create, Asker::Client(from)).map(|()| None);
             }
+            Request::CheckpointVm(VmCheckpoint {}) => Response::document(&self.checkpoint()?),
+            Request::ResetVm(reset) => Response::document(&self.reset(&reset)?),
             Request::SaveVm(save) => return self.save(save, Asker::Client(from)).map(|()| None),
             Request::StopVm(VmStop { mode }) => {
                 let stopped = self.stop(mode, Asker::Client(from))?;
@@ -159,6 +162,8 @@ impl Driver {
             | Request::GetMetrics
             | Request::SnapshotCreate(_)
             | Request::SaveVm(_)
+            | Request::CheckpointVm(_)
+            | Request::ResetVm(_)
             | Request::StopVm(_) => Ok(()),
         }
     }
@@ -294,6 +299,7 @@ impl Driver {
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
         let saved = self.origin.as_ref().filter(|_| stops);
         let job = snapshot::create(machine, create, saved, self.readiness, self.notifier.clone(), &self.signals)?;
+        self.times_reset = machine.times_reset();
         self.job = Some(job);
         self.waiting = Some(asker);
         self.status = SnapshotStatus::writing(create.snapshot_path.clone());

@@ -1,10 +1,12 @@
 //! The one owner of the VM, on the event loop's thread: requests, notices, signals and the page server's fate all end up
 //! here, one at a time. `answers` is what each request does; `counters`, what is told of what the VM has done; `start`, how a
-//! VM comes about; `prepare`, what is asked of its guest before a snapshot; `stop`, how it is saved or shut down.
+//! VM comes about; `prepare`, what is asked of its guest before a snapshot; `resets`, how it is reset; `stop`, how it is saved or
+//! shut down.
 
 mod answers;
 mod counters;
 mod prepare;
+mod resets;
 mod start;
 mod stop;
 
@@ -15,6 +17,7 @@ use super::config::{self, ConfigError};
 use super::phases::Phases;
 use super::private::PrivateWatch;
 use super::requests::{NotNow, Phase};
+use super::reset::{CheckpointError, ResetError};
 use super::restore::RestoreError;
 use super::saved::Configuration;
 use super::shell::Shell;
@@ -175,6 +178,10 @@ enum RequestError {
     Metrics(#[from] MetricsError),
     #[error("the guest cannot go on. {0}")]
     Halt(Halt),
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Reset(#[from] ResetError),
     #[error("the saved state cannot be used, and the start is strict. {0}")]
     Strict(String),
     #[error("--strict is about a saved state, and the configuration has no `saved-state`")]
@@ -352,6 +359,8 @@ struct Driver {
     private: PrivateWatch,
     /// The snapshot that is being written.
     job: Option<Job>,
+    /// How often the VM had been reset when it was begun.
+    times_reset: u64,
     /// Who waits for it; nobody, once it is complete and only its layers are being folded.
     waiting: Option<Asker>,
     /// The snapshot before which the guest is asked to prepare for it.
@@ -419,6 +428,7 @@ impl Driver {
             retry: Alarm::new()?,
             private: PrivateWatch::new(notifier.clone()),
             job: None,
+            times_reset: 0,
             waiting: None,
             preparation: None,
             look: Alarm::new()?,
@@ -730,7 +740,10 @@ impl Driver {
         let (status, digest) = job.status();
         self.status = status;
         if let (Some(machine), Some(dir), Some(digest)) = (&mut self.machine, &self.status.snapshot_path, digest) {
-            machine.remember_snapshot(dir, digest);
+            // Of a guest that was reset meanwhile it is no snapshot.
+            if machine.times_reset() == self.times_reset {
+                machine.remember_snapshot(dir, digest);
+            }
         }
         if self.status.state == SnapshotState::Done {
             self.latencies.snapshot_pause_us = Some(self.status.pause_us);

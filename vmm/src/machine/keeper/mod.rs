@@ -183,6 +183,12 @@ impl Keeper {
         stats.reason.clone().filter(|_| stats.state == PageServerState::Lost)
     }
 
+    /// Whether anybody but the page server may have had to provide a page, or to hide one.
+    pub fn was_without(&self) -> bool {
+        let PageServerStats { losses, hangs, takeovers, .. } = *lock(&self.stats);
+        losses + hangs + takeovers > 0
+    }
+
     /// See [`uffd::let_go`].
     pub fn let_go(&self, ram: &GuestRam) {
         uffd::let_go(&self.uffd, ram);

@@ -26,7 +26,7 @@ use super::super::interrupt::Interrupt;
 use super::super::rings::{QueueBroken, Rings};
 use super::super::{EVENT_IDX, VERSION_1, VirtioDevice};
 use super::disk::{Disk, Frozen};
-use super::overlay::{Folded, Stack};
+use super::overlay::{Folded, OverlayMark, Stack};
 use super::request::{
     HEADER_LEN, ID_LEN, Limits, MAX_DATA, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_ZERO_SECTORS, Request, SECTOR,
     Segment, Status,
@@ -200,6 +200,21 @@ impl Block {
     /// What a snapshot needs of the disk. The guest must stand still, and the device's state be saved.
     pub fn freeze(&mut self) -> io::Result<Frozen> {
         self.disk.freeze()
+    }
+
+    /// Remembers what the disk is: see [`Disk::mark`].
+    pub fn mark(&mut self, may_fold: bool) -> io::Result<Option<OverlayMark>> {
+        self.disk.mark(may_fold)
+    }
+
+    /// Nobody comes back to what was remembered.
+    pub fn unmark(&mut self) {
+        self.disk.unmark();
+    }
+
+    /// Brings the disk back to what was remembered.
+    pub fn rewind(&mut self, mark: &OverlayMark) -> io::Result<()> {
+        self.disk.rewind(mark)
     }
 
     /// The layers that earlier snapshots have frozen; `None` for a disk without any.

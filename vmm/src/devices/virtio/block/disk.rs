@@ -1,6 +1,6 @@
 //! What lies behind a disk of the guest: an image on the host, or an overlay over one.
 
-use super::overlay::{Folded, Overlay, Stack};
+use super::overlay::{Folded, Overlay, OverlayMark, Stack};
 use super::request::SECTOR;
 use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
@@ -347,6 +347,33 @@ impl Disk {
                 Frozen::Layers(facts, overlay.freeze()?)
             }
         })
+    }
+
+    /// Remembers what the disk is now, in place of what was remembered before; nothing of a disk that cannot be written. For
+    /// `may_fold` see [`Overlay::mark`].
+    pub fn mark(&mut self, may_fold: bool) -> io::Result<Option<OverlayMark>> {
+        match &mut self.kind {
+            Kind::Raw { writable: false, .. } => Ok(None),
+            Kind::Raw { writable: true, .. } => Err(io::Error::other(
+                "the guest writes its image itself, which cannot be undone; give it an overlay (`overlay`)",
+            )),
+            Kind::Overlay { overlay, .. } => overlay.mark(may_fold).map(Some),
+        }
+    }
+
+    /// Nobody comes back to what was remembered.
+    pub fn unmark(&mut self) {
+        if let Kind::Overlay { overlay, .. } = &mut self.kind {
+            overlay.unmark();
+        }
+    }
+
+    /// Brings the disk back to what was remembered.
+    pub fn rewind(&mut self, mark: &OverlayMark) -> io::Result<()> {
+        match &mut self.kind {
+            Kind::Raw { .. } => Ok(()),
+            Kind::Overlay { overlay, .. } => overlay.rewind(mark),
+        }
     }
 
     /// The layers below the one that is written; `None` for a disk without layers.

@@ -37,8 +37,16 @@ const PIECE: usize = 1 << 20;
 pub struct Layer {
     file: Arc<File>,
     clusters: Clusters,
-    /// The file is ours alone.
+    /// The file is ours alone, and nobody may want to come back to what is in it.
     private: bool,
+}
+
+/// What a disk was at a checkpoint.
+#[derive(Debug)]
+pub struct OverlayMark {
+    /// How many layers there were below the top, which was empty.
+    layers: usize,
+    private: Clusters,
 }
 
 impl Layer {
@@ -178,6 +186,8 @@ pub struct Folded {
 pub struct Overlay {
     below: Stack,
     top: Layer,
+    /// How many of those below come from a snapshot.
+    held: usize,
     /// What all private layers hold together. Folding does not change it.
     private: Clusters,
     /// Where scratch files are made.
@@ -189,8 +199,8 @@ impl Overlay {
     pub fn new(size: u64, image: Option<Arc<File>>, held: Option<Held>, dir: PathBuf) -> io::Result<Overlay> {
         let top = Layer::scratch(&dir, size)?;
         let held = held.map(|Held { file, clusters }| Layer { file: Arc::new(file), clusters, private: false });
-        let below = Stack { size, image, layers: held.into_iter().map(Arc::new).collect() };
-        Ok(Overlay { below, top, private: Clusters::new(size), dir })
+        let below = Stack { size, image, layers: held.into_iter().map(Arc::new).collect::<Vec<_>>() };
+        Ok(Overlay { held: below.layers.len(), below, top, private: Clusters::new(size), dir })
     }
 
     /// Clusters that private layers hold and that can be seen. A cluster that two of them hold counts once: the older is
@@ -300,6 +310,45 @@ impl Overlay {
             self.below.layers.push(Arc::new(top));
         }
         Ok(self.below.clone())
+    }
+
+    /// Remembers what the disk is now, in place of what was remembered before. With `may_fold`, which nobody else may be doing, it
+    /// may take as long as what was written since then takes to be copied; without it, the next time does that.
+    pub fn mark(&mut self, may_fold: bool) -> io::Result<OverlayMark> {
+        self.unmark();
+        self.freeze()?;
+        let folded = if may_fold { self.below.fold(&AtomicBool::new(false))? } else { None };
+        folded.into_iter().for_each(|folded| self.adopt(folded));
+        // Whoever folds from now on leaves them alone, since the newer layers may go.
+        self.hold(self.held..self.below.layers.len(), false);
+        Ok(OverlayMark { layers: self.below.layers.len(), private: self.private.clone() })
+    }
+
+    /// Nobody comes back to what was remembered.
+    pub fn unmark(&mut self) {
+        self.hold(self.held..self.below.layers.len(), true);
+    }
+
+    /// Brings the disk back to what it was.
+    pub fn rewind(&mut self, mark: &OverlayMark) -> io::Result<()> {
+        let newer = self.below.layers.len() > mark.layers;
+        if !newer && self.top.clusters.is_empty() {
+            return Ok(());
+        }
+        self.below.layers.truncate(mark.layers);
+        self.top.file.set_len(0)?;
+        self.top.clusters = Clusters::new(self.below.size);
+        self.private = mark.private.clone();
+        Ok(())
+    }
+
+    fn hold(&mut self, layers: Range<usize>, private: bool) {
+        for layer in &mut self.below.layers[layers] {
+            if layer.private != private {
+                let Layer { file, clusters, private: _ } = &**layer;
+                *layer = Arc::new(Layer { file: file.clone(), clusters: clusters.clone(), private });
+            }
+        }
     }
 
     /// All layers below the top.
@@ -498,6 +547,8 @@ mod tests {
         Freeze,
         Fold,
         Clone,
+        Mark(bool),
+        Rewind,
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -512,8 +563,10 @@ mod tests {
             1 => Just(Step::Freeze),
             1 => Just(Step::Fold),
             1 => Just(Step::Clone),
+            1 => any::<bool>().prop_map(Step::Mark),
+            2 => Just(Step::Rewind),
         ];
-        prop::collection::vec(step, 1..30)
+        prop::collection::vec(step, 1..40)
     }
 
     proptest! {
@@ -527,6 +580,7 @@ mod tests {
             let mut model = if over_image { bytes } else { vec![0; SIZE as usize] };
             let never = AtomicBool::new(false);
             let mut frozen: Option<(Stack, Vec<u8>)> = None;
+            let mut marked: Option<(OverlayMark, Vec<u8>, u64)> = None;
             for step in steps {
                 match step {
                     Step::Write(at, len, byte) => {
@@ -553,8 +607,24 @@ mod tests {
                             stack.fold(&never).unwrap().into_iter().for_each(|folded| overlay.adopt(folded));
                         }
                     }
+                    Step::Mark(may_fold) => {
+                        // What is being folded, and taken over later, is another matter then.
+                        if may_fold {
+                            frozen = None;
+                        }
+                        marked = Some((overlay.mark(may_fold).unwrap(), model.clone(), overlay.private_clusters()));
+                        let private = overlay.below.layers.len() - overlay.held;
+                        prop_assert!(!may_fold || private <= 1, "what was written between two marks is folded");
+                    }
+                    Step::Rewind => {
+                        if let Some((mark, then, private)) = &marked {
+                            overlay.rewind(mark).unwrap();
+                            model.clone_from(then);
+                            prop_assert_eq!(overlay.private_clusters(), *private);
+                        }
+                    }
                     Step::Clone => {
-                        frozen = None;
+                        (frozen, marked) = (None, None);
                         let flat = overlay.freeze().unwrap().flattened();
                         let file = tempfile::tempfile().unwrap();
                         for (run, _) in flat.clusters().runs(0..24).filter(|(_, state)| *state == Cluster::Data) {

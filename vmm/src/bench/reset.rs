@@ -1,0 +1,278 @@
+//! How long a reset takes, by how much the guest has written: in all, in its parts, and for whoever asks for it.
+//!
+//! The guest writes the same pages after each reset, as one does that serves requests, and is seen to have all of its memory back in
+//! the end.
+
+use super::guest::{Guest, PATIENCE, Workplace};
+use super::{BenchError, Spread, host_line};
+use crate::host::{self, Host};
+use api_spec::agent::{Pages, Request};
+use api_spec::client::AgentClient;
+use api_spec::client::rest::RestError;
+use api_spec::reset::{ResetPhases, VmCheckpoint, VmReset};
+use api_spec::vm::MachineConfig;
+use serde::Serialize;
+use std::fmt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How many resets come before those that count: pages that are written for the first time cost more.
+const WARM_UP: u32 = 20;
+/// Memory of the guests, in MiB, and what they need of it themselves.
+const MEMORY_MIB: u64 = 128;
+const GUEST_OWN_MIB: u64 = 16;
+/// How many pages are written.
+const WRITTEN: [u32; 2] = [64, 2048];
+/// Distance of scattered pages: one of each 64 KiB.
+const STRIDE: u32 = 16;
+/// What the pages hold at the checkpoint.
+const SEED: u64 = 0x7265_7365_7400;
+const PAGE: usize = 4096;
+
+/// What to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// How many resets of each kind.
+    pub runs: u32,
+    /// Print JSON.
+    pub json: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { runs: 500, json: false }
+    }
+}
+
+impl Options {
+    /// Whether the values make sense.
+    pub fn check(&self) -> Result<(), String> {
+        match self.runs {
+            1..=1_000_000 => Ok(()),
+            other => Err(format!("--n {other}: must be 1 to 1000000")),
+        }
+    }
+}
+
+/// Where the pages lie that are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pattern {
+    /// Beside each other.
+    Contiguous,
+    /// One of each 64 KiB.
+    Scattered,
+}
+
+/// Which reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Case {
+    /// How many pages the guest is told to write; it writes some more in order to be told.
+    pub pages: u32,
+    /// Where they lie.
+    pub pattern: Pattern,
+}
+
+impl Case {
+    fn all() -> Vec<Case> {
+        let of = |pages| [Pattern::Contiguous, Pattern::Scattered].map(|pattern| Case { pages, pattern });
+        WRITTEN.into_iter().flat_map(of).collect()
+    }
+
+    fn written(&self) -> Pages {
+        let stride = if self.pattern == Pattern::Scattered { STRIDE } else { 1 };
+        Pages { first: 0, count: self.pages, stride }
+    }
+
+    /// What the guest needs for that, in MiB.
+    fn memory_mib(&self) -> u64 {
+        let Pages { count, stride, .. } = self.written();
+        (u64::from(count * stride).div_ceil(256) + GUEST_OWN_MIB).max(MEMORY_MIB)
+    }
+}
+
+/// What was found out of one kind of reset.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// Which.
+    #[serde(flatten)]
+    pub case: Case,
+    /// Memory of the guest, in MiB.
+    pub memory_mib: u64,
+    /// How many pages were brought back, in half of the resets no more.
+    pub dirty_pages: u64,
+    /// Until the vCPUs stood still.
+    pub pause: Spread,
+    /// To find out what was written.
+    pub harvest: Spread,
+    /// To bring memory back.
+    pub memory: Spread,
+    /// To bring vCPUs and what else KVM holds back.
+    pub state: Spread,
+    /// To bring devices back.
+    pub devices: Spread,
+    /// All of it, as the vmm has it.
+    pub total: Spread,
+    /// As whoever asks has it.
+    pub call: Spread,
+    /// Only to copy as many pages.
+    pub copy: Spread,
+}
+
+/// What was found out.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// This host.
+    pub host: Host,
+    /// How many resets of each kind.
+    pub runs: u32,
+    /// `GET /` over the same kind of connection.
+    pub get_info: Spread,
+    /// Resets.
+    pub resets: Vec<Row>,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}\n", host_line(&self.host))?;
+        for row in &self.resets {
+            let place = if row.case.pattern == Pattern::Scattered { "one of each 64 KiB" } else { "neighbouring" };
+            writeln!(f, "{} pages, {place}; {} MiB; {} brought back", row.case.pages, row.memory_mib, row.dirty_pages)?;
+            writeln!(f, "  {:<26} {:>9} {:>9} {:>9} {:>9}  us", "", "min", "p50", "p99", "max")?;
+            for (name, Spread { min_us, p50_us, p99_us, max_us }) in [
+                ("pause", row.pause),
+                ("what was written", row.harvest),
+                ("memory", row.memory),
+                ("vCPUs and VM", row.state),
+                ("devices", row.devices),
+                ("in all", row.total),
+                ("for whoever asks", row.call),
+                ("a copy of as many pages", row.copy),
+            ] {
+                writeln!(f, "  {name:<26} {min_us:>9.1} {p50_us:>9.1} {p99_us:>9.1} {max_us:>9.1}")?;
+            }
+            writeln!(f)?;
+        }
+        writeln!(f, "GET / takes {:.1} us ({} resets of each kind)", self.get_info.p50_us, self.runs)
+    }
+}
+
+/// Measures.
+pub fn run(options: &Options) -> Result<Report, BenchError> {
+    let place = Workplace::new(PATIENCE)?;
+    let (mut resets, mut get_info) = (Vec::new(), Vec::new());
+    for case in Case::all() {
+        let config = MachineConfig { mem_size_mib: case.memory_mib(), ..Default::default() };
+        let mut guest = place.boot(config)?;
+        resets.push(measure(case, options.runs, &place, &mut guest, &mut get_info)?);
+    }
+    Ok(Report { host: host::summary(), runs: options.runs, get_info: Spread::of(get_info), resets })
+}
+
+fn measure(
+    case: Case,
+    runs: u32,
+    place: &Workplace,
+    guest: &mut Guest,
+    get_info: &mut Vec<Duration>,
+) -> Result<Row, BenchError> {
+    let failed = |what| move |source: RestError| BenchError::Api { what, source };
+    let (vsock, pages) = (place.path("guest.vsock"), case.written());
+    guest.fill(pages, SEED)?;
+    guest.hang_up();
+    let mut api = guest.api.client()?;
+    until_quiet(&mut api)?;
+    api.checkpoint(&VmCheckpoint {}).map_err(failed("no checkpoint"))?;
+    let (mut phases, mut calls, mut dirty): (Vec<ResetPhases>, Vec<Duration>, Vec<u64>) = Default::default();
+    for round in 0..WARM_UP + runs {
+        place.go_on()?;
+        let _agent = ask(&vsock, Request::Write { pages, value: round.into() })?;
+        let before = Instant::now();
+        let done = api.reset(&VmReset::default()).map_err(failed("the guest is not reset"))?;
+        let call = before.elapsed();
+        let before = Instant::now();
+        api.info().map_err(failed("GET /"))?;
+        if round >= WARM_UP {
+            get_info.push(before.elapsed());
+            calls.push(call);
+            phases.push(done.phases);
+            dirty.push(done.dirty_pages);
+        }
+    }
+    guest.call_again(ask(&vsock, Request::Ping { token: 0 })?);
+    if !guest.holds(pages, SEED)? {
+        return Err(BenchError::WrongPages("guest that was reset"));
+    }
+    dirty.sort_unstable();
+    let of = |part: fn(&ResetPhases) -> u64| Spread::of(phases.iter().map(part).map(Duration::from_micros).collect());
+    Ok(Row {
+        case,
+        memory_mib: case.memory_mib(),
+        dirty_pages: dirty[dirty.len() / 2],
+        pause: of(|phases| phases.pause_us),
+        harvest: of(|phases| phases.harvest_us),
+        memory: of(|phases| phases.memory_us),
+        state: of(|phases| phases.state_us),
+        devices: of(|phases| phases.devices_us),
+        total: of(|phases| phases.total_us),
+        call: Spread::of(calls),
+        copy: copies(pages, runs),
+    })
+}
+
+/// Asks the guest's agent over a stream of its own, which stays open as long as what is returned.
+fn ask(vsock: &Path, request: Request) -> Result<AgentClient, BenchError> {
+    let mut agent = AgentClient::connect(vsock, PATIENCE).map_err(BenchError::Agent)?;
+    agent.call(request).map_err(BenchError::Agent)?;
+    Ok(agent)
+}
+
+/// Waits until the guest has no stream that it would have to forget in each reset.
+fn until_quiet(api: &mut api_spec::client::VmClient) -> Result<(), BenchError> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let stats = api.stats().map_err(|source| BenchError::Api { what: "GET /vm/stats", source })?;
+        if stats.vsock.is_none_or(|vsock| vsock.connections == 0) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(BenchError::Late("the guest does not close its stream", PATIENCE));
+        }
+    }
+}
+
+/// How long it takes to copy these pages from one place to another.
+fn copies(pages: Pages, runs: u32) -> Spread {
+    let len = pages.numbers().last().map_or(0, |last| last as usize + 1) * PAGE;
+    let (from, mut to) = (vec![1u8; len], vec![2u8; len]);
+    let copy = |_| {
+        let before = Instant::now();
+        for page in pages.numbers() {
+            let at = page as usize * PAGE..(page as usize + 1) * PAGE;
+            to[at.clone()].copy_from_slice(&from[at]);
+        }
+        std::hint::black_box(&mut to);
+        before.elapsed()
+    };
+    Spread::of((0..runs).map(copy).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_case_fits_its_guest_and_runs_have_bounds() {
+        let cases = Case::all();
+        assert_eq!(cases.len(), 4);
+        for (number, case) in cases.iter().enumerate() {
+            assert!(!cases[..number].contains(case), "{case:?}");
+            assert!(case.written().fits(((case.memory_mib() - GUEST_OWN_MIB) << 8) as u32), "{case:?}");
+            assert_eq!(case.written().numbers().count(), case.pages as usize);
+        }
+        assert_eq!(cases.iter().filter(|case| case.memory_mib() == MEMORY_MIB).count(), 3);
+        for (runs, is_fine) in [(0, false), (1, true), (1_000_000, true), (1_000_001, false)] {
+            assert_eq!(Options { runs, json: false }.check().is_ok(), is_fine);
+        }
+    }
+}

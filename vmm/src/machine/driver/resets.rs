@@ -1,0 +1,45 @@
+//! How a VM is reset, and to what.
+
+use super::counters::us_since;
+use super::{Driver, RequestError, RunError};
+use crate::machine::requests::NotNow;
+use crate::machine::reset::{self, ResetError};
+use api_spec::reset::{VmCheckpointed, VmReset, VmResetDone};
+use api_spec::vm::{VmPatch, VmState};
+use std::time::Instant;
+
+impl Driver {
+    /// Remembers what the VM is.
+    pub(super) fn checkpoint(&mut self) -> Result<VmCheckpointed, RequestError> {
+        // The end of a snapshot is to fold layers.
+        let may_fold = self.job.is_none();
+        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+        Ok(reset::checkpoint(machine, may_fold)?)
+    }
+
+    /// Makes the VM what it was, and lets it run if it is to.
+    pub(super) fn reset(&mut self, request: &VmReset) -> Result<VmResetDone, RequestError> {
+        let start = Instant::now();
+        let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
+        let outcome = reset::reset(machine, request);
+        if !machine.is_running() {
+            // It stands still, whatever else may have had it do so.
+            self.private.stop();
+            self.keep_halted();
+        }
+        let mut done = match outcome {
+            Ok(done) => done,
+            // Nobody is to use a VM that was reset in part.
+            Err(e @ ResetError::Broken(_)) => {
+                self.end(Err(RunError::Refused(e.to_string())));
+                return Err(e.into());
+            }
+            Err(e) => return Err(e.into()),
+        };
+        if request.resume {
+            self.patch_vm(VmPatch { state: VmState::Resumed })?;
+        }
+        done.phases.total_us = us_since(start).unwrap_or(done.phases.total_us);
+        Ok(done)
+    }
+}
