@@ -7,6 +7,7 @@ use snapshot::compat::{self, HostFacts};
 use snapshot::cpu;
 use snapshot::manifest::Cpu;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
+use std::sync::OnceLock;
 
 /// Asks the CPU and the kernel.
 pub fn facts() -> HostFacts {
@@ -18,19 +19,21 @@ pub fn facts() -> HostFacts {
     }
 }
 
-/// What a snapshot is compared with: what can be known without KVM and without delay.
-pub fn to_compare() -> compat::Host {
-    compat::Host {
+/// What a snapshot is compared with: what can be known without KVM and without delay. It is found out once: in a VM each leaf of
+/// CPUID costs a way to the hypervisor and back.
+pub fn to_compare() -> &'static compat::Host {
+    static HOST: OnceLock<compat::Host> = OnceLock::new();
+    HOST.get_or_init(|| compat::Host {
         facts: facts(),
         page_bytes: rustix::param::page_size() as u64,
         cpuid: cpu::read(cpuid),
         tsc: tsc::told(cpuid, tsc::cpuinfo),
-    }
+    })
 }
 
 /// As [`to_compare`], for whoever has time: the frequency of the time-stamp counter is measured if it is not told.
 pub fn to_compare_closely() -> compat::Host {
-    let mut host = to_compare();
+    let mut host = to_compare().clone();
     if host.tsc.khz.is_none() {
         host.tsc = tsc::measured(tsc::cpuinfo);
     }

@@ -119,6 +119,8 @@ impl fmt::Display for Case {
 /// One clone.
 struct Sample {
     to_reply: Duration,
+    /// Until the call that loads the snapshot was answered, where there is one.
+    to_answer: Option<Duration>,
     /// What the vmm says that the load took, by phase.
     phases: Vec<(String, Duration)>,
 }
@@ -130,6 +132,9 @@ struct Measured {
     case: Case,
     /// Until the reply.
     to_reply: Spread,
+    /// Until the call that loads the snapshot was answered, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    to_answer: Option<Spread>,
     /// Median of each phase of the load inside the vmm, in microseconds, in order.
     phases_us: Vec<(String, f64)>,
 }
@@ -153,9 +158,14 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Report { host, memory_mib, vcpus, runs, cases } = self;
         writeln!(f, "{}\n{memory_mib} MiB, {vcpus} vCPUs, {runs} clones of each kind\n", host_line(host))?;
-        writeln!(f, "{:<40} {:>9} {:>9} {:>9} {:>9}  us", "until the first reply", "min", "p50", "p99", "max")?;
+        writeln!(f, "{:<52} {:>9} {:>9} {:>9} {:>9}  us", "until the first reply", "min", "p50", "p99", "max")?;
         for Measured { case, to_reply: Spread { min_us, p50_us, p99_us, max_us }, .. } in cases {
-            writeln!(f, "{:<40} {min_us:>9.1} {p50_us:>9.1} {p99_us:>9.1} {max_us:>9.1}", case.to_string())?;
+            writeln!(f, "{:<52} {min_us:>9.1} {p50_us:>9.1} {p99_us:>9.1} {max_us:>9.1}", case.to_string())?;
+        }
+        for Measured { case, to_answer, .. } in cases {
+            let Some(Spread { min_us, p50_us, p99_us, max_us }) = to_answer else { continue };
+            let what = format!("  {case}: until answered");
+            writeln!(f, "{what:<52} {min_us:>9.1} {p50_us:>9.1} {p99_us:>9.1} {max_us:>9.1}")?;
         }
         for Measured { case, phases_us, .. } in cases {
             let total: f64 = phases_us.iter().map(|(_, us)| us).sum();
@@ -193,12 +203,14 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
 
 fn summary(case: Case, samples: &[Sample]) -> Measured {
     let to_reply = Spread::of(samples.iter().map(|sample| sample.to_reply).collect());
+    let answers: Vec<Duration> = samples.iter().filter_map(|sample| sample.to_answer).collect();
+    let to_answer = (!answers.is_empty()).then(|| Spread::of(answers));
     let names = samples.first().map_or(&[][..], |sample| &sample.phases);
     let median = |(number, (name, _)): (usize, &(String, Duration))| {
         let times = samples.iter().filter_map(|sample| sample.phases.get(number)).map(|(_, time)| *time);
         (name.clone(), Spread::of(times.collect()).p50_us)
     };
-    Measured { case, to_reply, phases_us: names.iter().enumerate().map(median).collect() }
+    Measured { case, to_reply, to_answer, phases_us: names.iter().enumerate().map(median).collect() }
 }
 
 struct Bench {
@@ -243,7 +255,7 @@ impl Bench {
         let to_reply = before.elapsed();
         let failed = |source| BenchError::Api { what: "cannot ask a clone", source };
         let mut client = RestClient::connect(api.path(), PATIENCE).map_err(failed)?;
-        Ok(Sample { to_reply, phases: phases(&mut client)? })
+        Ok(Sample { to_reply, to_answer: None, phases: phases(&mut client)? })
     }
 
     fn measure_shell(&self, backend: Backend, socket: &Path) -> Result<Sample, BenchError> {
@@ -271,10 +283,11 @@ impl Bench {
         };
         let before = Instant::now();
         client.put("/snapshot/load", &load).map_err(failed)?;
+        let to_answer = Some(before.elapsed());
         let mut agent = AgentClient::connect(&vsock, PATIENCE).map_err(BenchError::Agent)?;
         agent.call(Request::Ping { token: 0 }).map_err(BenchError::Agent)?;
         let to_reply = before.elapsed();
-        Ok(Sample { to_reply, phases: phases(&mut client)? })
+        Ok(Sample { to_reply, to_answer, phases: phases(&mut client)? })
     }
 }
 
@@ -304,6 +317,7 @@ mod tests {
     fn a_phase_is_told_by_its_median() {
         let sample = |us| Sample {
             to_reply: Duration::from_micros(us),
+            to_answer: None,
             phases: vec![("a".into(), Duration::from_micros(us)), ("b".into(), Duration::from_micros(2 * us))],
         };
         let samples: Vec<_> = [3, 1, 2].map(sample).into();

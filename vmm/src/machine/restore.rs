@@ -273,7 +273,7 @@ fn load_state(
 /// Whether this program on this host can run the snapshot, going by what can be known without KVM.
 fn check(snapshot: &Snapshot, allowed: &[Field]) -> Result<(), RestoreError> {
     let manifest = snapshot.manifest();
-    for warning in compat::check(manifest, snapshot.state(), &host::to_compare(), allowed)? {
+    for warning in compat::check(manifest, snapshot.state(), host::to_compare(), allowed)? {
         // KVM knows the frequency, and is asked when it is loaded.
         if (warning.field, warning.verdict) != (Field::TscKhz, Verdict::Unknown) {
             tracing::warn!("{warning}; it is restored all the same");

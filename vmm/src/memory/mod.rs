@@ -11,7 +11,7 @@
 //! - [`orphan`]: the store of a page server that is gone
 //! - [`discard`]: pages that the guest gives back; [`ranges`] records which (pure), `pagemap` knows which were written since
 //! - [`kinds`]: which pages are loaded, and which of them are shared
-//! - [`lost`]: memory that is gone
+//! - [`lost`]: memory that is gone; [`program`]: the memory that this program's own code is in
 //! - [`rollback`]: brings it back to what it was at a checkpoint; [`written`] logs what devices write, in sets of pages as
 //!   [`bits`] (pure)
 //! - `region`: a region of it as vm-memory sees it; `mmap`: the system calls that make and change mappings
@@ -28,6 +28,7 @@ pub mod lost;
 mod mmap;
 pub mod orphan;
 pub mod pagemap;
+pub mod program;
 pub mod ranges;
 pub mod region;
 pub mod replay;

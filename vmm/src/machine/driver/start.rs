@@ -2,6 +2,7 @@
 
 use super::{Driver, RequestError};
 use crate::console::{Input, Pty};
+use crate::host;
 use crate::machine::Machine;
 use crate::machine::boot::boot;
 use crate::machine::config::{self, BootPlan};
@@ -11,6 +12,7 @@ use crate::machine::restore::{self, Opened, RestoreError};
 use crate::machine::saved::{self, Configuration, Found, GoingOn, GoingOnError, OpenError, State, Then};
 use crate::machine::shell::Shell;
 use crate::machine::wiring::Outside;
+use crate::memory::program;
 use api_spec::saved::{SavedState, StartMode, Started};
 use api_spec::snapshot::SnapshotLoad;
 use api_spec::stats::TracedOperation;
@@ -129,6 +131,10 @@ impl Driver {
         phases.end("console");
         let shell = Shell::build(shape, Vec::new(), outside, &mut phases).map_err(RestoreError::from)?;
         self.shell = Some((shell, (input, pty)));
+        // What a load will need, and this process can find out and have at hand before.
+        host::to_compare();
+        program::populate();
+        phases.end("rehearsal");
         self.keep_trace(phases);
         Ok(())
     }
