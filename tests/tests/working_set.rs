@@ -146,7 +146,7 @@ fn a_clone_of_a_remote_image_gets_ready_what_a_local_one_has_taught() {
     let wanted = 4 * set.read().union(set.written()).pages();
     let mut tries = 0;
     let mut clone = loop {
-        let mut clone = restore("clone");
+        let clone = restore("clone");
         let mut was_without = false;
         until("all pages are there", || {
             was_without = clone.process.log().contains("does not deliver");

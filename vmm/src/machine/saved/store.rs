@@ -118,8 +118,11 @@ fn open(path: &Path, is_nothing: impl FnOnce(&OwnedFd) -> bool) -> Result<(Owned
 
 const WAS_USED: &str = "it was used by an earlier start";
 
+/// Why a state is not used, and what becomes of it.
+type Verdict = (String, fn(State) -> Then);
+
 /// Why nobody goes on from a state with this mark, if so, and what is to be done with it.
-fn judge(mark: &File) -> Result<(), (String, fn(State) -> Then)> {
+fn judge(mark: &File) -> Result<(), Verdict> {
     match read(mark) {
         Ok(mark) if mark == *FRESH => Ok(()),
         Ok(mark) if mark == *USED => Err((WAS_USED.into(), |_| Then::Remove)),
