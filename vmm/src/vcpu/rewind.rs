@@ -1,6 +1,6 @@
 //! Bringing a vCPU that has run back to the state that was saved of it, in place.
 //!
-//! It differs from [`state::load`](super::state::load), which loads a vCPU that has never run:
+//! It differs from [`state::load`], which loads a vCPU that has never run:
 //!
 //! - CPUID and the frequency of the time-stamp counter are what they were, and are left alone.
 //! - Of the MSRs only those are written that have changed. One that tells KVM where to write something, such as the wall clock,
