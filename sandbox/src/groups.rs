@@ -181,5 +181,14 @@ pub const SYSTEM: &[Rule] = &[
     when(SYS_ioctl, &[&[is(1, TCGETS as u32)], &[is(1, TCGETS2 as u32)], &[is(1, TIOCGWINSZ as u32)]]),
 ];
 
-/// What a thread has that opens nothing: the C library's allocator looks up how many CPUs there are, if it can.
-pub const OPENS_NOTHING: &[Rule] = &[refused(SYS_open, EACCES), refused(SYS_openat, EACCES)];
+/// What a thread has that opens nothing: the C library's allocator looks up how many CPUs there are, if it can, and what prints a
+/// backtrace where the program's file is.
+pub const OPENS_NOTHING: &[Rule] = &[
+    refused(SYS_open, EACCES),
+    refused(SYS_openat, EACCES),
+    refused(SYS_readlink, EACCES),
+    refused(SYS_readlinkat, EACCES),
+    refused(SYS_getcwd, EACCES),
+    refused(SYS_stat, EACCES),
+    refused(SYS_newfstatat, EACCES),
+];

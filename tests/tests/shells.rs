@@ -131,6 +131,21 @@ fn a_load_that_fails_in_the_shell_leaves_a_process_that_can_load_without() {
 }
 
 #[test]
+fn a_shell_has_its_console_and_makes_way_for_a_guest_that_is_booted() {
+    require!(Kvm);
+    let place = Place::new();
+    let mut vm = shell(&place, "shell", 1, 16, json!({}));
+    let moved = vm.api().put("/serial", &json!({ "serial_out_path": place.join("out") }));
+    assert!(moved.expect_err("its console is open").to_string().contains("--console"));
+    vm.api().put("/boot-source", &json!({ "embedded_guest": true })).expect("a guest can be booted all the same");
+    let vsock = json!({ "guest_cid": 3, "uds_path": vm.vsock });
+    vm.api().put("/vsock", &vsock).expect("it can have the socket that the shell has");
+    vm.api().put("/actions", &json!({ "action_type": "InstanceStart" })).expect("it boots");
+    assert_eq!(vm.agent().ping(5), 5);
+    vm.stop();
+}
+
+#[test]
 fn what_a_shell_cannot_have_is_refused_by_name() {
     let place = Place::new();
     for (name, more, why) in [

@@ -84,7 +84,7 @@ impl MovingSlot {
             userspace_addr: self.page.as_ptr() as u64,
         };
         // SAFETY: the page is a mapping of its own that holds nothing, and is kept as long as the machine, which has no
-        // vCPU any more when it goes. A guest that could reach it all the same could read zeros there.
+        // vCPU any more when it goes, or else leaves the page there. A guest that could reach it all the same could read zeros there.
         unsafe { vm.set_user_memory_region(slot) }
     }
 }

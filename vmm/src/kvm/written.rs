@@ -49,7 +49,14 @@ impl Log {
     /// Has KVM keep a log from now on; nothing is in it yet. Takes milliseconds. No vCPU may run.
     pub fn keep(vm: &VmFd, ram: &GuestRam) -> Result<Log, WrittenError> {
         slots::keep_log(vm, ram).map_err(WrittenError::Keep)?;
-        let shadows = if has_second_stage() { None } else { Some(MovingSlot::new(vm).map_err(WrittenError::Slot)?) };
+        let shadows = match has_second_stage() {
+            true => None,
+            false => match MovingSlot::new(vm) {
+                // Only a second stage makes KVM mind that no CPU has such addresses.
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => None,
+                slot => Some(slot.map_err(WrittenError::Slot)?),
+            },
+        };
         let log = Log { shadows };
         log.take(vm, ram, &mut ram.no_pages())?;
         Ok(log)

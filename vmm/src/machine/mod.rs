@@ -213,6 +213,12 @@ impl Machine {
         self.plan.drives.iter().find(|drive| drive.drive_id == drive_id)?.max_overlay_mib
     }
 
+    /// Whether a disk waits for room in its overlay.
+    pub fn is_full(&self, drive_id: &str) -> bool {
+        let drives = self.plan.drives.iter().zip(&self.devices.drives);
+        drives.filter(|(drive, _)| drive.drive_id == drive_id).any(|(_, slot)| lock(&slot.device).is_full())
+    }
+
     /// Takes over what the background part of a snapshot has made of the disks' layers.
     pub fn adopt_folded(&mut self, folded: Vec<(usize, Folded)>) {
         for (number, folded) in folded {
@@ -282,6 +288,7 @@ impl Drop for Machine {
         if !ended {
             // A vCPU that does not end keeps its VM, and the VM may use this memory until the process ends.
             std::mem::forget(self.ram.memory().clone());
+            self.resets.leak();
         }
     }
 }

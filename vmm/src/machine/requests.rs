@@ -46,6 +46,9 @@ pub enum NotNow {
     /// One snapshot at a time.
     #[error("a snapshot is still being written; `GET /snapshot/status` says when it is done")]
     Writing,
+    /// What a guest has done for a snapshot is to be in that.
+    #[error("the guest prepares for a snapshot; wait for that, or give it up (`PUT /snapshot/cancel`)")]
+    Preparing,
     /// There is no snapshot to give up.
     #[error("no snapshot is being written; `GET /snapshot/status` tells how the last one went")]
     NotWriting,

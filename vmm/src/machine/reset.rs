@@ -134,6 +134,9 @@ pub enum Broken {
         /// What went wrong.
         source: io::Error,
     },
+    /// A page cannot be had again.
+    #[error("KVM has written a page that cannot be had from the page server again")]
+    Lost,
     /// No randomness.
     #[error("cannot get random bytes from the kernel: {0}")]
     Random(rustix::io::Errno),
@@ -158,6 +161,11 @@ impl Resets {
     /// How often the machine was reset.
     pub fn times(&self) -> u64 {
         self.times
+    }
+
+    /// What KVM has of it stays until the process ends.
+    pub fn leak(&mut self) {
+        std::mem::forget(self.log.take());
     }
 }
 
@@ -263,6 +271,11 @@ pub fn reset(machine: &mut Machine, request: &VmReset) -> Result<VmResetDone, Re
 }
 
 impl Machine {
+    /// Whether there is something to reset the machine to.
+    pub fn has_checkpoint(&self) -> bool {
+        self.resets.mark.is_some()
+    }
+
     /// The machine is not to be reset to what it was.
     fn forget_checkpoint(&mut self) {
         self.resets.mark = None;
@@ -297,6 +310,9 @@ impl Mark {
         let memory_us = lap.us();
         self.put_back_state(machine)?;
         machine.take_written(&mut self.written).map_err(Broken::from)?;
+        if !can_drop && self.memory.has_to_drop(&self.written) {
+            return Err(Broken::Lost.into());
+        }
         self.put_back_memory(machine)?;
         if let Some(log) = &machine.resets.log {
             log.forget_tables(&machine.vm).map_err(Broken::from)?;

@@ -130,6 +130,9 @@ impl Driver {
             }
             Request::PutSerial(serial) => {
                 config::check_serial(Some(&serial))?;
+                if self.shell.is_some() {
+                    return Err(RequestError::ShellHasConsole);
+                }
                 // No part of what is booted: a snapshot can be loaded all the same.
                 self.config.serial = Some(serial);
                 Ok(())
@@ -224,23 +227,19 @@ impl Driver {
 
     /// Takes a snapshot, once the guest is prepared for it if it is to be.
     pub(super) fn ask_for_snapshot(&mut self, create: SnapshotCreate, asker: Asker) -> Result<(), RequestError> {
+        // A guest that was prepared would go on meanwhile.
+        if self.job.is_some() {
+            self.status = SnapshotStatus::writing(create.snapshot_path.clone());
+            self.next = Some((create, asker));
+            return Ok(());
+        }
         let before = self.trimmed.take();
         let prepares = create.run_hooks || create.trim;
-        let asked = if prepares { self.prepare(create, asker) } else { self.take_snapshot(create, asker) };
+        let asked = if prepares { self.prepare(create, asker) } else { self.create_snapshot(&create, asker) };
         if asked.is_err() {
             self.trimmed = before;
         }
         asked
-    }
-
-    /// Takes a snapshot, now or when the background part of the one before is over.
-    pub(super) fn take_snapshot(&mut self, create: SnapshotCreate, asker: Asker) -> Result<(), RequestError> {
-        if self.job.is_none() {
-            return self.create_snapshot(&create, asker);
-        }
-        self.status = SnapshotStatus::writing(create.snapshot_path.clone());
-        self.next = Some((create, asker));
-        Ok(())
     }
 
     /// How the last snapshot went, or how far it is.

@@ -176,6 +176,10 @@ enum RequestError {
     Scan(io::Error),
     #[error(transparent)]
     Metrics(#[from] MetricsError),
+    #[error(
+        "the shell's console is open already: say where it leads with --console, or by `serial` in the file of --shell"
+    )]
+    ShellHasConsole,
     #[error("the guest cannot go on. {0}")]
     Halt(Halt),
     #[error(transparent)]
@@ -652,7 +656,7 @@ impl Driver {
         match &halt {
             Halt::PrivateMemory { .. } => self.look_at_private_memory(),
             Halt::Overlay { drive_id, limit_mib } => {
-                if machine.max_overlay(drive_id).unwrap_or(0) == *limit_mib {
+                if machine.max_overlay(drive_id).unwrap_or(0) == *limit_mib && machine.is_full(drive_id) {
                     self.halt(halt);
                 }
             }
@@ -768,7 +772,7 @@ impl Driver {
         let is_cancelled = std::mem::take(&mut self.next_is_cancelled);
         let Some((create, asker)) = self.next.take() else { return };
         let begun = match is_cancelled {
-            false => self.create_snapshot(&create, asker),
+            false => self.ask_for_snapshot(create, asker),
             true => Err(RequestError::Snapshot(SnapshotError::Create(CreateError::Cancelled))),
         };
         if let Err(e) = begun {

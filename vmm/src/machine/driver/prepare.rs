@@ -43,6 +43,11 @@ pub enum Unprepared {
         "trim: the VM has no balloon, through which a guest gives memory back: one can be configured before it is started (`PUT /balloon`)"
     )]
     NoBalloon,
+    /// It would give nothing back.
+    #[error(
+        "trim: while the VM has a checkpoint it keeps all of its image, whatever its guest gives back; leave `trim` out"
+    )]
+    Checkpoint,
     /// There is no way to the agent.
     #[error(
         "{0}: the VM has no vsock device, over which its guest's agent is asked: one can be configured before it is started (`PUT /vsock`)"
@@ -106,6 +111,9 @@ impl Driver {
         if create.trim && machine.plan().balloon.is_none() {
             return Err(Unprepared::NoBalloon.into());
         }
+        if create.trim && machine.has_checkpoint() {
+            return Err(Unprepared::Checkpoint.into());
+        }
         let vsock = machine.plan().vsock.as_ref().ok_or(Unprepared::NoVsock(option))?.uds_path.clone();
         match self.agent {
             None => return Err(Unprepared::NoAgent(option).into()),
@@ -120,9 +128,10 @@ impl Driver {
 
         let (notifier, asked) = (self.notifier.clone(), create.clone());
         // On a thread: the way to the agent leads through the event loop.
-        let thread = std::thread::Builder::new()
-            .name("prepare".into())
-            .spawn(move || notifier.send(Notice::AskedToPrepare(ask(&vsock, &asked))));
+        let thread = std::thread::Builder::new().name("prepare".into()).spawn(move || {
+            crate::sandbox::confine(crate::sandbox::Kind::Peer);
+            notifier.send(Notice::AskedToPrepare(ask(&vsock, &asked)));
+        });
         thread.map_err(Unprepared::Thread)?;
         self.agent_is_busy = true;
         self.status =
@@ -230,7 +239,7 @@ impl Driver {
             });
             self.trimmed = Some(trimmed);
         }
-        if let Err(e) = self.take_snapshot(create, asker) {
+        if let Err(e) = self.create_snapshot(&create, asker) {
             self.snapshot_has_failed(&e, asker, ops);
         }
     }

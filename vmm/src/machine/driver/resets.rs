@@ -20,6 +20,10 @@ impl Driver {
     /// Makes the VM what it was, and lets it run if it is to.
     pub(super) fn reset(&mut self, request: &VmReset) -> Result<VmResetDone, RequestError> {
         let start = Instant::now();
+        // It would undo what the guest has done for its snapshot.
+        if self.preparation.is_some() {
+            return Err(NotNow::Preparing.into());
+        }
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
         let outcome = reset::reset(machine, request);
         if !machine.is_running() {

@@ -108,6 +108,8 @@ impl Driver {
     /// Boots what is planned. `first` is done when nothing can fail any more, before the guest runs.
     fn boot(&mut self, plan: &BootPlan, first: impl FnOnce()) -> Result<(), RequestError> {
         let mut phases = Phases::of(TracedOperation::Boot);
+        // What is booted may want the same sockets.
+        self.shell = None;
         self.private.set_limit(self.config.machine_config.max_private_mib).map_err(RequestError::Limit)?;
         let (outside, input, pty) = self.outside()?;
         phases.end("console");

@@ -275,6 +275,11 @@ impl Block {
         self.timer.set(Some(wait));
     }
 
+    /// Whether it waits for room in its overlay.
+    pub fn is_full(&self) -> bool {
+        self.gate == Gate::Full
+    }
+
     /// Waits for room.
     fn stop(&mut self) {
         self.gate = Gate::Full;
