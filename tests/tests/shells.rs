@@ -135,6 +135,8 @@ fn a_shell_has_its_console_and_makes_way_for_a_guest_that_is_booted() {
     require!(Kvm);
     let place = Place::new();
     let mut vm = shell(&place, "shell", 1, 16, json!({}));
+    let config: Value = vm.api().get("/vm/config").expect("it is told");
+    assert_eq!((&config["machine-config"]["mem_size_mib"], &config["vsock"]["guest_cid"]), (&json!(16), &json!(3)));
     let moved = vm.api().put("/serial", &json!({ "serial_out_path": place.join("out") }));
     assert!(moved.expect_err("its console is open").to_string().contains("--console"));
     vm.api().put("/boot-source", &json!({ "embedded_guest": true })).expect("a guest can be booted all the same");
@@ -142,6 +144,17 @@ fn a_shell_has_its_console_and_makes_way_for_a_guest_that_is_booted() {
     vm.api().put("/vsock", &vsock).expect("it can have the socket that the shell has");
     vm.api().put("/actions", &json!({ "action_type": "InstanceStart" })).expect("it boots");
     assert_eq!(vm.agent().ping(5), 5);
+    vm.stop();
+}
+
+#[test]
+fn a_shell_writes_counters_where_its_file_says() {
+    require!(Kvm);
+    let place = Place::new();
+    let counters = place.join("counters");
+    let mut vm = shell(&place, "shell", 1, 16, json!({ "metrics": { "metrics_path": counters } }));
+    vm.api().put("/actions", &json!({ "action_type": "FlushMetrics" })).expect("there is a place");
+    assert!(std::fs::metadata(&counters).is_ok_and(|file| file.len() > 0));
     vm.stop();
 }
 

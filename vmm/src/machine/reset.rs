@@ -95,7 +95,7 @@ pub enum ResetError {
     },
     /// A page cannot be had again. The guest stands still, as it is.
     #[error(
-        "replace: the guest has written pages for the first time since its page server was gone or silent, and they cannot be had from it again; it stands still: end it, and have another clone take its place"
+        "replace: pages that the guest has written would have to come from its page server again, which was gone or silent since; it stands still: end it, and have another clone take its place"
     )]
     Lost,
     /// The guest is neither what it was nor what it is to be.

@@ -178,6 +178,8 @@ impl Driver {
         config::check_room(&config)?;
         self.config = config;
         self.configured = true;
+        // No snapshot is loaded into it any more.
+        self.shell = None;
         Ok(())
     }
 

@@ -467,28 +467,16 @@ impl Driver {
         metrics.map_or(Ok(()), |sink| self.set_metrics(sink))?;
         match start {
             Start::Api => Ok(()),
-            Start::Boot(mut config) => {
-                if let Some(logger) = &config.logger {
-                    change_log(logger)?;
-                }
-                let metrics = config.metrics.take().filter(|_| self.config.metrics.is_none());
-                self.config = VmConfig {
-                    serial: console.or(config.serial.clone()),
-                    metrics: self.config.metrics.take(),
-                    ..*config
-                };
-                metrics.map_or(Ok(()), |sink| self.set_metrics(sink))?;
+            Start::Boot(config) => {
+                self.adopt_configuration(*config, console)?;
                 if strict {
                     self.config.saved_state.as_mut().ok_or(RequestError::NothingStrict)?.strict = true;
                 }
                 Ok(self.start_configured()?)
             }
             Start::Shell(config) => {
-                if let Some(logger) = &config.logger {
-                    change_log(logger)?;
-                }
-                self.config.serial = console.or(config.serial.clone());
-                Ok(self.build_shell(&config)?)
+                self.adopt_configuration(*config, console)?;
+                Ok(self.build_shell()?)
             }
             Start::Restore(load) => match self.load(&load) {
                 // It was given up for that.
@@ -499,6 +487,17 @@ impl Driver {
                 loaded => Ok(loaded?),
             },
         }
+    }
+
+    /// Takes over a configuration file, above which the command line stands.
+    fn adopt_configuration(&mut self, mut config: VmConfig, console: Option<Serial>) -> Result<(), RunError> {
+        if let Some(logger) = &config.logger {
+            change_log(logger)?;
+        }
+        let metrics = config.metrics.take().filter(|_| self.config.metrics.is_none());
+        let serial = console.or(config.serial.take());
+        self.config = VmConfig { serial, metrics: self.config.metrics.take(), ..config };
+        Ok(metrics.map_or(Ok(()), |sink| self.set_metrics(sink))?)
     }
 
     /// Subscribers for the event loop, and the end if it has come.

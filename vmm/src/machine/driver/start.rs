@@ -125,9 +125,9 @@ impl Driver {
     }
 
     /// Builds a shell of what is configured.
-    pub(super) fn build_shell(&mut self, config: &VmConfig) -> Result<(), RequestError> {
+    pub(super) fn build_shell(&mut self) -> Result<(), RequestError> {
         let mut phases = Phases::of(TracedOperation::Shell);
-        let shape = config::shape(config)?;
+        let shape = config::shape(&self.config)?;
         let (outside, input, pty) = self.outside()?;
         let outside = Outside { boot_timer: false, ..outside };
         phases.end("console");
