@@ -18,7 +18,7 @@ use api_spec::agent::Request;
 use api_spec::client::{AgentClient, RestClient};
 use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotCreate, SnapshotLoad};
 use api_spec::stats::{TracedOperation, VmStats};
-use api_spec::vm::{MachineConfig, VmConfig, Vsock};
+use api_spec::vm::{InstanceInfo, MachineConfig, VmConfig, Vsock};
 use serde::Serialize;
 use std::fmt;
 use std::io;
@@ -273,6 +273,8 @@ impl Bench {
         wait_for_listener(&mut shell, &vsock)?;
         let failed = |source| BenchError::Api { what: "cannot load a snapshot into a shell", source };
         let mut client = RestClient::connect(&api, PATIENCE).map_err(failed)?;
+        // It answers once all of it is ready.
+        client.get::<InstanceInfo>("/").map_err(failed)?;
         let mem_backend =
             (backend == Backend::Shared).then(|| MemBackend::of(MemBackendType::UffdShared, socket.into()));
         let load = SnapshotLoad {
