@@ -1,5 +1,6 @@
 //! How long a call of the REST API takes, and how soon after its start a vmm can be called.
 
+use super::guest::write_config;
 use super::{BenchError, Spread, host_line, io_error};
 use crate::children::{Child, Children};
 use crate::host::{self, Host};
@@ -136,8 +137,7 @@ fn measure_calls(children: &Children, dir: &Path, calls: u32) -> Result<Spread, 
         machine_config: MachineConfig::default(),
         ..Default::default()
     };
-    let text = serde_json::to_vec(&document).map_err(io::Error::from);
-    text.and_then(|text| std::fs::write(&config, text)).map_err(io_error("cannot write a configuration"))?;
+    write_config(&config, &document)?;
     let mut child = children.start("guest", &dir.join("vm.log"), |vmm| {
         vmm.arg("--config").arg(&config).arg("--api-sock").arg(&api);
     })?;

@@ -365,7 +365,7 @@ impl Bench<'_> {
     fn learn(&self, case: Case, place: &Path) -> Result<(), BenchError> {
         let socket = self.path("uffd.sock");
         let _ = std::fs::remove_file(&socket);
-        let mut server = self.start_page_server(&socket, &["--record", "1"])?;
+        let mut server = self.place.start_page_server(&socket, &["--record", "1"])?;
         wait_for_listener(&mut server, &socket)?;
         let mut clone = self.restore(case, &socket)?;
         for pattern in PATTERNS {
@@ -414,7 +414,7 @@ impl Bench<'_> {
         let _ = std::fs::remove_file(&socket);
         let mut server = match (cases, &self.options.peer_handler) {
             ([Case::Peer], Some(program)) => self.start_peer(program, &socket)?,
-            _ => self.start_page_server(&socket, &[])?,
+            _ => self.place.start_page_server(&socket, &[])?,
         };
         wait_for_listener(&mut server, &socket)?;
         for &case in cases {
@@ -439,12 +439,6 @@ impl Bench<'_> {
             clone.child.check_alive()?;
         }
         Ok(())
-    }
-
-    fn start_page_server(&self, socket: &Path, more: &[&str]) -> Result<Child, BenchError> {
-        Ok(self.place.children.start("page server", &self.path("uffd.log"), |vmm| {
-            vmm.arg("uffd-handler").arg("--socket").arg(socket).arg("--snapshot").arg(self.path("snap")).args(more);
-        })?)
     }
 
     fn start_peer(&self, program: &Path, socket: &Path) -> Result<Child, BenchError> {

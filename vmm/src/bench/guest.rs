@@ -73,6 +73,13 @@ impl Workplace {
         TempDir::new_in(self.dir.path()).map_err(io_error("cannot make a temporary directory"))
     }
 
+    /// Starts a page server that serves the snapshot in `snap`, with more arguments.
+    pub fn start_page_server(&self, socket: &Path, more: &[&str]) -> Result<Child, BenchError> {
+        Ok(self.children.start("page server", &self.path("uffd.log"), |vmm| {
+            vmm.arg("uffd-handler").arg("--socket").arg(socket).arg("--snapshot").arg(self.path("snap")).args(more);
+        })?)
+    }
+
     /// Boots the embedded guest.
     pub fn boot(&self, machine_config: MachineConfig) -> Result<Guest, BenchError> {
         let (config, vsock) = (self.path("vm.json"), self.path("guest.vsock"));
@@ -82,8 +89,7 @@ impl Workplace {
             vsock: Some(Vsock { guest_cid: 3, uds_path: vsock.clone(), vsock_id: None }),
             ..Default::default()
         };
-        let text = serde_json::to_vec(&document).map_err(io::Error::from);
-        text.and_then(|text| std::fs::write(&config, text)).map_err(io_error("cannot write a configuration"))?;
+        write_config(&config, &document)?;
         self.start("guest", &vsock, |vmm| {
             vmm.arg("--config").arg(&config);
         })
@@ -170,6 +176,12 @@ impl Api {
         let call = before.elapsed();
         Ok(Taken { status: client.get("/snapshot/status").map_err(failed)?, call })
     }
+}
+
+/// Writes what a vmm is to be started with.
+pub fn write_config(path: &Path, config: &VmConfig) -> Result<(), BenchError> {
+    let text = serde_json::to_vec(config).map_err(io::Error::from);
+    text.and_then(|text| std::fs::write(path, text)).map_err(io_error("cannot write a configuration"))
 }
 
 /// Waits until somebody listens, without connecting: some page servers serve the first who does, and nobody else.

@@ -8,8 +8,8 @@
 //! Both clocks stop at a reply from inside the guest, over vsock. The cases take turns, so that whatever disturbs one
 //! disturbs the others as well.
 
-use super::guest::{Guest, PATIENCE, Workplace, wait_for_listener};
-use super::{BenchError, Spread, host_line, io_error};
+use super::guest::{Guest, PATIENCE, Workplace, wait_for_listener, write_config};
+use super::{BenchError, Spread, host_line};
 use crate::children::Child;
 use crate::host::{self, Host};
 use crate::machine::config;
@@ -21,7 +21,6 @@ use api_spec::stats::{TracedOperation, VmStats};
 use api_spec::vm::{InstanceInfo, MachineConfig, VmConfig, Vsock};
 use serde::Serialize;
 use std::fmt;
-use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -231,9 +230,7 @@ impl Bench {
     }
 
     fn start_page_server(&self, socket: &Path) -> Result<Child, BenchError> {
-        let mut server = self.place.children.start("page server", &self.place.path("uffd.log"), |vmm| {
-            vmm.arg("uffd-handler").arg("--socket").arg(socket).arg("--snapshot").arg(self.place.path("snap"));
-        })?;
+        let mut server = self.place.start_page_server(socket, &[])?;
         wait_for_listener(&mut server, socket)?;
         Ok(server)
     }
@@ -265,8 +262,7 @@ impl Bench {
             vsock: Some(Vsock { guest_cid: 3, uds_path: vsock.clone(), vsock_id: None }),
             ..Default::default()
         };
-        let text = serde_json::to_vec(&document).map_err(io::Error::from);
-        text.and_then(|text| std::fs::write(&config, text)).map_err(io_error("cannot write a configuration"))?;
+        write_config(&config, &document)?;
         let mut shell = self.place.children.start("shell", &self.place.path("shell.log"), |vmm| {
             vmm.arg("--shell").arg(&config).arg("--api-sock").arg(&api);
         })?;
