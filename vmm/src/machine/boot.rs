@@ -2,7 +2,6 @@
 
 use super::config::BootPlan;
 use super::phases::Phases;
-use super::reset::Resets;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, disks, start_vcpus};
 use crate::arch::regs::{self, RegsError};
@@ -112,22 +111,7 @@ pub fn boot(plan: &BootPlan, outside: Outside, phases: &mut Phases) -> Result<Ma
     let shape = StateShape::of_host(&kvm, &vm.fd)?;
     let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
     phases.end("threads");
-    Ok(Machine {
-        vcpus,
-        devices,
-        shape,
-        vm: vm.fd,
-        ram,
-        page_server: None,
-        replay: None,
-        ending: Default::default(),
-        plan: devices_plan,
-        bases: Default::default(),
-        lease: None,
-        resets: Resets::default(),
-        running: false,
-        halting: false,
-    })
+    Ok(Machine::new(vcpus, devices, shape, vm.fd, ram, devices_plan))
 }
 
 /// Gives each vCPU its CPUID, and what firmware would set up.

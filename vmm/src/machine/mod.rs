@@ -90,6 +90,26 @@ pub struct Machine {
 }
 
 impl Machine {
+    /// A machine whose vCPUs stand still, with memory that nobody serves and no snapshot.
+    fn new(vcpus: Vec<Vcpu>, devices: Devices, shape: StateShape, vm: VmFd, ram: GuestRam, plan: DevicePlan) -> Self {
+        Machine {
+            vcpus,
+            devices,
+            shape,
+            vm,
+            ram,
+            page_server: None,
+            replay: None,
+            ending: Arc::default(),
+            plan,
+            bases: Bases::default(),
+            lease: None,
+            resets: Resets::default(),
+            running: false,
+            halting: false,
+        }
+    }
+
     /// Whether vCPUs run.
     pub fn is_running(&self) -> bool {
         self.running

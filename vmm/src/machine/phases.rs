@@ -13,6 +13,11 @@ pub struct Phases {
     phases: Vec<(&'static str, Duration)>,
 }
 
+/// How long ago that was, in microseconds.
+pub fn us_since(start: Instant) -> u64 {
+    start.elapsed().as_micros() as u64
+}
+
 /// As many phases as an operation has, so that noting them allocates once.
 const MOST: usize = 16;
 

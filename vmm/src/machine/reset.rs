@@ -20,6 +20,7 @@ use super::Machine;
 use super::bases::Bases;
 use super::boot::{fresh_generation, write_generation};
 use super::keeper::Keeper;
+use super::phases::us_since;
 use super::snapshot::{self, SnapshotError};
 use super::wiring::WireError;
 use crate::devices::lock;
@@ -185,10 +186,6 @@ struct Mark {
     bases: Bases,
 }
 
-fn us_since(start: Instant) -> u64 {
-    start.elapsed().as_micros() as u64
-}
-
 /// Remembers what the machine is, in place of what was remembered before. The guest runs again, if it ran, when this returns. The
 /// layers of its disks are folded with `may_fold`, which nobody else may be doing then.
 pub fn checkpoint(machine: &mut Machine, may_fold: bool) -> Result<VmCheckpointed, CheckpointError> {
@@ -264,9 +261,8 @@ pub fn reset(machine: &mut Machine, request: &VmReset) -> Result<VmResetDone, Re
     if !matches!(done, Err(ResetError::Broken(_))) {
         machine.resets.mark = Some(mark);
     }
-    let mut done = done?;
+    let done = done?;
     machine.resets.times += 1;
-    done.phases.total_us = us_since(started);
     Ok(done)
 }
 

@@ -178,8 +178,6 @@ impl Opened<'_> {
 
     /// Builds a shell for it.
     pub fn shell(&mut self, outside: Outside, phases: &mut Phases) -> Result<Shell, RestoreError> {
-        // That is told of guests that are booted.
-        let outside = Outside { boot_timer: false, ..outside };
         Ok(Shell::build(self.shape.clone(), std::mem::take(&mut self.disks), outside, phases)?)
     }
 

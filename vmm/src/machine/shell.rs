@@ -140,6 +140,8 @@ impl Shell {
     /// Builds one. `disks` are what lies behind the drives of its shape.
     pub fn build(shape: Shape, disks: Vec<Disk>, outside: Outside, phases: &mut Phases) -> Result<Self, ShellError> {
         let Shape { vcpus, memory_bytes, devices: plan } = shape;
+        // That is told of guests that are booted.
+        let outside = Outside { boot_timer: false, ..outside };
         let low = eventfd(0, EventfdFlags::CLOEXEC).map_err(|e| ShellError::Descriptor(e.into()))?;
         let kvm = kvm::open()?;
         phases.end("kvm");
@@ -152,22 +154,7 @@ impl Shell {
         let shape = StateShape::of_host(&kvm, &vm.fd).map_err(ShellError::Shape)?;
         let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
         phases.end("threads");
-        let machine = Machine {
-            vcpus,
-            devices,
-            shape,
-            vm: vm.fd,
-            ram,
-            page_server: None,
-            replay: None,
-            ending: Default::default(),
-            plan,
-            bases: Default::default(),
-            lease: None,
-            resets: Default::default(),
-            running: false,
-            halting: false,
-        };
+        let machine = Machine::new(vcpus, devices, shape, vm.fd, ram, plan);
         Ok(Shell { machine, low })
     }
 

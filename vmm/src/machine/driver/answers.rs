@@ -1,12 +1,12 @@
 //! What each request does.
 
-use super::counters::us_since;
 use super::{Asker, Driver, IfItFails, RequestError, Save, change_log};
 use crate::api::server::Pending;
 use crate::api::{Request, Response};
 use crate::logging;
 use crate::machine::Machine;
 use crate::machine::config;
+use crate::machine::phases::us_since;
 use crate::machine::requests::{self, NotNow, Phase, Work};
 use crate::machine::saved;
 use crate::machine::snapshot;
@@ -320,7 +320,7 @@ impl Driver {
             VmState::Paused => {
                 let start = Instant::now();
                 machine.pause()?;
-                self.latencies.pause_us = us_since(start);
+                self.latencies.pause_us = Some(us_since(start));
                 self.private.stop();
                 self.keep_halted();
             }
@@ -330,7 +330,7 @@ impl Driver {
                 }
                 let start = Instant::now();
                 machine.resume();
-                self.latencies.resume_us = us_since(start);
+                self.latencies.resume_us = Some(us_since(start));
                 self.private.start();
                 self.halt = None;
             }

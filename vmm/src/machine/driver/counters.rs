@@ -12,12 +12,6 @@ use crate::stats::sink::MetricsError;
 use api_spec::logger::MetricsSink;
 use api_spec::stats::{MemoryMapQuery, MemoryStats, VmStats};
 use event_manager::EventOps;
-use std::time::Instant;
-
-/// How long ago that was, for [`api_spec::stats::Latencies`].
-pub(super) fn us_since(start: Instant) -> Option<u64> {
-    Some(start.elapsed().as_micros() as u64)
-}
 
 /// Whether a client still waits for an answer.
 fn is_there(api: &Option<Server>, to: Pending) -> bool {

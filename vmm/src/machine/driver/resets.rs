@@ -1,7 +1,7 @@
 //! How a VM is reset, and to what.
 
-use super::counters::us_since;
 use super::{Driver, RequestError, RunError};
+use crate::machine::phases::us_since;
 use crate::machine::requests::NotNow;
 use crate::machine::reset::{self, ResetError};
 use api_spec::reset::{VmCheckpointed, VmReset, VmResetDone};
@@ -43,7 +43,7 @@ impl Driver {
         if request.resume {
             self.patch_vm(VmPatch { state: VmState::Resumed })?;
         }
-        done.phases.total_us = us_since(start).unwrap_or(done.phases.total_us);
+        done.phases.total_us = us_since(start);
         Ok(done)
     }
 }

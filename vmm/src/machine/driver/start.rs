@@ -11,7 +11,6 @@ use crate::machine::record;
 use crate::machine::restore::{self, Opened, RestoreError};
 use crate::machine::saved::{self, Configuration, Found, GoingOn, GoingOnError, OpenError, State, Then};
 use crate::machine::shell::Shell;
-use crate::machine::wiring::Outside;
 use crate::memory::program;
 use api_spec::saved::{SavedState, StartMode, Started};
 use api_spec::snapshot::SnapshotLoad;
@@ -129,7 +128,6 @@ impl Driver {
         let mut phases = Phases::of(TracedOperation::Shell);
         let shape = config::shape(&self.config)?;
         let (outside, input, pty) = self.outside()?;
-        let outside = Outside { boot_timer: false, ..outside };
         phases.end("console");
         let shell = Shell::build(shape, Vec::new(), outside, &mut phases).map_err(RestoreError::from)?;
         self.shell = Some((shell, (input, pty)));
