@@ -34,6 +34,7 @@ fn write_filters() {
     let tables = [
         ("PROCESS", tables::PROCESS),
         ("VCPU", tables::VCPU),
+        ("DEVICES", tables::DEVICES),
         ("STREAM", tables::STREAM),
         ("WRITER", tables::WRITER),
         ("MEMORY", tables::MEMORY),

@@ -42,6 +42,18 @@ pub struct VmStats {
     pub balloon: Option<BalloonStats>,
     /// What the guest's console has done.
     pub console: ConsoleStats,
+    /// A device that has been at work for so long that the devices could not be looked at: what is told of them is as it was before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_at_work: Option<DeviceAtWork>,
+}
+
+/// A device that is at work: it may be waiting for a page of guest memory, or for a disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DeviceAtWork {
+    /// Its name, such as `vsock`.
+    pub device: String,
+    /// For how long it has been so, in microseconds.
+    pub for_us: u64,
 }
 
 /// How often a thread of this process asked for a page that was not mapped. Of the guest's faults only those are among them that

@@ -294,7 +294,8 @@ pub struct InstanceInfo {
     /// The pseudo-terminal that is the guest's console, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<PathBuf>,
-    /// Why the VM was paused, if nobody asked for it: the limit that was reached, by name, and what to do.
+    /// Why the VM was paused, if nobody asked for it: the limit that was reached, by name, and what to do. It is there already while a vCPU
+    /// that waits for a page keeps the VM from standing still.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pause_reason: Option<String>,
     /// Who serves the guest's pages, if they come from a page server; `GET /vm/stats` has more.

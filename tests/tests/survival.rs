@@ -2,16 +2,15 @@
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
-use api_spec::agent::{Pages, Request};
+use api_spec::agent::Pages;
 use api_spec::snapshot::OnHandlerLoss;
 use api_spec::stats::{PageServerState, PageServerStats};
 use api_spec::vm::InstanceState;
 use rustix::process::Signal;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
-use std::time::Duration;
 use tests::template::SEED;
-use tests::{Agent, PageServer, Place, Restore, Template, TemplateOptions, require, until};
+use tests::{Agent, PageServer, Place, Restore, Template, TemplateOptions, Vm, require, until};
 
 fn large() -> Template {
     Template::make(TemplateOptions { memory_mib: 64, working_set_mib: 48, ..Default::default() })
@@ -111,23 +110,68 @@ fn a_server_that_stands_still_is_stood_in_for_and_serves_again_when_it_goes_on()
     clone.stop();
 }
 
-/// Here it is the vmm itself that waits for a page: of a queue that it is to put a packet into.
+/// A clone that goes on while its page server stands still: its devices wait for a page of a queue.
+fn with_a_device_that_waits(place: &Place, server: &mut PageServer, policy: OnHandlerLoss) -> Vm {
+    let restore = Restore::new(place, &Template::shared().snapshot).uffd(server).on_handler_loss(policy);
+    let mut clone = restore.paused().start("clone");
+    clone.state();
+    server.process.signal(Signal::STOP);
+    clone.resume();
+    clone
+}
+
 #[test]
 fn a_vmm_that_waits_for_a_page_gets_it() {
     require!(Kvm, Userfaultfd);
     let (template, place) = (Template::shared(), Place::new());
     let mut server = PageServer::start(&place, &template.snapshot);
-    let mut clone = Restore::new(&place, &template.snapshot).uffd(&server).paused().start("clone");
-    clone.state();
-    server.process.signal(Signal::STOP);
-    let mut early = Agent::connect(&clone.vsock);
-    let silence = early.try_ask_within(Duration::from_millis(100), Request::Ping { token: 1 });
-    silence.expect_err("a paused guest does not answer");
+    let mut clone = with_a_device_that_waits(&place, &mut server, OnHandlerLoss::Failover);
     server.process.kill();
-    assert_eq!(clone.state(), InstanceState::Paused);
-    clone.resume();
+    assert_eq!(clone.state(), InstanceState::Running);
     template.facts.check(&mut clone.agent());
     clone.stop();
+}
+
+/// Whatever a device waits for, the API does not, and says what is wrong.
+#[test]
+fn the_api_answers_while_a_device_waits_for_a_page() {
+    require!(Kvm, Userfaultfd);
+    let (template, place) = (Template::shared(), Place::new());
+    let mut server = PageServer::start(&place, &template.snapshot);
+    let mut clone = with_a_device_that_waits(&place, &mut server, OnHandlerLoss::Pause);
+    // A vCPU that waits for a page may not stand still before that has come.
+    until("the guest is to stand still", || clone.info().pause_reason.is_some());
+    let reason = clone.info().pause_reason.unwrap_or_default();
+    assert!(reason.contains("page server"), "{reason}");
+    let at_work = |clone: &mut Vm| clone.client().stats().expect("the API answers").device_at_work;
+    let waits = at_work(&mut clone).expect("its queue is not there");
+    assert!(waits.device == "vsock" && waits.for_us > 0, "{waits:?}");
+    let refused = clone.try_snapshot(&place.join("snapshot")).expect_err("the device cannot be saved").to_string();
+    assert!(refused.contains("vsock has been at work") || refused.contains("vCPU 0 did not stand still"), "{refused}");
+    assert!(!place.join("snapshot").exists());
+
+    server.process.signal(Signal::CONT);
+    until("the guest goes on", || clone.state() == InstanceState::Running);
+    template.facts.check(&mut clone.agent());
+    assert_eq!(at_work(&mut clone), None);
+    clone.stop();
+}
+
+#[test]
+fn a_vmm_ends_in_good_order_while_a_device_waits_for_a_page() {
+    require!(Kvm, Userfaultfd);
+    let (template, place) = (Template::shared(), Place::new());
+    let mut server = PageServer::start(&place, &template.snapshot);
+    let mut clone = with_a_device_that_waits(&place, &mut server, OnHandlerLoss::Pause);
+    until("the guest is to stand still", || clone.info().pause_reason.is_some());
+    let vsock = clone.vsock.clone();
+    clone.stop();
+    assert!(!vsock.exists(), "its socket is left");
+    // The store is whole: who shares it finds the image.
+    server.process.signal(Signal::CONT);
+    let (other, mut agent) = Restore::new(&place, &template.snapshot).uffd(&server).ready("other");
+    template.facts.check(&mut agent);
+    other.stop();
 }
 
 #[test]

@@ -68,6 +68,8 @@ pub struct Asked {
 pub enum Notice {
     /// The guest cannot go on, or does not want to.
     End(GuestEnd),
+    /// The devices' thread has failed: they do not work any more.
+    DevicesFailed(String),
     /// The guest has powered its machine off.
     PowerOff,
     /// The agent has announced itself.

@@ -42,6 +42,7 @@ fn forbidden(kind: Kind) -> &'static [Forbidden] {
     const RUN: Forbidden = ("ioctl", libc::SYS_ioctl, [-1, KVM_RUN, 0]);
     match kind {
         Kind::Vcpu => &[SOCKET, UNLINK, ("ioctl", libc::SYS_ioctl, [-1, KVM_SET_REGS, 0])],
+        Kind::Devices => &[UNLINK, RUN],
         Kind::Stream => &[SOCKET, UNLINK, RUN],
         Kind::Writer => &[SOCKET, RUN],
         Kind::Memory => &[SOCKET, UNLINK, RUN],

@@ -23,7 +23,7 @@
 //! | `virtio/balloon/` | the memory balloon |
 //! | `virtio/vsock/` | the socket device between guest and host |
 //!
-//! vCPU threads reach devices through a bus; everything else that a device does happens on the event thread.
+//! vCPU threads reach devices through a bus; everything else that a device does happens on the devices' thread.
 //! Locks are taken in one order: transport, then device. A device never calls its transport.
 //!
 //! All writes to guest memory go through `vm-memory`, so a bitmap in [`GuestMemory`] sees every page that a device

@@ -3,7 +3,7 @@
 use super::config::BootPlan;
 use super::phases::Phases;
 use super::wiring::{self, Outside, WireError};
-use super::{Machine, disks, start_vcpus};
+use super::{Machine, disks, start_threads};
 use crate::arch::regs::{self, RegsError};
 use crate::arch::{ACPI_TABLES, RESET_CODE, RESET_VECTOR, acpi, cpuid, msrs};
 use crate::devices::virtio::block::DiskError;
@@ -109,9 +109,9 @@ pub fn boot(plan: &BootPlan, outside: Outside, phases: &mut Phases) -> Result<Ma
     phases.end("kernel");
 
     let shape = StateShape::of_host(&kvm, &vm.fd)?;
-    let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
+    let threads = start_threads(vm.vcpus, &devices, &notifier)?;
     phases.end("threads");
-    Ok(Machine::new(vcpus, devices, shape, vm.fd, ram, devices_plan))
+    Ok(Machine::new(threads, devices, shape, vm.fd, ram, devices_plan))
 }
 
 /// Gives each vCPU its CPUID, and what firmware would set up.

@@ -15,6 +15,7 @@
 //! - [`backend`]: where the memory of a restored guest comes from
 //! - [`shell`]: what can be built before it is known what is restored
 //! - [`wiring`]: devices and their places; [`disks`]: what lies behind the drives
+//! - [`device_thread`]: where devices work; [`turns`]: whose turn it is to touch them; `report`: what is told of them
 //! - [`driver`]: the one owner of all this, on the event loop
 //! - [`saved`]: a machine that is saved when it stops and goes on when it starts
 //! - [`phases`]: what an operation spends its time on
@@ -26,12 +27,14 @@ pub mod backend;
 mod bases;
 pub mod boot;
 pub mod config;
+pub mod device_thread;
 pub mod disks;
 pub mod driver;
 pub mod keeper;
 pub mod phases;
 mod private;
 mod record;
+mod report;
 pub mod requests;
 pub mod reset;
 pub mod restore;
@@ -39,35 +42,49 @@ pub mod saved;
 pub mod shell;
 pub mod snapshot;
 pub mod trim;
+pub mod turns;
 pub mod wiring;
 
 use crate::devices::lock;
 use crate::devices::virtio::block::overlay::Folded;
-use crate::memory::GuestRam;
 use crate::memory::kinds::Kinds;
 use crate::memory::replay::Replay;
+use crate::memory::{self, GuestRam};
 use crate::notice::Notifier;
 use crate::vcpu::state::StateShape;
 use crate::vcpu::{self, Brake, Buses, Vcpu, VcpuError};
 use ::snapshot::load::Lease;
+use ::snapshot::state::DeviceState;
 use api_spec::devices::{BalloonStatistics, Drive, NetworkInterface};
-use api_spec::stats::VmStats;
+use api_spec::stats::{DeviceAtWork, VmStats};
 use bases::Bases;
 use config::DevicePlan;
+use device_thread::DeviceThread;
 use keeper::Keeper;
 use kvm_ioctls::{VcpuFd, VmFd};
+use report::Report;
 use reset::Resets;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use turns::{AtWork, Turns};
+use uffd_handler::listener::remove_all;
 use wiring::Devices;
+
+/// How long the owner waits for a moment to look at the devices, which takes as long as one of their events.
+const LOOK_PATIENCE: Duration = Duration::from_millis(20);
+/// How long a device may take, at the end of the process, to be done with what it is in the midst of.
+const LAST_EVENT: Duration = Duration::from_secs(1);
 
 /// One microVM. Fields are dropped in this order: threads end before the VM, and the VM before its memory.
 #[derive(Debug)]
 pub struct Machine {
     vcpus: Vec<Vcpu>,
-    devices: Devices,
+    device_thread: DeviceThread,
+    devices: Arc<Devices>,
+    /// What was last seen of them.
+    report: Mutex<Report>,
     shape: StateShape,
     vm: VmFd,
     ram: GuestRam,
@@ -90,11 +107,20 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A machine whose vCPUs stand still, with memory that nobody serves and no snapshot.
-    fn new(vcpus: Vec<Vcpu>, devices: Devices, shape: StateShape, vm: VmFd, ram: GuestRam, plan: DevicePlan) -> Self {
+    /// A machine whose vCPUs and devices stand still, with memory that nobody serves and no snapshot.
+    fn new(
+        (vcpus, device_thread): (Vec<Vcpu>, DeviceThread),
+        devices: Devices,
+        shape: StateShape,
+        vm: VmFd,
+        ram: GuestRam,
+        plan: DevicePlan,
+    ) -> Self {
         Machine {
             vcpus,
-            devices,
+            device_thread,
+            report: Mutex::new(Report::of(&devices)),
+            devices: Arc::new(devices),
             shape,
             vm,
             ram,
@@ -166,28 +192,62 @@ impl Machine {
 
     /// Asks the guest for a balloon of so many MiB for now. How large it is configured to be stays as it is.
     pub fn ask_for_balloon(&self, amount_mib: u64) {
-        if let Some(slot) = &self.devices.balloon {
-            lock(&slot.device).set_target(amount_mib);
-            slot.config_changed();
+        if self.devices.balloon.is_some() {
+            self.to_devices(move |devices| {
+                if let Some(slot) = &devices.balloon {
+                    lock(&slot.device).set_target(amount_mib);
+                    slot.config_changed();
+                }
+            });
         }
+    }
+
+    /// Does something to the devices, between two of their events: now, or when the one is over that is being handled.
+    fn to_devices(&self, errand: impl FnOnce(&Devices) + Send + 'static) {
+        let devices = self.devices.clone();
+        self.turns().have_done(move || errand(&devices));
+    }
+
+    /// The state of the devices of a machine that stands still. They first do what the guest has asked for; where that may have to wait
+    /// for a page, it is their thread that waits.
+    fn save_devices(&self) -> Result<DeviceState, AtWork> {
+        let devices = self.devices.clone();
+        match self.page_server {
+            Some(_) => self.device_thread.ask(vcpu::PAUSE_DEADLINE, move || devices.save()),
+            None => self.turns().look(vcpu::PAUSE_DEADLINE, || devices.save()),
+        }
+    }
+
+    /// Whose turn it is to touch the devices.
+    fn turns(&self) -> &Arc<Turns> {
+        self.device_thread.turns()
+    }
+
+    /// What the devices have done, or had when they could last be looked at; and which device is in the way, if one is.
+    fn report(&self) -> (Report, Option<DeviceAtWork>) {
+        let mut last = lock(&self.report);
+        let at_work = self.turns().look(LOOK_PATIENCE, || *last = Report::of(&self.devices)).err();
+        (last.clone(), at_work.map(|at_work| at_work.document()))
     }
 
     /// How much memory the guest has given back so far, in bytes.
     pub fn given_back(&self) -> u64 {
-        self.devices.balloon.as_ref().map_or(0, |slot| lock(&slot.device).stats().discarded_bytes)
+        self.report().0.balloon.map_or(0, |(stats, _)| stats.discarded_bytes)
     }
 
     /// Has the guest report statistics every so many seconds. `false` if it has no balloon.
     pub fn set_balloon_interval(&mut self, seconds: u16) -> bool {
-        let (Some(slot), Some(config)) = (&self.devices.balloon, &mut self.plan.balloon) else { return false };
+        let (Some(_), Some(config)) = (&self.devices.balloon, &mut self.plan.balloon) else { return false };
         config.stats_polling_interval_s = seconds;
-        lock(&slot.device).set_interval(seconds);
+        self.to_devices(move |devices| {
+            devices.balloon.iter().for_each(|slot| lock(&slot.device).set_interval(seconds));
+        });
         true
     }
 
     /// Where the balloon stands, if there is one.
     pub fn balloon_statistics(&self) -> Option<BalloonStatistics> {
-        self.devices.balloon.as_ref().map(|slot| lock(&slot.device).statistics())
+        self.report().0.balloon.map(|(_, statistics)| statistics)
     }
 
     /// What tells of which kind the pages of guest memory are.
@@ -197,34 +257,41 @@ impl Machine {
 
     /// Puts in what vCPUs and devices have done.
     pub fn count(&self, stats: &mut VmStats) {
-        let Devices { serial, vsock, network, entropy, balloon, drives, .. } = &self.devices;
+        let (Report { drives, network, vsock, entropy, balloon }, at_work) = self.report();
         stats.page_server = self.page_server.as_ref().map(Keeper::stats);
         stats.vcpus = self.vcpus.iter().map(Vcpu::stats).collect();
-        stats.drives = drives.iter().map(|slot| lock(&slot.device).stats()).collect();
-        stats.network_interfaces = network.iter().map(|slot| lock(&slot.device).stats()).collect();
-        stats.vsock = vsock.as_ref().map(|slot| lock(&slot.device).stats());
-        stats.entropy = entropy.as_ref().map(|slot| lock(&slot.device).stats());
-        stats.balloon = balloon.as_ref().map(|slot| lock(&slot.device).stats());
-        stats.console = lock(serial).stats();
+        stats.drives = drives;
+        stats.network_interfaces = network;
+        stats.vsock = vsock;
+        stats.entropy = entropy;
+        stats.balloon = balloon.map(|(stats, _)| stats);
+        stats.device_at_work = at_work;
+        stats.console = lock(&self.devices.serial).stats();
     }
 
     /// Gives the disk of this name the bounds that are said here.
     pub fn set_drive_bounds(&mut self, bounded: Drive) {
-        let mut drives = self.plan.drives.iter_mut().zip(&self.devices.drives);
-        if let Some((drive, slot)) = drives.find(|(drive, _)| drive.drive_id == bounded.drive_id) {
-            let mut device = lock(&slot.device);
-            device.set_max_overlay(bounded.max_overlay_mib);
-            device.set_rate(bounded.rate_limiter.as_ref());
+        let mut drives = self.plan.drives.iter_mut().enumerate();
+        if let Some((number, drive)) = drives.find(|(_, drive)| drive.drive_id == bounded.drive_id) {
+            let (max_overlay_mib, rate_limiter) = (bounded.max_overlay_mib, bounded.rate_limiter);
             *drive = bounded;
+            self.to_devices(move |devices| {
+                let mut device = lock(&devices.drives[number].device);
+                device.set_max_overlay(max_overlay_mib);
+                device.set_rate(rate_limiter.as_ref());
+            });
         }
     }
 
     /// Gives the network interface of this name the bounds that are said here.
     pub fn set_network_bounds(&mut self, bounded: NetworkInterface) {
-        let mut interfaces = self.plan.network.iter_mut().zip(&self.devices.network);
-        if let Some((interface, slot)) = interfaces.find(|(interface, _)| interface.iface_id == bounded.iface_id) {
-            lock(&slot.device).set_rates(bounded.rx_rate_limiter.as_ref(), bounded.tx_rate_limiter.as_ref());
+        let mut interfaces = self.plan.network.iter_mut().enumerate();
+        if let Some((number, interface)) = interfaces.find(|(_, interface)| interface.iface_id == bounded.iface_id) {
+            let (rx, tx) = (bounded.rx_rate_limiter, bounded.tx_rate_limiter);
             *interface = bounded;
+            self.to_devices(move |devices| {
+                lock(&devices.network[number].device).set_rates(rx.as_ref(), tx.as_ref());
+            });
         }
     }
 
@@ -233,36 +300,44 @@ impl Machine {
         self.plan.drives.iter().find(|drive| drive.drive_id == drive_id)?.max_overlay_mib
     }
 
-    /// Whether a disk waits for room in its overlay.
+    /// Whether a disk waits for room in its overlay, or may do so: it cannot be looked at.
     pub fn is_full(&self, drive_id: &str) -> bool {
-        let drives = self.plan.drives.iter().zip(&self.devices.drives);
-        drives.filter(|(drive, _)| drive.drive_id == drive_id).any(|(_, slot)| lock(&slot.device).is_full())
+        let mut drives = self.plan.drives.iter().zip(&self.devices.drives);
+        let drive = drives.find(|(drive, _)| drive.drive_id == drive_id);
+        drive.is_some_and(|(_, slot)| self.turns().look(LOOK_PATIENCE, || lock(&slot.device).is_full()).unwrap_or(true))
     }
 
     /// Takes over what the background part of a snapshot has made of the disks' layers.
     pub fn adopt_folded(&mut self, folded: Vec<(usize, Folded)>) {
-        for (number, folded) in folded {
-            if let Some(slot) = self.devices.drives.get(number) {
-                lock(&slot.device).adopt(folded);
+        self.to_devices(move |devices| {
+            for (number, folded) in folded {
+                if let Some(slot) = devices.drives.get(number) {
+                    lock(&slot.device).adopt(folded);
+                }
             }
-        }
+        });
     }
 
-    /// Lets all vCPUs run, unless they are being halted.
+    /// Lets devices work and all vCPUs run, unless they are being halted. Not to be called in the owner's turn.
     pub fn resume(&mut self) {
         if self.halting {
             return;
         }
-        self.devices.resume();
+        self.to_devices(Devices::resume);
+        self.turns().go();
         self.vcpus.iter().for_each(Vcpu::run);
         self.running = true;
     }
 
-    /// Brings all vCPUs to a standstill, or, if one cannot be brought there, lets all go on as before.
+    /// Brings all vCPUs to a standstill, or, if one cannot be brought there, lets all go on as before. Devices begin nothing more;
+    /// one that is at work is waited for by whoever has to touch it.
     pub fn pause(&mut self) -> Result<(), VcpuError> {
         let paused = vcpu::pause_all(&self.vcpus, vcpu::PAUSE_DEADLINE);
         match paused {
-            Ok(()) => self.running = false,
+            Ok(()) => {
+                self.running = false;
+                self.turns().stop();
+            }
             Err(_) if self.running && !self.halting => self.vcpus.iter().for_each(Vcpu::run),
             Err(_) => {}
         }
@@ -273,6 +348,7 @@ impl Machine {
     /// until a later call succeeds.
     pub fn halt(&mut self, patience: Duration) -> Result<(), VcpuError> {
         self.halting = true;
+        self.turns().stop();
         vcpu::pause_all(&self.vcpus, patience)?;
         (self.running, self.halting) = (false, false);
         Ok(())
@@ -288,6 +364,18 @@ impl Machine {
         self.page_server.as_ref()
     }
 
+    /// Closes the machine at the end of the process.
+    pub fn close(mut self) {
+        if !self.device_thread.end(LAST_EVENT) {
+            // It may be in the midst of writing to a disk what is in a page that does not come, and must not find anything in its
+            // place. So it waits until the process ends; what would be closed here is closed by that.
+            tracing::warn!("a device does not come to its end, and ends with the process");
+            remove_all();
+            memory::cut_off(self.ram.memory());
+            std::mem::forget(self);
+        }
+    }
+
     /// What stops the vCPUs from another thread. Whoever does so must see to it that [`Machine::halt`] or
     /// [`Machine::resume`] follows.
     pub fn brakes(&self) -> Vec<Brake> {
@@ -298,6 +386,7 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.replay = None;
+        let devices_ended = self.device_thread.end(LAST_EVENT);
         let mut ended = vcpu::end_all(&self.vcpus);
         if let Some(server) = &self.page_server {
             // Closing the VM waits for page faults that the kernel has taken over from vCPUs; see `Service`. A vCPU
@@ -305,15 +394,24 @@ impl Drop for Machine {
             server.let_go(&self.ram);
             ended = ended || vcpu::end_all(&self.vcpus);
         }
-        if !ended {
-            // A vCPU that does not end keeps its VM, and the VM may use this memory until the process ends.
+        if !ended || !devices_ended {
+            // A vCPU that does not end keeps its VM, and the VM may use this memory until the process ends; or a device may.
             std::mem::forget(self.ram.memory().clone());
             self.resets.leak();
         }
     }
 }
 
-/// Starts the threads of vCPUs, standing still.
+/// Starts the threads of vCPUs and devices, standing still.
+fn start_threads(
+    fds: Vec<VcpuFd>,
+    devices: &Devices,
+    notifier: &Notifier,
+) -> Result<(Vec<Vcpu>, DeviceThread), VcpuError> {
+    let device_thread = devices.start(notifier).map_err(VcpuError::Start)?;
+    Ok((start_vcpus(fds, &devices.buses, notifier)?, device_thread))
+}
+
 fn start_vcpus(fds: Vec<VcpuFd>, buses: &Buses, notifier: &Notifier) -> Result<Vec<Vcpu>, VcpuError> {
     let mut vcpus = Vec::with_capacity(fds.len());
     for (number, fd) in fds.into_iter().enumerate() {

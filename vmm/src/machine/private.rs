@@ -1,6 +1,6 @@
 //! Watches over a guest's private memory: looks at what the kernel counts, as often as the guest could reach its limit.
 //!
-//! That is done on a thread of its own, since the event loop may have to wait for something, such as a disk or a page, while
+//! That is done on a thread of its own, since the event loop may have to wait for something, such as a disk, while
 //! the guest goes on. At the limit the thread stops the vCPUs, and tells the owner of the machine why.
 
 use crate::devices::lock;

@@ -9,7 +9,7 @@
 //! Memory goes first, as when a snapshot is restored: special registers may refer to it. KVM may write to it when it is given
 //! state, as it writes the wall clock where an MSR says; so the log is read once more, and what was written goes back too.
 //!
-//! Nothing is registered anew with KVM or the event loop, and nothing is opened: a reset is no more than copies and calls. What the
+//! Nothing is registered anew with KVM or an event loop, and nothing is opened: a reset is no more than copies and calls. What the
 //! guest has sent is gone: bytes of its console, frames, and what a client of its vsock device has read. Streams are cut off; the
 //! guest is told to forget those that were open at the checkpoint.
 //!
@@ -22,6 +22,7 @@ use super::boot::{fresh_generation, write_generation};
 use super::keeper::Keeper;
 use super::phases::us_since;
 use super::snapshot::{self, SnapshotError};
+use super::turns::AtWork;
 use super::wiring::WireError;
 use crate::devices::lock;
 use crate::devices::virtio::block::overlay::OverlayMark;
@@ -30,9 +31,9 @@ use crate::kvm::written::{Log, WrittenError};
 use crate::memory::bits::Bits;
 use crate::memory::freeze::{FreezeError, Frozen};
 use crate::memory::rollback::{MarkError, PutBack, PutBackError, Rollback};
-use crate::vcpu::VcpuError;
 use crate::vcpu::rewind::{Translations, VcpuMark};
 use crate::vcpu::state::VcpuStateError;
+use crate::vcpu::{self, VcpuError};
 use ::snapshot::state::{DeviceState, MachineState, VmState};
 use api_spec::reset::{ResetPhases, VmCheckpointed, VmReset, VmResetDone};
 use std::io;
@@ -45,6 +46,9 @@ pub enum CheckpointError {
     /// vCPUs.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] AtWork),
     /// State.
     #[error(transparent)]
     State(#[from] SnapshotError),
@@ -84,6 +88,9 @@ pub enum ResetError {
     /// vCPUs. The guest goes on.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// A device. The guest goes on.
+    #[error(transparent)]
+    Device(#[from] AtWork),
     /// Too much was written. The guest stands still, as it is.
     #[error(
         "replace: the guest has written {pages} pages since the checkpoint, and max_dirty_pages is {most}; it stands still, and can be reset without a bound, or ended for another clone to take its place"
@@ -215,9 +222,11 @@ pub fn checkpoint(machine: &mut Machine, may_fold: bool) -> Result<VmCheckpointe
     }
 }
 
-/// Remembers what a machine is whose vCPUs stand still.
+/// Remembers what a machine is that stands still.
 fn mark(machine: &mut Machine, may_fold: bool) -> Result<(Mark, Option<Frozen>), CheckpointError> {
     let MachineState { vcpus, vm, devices } = snapshot::save(machine)?;
+    let turns = machine.turns().clone();
+    let _turn = turns.take(vcpu::PAUSE_DEADLINE)?;
     let vcpus = vcpus.iter().enumerate().map(|(number, saved)| {
         VcpuMark::of(&machine.vm, saved).map_err(|source| CheckpointError::VcpuState { vcpu: number, source })
     });
@@ -253,13 +262,18 @@ fn mark(machine: &mut Machine, may_fold: bool) -> Result<(Mark, Option<Frozen>),
 /// of them does not come to a standstill.
 pub fn reset(machine: &mut Machine, request: &VmReset) -> Result<VmResetDone, ResetError> {
     let started = Instant::now();
+    let was_running = machine.is_running();
     let mut mark = machine.resets.mark.take().ok_or(ResetError::NoCheckpoint)?;
-    let done = match machine.pause() {
-        Ok(()) => mark.reset(machine, request, us_since(started)),
-        Err(e) => Err(e.into()),
-    };
+    let turns = machine.turns().clone();
+    let done = machine.pause().map_err(ResetError::from).and_then(|()| {
+        let _turn = turns.take(vcpu::PAUSE_DEADLINE)?;
+        mark.reset(machine, request, us_since(started))
+    });
     if !matches!(done, Err(ResetError::Broken(_))) {
         machine.resets.mark = Some(mark);
+    }
+    if was_running && matches!(done, Err(ResetError::Device(_))) {
+        machine.resume();
     }
     let done = done?;
     machine.resets.times += 1;
@@ -272,11 +286,11 @@ impl Machine {
         self.resets.mark.is_some()
     }
 
-    /// The machine is not to be reset to what it was.
+    /// The machine is not to be reset to what it was. Not to be called in the owner's turn.
     fn forget_checkpoint(&mut self) {
         self.resets.mark = None;
         self.ram.forget_mark();
-        self.devices.drives.iter().for_each(|slot| lock(&slot.device).unmark());
+        self.to_devices(|devices| devices.drives.iter().for_each(|slot| lock(&slot.device).unmark()));
     }
 
     /// Adds what vCPUs, KVM and devices have written since the last time.

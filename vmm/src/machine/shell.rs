@@ -11,7 +11,7 @@
 use super::config::DevicePlan;
 use super::phases::Phases;
 use super::wiring::{self, Outside, WireError};
-use super::{Machine, start_vcpus};
+use super::{Machine, start_threads};
 use crate::devices::virtio::block::Disk;
 use crate::kvm::{self, KvmError};
 use crate::memory::{GuestRam, MemoryError, layout};
@@ -152,9 +152,9 @@ impl Shell {
         let devices = wiring::wire(&vm.fd, &ram, &plan, disks, outside)?;
         phases.end("devices");
         let shape = StateShape::of_host(&kvm, &vm.fd).map_err(ShellError::Shape)?;
-        let vcpus = start_vcpus(vm.vcpus, &devices.buses, &notifier)?;
+        let threads = start_threads(vm.vcpus, &devices, &notifier)?;
         phases.end("threads");
-        let machine = Machine::new(vcpus, devices, shape, vm.fd, ram, plan);
+        let machine = Machine::new(threads, devices, shape, vm.fd, ram, plan);
         Ok(Shell { machine, low })
     }
 

@@ -14,6 +14,7 @@
 
 use super::bases::NoBase;
 use super::saved::{self, Configuration};
+use super::turns::AtWork;
 use super::{Machine, disks, record};
 use crate::devices::virtio::block::overlay::Folded;
 use crate::host;
@@ -23,8 +24,8 @@ use crate::memory::discard::Contents;
 use crate::memory::freeze::{FreezeError, Frozen};
 use crate::memory::{GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier};
-use crate::vcpu::VcpuError;
 use crate::vcpu::state::VcpuStateError;
+use crate::vcpu::{self, VcpuError};
 use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus, SnapshotType};
 use api_spec::vm::Readiness;
 use snapshot::create::{Base, Cancel, CreateError, Facts, FileSource, MemoryDigest, MemorySource, Staging, Stored};
@@ -55,6 +56,9 @@ pub enum SnapshotError {
     /// vCPUs.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] AtWork),
     /// A vCPU's state.
     #[error("vCPU {vcpu}: {source}")]
     VcpuState {
@@ -243,15 +247,15 @@ pub fn create(
 
     let was_running = machine.is_running();
     let stood_still = Instant::now();
-    let captured = machine.pause().map_err(SnapshotError::from);
-    let captured =
-        captured.and_then(|()| capture(machine, saved.is_some(), &mut staging, base.ok_or(why_not), signals));
+    let (captured, layers) = match machine.pause() {
+        Ok(()) => capture(machine, saved.is_some(), &mut staging, base.ok_or(why_not), signals),
+        Err(e) => (Err(e.into()), Vec::new()),
+    };
     if was_running {
         machine.resume();
     }
     let pause_us = stood_still.elapsed().as_micros() as u64;
 
-    let layers = disks::layers(&machine.devices);
     let writing = Arc::new(Writing {
         cancelled: AtomicBool::new(false),
         is_ending: AtomicBool::new(false),
@@ -290,15 +294,36 @@ impl Cancel for Ending<'_> {
     }
 }
 
-/// Saves everything of a guest that stands still.
+/// A guest at one moment.
+type Moment = (MachineState, Vec<disks::Captured>, Captured);
+
+/// Saves everything of a machine whose vCPUs stand still; and what its disks have, whatever comes of that, that does not change any more.
 fn capture(
     machine: &mut Machine,
     in_place: bool,
     staging: &mut Staging,
     base: Result<(Base, Stored), String>,
     signals: &Signals,
-) -> Result<(MachineState, Vec<disks::Captured>, Captured), SnapshotError> {
-    let state = save(machine)?;
+) -> (Result<Moment, SnapshotError>, Vec<disks::Layers>) {
+    let turns = machine.turns().clone();
+    let saved = save(machine).and_then(|state| Ok((state, turns.take(vcpu::PAUSE_DEADLINE)?)));
+    match saved {
+        Ok((state, _turn)) => {
+            let contents = capture_contents(machine, in_place, staging, base, signals);
+            (contents.map(|(disks, memory)| (state, disks, memory)), disks::layers(&machine.devices))
+        }
+        Err(e) => (Err(e), Vec::new()),
+    }
+}
+
+/// Saves disks and memory.
+fn capture_contents(
+    machine: &mut Machine,
+    in_place: bool,
+    staging: &mut Staging,
+    base: Result<(Base, Stored), String>,
+    signals: &Signals,
+) -> Result<(Vec<disks::Captured>, Captured), SnapshotError> {
     // What is copied now is copied on the event loop's thread, which hears of nothing meanwhile but through this.
     let ending = Ending { flag: machine.ending.clone(), signals };
     let disks = disks::capture(&machine.devices, &machine.plan.drives, in_place, staging, &ending)?;
@@ -318,12 +343,12 @@ fn capture(
             }
         },
     };
-    Ok((state, disks, captured))
+    Ok((disks, captured))
 }
 
-/// The state of a machine whose vCPUs stand still.
+/// The state of a machine that stands still. Not to be called in the owner's turn.
 pub(super) fn save(machine: &Machine) -> Result<MachineState, SnapshotError> {
-    let devices = machine.devices.save();
+    let devices = machine.save_devices()?;
     let vcpus = machine
         .vcpus
         .iter()

@@ -19,7 +19,7 @@
 //! vCPU's thread.
 
 use super::config::DevicePlan;
-use super::driver::Subscriber;
+use super::device_thread::{DeviceThread, Subscriber};
 use crate::arch::acpi::VirtioMmio;
 use crate::devices::boot_timer::{self, BootTimer};
 use crate::devices::bus::{Bus, BusDevice, BusError};
@@ -137,7 +137,7 @@ pub struct Devices {
     pub drives: Vec<Slot<Block>>,
     /// All virtio devices, in order of their places.
     virtio: Vec<Arc<Mutex<dyn VirtioDevice>>>,
-    /// The same devices, for the event loop.
+    /// The same devices, for their thread.
     subscribers: Vec<Subscriber>,
     /// The interrupt of the event device.
     event: EventFd,
@@ -165,7 +165,7 @@ impl std::fmt::Debug for Devices {
 }
 
 impl Devices {
-    /// The state of all devices of a machine whose vCPUs stand still.
+    /// The state of all devices of a machine whose vCPUs and devices stand still.
     pub fn save(&self) -> DeviceState {
         DeviceState {
             serial: lock(&self.serial).save(),
@@ -195,16 +195,17 @@ impl Devices {
         self.event.write(1)
     }
 
-    /// To be called before vCPUs run.
+    /// To be called before they work again.
     pub fn resume(&self) {
         for device in &self.virtio {
             lock(&**device).resume();
         }
     }
 
-    /// What the event loop has to serve.
-    pub fn subscribers(&self) -> &[Subscriber] {
-        &self.subscribers
+    /// Starts the thread on which they work.
+    pub fn start(&self, notifier: &Notifier) -> io::Result<DeviceThread> {
+        let names = self.virtio.iter().map(|device| lock(&**device).name()).collect();
+        DeviceThread::start(names, &self.subscribers, notifier.clone())
     }
 }
 

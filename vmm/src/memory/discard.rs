@@ -9,7 +9,7 @@
 //! what the guest gave away. The record says where a page comes from, not what it holds: a guest that takes a page back
 //! writes to it, and it is then a private page like any other, only that nothing of the image lies under it.
 //!
-//! All this happens on the event thread while vCPUs run. That is safe:
+//! All this happens on the devices' thread while vCPUs run. That is safe:
 //! - Mappings are replaced in place, and the kernel does that in one step as far as page faults can see: whoever accesses
 //!   the range meanwhile finds old bytes or zeros. A guest that uses pages which it gave away harms itself.
 //! - A freeze replaces mappings too, and a snapshot reads the record; both take the lock that a discard holds.

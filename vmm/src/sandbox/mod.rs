@@ -14,6 +14,8 @@ include!(concat!(env!("OUT_DIR"), "/filters.rs"));
 pub enum Kind {
     /// Runs the guest.
     Vcpu,
+    /// Devices: queues in guest memory, disks, taps, sockets of vsock.
+    Devices,
     /// Reads or writes the console.
     Stream,
     /// Writes a snapshot.
@@ -26,11 +28,12 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 5] = [Kind::Vcpu, Kind::Stream, Kind::Writer, Kind::Memory, Kind::Peer];
+    pub const ALL: [Kind; 6] = [Kind::Vcpu, Kind::Devices, Kind::Stream, Kind::Writer, Kind::Memory, Kind::Peer];
 
     fn program(self) -> &'static [Instruction] {
         match self {
             Kind::Vcpu => &VCPU,
+            Kind::Devices => &DEVICES,
             Kind::Stream => &STREAM,
             Kind::Writer => &WRITER,
             Kind::Memory => &MEMORY,

@@ -45,6 +45,20 @@ const PAGES: &[Rule] = &[when(SYS_ioctl, &[&[is(1, PAGEMAP_SCAN)]])];
 /// Timers of devices, which a driver's start and end wind: the balloon's statistics.
 const TIMERS: &[Rule] = &[always(SYS_timerfd_settime)];
 
+/// The files of disks, which are open: read, written, made sparse, and brought to their disk.
+const DISKS: &[Rule] = &[
+    always(SYS_pread64),
+    always(SYS_preadv),
+    always(SYS_preadv2),
+    always(SYS_pwrite64),
+    always(SYS_pwritev),
+    always(SYS_pwritev2),
+    always(SYS_fallocate),
+    always(SYS_fdatasync),
+    always(SYS_fsync),
+    always(SYS_ftruncate),
+];
+
 /// The console's file is as long as this says.
 const FILE_LENGTH: &[Rule] = &[always(SYS_statx)];
 
@@ -74,6 +88,10 @@ pub const PROCESS: &[&[Rule]] = &[
 
 /// `vcpu0` and so on: the guest, and the registers of its devices. It opens nothing.
 pub const VCPU: &[&[Rule]] = &[THREAD, OPENS_NOTHING, NARROWING, GUEST, TAP_OFFLOADS, TIMERS, FILE_LENGTH];
+
+/// `devices`: the work of the guest's devices, between its queues, the files of its disks, taps, and the sockets of its vsock device.
+/// It opens nothing.
+pub const DEVICES: &[&[Rule]] = &[THREAD, OPENS_NOTHING, DISKS, TALK, UNIX_SOCKETS, EVENTS, TAP_OFFLOADS, FILE_LENGTH];
 
 /// `console` and `output`: the console's two directions.
 pub const STREAM: &[&[Rule]] = &[THREAD, OPENS_NOTHING, FILE_LENGTH];

@@ -1,7 +1,7 @@
 //! Counters as Prometheus reads them: its text format, version 0.0.4. Pure.
 
 use api_spec::prometheus::{Kind, Text};
-use api_spec::stats::{NetworkStats, PageServerState, PageServerStats, VmStats};
+use api_spec::stats::{DeviceAtWork, NetworkStats, PageServerState, PageServerStats, VmStats};
 
 /// All counters.
 pub fn render(stats: &VmStats) -> String {
@@ -239,6 +239,14 @@ fn others(text: &mut Text, stats: &VmStats) {
         text.family("coppice_balloon_kept_bytes_total", Kind::Counter, "What could not be given back.");
         text.sample(&[], balloon.kept_bytes);
     }
+    if let Some(DeviceAtWork { device, for_us }) = &stats.device_at_work {
+        text.family(
+            "coppice_device_at_work_seconds",
+            Kind::Gauge,
+            "For how long a device has been at work that keeps the devices from being looked at; their counters are as they were before.",
+        );
+        text.seconds(&[("device", device)], *for_us);
+    }
     text.family("coppice_console_written_bytes_total", Kind::Counter, "What the guest has written to its console.");
     text.sample(&[], stats.console.written_bytes);
     text.family("coppice_console_lost_bytes_total", Kind::Counter, "What of it is lost, since nobody read it in time.");
@@ -338,6 +346,7 @@ mod tests {
             vsock: Some(VsockStats { rx_bytes: 3, ..Default::default() }),
             entropy: Some(EntropyStats { bytes: 64, ..Default::default() }),
             balloon: Some(BalloonStats { target_mib: 2, ..Default::default() }),
+            device_at_work: Some(DeviceAtWork { device: "vsock".into(), for_us: 1_500_000 }),
             ..Default::default()
         };
         let samples = read(&render(&stats));
@@ -350,6 +359,7 @@ mod tests {
             ("coppice_vsock_bytes_total", &[("direction", "rx")], 3.0),
             ("coppice_entropy_bytes_total", &[], 64.0),
             ("coppice_balloon_target_bytes", &[], f64::from(2 << 20)),
+            ("coppice_device_at_work_seconds", &[("device", "vsock")], 1.5),
             ("coppice_console_lost_bytes_total", &[], 0.0),
         ] {
             assert_eq!(get(&samples, name, labels), Some(value), "{name}");

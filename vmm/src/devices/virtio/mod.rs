@@ -29,7 +29,7 @@ pub const EVENT_IDX: u64 = 1 << virtio_bindings::virtio_ring::VIRTIO_RING_F_EVEN
 
 /// A virtio device as its transport sees it.
 ///
-/// The transport calls it on vCPU threads, and on the event thread for save and restore.
+/// The transport calls it on vCPU threads, and on the devices' thread for save and restore.
 pub trait VirtioDevice: Send {
     /// What messages call the device, such as `drive root`.
     fn name(&self) -> String;

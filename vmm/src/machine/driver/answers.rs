@@ -372,7 +372,7 @@ impl Driver {
             app_name: "Coppice".into(),
             readiness: self.readiness,
             console: self.pty.as_ref().map(|pty| pty.path.clone()),
-            pause_reason: self.halt.as_ref().map(Halt::to_string),
+            pause_reason: self.halt.as_ref().or(self.halting.as_ref()).map(Halt::to_string),
             page_server: self.machine.as_ref().and_then(Machine::page_server).map(|server| server.stats().state),
             started: self.started.clone(),
             saved: self.config.saved_state.as_ref().map(|saved| self.saved_at(&saved.path)),

@@ -14,6 +14,7 @@ use super::Machine;
 use super::backend::BackendError;
 use super::boot::BootError;
 use super::config::{self, ConfigError};
+use super::device_thread::Subscriber;
 use super::phases::Phases;
 use super::private::PrivateWatch;
 use super::requests::{NotNow, Phase};
@@ -28,6 +29,7 @@ use crate::api::server::{Pending, Server};
 use crate::api::{Request, Response};
 use crate::console::{Console, ConsoleError, Input, Pty};
 use crate::devices::alarm::Alarm;
+use crate::devices::lock;
 use crate::logging::{self, LogError};
 use crate::memory::kinds::StartError;
 use crate::memory::lost;
@@ -66,9 +68,6 @@ const HALT_AGAIN: Duration = Duration::from_secs(1);
 
 /// How long clients have, at the end of the process, to take their answers.
 const LAST_ANSWERS: Duration = Duration::from_millis(200);
-
-/// Anything that the event loop serves.
-pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
 
 /// Why a vmm ended, when nothing went wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -257,15 +256,12 @@ pub fn run(setup: Setup, start: Start) -> Result<Ending, RunError> {
     let mut manager = EventManager::<Subscriber>::new().map_err(loop_error)?;
     let driver = Arc::new(Mutex::new(Driver::new(&setup)?));
     manager.add_subscriber(driver.clone());
-    crate::devices::lock(&driver).start(start, setup)?;
+    lock(&driver).start(start, setup)?;
     loop {
-        let (arrivals, ending) = crate::devices::lock(&driver).take_news();
+        let ending = lock(&driver).take_ending();
         if let Some(ending) = ending {
-            crate::devices::lock(&driver).take_leave(&ending);
+            lock(&driver).take_leave(&ending);
             return ending;
-        }
-        for subscriber in arrivals {
-            manager.add_subscriber(subscriber);
         }
         manager.run().map_err(loop_error)?;
     }
@@ -401,8 +397,6 @@ struct Driver {
     notices: Notices,
     reset: EventFd,
     signals: Signals,
-    /// Subscribers that the event loop does not know yet.
-    arrivals: Vec<Subscriber>,
     ending: Option<Result<Ending, RunError>>,
 }
 
@@ -455,7 +449,6 @@ impl Driver {
             notices,
             reset,
             signals,
-            arrivals: Vec::new(),
             ending: None,
         })
     }
@@ -500,9 +493,9 @@ impl Driver {
         Ok(metrics.map_or(Ok(()), |sink| self.set_metrics(sink))?)
     }
 
-    /// Subscribers for the event loop, and the end if it has come.
-    fn take_news(&mut self) -> (Vec<Subscriber>, Option<Result<Ending, RunError>>) {
-        (std::mem::take(&mut self.arrivals), self.ending.take())
+    /// The end, if it has come.
+    fn take_ending(&mut self) -> Option<Result<Ending, RunError>> {
+        self.ending.take()
     }
 
     fn end(&mut self, ending: Result<Ending, RunError>) {
@@ -512,7 +505,7 @@ impl Driver {
         }
     }
 
-    /// Nobody is left without an answer when the process ends. A snapshot is given up, unless it was complete by then;
+    /// Nobody is left without an answer when the process ends, and the machine is closed. A snapshot is given up, unless it was complete by then;
     /// whoever waits for it is told which.
     fn take_leave(&mut self, ending: &Result<Ending, RunError>) {
         let job = self.job.take().inspect(Job::cancel);
@@ -530,6 +523,9 @@ impl Driver {
             }
             api.refuse_pending(answers::ENDING);
             api.flush(LAST_ANSWERS);
+        }
+        if let Some(machine) = self.machine.take() {
+            machine.close();
         }
     }
 
@@ -558,7 +554,6 @@ impl Driver {
 
     fn adopt(&mut self, machine: Machine, (input, pty): (Input, Option<Pty>)) {
         self.shell = None;
-        self.arrivals.extend_from_slice(machine.devices().subscribers());
         input.feed(&machine.devices().serial);
         if let Some(pty) = &pty {
             tracing::info!("the guest's console is {}", pty.path.display());
@@ -631,6 +626,7 @@ impl Driver {
                 self.end(Err(RunError::Lost))
             }
             Notice::End(end) => self.end(Err(RunError::Guest(end))),
+            Notice::DevicesFailed(reason) => self.end(Err(RunError::Loop(reason))),
             Notice::Halt(halt) => self.on_limit(halt),
             // Whoever ends everything at once ends the page server too.
             Notice::PageServer(session, word) => {

@@ -127,7 +127,7 @@ impl Driver {
         let given_back = machine.given_back();
 
         let (notifier, asked) = (self.notifier.clone(), create.clone());
-        // On a thread: the way to the agent leads through the event loop.
+        // On a thread: the guest may take its time.
         let thread = std::thread::Builder::new().name("prepare".into()).spawn(move || {
             crate::sandbox::confine(crate::sandbox::Kind::Peer);
             notifier.send(Notice::AskedToPrepare(ask(&vsock, &asked)));

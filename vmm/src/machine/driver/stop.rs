@@ -167,7 +167,7 @@ impl Driver {
         }
     }
 
-    /// Asks the guest's agent, on a thread: the way to it leads through the event loop.
+    /// Asks the guest's agent, on a thread: the guest may take its time.
     fn ask_to_power_off(&mut self) -> Result<(), String> {
         let vsock = self.machine.as_ref().and_then(|machine| machine.plan().vsock.as_ref());
         let path = vsock.ok_or("it has no vsock device")?.uds_path.clone();

@@ -1,7 +1,7 @@
 //! Keeps the memory of a guest coming, whatever its page server does: a thread that watches over the server, serves page faults in
 //! its place, and attaches the guest to the next one. [`plan`] says when.
 //!
-//! The event loop itself may be waiting for a page. So the thread needs nothing of it, and if the process is to end and the event
+//! The event loop itself may be waiting for a page while it loads a guest. So the thread needs nothing of it, and if the process is to end and the event
 //! loop does not see to that, the thread does.
 //!
 //! Nor does whoever loads a guest wait for ever: see [`Keeper::loaded`].

@@ -189,7 +189,7 @@ impl Balloon {
         self.config.amount_mib.saturating_mul(PAGES_PER_MIB).try_into().unwrap_or(u32::MAX)
     }
 
-    /// Has the event thread look at a queue.
+    /// Has the devices' thread look at a queue.
     fn wake(&self, queue: usize) {
         if let Some(event) = self.events.get(queue) {
             let _ = event.write(1); // It can only overflow when it is set already.

@@ -8,7 +8,7 @@
 //! | `event_handler.rs` | which events of the event loop lead where |
 //! | `persist.rs` | save and restore |
 //!
-//! Everything except the calls of the transport happens on the event thread. What becomes of the pages is told in
+//! Everything except the calls of the transport happens on the devices' thread. What becomes of the pages is told in
 //! [`crate::memory::discard`].
 //!
 //! Not offered: `MUST_TELL_HOST`, as a page that leaves the balloon is there at once; `FREE_PAGE_HINT` and `PAGE_POISON`.

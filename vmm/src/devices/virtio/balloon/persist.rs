@@ -12,7 +12,7 @@ use super::super::mmio::{MmioTransport, TransportError};
 use super::device::{Balloon, Role};
 use crate::devices::lock;
 
-/// The state to save of `device` behind `transport`. The vCPUs must be paused, and the caller be on the event thread.
+/// The state to save of `device` behind `transport`. The vCPUs must be paused, and no event of the device be under way.
 ///
 /// What the guest gives back is discarded first, so guest memory may change; it must be saved after this.
 pub fn save(device: &Mutex<Balloon>, transport: &MmioTransport) -> BalloonState {
@@ -33,7 +33,7 @@ pub fn restore(
     state: &BalloonState,
 ) -> Result<(), TransportError> {
     let BalloonState { transport: ref saved, actual, held, ref statistics, pending } = *state;
-    // From here on the event thread keeps away from the queues that the transport is about to hand over.
+    // From here on the devices' thread keeps away from the queues that the transport is about to hand over.
     let mut balloon = lock(device);
     balloon.restored = true;
     balloon.actual = actual;

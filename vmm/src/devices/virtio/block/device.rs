@@ -149,7 +149,7 @@ enum Turn {
 }
 
 impl Block {
-    /// A device in front of `disk`. `halt` hears of it when the guest should stand still, on the event thread.
+    /// A device in front of `disk`. `halt` hears of it when the guest should stand still, on the devices' thread.
     ///
     /// The result is both the device for a transport and a subscriber for the event manager.
     pub fn new(config: BlockConfig, disk: Disk, halt: HaltSink) -> io::Result<Arc<Mutex<Self>>> {
@@ -227,7 +227,7 @@ impl Block {
         self.disk.adopt(folded);
     }
 
-    /// Has the event thread look at the queue.
+    /// Has the devices' thread look at the queue.
     fn wake(&self) {
         let _ = self.event.write(1); // It can only overflow when it is set already.
     }

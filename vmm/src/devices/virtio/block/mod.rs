@@ -17,7 +17,7 @@
 //! A snapshot freezes the scratch file: it becomes a layer that no longer changes, and the guest goes on in a fresh one.
 //! So the guest stands still no longer for a large overlay than for a small one.
 //!
-//! Reads and writes are system calls on the event thread. A turn is bounded, then other devices have theirs.
+//! Reads and writes are system calls on the devices' thread. A turn is bounded, then other devices have theirs.
 
 mod device;
 pub mod disk;

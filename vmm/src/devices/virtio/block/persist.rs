@@ -8,7 +8,7 @@ use super::super::mmio::{MmioTransport, TransportError};
 use super::device::{Block, Gate};
 use crate::devices::lock;
 
-/// The state to save of `device` behind `transport`. The vCPUs must be paused, and the caller be on the event thread.
+/// The state to save of `device` behind `transport`. The vCPUs must be paused, and no event of the device be under way.
 ///
 /// What the guest has asked for is done first, so guest memory and the disk may change; they must be saved after this.
 /// What limits hold back is left in the queue, for the guest and for its clones.
@@ -24,7 +24,7 @@ pub fn save(device: &Mutex<Block>, transport: &MmioTransport) -> DriveState {
 /// nothing until [`resume`](super::super::VirtioDevice::resume).
 pub fn restore(device: &Mutex<Block>, transport: &mut MmioTransport, state: &DriveState) -> Result<(), TransportError> {
     let DriveState { drive_id: _, transport: ref saved, pending } = *state;
-    // From here on the event thread keeps away from the queue that the transport is about to hand over.
+    // From here on the devices' thread keeps away from the queue that the transport is about to hand over.
     lock(device).gate = Gate::Restored { pending };
     transport.restore(saved)
 }

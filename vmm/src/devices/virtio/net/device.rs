@@ -279,7 +279,7 @@ impl Net {
         self.reset();
     }
 
-    /// Has the event thread look at what it waits for.
+    /// Has the devices' thread look at what it waits for.
     fn wake(&mut self) {
         self.alarm.set(Some(Duration::ZERO));
     }

@@ -12,7 +12,7 @@
 //! one at most. Offloads are the tap's: it is told which of them the driver has accepted, whenever the device becomes
 //! active, so also at each restore.
 //!
-//! Everything except the calls of the transport happens on the event thread.
+//! Everything except the calls of the transport happens on the devices' thread.
 
 mod device;
 mod event_handler;

@@ -12,7 +12,7 @@ use super::super::mmio::{MmioTransport, TransportError};
 use super::device::Net;
 use crate::devices::lock;
 
-/// The state to save of `device` behind `transport`. The vCPUs must be paused, and the caller be on the event thread.
+/// The state to save of `device` behind `transport`. The vCPUs must be paused, and no event of the device be under way.
 ///
 /// What the guest has for the host is sent first, so guest memory may change; it must be saved after this.
 pub fn save(device: &Mutex<Net>, transport: &MmioTransport) -> NetState {
@@ -28,7 +28,7 @@ pub fn save(device: &Mutex<Net>, transport: &MmioTransport) -> NetState {
 /// configuration counts as changed; a driver that does not look again has to be told by other means.
 pub fn restore(device: &Mutex<Net>, transport: &mut MmioTransport, state: &NetState) -> Result<(), TransportError> {
     let NetState { iface_id: _, mac, transport: saved } = state;
-    // From here on the event thread keeps away from the queues that the transport is about to hand over.
+    // From here on the devices' thread keeps away from the queues that the transport is about to hand over.
     let mut net = lock(device);
     net.restored = true;
     let renamed = net.mac.map(MacAddr::bytes) != *mac;

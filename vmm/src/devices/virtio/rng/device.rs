@@ -86,7 +86,7 @@ impl Rng {
         self.stats
     }
 
-    /// Has the event thread look at the queue.
+    /// Has the devices' thread look at the queue.
     fn wake(&self) {
         let _ = self.event.write(1); // It can only overflow when it is set already.
     }

@@ -9,7 +9,7 @@ use super::super::mmio::{MmioTransport, TransportError};
 use super::device::{Active, REQUESTS, Rng};
 use crate::devices::lock;
 
-/// The state to save of `device` behind `transport`. The vCPUs must be paused, and the caller be on the event thread.
+/// The state to save of `device` behind `transport`. The vCPUs must be paused, and no event of the device be under way.
 ///
 /// Requests that wait stay in the queue: each clone serves them with random bytes of its own. Guest memory is only read.
 pub fn save(device: &Mutex<Rng>, transport: &MmioTransport) -> EntropyState {
@@ -21,7 +21,7 @@ pub fn save(device: &Mutex<Rng>, transport: &MmioTransport) -> EntropyState {
 /// nothing until [`resume`](super::super::VirtioDevice::resume).
 pub fn restore(device: &Mutex<Rng>, transport: &mut MmioTransport, state: &EntropyState) -> Result<(), TransportError> {
     let EntropyState { transport: saved, pending } = state;
-    // From here on the event thread keeps away from the queue that the transport is about to hand over.
+    // From here on the devices' thread keeps away from the queue that the transport is about to hand over.
     lock(device).restored = Some(*pending);
     transport.restore(saved)
 }

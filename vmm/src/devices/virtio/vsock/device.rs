@@ -102,7 +102,7 @@ pub struct Vsock {
 
 impl Vsock {
     /// A device for the guest `guest_cid` that listens for clients on `uds_path`. `ready` hears of it when the guest
-    /// says that it is ready, on the event thread.
+    /// says that it is ready, on the devices' thread.
     ///
     /// The result is both the device for a transport and a subscriber for the event manager.
     pub fn new(guest_cid: u64, uds_path: &Path, ready: ReadySink) -> Result<Arc<Mutex<Self>>, VsockError> {
@@ -132,7 +132,7 @@ impl Vsock {
         self.muxer.stats()
     }
 
-    /// Has the event thread look at the queues and the sockets.
+    /// Has the devices' thread look at the queues and the sockets.
     pub(super) fn wake(&self) {
         let _ = self.events[TX].write(1); // It can only overflow when it is set already.
     }
@@ -216,7 +216,7 @@ impl VirtioDevice for Vsock {
         self.wake(); // for the sockets of the streams that were
     }
 
-    /// After a restore this is what lets the device work again: on the event thread it looks at its queues once, and
+    /// After a restore this is what lets the device work again: on the devices' thread it looks at its queues once, and
     /// tells the guest to forget its streams if it must.
     fn resume(&mut self) {
         let Gate::Restored { reset } = self.gate else { return };

@@ -11,7 +11,7 @@
 //! | `event_handler.rs` | which events of the event loop lead where |
 //! | `persist.rs` | save and restore |
 //!
-//! Everything except the calls of the transport happens on the event thread.
+//! Everything except the calls of the transport happens on the devices' thread.
 
 pub mod connection;
 mod device;

@@ -11,7 +11,7 @@ use super::super::mmio::{MmioTransport, TransportError};
 use super::device::{Gate, Vsock};
 use crate::devices::lock;
 
-/// The state to save of `device` behind `transport`. The vCPUs must be paused, and the caller be on the event thread.
+/// The state to save of `device` behind `transport`. The vCPUs must be paused, and no event of the device be under way.
 ///
 /// What the guest has sent is taken in first, so guest memory may change; it must be saved after this. The streams of
 /// the running guest go on undisturbed.
@@ -27,7 +27,7 @@ pub fn save(device: &Mutex<Vsock>, transport: &MmioTransport) -> VsockState {
 /// nothing until [`resume`](super::super::VirtioDevice::resume).
 pub fn restore(device: &Mutex<Vsock>, transport: &mut MmioTransport, state: &VsockState) -> Result<(), TransportError> {
     let VsockState { guest_cid, transport: ref saved, needs_reset } = *state;
-    // From here on the event thread keeps away from the queues that the transport is about to hand over.
+    // From here on the devices' thread keeps away from the queues that the transport is about to hand over.
     let mut vsock = lock(device);
     let renamed = vsock.guest_cid != guest_cid;
     vsock.gate = Gate::Restored { reset: needs_reset || renamed };

@@ -5,7 +5,7 @@ use api_spec::agent::{self, GuestKind, HEADER_LEN, Level, Response};
 /// Longest frame that an announcement can be, in bytes.
 const MAX_FRAME: usize = 64;
 
-/// Called on the event thread with each announcement, while the device is locked: it must neither wait nor call back.
+/// Called on the devices' thread with each announcement, while the device is locked: it must neither wait nor call back.
 pub type ReadySink = Box<dyn FnMut(Level, GuestKind) + Send>;
 
 /// The guest said something that is no announcement.
