@@ -12,6 +12,7 @@ const KVM_RUN: u32 = 0xae80;
 const KVM_GET_REGS: u32 = 0x8090_ae81;
 const KVM_KVMCLOCK_CTRL: u32 = 0xaead;
 const PAGEMAP_SCAN: u32 = 0xc060_6610;
+const UFFDIO_WAKE: u32 = 0x8010_aa02;
 
 /// All of KVM: its ioctls are those of type 0xae.
 const KVM: &[Rule] = &[when(SYS_ioctl, &[&[bits(1, 0xff00, 0xae00)]])];
@@ -59,6 +60,9 @@ const DISKS: &[Rule] = &[
     always(SYS_ftruncate),
 ];
 
+/// Whoever waits for a page that its guest gives back in copy mode is let go.
+const WAKES: &[Rule] = &[when(SYS_ioctl, &[&[is(1, UFFDIO_WAKE)]])];
+
 /// The console's file is as long as this says.
 const FILE_LENGTH: &[Rule] = &[always(SYS_statx)];
 
@@ -91,7 +95,7 @@ pub const VCPU: &[&[Rule]] = &[THREAD, OPENS_NOTHING, NARROWING, GUEST, TAP_OFFL
 
 /// `devices`: the work of the guest's devices, between its queues, the files of its disks, taps, and the sockets of its vsock device.
 /// It opens nothing.
-pub const DEVICES: &[&[Rule]] = &[THREAD, OPENS_NOTHING, DISKS, TALK, UNIX_SOCKETS, EVENTS, TAP_OFFLOADS, FILE_LENGTH];
+pub const DEVICES: &[&[Rule]] = &[THREAD, OPENS_NOTHING, DISKS, TALK, UNIX_SOCKETS, EVENTS, TAP_OFFLOADS, WAKES, FILE_LENGTH];
 
 /// `console` and `output`: the console's two directions.
 pub const STREAM: &[&[Rule]] = &[THREAD, OPENS_NOTHING, FILE_LENGTH];
