@@ -77,6 +77,14 @@ impl DeviceThread {
     }
 }
 
+impl Drop for DeviceThread {
+    /// Of a machine that was not completed, or whose thread does not end: that is not waited for.
+    fn drop(&mut self) {
+        self.turns.end();
+        self.ring();
+    }
+}
+
 /// What the thread does.
 struct Work {
     turns: Arc<Turns>,
@@ -114,7 +122,7 @@ impl MutEventSubscriber for Bell {
 
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
         let _ = self.bell.read(); // Only to make it quiet.
-        self.turns.done(0);
+        self.turns.done();
     }
 }
 
@@ -133,7 +141,7 @@ impl MutEventSubscriber for InTurn {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         if self.turns.begin(self.number) {
             lock(&*self.device).process(events, ops);
-            self.turns.done(self.number);
+            self.turns.done();
         }
     }
 }

@@ -74,6 +74,8 @@ use wiring::Devices;
 
 /// How long the owner waits for a moment to look at the devices, which takes as long as one of their events.
 const LOOK_PATIENCE: Duration = Duration::from_millis(20);
+/// How long a pause waits for a device to be done with what it is in the midst of.
+const LAST_MOMENT: Duration = Duration::from_millis(100);
 /// How long a device may take, at the end of the process, to be done with what it is in the midst of.
 const LAST_EVENT: Duration = Duration::from_secs(1);
 
@@ -209,12 +211,13 @@ impl Machine {
     }
 
     /// The state of the devices of a machine that stands still. They first do what the guest has asked for; where that may have to wait
-    /// for a page, it is their thread that waits.
+    /// for a page or a disk, it is their thread that waits.
     fn save_devices(&self) -> Result<DeviceState, AtWork> {
         let devices = self.devices.clone();
-        match self.page_server {
-            Some(_) => self.device_thread.ask(vcpu::PAUSE_DEADLINE, move || devices.save()),
-            None => self.turns().look(vcpu::PAUSE_DEADLINE, || devices.save()),
+        let may_wait = self.page_server.is_some() || !devices.drives.is_empty();
+        match may_wait {
+            true => self.device_thread.ask(vcpu::PAUSE_DEADLINE, move || devices.save()),
+            false => self.turns().look(vcpu::PAUSE_DEADLINE, || devices.save()),
         }
     }
 
@@ -300,11 +303,12 @@ impl Machine {
         self.plan.drives.iter().find(|drive| drive.drive_id == drive_id)?.max_overlay_mib
     }
 
-    /// Whether a disk waits for room in its overlay, or may do so: it cannot be looked at.
+    /// Whether a disk waits for room in its overlay, as far as it can be looked at: if it still does when it is resumed, it says so.
     pub fn is_full(&self, drive_id: &str) -> bool {
         let mut drives = self.plan.drives.iter().zip(&self.devices.drives);
         let drive = drives.find(|(drive, _)| drive.drive_id == drive_id);
-        drive.is_some_and(|(_, slot)| self.turns().look(LOOK_PATIENCE, || lock(&slot.device).is_full()).unwrap_or(true))
+        drive
+            .is_some_and(|(_, slot)| self.turns().look(LOOK_PATIENCE, || lock(&slot.device).is_full()).unwrap_or(false))
     }
 
     /// Takes over what the background part of a snapshot has made of the disks' layers.
@@ -330,13 +334,15 @@ impl Machine {
     }
 
     /// Brings all vCPUs to a standstill, or, if one cannot be brought there, lets all go on as before. Devices begin nothing more;
-    /// one that is at work is waited for by whoever has to touch it.
+    /// one that is at work for longer is waited for by whoever has to touch it.
     pub fn pause(&mut self) -> Result<(), VcpuError> {
         let paused = vcpu::pause_all(&self.vcpus, vcpu::PAUSE_DEADLINE);
         match paused {
             Ok(()) => {
                 self.running = false;
                 self.turns().stop();
+                // What it is in the midst of is over in a moment, most likely.
+                drop(self.turns().take(LAST_MOMENT));
             }
             Err(_) if self.running && !self.halting => self.vcpus.iter().for_each(Vcpu::run),
             Err(_) => {}
@@ -364,14 +370,16 @@ impl Machine {
         self.page_server.as_ref()
     }
 
-    /// Closes the machine at the end of the process.
+    /// Closes the machine, as the last thing before the process ends.
     pub fn close(mut self) {
         if !self.device_thread.end(LAST_EVENT) {
             // It may be in the midst of writing to a disk what is in a page that does not come, and must not find anything in its
             // place. So it waits until the process ends; what would be closed here is closed by that.
             tracing::warn!("a device does not come to its end, and ends with the process");
             remove_all();
-            memory::cut_off(self.ram.memory());
+            if self.page_server.is_some() {
+                memory::cut_off(self.ram.memory());
+            }
             std::mem::forget(self);
         }
     }
@@ -388,7 +396,7 @@ impl Drop for Machine {
         self.replay = None;
         let devices_ended = self.device_thread.end(LAST_EVENT);
         let mut ended = vcpu::end_all(&self.vcpus);
-        if let Some(server) = &self.page_server {
+        if let Some(server) = self.page_server.as_ref().filter(|_| devices_ended) {
             // Closing the VM waits for page faults that the kernel has taken over from vCPUs; see `Service`. A vCPU
             // that waits for one itself, deaf to signals on older kernels, is let go by the same.
             server.let_go(&self.ram);

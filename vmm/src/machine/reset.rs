@@ -23,7 +23,7 @@ use super::keeper::Keeper;
 use super::phases::us_since;
 use super::snapshot::{self, SnapshotError};
 use super::turns::AtWork;
-use super::wiring::WireError;
+use super::wiring::{Devices, WireError};
 use crate::devices::lock;
 use crate::devices::virtio::block::overlay::OverlayMark;
 use crate::kvm::state::{Clock, VmStateError};
@@ -198,7 +198,6 @@ struct Mark {
 pub fn checkpoint(machine: &mut Machine, may_fold: bool) -> Result<VmCheckpointed, CheckpointError> {
     let (started, was_running) = (Instant::now(), machine.is_running());
     machine.pause()?;
-    machine.forget_checkpoint();
     let marked = mark(machine, may_fold);
     if was_running {
         machine.resume();
@@ -215,6 +214,8 @@ pub fn checkpoint(machine: &mut Machine, may_fold: bool) -> Result<VmCheckpointe
             machine.resets.mark = Some(mark);
             Ok(VmCheckpointed { private_pages, pause_us, total_us: us_since(started) })
         }
+        // Whatever stood in the way of it before that was forgotten.
+        Err(e) if machine.has_checkpoint() => Err(e),
         Err(e) => {
             machine.forget_checkpoint();
             Err(e)
@@ -227,6 +228,8 @@ fn mark(machine: &mut Machine, may_fold: bool) -> Result<(Mark, Option<Frozen>),
     let MachineState { vcpus, vm, devices } = snapshot::save(machine)?;
     let turns = machine.turns().clone();
     let _turn = turns.take(vcpu::PAUSE_DEADLINE)?;
+    machine.forget_mark();
+    unmark(&machine.devices);
     let vcpus = vcpus.iter().enumerate().map(|(number, saved)| {
         VcpuMark::of(&machine.vm, saved).map_err(|source| CheckpointError::VcpuState { vcpu: number, source })
     });
@@ -288,9 +291,13 @@ impl Machine {
 
     /// The machine is not to be reset to what it was. Not to be called in the owner's turn.
     fn forget_checkpoint(&mut self) {
+        self.forget_mark();
+        self.to_devices(unmark);
+    }
+
+    fn forget_mark(&mut self) {
         self.resets.mark = None;
         self.ram.forget_mark();
-        self.to_devices(|devices| devices.drives.iter().for_each(|slot| lock(&slot.device).unmark()));
     }
 
     /// Adds what vCPUs, KVM and devices have written since the last time.
@@ -298,6 +305,11 @@ impl Machine {
         self.ram.take_written(written);
         self.resets.log.as_ref().map_or(Ok(()), |log| log.take(&self.vm, &self.ram, written))
     }
+}
+
+/// The disks are not to be reset to what they were.
+fn unmark(devices: &Devices) {
+    devices.drives.iter().for_each(|slot| lock(&slot.device).unmark());
 }
 
 impl Mark {

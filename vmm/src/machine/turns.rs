@@ -40,6 +40,9 @@ impl AtWork {
     }
 }
 
+/// Stands for no device in particular: the thread is busy with errands.
+const ERRANDS: usize = usize::MAX;
+
 /// Something to do between two events.
 type Errand = Box<dyn FnOnce() + Send>;
 
@@ -89,7 +92,7 @@ impl Turns {
     pub fn begin(&self, device: usize) -> bool {
         let mut state = self.lock();
         loop {
-            state = self.run_errands(state, device);
+            state = self.run_errands(state);
             if state.over {
                 return false;
             }
@@ -101,14 +104,14 @@ impl Turns {
         }
     }
 
-    /// The thread has handled it.
-    pub fn done(&self, device: usize) {
+    /// The thread has handled it, or was woken for errands.
+    pub fn done(&self) {
         let state = self.lock();
-        drop(self.run_errands(state, device));
+        drop(self.run_errands(state));
     }
 
-    /// Does what there is to do, at the expense of a device, which is at work no more afterwards.
-    fn run_errands<'a>(&'a self, mut state: MutexGuard<'a, State>, device: usize) -> MutexGuard<'a, State> {
+    /// Does what there is to do. No device is at work any more afterwards.
+    fn run_errands<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         loop {
             let errands = std::mem::take(&mut state.errands);
             if errands.is_empty() {
@@ -117,7 +120,7 @@ impl Turns {
                 }
                 return state;
             }
-            state.at_work.get_or_insert_with(|| (device, Instant::now()));
+            state.at_work = Some((ERRANDS, Instant::now()));
             drop(state);
             errands.into_iter().for_each(|errand| errand());
             state = self.lock();
@@ -170,7 +173,8 @@ impl Turns {
     }
 
     fn at_work(&self, device: usize, since: Instant) -> AtWork {
-        AtWork { device: self.names.get(device).cloned().unwrap_or_default(), time: since.elapsed() }
+        let device = self.names.get(device).cloned().unwrap_or_else(|| "one of the devices".to_owned());
+        AtWork { device, time: since.elapsed() }
     }
 
     /// Does something between two events, without waiting: now, or when the event is over that is being handled.
@@ -203,7 +207,7 @@ impl Turns {
         drop(state);
         wake();
         answer.recv_timeout(patience).map_err(|_| {
-            let (device, since) = self.lock().at_work.unwrap_or((0, asked));
+            let (device, since) = self.lock().at_work.unwrap_or((ERRANDS, asked));
             self.at_work(device, since)
         })
     }
@@ -234,7 +238,7 @@ mod tests {
                     events.fetch_add(1, Ordering::SeqCst);
                     thread::yield_now();
                     inside.store(false, Ordering::SeqCst);
-                    turns.done(1);
+                    turns.done();
                 }
                 assert!(turns.are_over());
             })
@@ -292,7 +296,7 @@ mod tests {
             let count = errands.clone();
             turns.have_done(move || count.store(1, Ordering::SeqCst));
             assert_eq!(errands.load(Ordering::SeqCst), 0);
-            turns.done(1);
+            turns.done();
             assert_eq!(errands.load(Ordering::SeqCst), 1);
             assert!(turns.take(Duration::ZERO).is_ok());
         };

@@ -44,7 +44,7 @@ use api_spec::devices::{self, CacheType, Drive};
 use api_spec::vm;
 use event_manager::MutEventSubscriber;
 use kvm_ioctls::{IoEventAddress, VmFd};
-use snapshot::state::DeviceState;
+use snapshot::state::{DeviceState, VirtioMmioState};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
 use uffd_handler::process::Signals;
@@ -151,6 +151,10 @@ pub struct Slot<D> {
 }
 
 impl<D> Slot<D> {
+    fn save_transport(&self) -> VirtioMmioState {
+        lock(&self.transport).save()
+    }
+
     /// Tells the driver that the device's configuration has changed.
     pub fn config_changed(&self) {
         lock(&self.transport).config_changed();
@@ -169,11 +173,11 @@ impl Devices {
     pub fn save(&self) -> DeviceState {
         DeviceState {
             serial: lock(&self.serial).save(),
-            vsock: self.vsock.as_ref().map(|slot| vsock::save(&slot.device, &lock(&slot.transport))),
-            network: self.network.iter().map(|slot| net::save(&slot.device, &lock(&slot.transport))).collect(),
-            entropy: self.entropy.as_ref().map(|slot| rng::save(&slot.device, &lock(&slot.transport))),
-            balloon: self.balloon.as_ref().map(|slot| balloon::save(&slot.device, &lock(&slot.transport))),
-            drives: self.drives.iter().map(|slot| block::save(&slot.device, &lock(&slot.transport))).collect(),
+            vsock: self.vsock.as_ref().map(|slot| vsock::save(&slot.device, || slot.save_transport())),
+            network: self.network.iter().map(|slot| net::save(&slot.device, || slot.save_transport())).collect(),
+            entropy: self.entropy.as_ref().map(|slot| rng::save(&slot.device, || slot.save_transport())),
+            balloon: self.balloon.as_ref().map(|slot| balloon::save(&slot.device, || slot.save_transport())),
+            drives: self.drives.iter().map(|slot| block::save(&slot.device, || slot.save_transport())).collect(),
         }
     }
 

@@ -524,6 +524,8 @@ impl Driver {
             api.refuse_pending(answers::ENDING);
             api.flush(LAST_ANSWERS);
         }
+        // First whoever writes, who may still use its disks.
+        drop(job);
         if let Some(machine) = self.machine.take() {
             machine.close();
         }

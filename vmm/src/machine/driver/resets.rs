@@ -26,7 +26,9 @@ impl Driver {
         }
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
         let outcome = reset::reset(machine, request);
-        if !machine.is_running() {
+        // A guest that was not touched goes on standing still for whatever it does.
+        let is_refused = matches!(outcome, Err(ResetError::NoCheckpoint | ResetError::Vcpu(_) | ResetError::Device(_)));
+        if !is_refused && !machine.is_running() {
             // It stands still, whatever else may have had it do so.
             self.private.stop();
             self.keep_halted();

@@ -5,24 +5,24 @@
 
 use std::sync::Mutex;
 
-use snapshot::state::BalloonState;
+use snapshot::state::{BalloonState, VirtioMmioState};
 use virtio_queue::QueueT;
 
 use super::super::mmio::{MmioTransport, TransportError};
 use super::device::{Balloon, Role};
 use crate::devices::lock;
 
-/// The state to save of `device` behind `transport`. The vCPUs must be paused, and no event of the device be under way.
+/// The state to save of `device`, and of its transport, which is asked for once the device is done. The vCPUs must be paused, and no event of the device be under way.
 ///
 /// What the guest gives back is discarded first, so guest memory may change; it must be saved after this.
-pub fn save(device: &Mutex<Balloon>, transport: &MmioTransport) -> BalloonState {
+pub fn save(device: &Mutex<Balloon>, transport: impl FnOnce() -> VirtioMmioState) -> BalloonState {
     let mut balloon = lock(device);
     balloon.settle();
     let held = balloon.active.as_ref().and_then(|active| active.held);
     let Balloon { actual, pending, ref statistics, .. } = *balloon;
     let statistics = statistics.entries().collect();
     drop(balloon); // The transport asks the device for its queues.
-    BalloonState { transport: transport.save(), actual, held, statistics, pending }
+    BalloonState { transport: transport(), actual, held, statistics, pending }
 }
 
 /// Takes over a saved state into a fresh `device` behind a fresh `transport`. Touches no guest memory; the device does

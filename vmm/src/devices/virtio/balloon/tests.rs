@@ -211,7 +211,7 @@ impl Rig {
     }
 
     fn save(&self) -> BalloonState {
-        super::save(&self.balloon, &self.transport)
+        super::save(&self.balloon, || self.transport.save())
     }
 
     /// Another machine that goes on with this one's guest, before its vCPUs start.

@@ -270,7 +270,7 @@ impl Rig {
     }
 
     fn save(&mut self) -> DriveState {
-        super::save(&self.block, &self.transport)
+        super::save(&self.block, || self.transport.save())
     }
 
     /// A clone with the same memory, over another disk.

@@ -6,21 +6,21 @@
 use std::sync::Mutex;
 
 use api_spec::mac::MacAddr;
-use snapshot::state::NetState;
+use snapshot::state::{NetState, VirtioMmioState};
 
 use super::super::mmio::{MmioTransport, TransportError};
 use super::device::Net;
 use crate::devices::lock;
 
-/// The state to save of `device` behind `transport`. The vCPUs must be paused, and no event of the device be under way.
+/// The state to save of `device`, and of its transport, which is asked for once the device is done. The vCPUs must be paused, and no event of the device be under way.
 ///
 /// What the guest has for the host is sent first, so guest memory may change; it must be saved after this.
-pub fn save(device: &Mutex<Net>, transport: &MmioTransport) -> NetState {
+pub fn save(device: &Mutex<Net>, transport: impl FnOnce() -> VirtioMmioState) -> NetState {
     let mut net = lock(device);
     net.send_all();
     let (iface_id, mac) = (net.iface_id.clone(), net.mac.map(MacAddr::bytes));
     drop(net); // The transport asks the device for its queues.
-    NetState { iface_id, mac, transport: transport.save() }
+    NetState { iface_id, mac, transport: transport() }
 }
 
 /// Takes over a saved state into a fresh `device` behind a fresh `transport`. Touches no guest memory; the device does

@@ -117,7 +117,7 @@ impl Rig {
     }
 
     fn save(&self) -> NetState {
-        super::save(&self.device, &self.transport)
+        super::save(&self.device, || self.transport.save())
     }
 
     /// The driver sends a frame in pieces of these lengths, and the rest in one more.
@@ -604,7 +604,7 @@ fn another_mac_address_is_another_configuration() {
 fn a_device_without_a_driver_is_saved_and_restored() {
     let (device, _host, _) = device_of(&config("06:00:00:00:00:01"));
     let cold = Driver::cold(device, memory());
-    let state = super::save(&cold.device, &cold.transport);
+    let state = super::save(&cold.device, || cold.transport.save());
     let (device, host, offloads) = device_of(&config("06:00:00:00:00:01"));
     let restore = |device: &Mutex<Net>, transport: &mut _| super::restore(device, transport, &state).unwrap();
     let mut clone = Rig { driver: cold.restored(device, restore), host, offloads };

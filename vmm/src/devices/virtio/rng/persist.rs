@@ -2,19 +2,19 @@
 
 use std::sync::Mutex;
 
-use snapshot::state::EntropyState;
+use snapshot::state::{EntropyState, VirtioMmioState};
 use virtio_queue::QueueT;
 
 use super::super::mmio::{MmioTransport, TransportError};
 use super::device::{Active, REQUESTS, Rng};
 use crate::devices::lock;
 
-/// The state to save of `device` behind `transport`. The vCPUs must be paused, and no event of the device be under way.
+/// The state to save of `device`, and of its transport, which is asked for once the device is done. The vCPUs must be paused, and no event of the device be under way.
 ///
 /// Requests that wait stay in the queue: each clone serves them with random bytes of its own. Guest memory is only read.
-pub fn save(device: &Mutex<Rng>, transport: &MmioTransport) -> EntropyState {
+pub fn save(device: &Mutex<Rng>, transport: impl FnOnce() -> VirtioMmioState) -> EntropyState {
     let pending = lock(device).is_pending();
-    EntropyState { transport: transport.save(), pending }
+    EntropyState { transport: transport(), pending }
 }
 
 /// Takes over a saved state into a fresh `device` behind a fresh `transport`. Touches no guest memory; the device does

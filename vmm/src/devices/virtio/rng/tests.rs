@@ -18,7 +18,7 @@ fn device() -> Arc<Mutex<Rng>> {
 }
 
 fn save(driver: &Driver<Rng>) -> EntropyState {
-    super::save(&driver.device, &driver.transport)
+    super::save(&driver.device, || driver.transport.save())
 }
 
 fn restored(driver: &Driver<Rng>, state: &EntropyState) -> Driver<Rng> {

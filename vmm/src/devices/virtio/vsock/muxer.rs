@@ -111,6 +111,8 @@ impl Muxer {
     pub fn clear(&mut self) {
         for (_, link) in self.links.drain() {
             if let Host::Stream(stream) = link.host {
+                // Its client is not to wait until the device looks at its sockets again.
+                let _ = stream.shutdown(Shutdown::Both);
                 self.closed.push(stream);
             }
         }

@@ -5,22 +5,22 @@
 
 use std::sync::Mutex;
 
-use snapshot::state::VsockState;
+use snapshot::state::{VirtioMmioState, VsockState};
 
 use super::super::mmio::{MmioTransport, TransportError};
 use super::device::{Gate, Vsock};
 use crate::devices::lock;
 
-/// The state to save of `device` behind `transport`. The vCPUs must be paused, and no event of the device be under way.
+/// The state to save of `device`, and of its transport, which is asked for once the device is done. The vCPUs must be paused, and no event of the device be under way.
 ///
 /// What the guest has sent is taken in first, so guest memory may change; it must be saved after this. The streams of
 /// the running guest go on undisturbed.
-pub fn save(device: &Mutex<Vsock>, transport: &MmioTransport) -> VsockState {
+pub fn save(device: &Mutex<Vsock>, transport: impl FnOnce() -> VirtioMmioState) -> VsockState {
     let mut vsock = lock(device);
     vsock.take_all();
     let (guest_cid, needs_reset) = (vsock.guest_cid, vsock.needs_reset());
     drop(vsock); // The transport asks the device for its queues.
-    VsockState { guest_cid, transport: transport.save(), needs_reset }
+    VsockState { guest_cid, transport: transport(), needs_reset }
 }
 
 /// Takes over a saved state into a fresh `device` behind a fresh `transport`. Touches no guest memory; the device does

@@ -327,7 +327,7 @@ impl Rig {
     }
 
     fn save(&mut self) -> VsockState {
-        super::save(&self.vsock, &self.transport)
+        super::save(&self.vsock, || self.transport.save())
     }
 
     /// Another machine that goes on with this one's guest, before its vCPUs start.
