@@ -19,6 +19,8 @@ pub mod devices;
 #[cfg(feature = "std")]
 pub mod error;
 #[cfg(feature = "std")]
+pub mod fork;
+#[cfg(feature = "std")]
 pub mod handshake;
 #[cfg(feature = "std")]
 pub mod logger;

@@ -107,8 +107,10 @@ pub enum TracedOperation {
     Boot,
     /// A shell was built, for a snapshot to be loaded into.
     Shell,
-    /// A snapshot was loaded.
+    /// A snapshot was loaded, or a fork of another VM.
     Load,
+    /// The VM was forked: while it stood still.
+    Fork,
 }
 
 impl std::fmt::Display for TracedOperation {
@@ -117,6 +119,7 @@ impl std::fmt::Display for TracedOperation {
             TracedOperation::Boot => "boot",
             TracedOperation::Shell => "shell",
             TracedOperation::Load => "load",
+            TracedOperation::Fork => "fork",
         })
     }
 }

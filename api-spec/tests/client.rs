@@ -52,6 +52,8 @@ const METHODS: &[(&str, Method)] = &[
     ("putVmStop", |vm, body| document(vm.stop(of(body)))),
     ("putVmCheckpoint", |vm, body| document(vm.checkpoint(&of(body)))),
     ("putVmReset", |vm, body| document(vm.reset(&of(body)))),
+    ("putVmFork", |vm, body| document(vm.fork(&of(body)))),
+    ("putForkLoad", |vm, body| document(vm.fork_load(&of(body)))),
     ("getVmStats", |vm, _| document(vm.stats())),
     ("getMemoryMap", |vm, query| document(vm.memory_map(of(query)))),
     ("putSnapshotCreate", |vm, body| document(vm.snapshot_create(&of(body)))),

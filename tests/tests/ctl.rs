@@ -117,6 +117,7 @@ fn a_guest_is_configured_started_snapshotted_and_restored() {
     assert_eq!(first.told("config")["drives"][0]["max_overlay_mib"], 7);
     first.done("drive update data --max-overlay-mib null");
     first.refused("network update eth0 --tx-rate-limiter {}", "eth0");
+    first.refused("fork --into []", "name the vmms that are to have a clone each");
     first.refused("reset", "there is no checkpoint");
     first.refused("loop --reset --count 1", "there is no checkpoint");
     assert!(first.told("checkpoint")["pause_us"].is_u64());

@@ -3,7 +3,7 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use api_spec::openapi;
-use api_spec::operations::{Answer, OPERATIONS, Operation, When};
+use api_spec::operations::{Answer, BETWEEN_VMMS, OPERATIONS, Operation, When};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
@@ -89,7 +89,8 @@ fn every_call_has_a_command_and_a_test() {
         }
     }
     for operation in offered() {
-        assert!(!operation.commands.is_empty(), "{} has no command", operation.id);
+        let has_command = !operation.commands.is_empty() || BETWEEN_VMMS.contains(&operation.id);
+        assert!(has_command, "{} has no command", operation.id);
         for command in operation.commands {
             let words = [format!("\"{}\"", command.words), format!("\"{} ", command.words)];
             assert!(words.iter().any(|words| texts.contains(words)), "no test says `vmm ctl {}`", command.words);

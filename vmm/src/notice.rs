@@ -3,6 +3,7 @@
 use crate::stats::scan::Scanned;
 use crate::vcpu::GuestEnd;
 use api_spec::agent::{GuestKind, Level};
+use api_spec::fork::VmForked;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
@@ -82,6 +83,8 @@ pub enum Notice {
     SnapshotWritten,
     /// The background part of a snapshot is over: the disks' layers are folded, as far as that went.
     LayersFolded,
+    /// The VM was forked: what became of the clones, or why there are none.
+    Forked(Result<VmForked, String>),
     /// The guest's agent was asked to switch the guest off, and has said that it does so, or why it does not.
     AskedToPowerOff(Result<(), String>),
     /// The guest's agent was asked to prepare the guest for a snapshot.

@@ -2,9 +2,12 @@
 
 use super::unix;
 use crate::error::ErrorBody;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -180,6 +183,56 @@ impl RestClient {
         }
         Ok(response)
     }
+}
+
+/// Most descriptors that go with a call.
+pub const MAX_DESCRIPTORS: usize = 16;
+
+/// A call that was made over a connection of its own, with descriptors, and is not answered yet.
+#[derive(Debug)]
+pub struct PassingCall {
+    stream: UnixStream,
+    deadline: Instant,
+}
+
+impl PassingCall {
+    /// Calls `PUT path` with a document and descriptors, up to [`MAX_DESCRIPTORS`]. All in all it may take `patience`.
+    pub fn put(
+        api: &Path,
+        patience: Duration,
+        path: &str,
+        document: &impl Serialize,
+        descriptors: &[BorrowedFd],
+    ) -> Result<Self, RestError> {
+        let deadline = Instant::now() + patience;
+        let mut stream = unix::connect(api, patience)?;
+        unix::limit(&stream, deadline)?;
+        let body = serde_json::to_vec(document).map_err(io::Error::from)?;
+        let request = [put_head(path, body.len()).as_bytes(), &body].concat();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+            let error = format!("more than {MAX_DESCRIPTORS} descriptors");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, error).into());
+        }
+        let sent = sendmsg(&stream, &[IoSlice::new(&request)], &mut control, SendFlags::NOSIGNAL)
+            .map_err(|e| in_time(e.into()))?;
+        stream.write_all(&request[sent..]).map_err(in_time)?;
+        Ok(PassingCall { stream, deadline })
+    }
+
+    /// Waits for the answer.
+    pub fn answer(mut self) -> Result<Response, RestError> {
+        let (response, _) = receive(&mut self.stream, self.deadline, MAX_ANSWER).map_err(|failure| failure.error)?;
+        Ok(response)
+    }
+}
+
+/// The head of a call with a document, to its end.
+fn put_head(path: &str, length: usize) -> String {
+    format!(
+        "PUT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    )
 }
 
 fn left(deadline: Instant) -> Duration {

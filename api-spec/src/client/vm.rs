@@ -5,6 +5,7 @@ use crate::devices::{
     Balloon, BalloonStatistics, BalloonStatisticsUpdate, BalloonUpdate, Drive, DriveUpdate, Entropy, NetworkInterface,
     NetworkUpdate, Serial,
 };
+use crate::fork::{ForkLoad, VmFork, VmForked};
 use crate::logger::{Logger, MetricsSink};
 use crate::reset::{VmCheckpoint, VmCheckpointed, VmReset, VmResetDone};
 use crate::saved::{SavedState, VmStop, VmStopped};
@@ -195,6 +196,16 @@ impl VmClient {
     /// Makes the VM what it was at the checkpoint.
     pub fn reset(&mut self, reset: &VmReset) -> Result<VmResetDone, RestError> {
         self.rest.ask("PUT", "/vm/reset", reset)
+    }
+
+    /// Gives other vmms clones of the VM as it is now, after the start.
+    pub fn fork(&mut self, fork: &VmFork) -> Result<VmForked, RestError> {
+        self.rest.ask("PUT", "/vm/fork", fork)
+    }
+
+    /// As [`rest::PassingCall`](super::rest::PassingCall) does it, but that no descriptors go with it: it can only be refused.
+    pub fn fork_load(&mut self, load: &ForkLoad) -> Done {
+        self.rest.put("/fork/load", load)
     }
 
     /// What the VM has done, and what its memory consists of, after the start.

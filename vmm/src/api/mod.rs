@@ -18,6 +18,7 @@ use api_spec::devices::{
     Balloon, BalloonStatisticsUpdate, BalloonUpdate, Drive, DriveUpdate, Entropy, NetworkInterface, NetworkUpdate,
     Serial,
 };
+use api_spec::fork::{ForkLoad, VmFork};
 use api_spec::logger::{Logger, MetricsSink};
 use api_spec::operations::Operation;
 use api_spec::reset::{VmCheckpoint, VmReset};
@@ -81,6 +82,10 @@ pub enum Request {
     CheckpointVm(VmCheckpoint),
     /// `PUT /vm/reset`
     ResetVm(VmReset),
+    /// `PUT /vm/fork`
+    ForkVm(VmFork),
+    /// `PUT /fork/load`
+    ForkLoad(ForkLoad),
     /// `GET /vm/stats`
     GetStats,
     /// `GET /vm/memory-map`

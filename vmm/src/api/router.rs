@@ -51,6 +51,8 @@ pub fn route(message: &Message) -> Result<Request, Response> {
         "patchVm" => body(message).map(Request::PatchVm),
         "putVmSave" => body(message).map(Request::SaveVm),
         "putVmStop" => body(message).map(Request::StopVm),
+        "putVmFork" => body(message).map(Request::ForkVm),
+        "putForkLoad" => body(message).map(Request::ForkLoad),
         "putVmCheckpoint" => body(message).map(Request::CheckpointVm),
         "putVmReset" => body(message).map(Request::ResetVm),
         "getVmStats" => Ok(Request::GetStats),

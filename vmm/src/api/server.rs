@@ -7,12 +7,15 @@ use super::http::{self, Delivery, Limits, MAX_HEAD, Parsed, Parser};
 use super::router::route;
 use super::{Request, Response};
 use crate::logging::request_span;
+use api_spec::client::rest::MAX_DESCRIPTORS;
 use api_spec::stats::ApiStats;
 use event_manager::{EventOps, Events};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use std::collections::BTreeMap;
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{self, ErrorKind, IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -72,6 +75,8 @@ struct Client {
     /// It has been answered before.
     is_known: bool,
     parser: Parser,
+    /// Descriptors that have come with what is not a complete request yet.
+    descriptors: Vec<OwnedFd>,
     /// When the first byte of a request came that is not complete.
     begun: Option<Instant>,
     /// The request whose answer comes later; further ones wait.
@@ -95,6 +100,7 @@ struct Asked {
     path: String,
     keep_alive: bool,
     since: Instant,
+    descriptors: Vec<OwnedFd>,
 }
 
 impl Server {
@@ -160,6 +166,13 @@ impl Server {
     /// Whether somebody still waits for this answer.
     pub fn awaits(&self, to: Pending) -> bool {
         self.clients.get(&to.client).is_some_and(|client| client.asked_for(to))
+    }
+
+    /// Descriptors that have come with a request which is not answered yet.
+    pub fn take_descriptors(&mut self, with: Pending) -> Vec<OwnedFd> {
+        let client = self.clients.get_mut(&with.client);
+        let asked = client.and_then(|client| client.asked.as_mut()).filter(|asked| asked.request == with.request);
+        asked.map(|asked| std::mem::take(&mut asked.descriptors)).unwrap_or_default()
     }
 
     /// Sends an answer that was due, and returns the client's further requests.
@@ -334,6 +347,7 @@ impl Server {
                         path: message.path,
                         keep_alive: message.keep_alive,
                         since: Instant::now(),
+                        descriptors: std::mem::take(&mut client.descriptors),
                     };
                     match routed {
                         Ok(request) => {
@@ -372,6 +386,7 @@ impl Client {
             heard: now,
             is_known: false,
             parser: Parser::new(limits),
+            descriptors: Vec::new(),
             begun: None,
             asked: None,
             unsent: Vec::new(),
@@ -429,7 +444,7 @@ impl Client {
         }
         let mut chunk = [0; MAX_HEAD];
         while listens && self.parser.has_room() {
-            match self.stream.read(&mut chunk) {
+            match receive(&self.stream, &mut chunk, &mut self.descriptors) {
                 Ok(0) if self.parser.is_empty() && self.unsent.is_empty() => {
                     return Err(ErrorKind::UnexpectedEof.into());
                 }
@@ -460,7 +475,7 @@ impl Client {
     }
 
     fn answer(&mut self, asked: &Asked, response: &Response) {
-        let Asked { request, method, path, keep_alive, since } = asked;
+        let Asked { request, method, path, keep_alive, since, descriptors: _ } = asked;
         let (status, path) = (response.status, path.escape_debug());
         let took = since.elapsed().as_micros();
         request_span(*request).in_scope(|| tracing::debug!("{method} {path}: {status} in {took} us"));
@@ -502,10 +517,28 @@ impl Client {
     }
 }
 
+/// Receives what is there, up to the size of `bytes`, and the descriptors that come with it. A client that sends more of those than any
+/// call takes is heard no further.
+fn receive(stream: &UnixStream, bytes: &mut [u8], descriptors: &mut Vec<OwnedFd>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(stream, &mut [IoSliceMut::new(bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(passed) = message {
+            descriptors.extend(passed);
+        }
+    }
+    if received.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() > MAX_DESCRIPTORS {
+        return Err(ErrorKind::InvalidData.into());
+    }
+    Ok(received.bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+    use std::io::Read;
     use std::net::Shutdown;
     use std::sync::{Arc, Mutex};
 

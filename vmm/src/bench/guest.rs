@@ -5,7 +5,7 @@ use crate::children::{Child, Children};
 use api_spec::agent::{Pages, Request, Response};
 use api_spec::client::{AgentClient, RestClient, VmClient};
 use api_spec::snapshot::{SnapshotCreate, SnapshotStatus};
-use api_spec::vm::{BootSource, MachineConfig, VmConfig, Vsock};
+use api_spec::vm::{BootSource, InstanceInfo, MachineConfig, VmConfig, Vsock};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -37,6 +37,18 @@ pub struct Guest {
     /// The API of its vmm.
     pub api: Api,
     agent: Option<AgentClient>,
+}
+
+/// A vmm that waits for a guest, with everything built for it.
+pub struct Shell {
+    /// Its process.
+    _child: Child,
+    /// Its API.
+    pub api: PathBuf,
+    /// A connection to that.
+    pub client: RestClient,
+    /// Where the guest will be called.
+    pub vsock: PathBuf,
 }
 
 /// The API of a vmm that runs.
@@ -104,6 +116,27 @@ impl Workplace {
             vmm.arg("--same-generation");
             more(vmm);
         })
+    }
+
+    /// Starts a shell for guests of this size, and waits until it is ready.
+    pub fn shell(&self, name: &str, machine_config: MachineConfig) -> Result<Shell, BenchError> {
+        let path = |kind: &str| self.path(&format!("{name}.{kind}"));
+        let (config, api, vsock) = (path("json"), path("sock"), path("vsock"));
+        let document = VmConfig {
+            machine_config,
+            vsock: Some(Vsock { guest_cid: 3, uds_path: vsock.clone(), vsock_id: None }),
+            ..Default::default()
+        };
+        write_config(&config, &document)?;
+        let mut child = self.children.start(name, &path("log"), |vmm| {
+            vmm.arg("--shell").arg(&config).arg("--api-sock").arg(&api);
+        })?;
+        wait_for_listener(&mut child, &vsock)?;
+        let failed = |source| BenchError::Api { what: "a shell is not ready", source };
+        let mut client = RestClient::connect(&api, PATIENCE).map_err(failed)?;
+        // It answers once all of it is ready.
+        client.get::<InstanceInfo>("/").map_err(failed)?;
+        Ok(Shell { _child: child, api, client, vsock })
     }
 
     /// Starts a vmm and waits for the first reply of its guest.

@@ -3,7 +3,9 @@
 
 pub mod api;
 pub mod faults;
+pub mod fork;
 mod guest;
+pub mod pattern;
 pub mod reset;
 pub mod restore;
 pub mod snapshot;
@@ -22,6 +24,7 @@ Measures, on this machine, and prints what it found. Leave the machine alone mea
 
 Usage: vmm bench api [options]       how long calls of the REST API take, and how soon it can be called
        vmm bench faults [options]    what it costs a guest to touch a page that is not there yet
+       vmm bench fork [options]      how long a guest stands still to be forked, and how soon its clones answer
        vmm bench reset [options]     how long it takes to reset a guest, by how much it has written
        vmm bench restore [options]   how soon a clone answers that was asked for
        vmm bench snapshot [options]  how long guests stand still for snapshots, and what else these cost
@@ -32,10 +35,10 @@ Of `api`:
   --calls N               how many calls on one connection, 1 to 1000000 (default 5000)
   --starts N              how many processes to start, 1 to 1000 (default 20)
 
-Of `faults`, `reset`, `restore` and `snapshot`:
+Of `faults`, `fork`, `reset`, `restore` and `snapshot`:
   --n RUNS                how often to measure everything, 1 to 100 (default 5 for `faults`, 10 for `snapshot`); of `reset`
-                          each kind of reset, 1 to 1000000 (default 500); of `restore` how many clones of each kind, 1 to
-                          10000 (default 200)
+                          each kind of reset, 1 to 1000000 (default 500); of `fork` and `restore` how many of each kind, 1
+                          to 10000 (default 200)
 
 Of `restore`:
   --memory MIB            guest memory (default 128)

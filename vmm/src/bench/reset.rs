@@ -4,6 +4,7 @@
 //! the end.
 
 use super::guest::{Guest, PATIENCE, Workplace};
+use super::pattern::Case;
 use super::{BenchError, Spread, host_line};
 use crate::host::{self, Host};
 use api_spec::agent::{Pages, Request};
@@ -18,13 +19,6 @@ use std::time::{Duration, Instant};
 
 /// How many resets come before those that count: pages that are written for the first time cost more.
 const WARM_UP: u32 = 20;
-/// Memory of the guests, in MiB, and what they need of it themselves.
-const MEMORY_MIB: u64 = 128;
-const GUEST_OWN_MIB: u64 = 16;
-/// How many pages are written.
-const WRITTEN: [u32; 2] = [64, 2048];
-/// Distance of scattered pages: one of each 64 KiB.
-const STRIDE: u32 = 16;
 /// What the pages hold at the checkpoint.
 const SEED: u64 = 0x7265_7365_7400;
 const PAGE: usize = 4096;
@@ -51,43 +45,6 @@ impl Options {
             1..=1_000_000 => Ok(()),
             other => Err(format!("--n {other}: must be 1 to 1000000")),
         }
-    }
-}
-
-/// Where the pages lie that are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Pattern {
-    /// Beside each other.
-    Contiguous,
-    /// One of each 64 KiB.
-    Scattered,
-}
-
-/// Which reset.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Case {
-    /// How many pages the guest is told to write; it writes some more in order to be told.
-    pub pages: u32,
-    /// Where they lie.
-    pub pattern: Pattern,
-}
-
-impl Case {
-    fn all() -> Vec<Case> {
-        let of = |pages| [Pattern::Contiguous, Pattern::Scattered].map(|pattern| Case { pages, pattern });
-        WRITTEN.into_iter().flat_map(of).collect()
-    }
-
-    fn written(&self) -> Pages {
-        let stride = if self.pattern == Pattern::Scattered { STRIDE } else { 1 };
-        Pages { first: 0, count: self.pages, stride }
-    }
-
-    /// What the guest needs for that, in MiB.
-    fn memory_mib(&self) -> u64 {
-        let Pages { count, stride, .. } = self.written();
-        (u64::from(count * stride).div_ceil(256) + GUEST_OWN_MIB).max(MEMORY_MIB)
     }
 }
 
@@ -136,8 +93,7 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}\n", host_line(&self.host))?;
         for row in &self.resets {
-            let place = if row.case.pattern == Pattern::Scattered { "one of each 64 KiB" } else { "neighbouring" };
-            writeln!(f, "{} pages, {place}; {} MiB; {} brought back", row.case.pages, row.memory_mib, row.dirty_pages)?;
+            writeln!(f, "{}; {} MiB; {} brought back", row.case, row.memory_mib, row.dirty_pages)?;
             writeln!(f, "  {:<26} {:>9} {:>9} {:>9} {:>9}  us", "", "min", "p50", "p99", "max")?;
             for (name, Spread { min_us, p50_us, p99_us, max_us }) in [
                 ("pause", row.pause),
@@ -262,15 +218,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_case_fits_its_guest_and_runs_have_bounds() {
-        let cases = Case::all();
-        assert_eq!(cases.len(), 4);
-        for (number, case) in cases.iter().enumerate() {
-            assert!(!cases[..number].contains(case), "{case:?}");
-            assert!(case.written().fits(((case.memory_mib() - GUEST_OWN_MIB) << 8) as u32), "{case:?}");
-            assert_eq!(case.written().numbers().count(), case.pages as usize);
-        }
-        assert_eq!(cases.iter().filter(|case| case.memory_mib() == MEMORY_MIB).count(), 3);
+    fn runs_have_bounds() {
         for (runs, is_fine) in [(0, false), (1, true), (1_000_000, true), (1_000_001, false)] {
             assert_eq!(Options { runs, json: false }.check().is_ok(), is_fine);
         }

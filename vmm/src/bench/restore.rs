@@ -8,7 +8,7 @@
 //! Both clocks stop at a reply from inside the guest, over vsock. The cases take turns, so that whatever disturbs one
 //! disturbs the others as well.
 
-use super::guest::{Guest, PATIENCE, Workplace, wait_for_listener, write_config};
+use super::guest::{Guest, PATIENCE, Workplace, wait_for_listener};
 use super::{BenchError, Spread, host_line};
 use crate::children::Child;
 use crate::host::{self, Host};
@@ -18,7 +18,7 @@ use api_spec::agent::Request;
 use api_spec::client::{AgentClient, RestClient};
 use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotCreate, SnapshotLoad};
 use api_spec::stats::{TracedOperation, VmStats};
-use api_spec::vm::{InstanceInfo, MachineConfig, VmConfig, Vsock};
+use api_spec::vm::MachineConfig;
 use serde::Serialize;
 use std::fmt;
 use std::path::Path;
@@ -256,21 +256,8 @@ impl Bench {
     }
 
     fn measure_shell(&self, backend: Backend, socket: &Path) -> Result<Sample, BenchError> {
-        let [config, api, vsock] = ["shell.json", "shell.sock", "shell.vsock"].map(|name| self.place.path(name));
-        let document = VmConfig {
-            machine_config: self.machine(),
-            vsock: Some(Vsock { guest_cid: 3, uds_path: vsock.clone(), vsock_id: None }),
-            ..Default::default()
-        };
-        write_config(&config, &document)?;
-        let mut shell = self.place.children.start("shell", &self.place.path("shell.log"), |vmm| {
-            vmm.arg("--shell").arg(&config).arg("--api-sock").arg(&api);
-        })?;
-        wait_for_listener(&mut shell, &vsock)?;
+        let mut shell = self.place.shell("shell", self.machine())?;
         let failed = |source| BenchError::Api { what: "cannot load a snapshot into a shell", source };
-        let mut client = RestClient::connect(&api, PATIENCE).map_err(failed)?;
-        // It answers once all of it is ready.
-        client.get::<InstanceInfo>("/").map_err(failed)?;
         let mem_backend =
             (backend == Backend::Shared).then(|| MemBackend::of(MemBackendType::UffdShared, socket.into()));
         let load = SnapshotLoad {
@@ -280,12 +267,12 @@ impl Bench {
             ..SnapshotLoad::of(self.place.path("snap"))
         };
         let before = Instant::now();
-        client.put("/snapshot/load", &load).map_err(failed)?;
+        shell.client.put("/snapshot/load", &load).map_err(failed)?;
         let to_answer = Some(before.elapsed());
-        let mut agent = AgentClient::connect(&vsock, PATIENCE).map_err(BenchError::Agent)?;
+        let mut agent = AgentClient::connect(&shell.vsock, PATIENCE).map_err(BenchError::Agent)?;
         agent.call(Request::Ping { token: 0 }).map_err(BenchError::Agent)?;
         let to_reply = before.elapsed();
-        Ok(Sample { to_reply, to_answer, phases: phases(&mut client)? })
+        Ok(Sample { to_reply, to_answer, phases: phases(&mut shell.client)? })
     }
 }
 

@@ -8,6 +8,7 @@ use std::ffi::{OsStr, OsString};
 pub fn parse(args: Vec<OsString>) -> Result<Command, UsageError> {
     match args.split_first() {
         Some((what, rest)) if what == "faults" => parse_faults(rest.to_vec()),
+        Some((what, rest)) if what == "fork" => parse_fork(rest.to_vec()),
         Some((what, rest)) if what == "reset" => parse_reset(rest.to_vec()),
         Some((what, rest)) if what == "restore" => parse_restore(rest.to_vec()),
         Some((what, rest)) if what == "snapshot" => parse_snapshot(rest.to_vec()),
@@ -31,6 +32,22 @@ fn parse_faults(args: Vec<OsString>) -> Result<Command, UsageError> {
     }
     options.check().map_err(lexopt::Error::from)?;
     Ok(Command::BenchFaults(options))
+}
+
+fn parse_fork(args: Vec<OsString>) -> Result<Command, UsageError> {
+    use lexopt::prelude::*;
+    let mut options = bench::fork::Options::default();
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("n") => options.runs = value(&mut parser, "--n", "a number")?,
+            Long("json") => options.json = true,
+            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    options.check().map_err(lexopt::Error::from)?;
+    Ok(Command::BenchFork(options))
 }
 
 fn parse_reset(args: Vec<OsString>) -> Result<Command, UsageError> {
@@ -114,7 +131,7 @@ fn parse_api(args: Vec<OsString>) -> Result<Command, UsageError> {
         }
     }
     if what.as_deref() != Some(OsStr::new("api")) {
-        return Err(UsageError::Missing("`bench` takes `api`, `faults`, `reset`, `restore` or `snapshot`"));
+        return Err(UsageError::Missing("`bench` takes `api`, `faults`, `fork`, `reset`, `restore` or `snapshot`"));
     }
     options.check().map_err(lexopt::Error::from)?;
     Ok(Command::BenchApi(options))
@@ -135,6 +152,9 @@ mod tests {
         let reset = |runs, json| Command::BenchReset(bench::reset::Options { runs, json });
         assert_eq!(parse("bench reset").unwrap(), reset(500, false));
         assert_eq!(parse("bench reset --n 3 --json").unwrap(), reset(3, true));
+        let fork = |runs, json| Command::BenchFork(bench::fork::Options { runs, json });
+        assert_eq!(parse("bench fork").unwrap(), fork(200, false));
+        assert_eq!(parse("bench fork --n 3 --json").unwrap(), fork(3, true));
         assert_eq!(parse("bench snapshot").unwrap(), snapshot(10, 1024, false));
         assert_eq!(parse("bench snapshot --n 3 --resident-mib 16 --json").unwrap(), snapshot(3, 16, true));
         assert_eq!(parse("bench snapshot --help").unwrap(), Command::Help(bench::USAGE));

@@ -151,29 +151,15 @@ pub fn run(command: Command) -> Result<i32, CliError> {
         Command::Run(options) => run_vm(*options),
         Command::Ctl(ctl) => print(&ctl::run(&ctl)?),
         Command::Demo(options) => Ok(demo::run(&options).map(|()| DONE)?),
-        Command::BenchApi(options) => {
-            let report = bench::api::run(&options)?;
-            print(&if options.json { to_json(&report) } else { report.to_string() })
-        }
-        Command::BenchFaults(options) => {
-            let report = bench::faults::run(&options)?;
-            print(&if options.json { to_json(&report) } else { report.to_string() })
-        }
-        Command::BenchReset(options) => {
-            let report = bench::reset::run(&options)?;
-            print(&if options.json { to_json(&report) } else { report.to_string() })
-        }
-        Command::BenchRestore(options) => {
-            let report = bench::restore::run(&options)?;
-            print(&if options.json { to_json(&report) } else { report.to_string() })
-        }
-        Command::BenchSnapshot(options) => {
-            let report = bench::snapshot::run(&options)?;
-            print(&if options.json { to_json(&report) } else { report.to_string() })
-        }
+        Command::BenchApi(options) => print_report(&bench::api::run(&options)?, options.json),
+        Command::BenchFaults(options) => print_report(&bench::faults::run(&options)?, options.json),
+        Command::BenchFork(options) => print_report(&bench::fork::run(&options)?, options.json),
+        Command::BenchReset(options) => print_report(&bench::reset::run(&options)?, options.json),
+        Command::BenchRestore(options) => print_report(&bench::restore::run(&options)?, options.json),
+        Command::BenchSnapshot(options) => print_report(&bench::snapshot::run(&options)?, options.json),
         Command::Doctor { json } => {
             let report = doctor::run();
-            print(&if json { to_json(&report) } else { report.to_string() })?;
+            print_report(&report, json)?;
             Ok(report.exit_code().into())
         }
         Command::List { configs, json } => {
@@ -196,13 +182,13 @@ pub fn run(command: Command) -> Result<i32, CliError> {
             let snapshot = snapshot::load::open_without_memory(&path)?;
             restore::check_machine(snapshot.manifest()).map_err(RunError::from)?;
             let report = Report::of(&snapshot, &host::to_compare_closely());
-            print(&if json { to_json(&report) } else { report.to_string() })?;
+            print_report(&report, json)?;
             Ok(if report.is_usable() { DONE } else { FAILED })
         }
         Command::SnapshotTool(tool) => print(&snapshots::run(&tool)?),
         Command::Verify { path, json } => {
             let report = snapshot::verify::verify(&path)?;
-            print(&if json { to_json(&report) } else { report.to_string() })
+            print_report(&report, json)
         }
     }
 }
@@ -220,6 +206,11 @@ fn export_guest(path: &Path) -> io::Result<()> {
 fn to_json(document: &impl serde::Serialize) -> String {
     // Our own documents have string keys and no failing serializers.
     serde_json::to_string_pretty(document).map_or_else(|e| format!("{{\"error\":\"{e}\"}}\n"), |text| text + "\n")
+}
+
+/// Prints what was found out: for people, or as one document.
+fn print_report(report: &(impl serde::Serialize + std::fmt::Display), json: bool) -> Result<i32, CliError> {
+    print(&if json { to_json(report) } else { report.to_string() })
 }
 
 fn print(text: &str) -> Result<i32, CliError> {

@@ -11,6 +11,7 @@
 //!
 //! - [`config`], [`requests`]: what can be built, and what is legal when (pure)
 //! - [`boot`], [`restore`], [`snapshot`]: the three long constructions, each readable from top to bottom
+//! - [`fork`]: other vmms get clones of the running machine
 //! - [`reset`]: a checkpoint of the running machine, and back to it in place
 //! - [`backend`]: where the memory of a restored guest comes from
 //! - [`shell`]: what can be built before it is known what is restored
@@ -30,6 +31,7 @@ pub mod config;
 pub mod device_thread;
 pub mod disks;
 pub mod driver;
+pub mod fork;
 pub mod keeper;
 pub mod phases;
 mod private;
@@ -56,6 +58,7 @@ use crate::vcpu::{self, Brake, Buses, Vcpu, VcpuError};
 use ::snapshot::load::Lease;
 use ::snapshot::state::DeviceState;
 use api_spec::devices::{BalloonStatistics, Drive, NetworkInterface};
+use api_spec::fork::ForkServed;
 use api_spec::stats::{DeviceAtWork, VmStats};
 use bases::Bases;
 use config::DevicePlan;
@@ -91,6 +94,8 @@ pub struct Machine {
     vm: VmFd,
     ram: GuestRam,
     page_server: Option<Keeper>,
+    /// Where that serves what, for others to be served likewise.
+    served: Option<ForkServed>,
     /// Pages that are being got ready.
     replay: Option<Replay>,
     /// Set when this process is about to end.
@@ -127,6 +132,7 @@ impl Machine {
             vm,
             ram,
             page_server: None,
+            served: None,
             replay: None,
             ending: Arc::default(),
             plan,

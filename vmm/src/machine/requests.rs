@@ -94,7 +94,7 @@ pub fn may(request: &Request, phase: Phase, work: Work) -> Result<(), NotNow> {
         | Request::PutBalloon(_)
         | Request::PutSavedState(_)
         | Request::PutMetrics(_) => refuse_if(started, NotNow::Started),
-        Request::SnapshotLoad(_) => {
+        Request::SnapshotLoad(_) | Request::ForkLoad(_) => {
             refuse_if(started, NotNow::Started)?;
             refuse_if(phase == Phase::NotStarted { configured: true }, NotNow::Configured)
         }
@@ -118,7 +118,7 @@ pub fn may(request: &Request, phase: Phase, work: Work) -> Result<(), NotNow> {
         | Request::GetBalloonStatistics
         | Request::SnapshotCancel(_)
         | Request::PatchBalloonStatistics(_) => refuse_if(!started, NotNow::NotStarted),
-        Request::ResetVm(_) => {
+        Request::ResetVm(_) | Request::ForkVm(_) => {
             refuse_if(!started, NotNow::NotStarted)?;
             unless_ending()
         }

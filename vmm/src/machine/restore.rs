@@ -6,6 +6,7 @@ use super::bases::Bases;
 use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
 use super::disks::{self, RestoreDisksError};
+use super::fork::ForkLoadError;
 use super::keeper::{Charge, GivenUp, Keeper};
 use super::phases::Phases;
 use super::shell::{Misfit, Shape, Shell, ShellError};
@@ -21,13 +22,16 @@ use crate::memory::uffd::UffdError;
 use crate::notice::Notifier;
 use crate::vcpu::state::{OtherTsc, VcpuStateError};
 use api_spec::devices::NetworkInterface;
+use api_spec::fork::ForkServed;
 use api_spec::mac::MacError;
-use api_spec::snapshot::{AllowedMismatch, NetworkOverride, SnapshotLoad, VsockOverride};
+use api_spec::snapshot::{AllowedMismatch, MemBackend, NetworkOverride, OnHandlerLoss, SnapshotLoad, VsockOverride};
 use snapshot::compat::{self, Field, Mismatch, Verdict};
 use snapshot::load::{Lease, LoadError, Snapshot};
 use snapshot::manifest::Manifest;
+use snapshot::state::MachineState;
 use std::io;
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use uffd_handler::process::Signals;
@@ -39,6 +43,9 @@ pub enum RestoreError {
     /// The snapshot.
     #[error(transparent)]
     Load(#[from] LoadError),
+    /// What another vmm offers.
+    #[error(transparent)]
+    Fork(#[from] ForkLoadError),
     /// It does not belong on this host.
     #[error(transparent)]
     Mismatch(#[from] Mismatch),
@@ -170,19 +177,35 @@ pub fn open<'a>(
     Ok(Opened { request, backend, snapshot, allowed, lease, shape, disks })
 }
 
-impl Opened<'_> {
-    /// Whether it can be loaded into a shell.
-    pub fn fits(&self, shell: &Shell) -> Result<(), Misfit> {
-        shell.shape().fits(&self.shape, self.request)
-    }
+/// A machine that was read and found right, to be loaded into a shell.
+pub trait Loadable: Sized {
+    /// Whether it can be loaded into this one.
+    fn fits(&self, shell: &Shell) -> Result<(), Misfit>;
 
     /// Builds a shell for it.
-    pub fn shell(&mut self, outside: Outside, phases: &mut Phases) -> Result<Shell, RestoreError> {
+    fn shell(&mut self, outside: Outside, phases: &mut Phases) -> Result<Shell, RestoreError>;
+
+    /// Loads it into a shell that it fits. The machine's vCPUs stand still.
+    fn load(
+        self,
+        shell: Shell,
+        notifier: &Notifier,
+        signals: &Signals,
+        phases: &mut Phases,
+    ) -> Result<Machine, RestoreError>;
+}
+
+impl Loadable for Opened<'_> {
+    fn fits(&self, shell: &Shell) -> Result<(), Misfit> {
+        let SnapshotLoad { vsock_override, network_overrides, .. } = self.request;
+        shell.shape().fits(&self.shape, vsock_override.as_ref(), !network_overrides.is_empty())
+    }
+
+    fn shell(&mut self, outside: Outside, phases: &mut Phases) -> Result<Shell, RestoreError> {
         Ok(Shell::build(self.shape.clone(), std::mem::take(&mut self.disks), outside, phases)?)
     }
 
-    /// Loads it into a shell that it fits. The machine's vCPUs stand still.
-    pub fn load(
+    fn load(
         self,
         shell: Shell,
         notifier: &Notifier,
@@ -191,29 +214,29 @@ impl Opened<'_> {
     ) -> Result<Machine, RestoreError> {
         let Opened { request, backend, snapshot, allowed, lease, .. } = self;
         let (mut machine, low) = shell.open();
-        let (snapshot, shares, replay_over) = (Arc::new(snapshot), backend.shares(), Arc::<AtomicBool>::default());
-        let service = backend.show(&snapshot, &mut machine.ram, low)?;
-        phases.end("memory");
-        // Before anything touches guest memory and may have to wait.
-        if let Some(service) = service {
-            service.wait_until_it_serves(&machine.ram, signals).map_err(BackendError::from)?;
-            let charge = Charge {
-                snapshot: snapshot.clone(),
-                policy: request.mem_backend.as_ref().and_then(|backend| backend.on_handler_loss).unwrap_or_default(),
-                signals: signals.try_clone().map_err(RestoreError::Guard)?,
-                notifier: notifier.clone(),
-                ending: machine.ending.clone(),
-                replay_over: replay_over.clone(),
-            };
-            machine.page_server = Some(Keeper::start(service, &machine.ram, charge).map_err(RestoreError::Guard)?);
-            phases.end("page_server");
-        }
-        let state_loaded = load_state(&machine, &snapshot, request, &allowed, phases);
+        let (snapshot, shares) = (Arc::new(snapshot), backend.shares());
+        let policy = request.mem_backend.as_ref().and_then(|backend| backend.on_handler_loss);
+        let replay_over =
+            show(&mut machine, low, &snapshot, (backend, policy.unwrap_or_default()), notifier, signals, phases)?;
+        let how = HowToLoad {
+            other_tsc: if allowed.contains(&Field::TscKhz) { OtherTsc::Allowed } else { OtherTsc::Refused },
+            clock: if request.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn },
+            new_generation: request.new_generation,
+        };
+        let state_loaded = load_state(&machine, snapshot.state(), how, phases);
         // Whatever came of it: it may have been let go because pages do not come.
         machine.page_server.as_ref().map_or(Ok(()), loaded)?;
         state_loaded?;
         machine.bases = Bases::of(&snapshot);
         machine.lease = Some(lease);
+        machine.served =
+            request.mem_backend.clone().filter(|_| matches!(backend, Backend::Shared(_))).and_then(|mem_backend| {
+                // Whoever is told of it may live in another directory.
+                let there = |path: &Path| std::path::absolute(path).ok();
+                let backend_path = there(&mem_backend.backend_path)?;
+                let mem_backend = MemBackend { backend_path, ..mem_backend };
+                Some(ForkServed { snapshot_path: there(snapshot.dir())?, mem_backend })
+            });
         if request.replay_working_set && shares {
             // Last, when whatever fails takes the memory away before its page server is let go.
             let writes = request.max_private_mib.is_none();
@@ -227,41 +250,77 @@ impl Opened<'_> {
     }
 }
 
+/// Shows the memory of a snapshot in a machine that has touched none yet, and has somebody watch over the page server, if one serves
+/// it. What is returned ends the preparation of pages that nobody has asked for.
+pub(super) fn show(
+    machine: &mut Machine,
+    low: OwnedFd,
+    snapshot: &Arc<Snapshot>,
+    (backend, policy): (Backend, OnHandlerLoss),
+    notifier: &Notifier,
+    signals: &Signals,
+    phases: &mut Phases,
+) -> Result<Arc<AtomicBool>, RestoreError> {
+    let replay_over = Arc::<AtomicBool>::default();
+    let service = backend.show(snapshot, &mut machine.ram, low)?;
+    phases.end("memory");
+    // Before anything touches guest memory and may have to wait.
+    if let Some(service) = service {
+        service.wait_until_it_serves(&machine.ram, signals).map_err(BackendError::from)?;
+        let charge = Charge {
+            snapshot: snapshot.clone(),
+            policy,
+            signals: signals.try_clone().map_err(RestoreError::Guard)?,
+            notifier: notifier.clone(),
+            ending: machine.ending.clone(),
+            replay_over: replay_over.clone(),
+        };
+        machine.page_server = Some(Keeper::start(service, &machine.ram, charge).map_err(RestoreError::Guard)?);
+        phases.end("page_server");
+    }
+    Ok(replay_over)
+}
+
 /// Whether the page server has served to the end of a load, or somebody in its place.
-fn loaded(keeper: &Keeper) -> Result<(), RestoreError> {
+pub(super) fn loaded(keeper: &Keeper) -> Result<(), RestoreError> {
     keeper.loaded().map_err(|why| match why {
         GivenUp::Ending => BackendError::from(UffdError::Ending).into(),
         GivenUp::Unserved(reason) => RestoreError::Unserved { path: keeper.path().to_owned(), reason },
     })
 }
 
+/// What is done with the state of a machine when it is loaded.
+pub(super) struct HowToLoad {
+    pub other_tsc: OtherTsc,
+    pub clock: Clock,
+    /// The guest is told that it is another one than was saved.
+    pub new_generation: bool,
+}
+
 /// Loads the state of vCPUs, VM and devices: all that touches guest memory, and may have to wait for it.
-fn load_state(
+pub(super) fn load_state(
     machine: &Machine,
-    snapshot: &Snapshot,
-    request: &SnapshotLoad,
-    allowed: &[Field],
+    state: &MachineState,
+    how: HowToLoad,
     phases: &mut Phases,
 ) -> Result<(), RestoreError> {
-    let state = snapshot.state();
-    let other_tsc = if allowed.contains(&Field::TscKhz) { OtherTsc::Allowed } else { OtherTsc::Refused };
+    let HowToLoad { other_tsc, clock, new_generation } = how;
     for (number, (vcpu, saved)) in machine.vcpus.iter().zip(&state.vcpus).enumerate() {
         let fail = |source| RestoreError::VcpuState { vcpu: number, source };
         crate::vcpu::state::load(&vcpu.lock(), &machine.vm, saved, number == 0, other_tsc).map_err(fail)?;
     }
     phases.end("vcpu_state");
-    let clock = if request.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn };
     kvm::state::load(&machine.vm, &state.vm, clock)?;
     // Guest memory may have been touched already, since KVM writes the wall clock where an MSR tells it to; the keeper and
     // the page server have been at work from the start.
-    if request.new_generation {
+    if new_generation {
         let id = fresh_generation().map_err(RestoreError::Random)?;
         write_generation(machine.ram.memory(), &id).map_err(RestoreError::Generation)?;
     }
     phases.end("vm_state");
     // After the interrupt controllers' state, which would undo what these raise.
     machine.devices.restore(&machine.plan, &state.devices)?;
-    if request.new_generation {
+    if new_generation {
         machine.devices.announce_generation().map_err(RestoreError::Announce)?;
     }
     phases.end("device_state");
@@ -309,13 +368,22 @@ fn devices(
 ) -> Result<(DevicePlan, Vec<Disk>), RestoreError> {
     let (drives, disks) = disks::restore(snapshot, request, in_place)?;
     let mut plan = DevicePlan { drives, ..record::plan(&snapshot.manifest().devices)? };
-    if let Some(VsockOverride { uds_path }) = &request.vsock_override {
+    override_host_side(&mut plan, request.vsock_override.as_ref(), &request.network_overrides)?;
+    Ok((plan, disks))
+}
+
+/// Gives devices their other host sides, and looks whether there can be such devices.
+pub(super) fn override_host_side(
+    plan: &mut DevicePlan,
+    vsock: Option<&VsockOverride>,
+    network: &[NetworkOverride],
+) -> Result<(), RestoreError> {
+    if let Some(VsockOverride { uds_path }) = vsock {
         plan.vsock.as_mut().ok_or(RestoreError::NoVsock)?.uds_path = uds_path.clone();
     }
-    override_network(&mut plan.network, &request.network_overrides)?;
+    override_network(&mut plan.network, network)?;
     plan.vsock.as_ref().map(config::check_vsock).transpose().map_err(RestoreError::Vsock)?;
-    config::check_places(&plan).map_err(RestoreError::Places)?;
-    Ok((plan, disks))
+    config::check_places(plan).map_err(RestoreError::Places)
 }
 
 /// Gives network interfaces their other host sides.

@@ -8,14 +8,16 @@ use super::discard::Discarded;
 use super::pagemap::Pagemap;
 use super::{Backing, GuestRam, PAGE_SIZE};
 use crate::devices::lock;
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, ftruncate, memfd_create, seek};
 use snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters};
 use snapshot::create::{Cancel, LayerSource};
+use snapshot::image::TrustedLayer;
 use snapshot::page_runs::PageRuns;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::AtomicBool;
 use vm_memory::{Bytes, GuestAddress};
 
 const _: () = assert!(CLUSTER_BYTES == PAGE_SIZE, "a cluster of the map is a page");
@@ -70,6 +72,44 @@ impl GuestRam {
     /// Copies what the guest has changed of its image. No vCPU and no device may write meanwhile. `None` if that is not to be told
     /// from the rest: the guest was booted here and has no image, or has one in part.
     pub fn capture(&self, cancel: &dyn Cancel) -> Result<Option<Changes>, CaptureError> {
+        let Some(pages) = self.changed()? else { return Ok(None) };
+        let keep = |e: rustix::io::Errno| CaptureError::Keep(e.into());
+        let copy = File::from(memfd_create("coppice-changes", MemfdFlags::CLOEXEC).map_err(keep)?);
+        let mut end_of_copy = 0;
+        let runs: Vec<(Range<u64>, u64)> = data_runs(&pages)
+            .map(|run| {
+                let place = end_of_copy;
+                end_of_copy += (run.end - run.start) * PAGE_SIZE;
+                (run, place)
+            })
+            .collect();
+        self.copy_runs(&runs, &copy, cancel)?;
+        Ok(Some(Changes { size: self.size(), pages, runs, copy }))
+    }
+
+    /// Copies what the guest has changed of its image into a file in memory, each page at its place in the image, where others can map
+    /// it: a layer over that image. The pages of `also` are copied as well where they are as they were. The same holds as for
+    /// [`GuestRam::capture`].
+    pub fn capture_layer(&self, also: &[&Clusters]) -> Result<Option<TrustedLayer>, CaptureError> {
+        let Some(mut pages) = self.changed()? else { return Ok(None) };
+        for run in also.iter().flat_map(|also| data_runs(also)) {
+            let unchanged: Vec<_> = pages.runs(run).filter(|(_, state)| *state == Cluster::Absent).collect();
+            unchanged.into_iter().for_each(|(run, _)| pages.set(run, Cluster::Data));
+        }
+        check_room(&pages)?;
+        let keep = |e: rustix::io::Errno| CaptureError::Keep(e.into());
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = File::from(memfd_create("coppice-layer", flags).map_err(keep)?);
+        ftruncate(&file, self.size()).map_err(keep)?;
+        let runs: Vec<_> = data_runs(&pages).map(|run| (run.clone(), run.start * PAGE_SIZE)).collect();
+        self.copy_runs(&runs, &file, &AtomicBool::new(false))?;
+        let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+        fcntl_add_seals(&file, seals).map_err(keep)?;
+        Ok(Some(TrustedLayer { file, pages: Some(pages) }))
+    }
+
+    /// Which pages the guest has changed of its image, of which a copy would fit.
+    fn changed(&self) -> Result<Option<Clusters>, CaptureError> {
         let given_back = match &*lock(&self.backing) {
             Backing::Own(_) | Backing::Image(Discarded { is_mixed: true, .. }) => return Ok(None),
             Backing::Image(discarded) => discarded.runs(),
@@ -90,26 +130,18 @@ impl GuestRam {
         for run in private.runs() {
             pages.set(run.clone(), Cluster::Data);
         }
-        let (bytes, room) = (pages.data() * PAGE_SIZE, room());
-        if bytes > room {
-            return Err(CaptureError::NoRoom { bytes, room });
-        }
-        let keep = |e: rustix::io::Errno| CaptureError::Keep(e.into());
-        let copy = File::from(memfd_create("coppice-changes", MemfdFlags::CLOEXEC).map_err(keep)?);
-        let runs = self.copy_runs(private.runs(), &copy, cancel)?;
-        Ok(Some(Changes { size: self.size(), pages, runs, copy }))
+        check_room(&pages)?;
+        Ok(Some(pages))
     }
 
-    /// Copies runs of pages of the image, one behind the other. Returns where each lies.
-    fn copy_runs(
-        &self,
-        runs: &[Range<u64>],
-        mut copy: &File,
-        cancel: &dyn Cancel,
-    ) -> Result<Vec<(Range<u64>, u64)>, CaptureError> {
-        let (mut placed, mut end_of_copy) = (Vec::with_capacity(runs.len()), 0);
-        for run in runs {
-            placed.push((run.clone(), end_of_copy));
+    /// Copies runs of pages of the image, each to its place in the copy, in bytes.
+    fn copy_runs(&self, runs: &[(Range<u64>, u64)], mut copy: &File, cancel: &dyn Cancel) -> Result<(), CaptureError> {
+        let mut end_of_copy = 0;
+        for (run, place) in runs {
+            if *place != end_of_copy {
+                seek(copy, SeekFrom::Start(*place)).map_err(|e| CaptureError::Keep(e.into()))?;
+                end_of_copy = *place;
+            }
             let (mut at, end) = (run.start * PAGE_SIZE, run.end * PAGE_SIZE);
             while at < end {
                 if cancel.is_cancelled() {
@@ -125,8 +157,18 @@ impl GuestRam {
                 end_of_copy += len;
             }
         }
-        Ok(placed)
+        Ok(())
     }
+}
+
+/// Pages that are data, as runs, in order.
+fn data_runs(pages: &Clusters) -> impl Iterator<Item = Range<u64>> + '_ {
+    pages.runs(0..pages.count()).filter(|(_, state)| *state == Cluster::Data).map(|(run, _)| run)
+}
+
+fn check_room(pages: &Clusters) -> Result<(), CaptureError> {
+    let (bytes, room) = (pages.data() * PAGE_SIZE, room());
+    if bytes > room { Err(CaptureError::NoRoom { bytes, room }) } else { Ok(()) }
 }
 
 /// How many bytes may be taken for a copy: half of what the host has. All that there are, if it does not say.

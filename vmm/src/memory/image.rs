@@ -6,6 +6,7 @@
 //! | files over each other | a private mapping of the lowest; over it the longer runs of the others are mapped, the shorter ones copied, and what became zero is discarded |
 //! | packed | it is unpacked into memory that is this guest's alone, which is mapped privately as a file is |
 
+use super::changes::CaptureError;
 use super::{GuestRam, MemoryError, PAGE_SIZE, mmap};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use snapshot::clusters::{Cluster, Clusters};
@@ -24,6 +25,8 @@ const MAX_MAPPED: usize = 450;
 const MAX_EMPTIED: usize = 8_000;
 /// How many pages a run has that is worth a mapping: 64 KiB.
 const LONG_RUN: u64 = 16;
+/// Most layers that a guest's memory has over the lowest file before it is forked with one instead of them.
+const MAX_LAYERS: usize = 6;
 /// Most bytes that are copied at a time.
 const PIECE: u64 = 1 << 20;
 
@@ -106,12 +109,33 @@ impl GuestRam {
                 let mut above = files;
                 let lowest = above.pop().ok_or_else(|| LayError::Lay(io::ErrorKind::NotFound.into()))?;
                 self.show(&lowest.file)?;
-                let ends = self.lay(&above)?;
-                let files = above.into_iter().map(|layer| layer.file).zip(ends);
-                self.above = files.filter(|(_, end)| *end > 0).collect();
-                Ok(())
+                self.show_above(above)
             }
         }
+    }
+
+    /// Shows layers, the uppermost first, over what is shown already. Nobody has used the memory yet.
+    pub fn show_above(&mut self, layers: Vec<TrustedLayer>) -> Result<(), LayError> {
+        let ends = self.lay(&layers)?;
+        // What is copied of a layer, or discarded, is the guest's own from now on.
+        self.above = layers.into_iter().zip(ends).filter(|(_, end)| *end > 0).collect();
+        Ok(())
+    }
+
+    /// What the guest's memory is at this moment, as files that others can show, the uppermost first: what it has changed, and what lies
+    /// over the image that it is a view of; and how many pages were copied for that. `None` if that is not to be told. No vCPU and no
+    /// device may write meanwhile, and the guest must have been frozen if it was booted here.
+    pub fn layers(&self) -> Result<Option<(Vec<TrustedLayer>, u64)>, CaptureError> {
+        let flattens = self.above.len() >= MAX_LAYERS;
+        let also: Vec<&Clusters> = self.above.iter().filter_map(|(layer, _)| layer.pages.as_ref()).collect();
+        let own = self.capture_layer(if flattens { &also } else { &[] })?;
+        let Some(own) = own else { return Ok(None) };
+        let copied = own.pages.as_ref().map_or(0, Clusters::data);
+        let mut layers = vec![own];
+        for (TrustedLayer { file, pages }, _) in self.above.iter().filter(|_| !flattens) {
+            layers.push(TrustedLayer { file: file.try_clone().map_err(CaptureError::Keep)?, pages: pages.clone() });
+        }
+        Ok(Some((layers, copied)))
     }
 
     /// Puts what these layers hold, the uppermost first, over what is there. Nobody has used the memory yet. Returns where what is

@@ -42,6 +42,7 @@ use discard::Discarded;
 use mmap::Mapping;
 use region::RamRegion;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use snapshot::image::TrustedLayer;
 use snapshot::manifest::MemoryRegion;
 use std::fs::File;
 use std::io;
@@ -113,8 +114,8 @@ pub struct GuestRam {
     regions: Vec<MemoryRegion>,
     /// The file that is mapped, if one is. Of an image of several files, the lowest.
     file: Option<Arc<File>>,
-    /// What is mapped over that, if the image is of several files: each, and where that ends in it, in bytes.
-    above: Vec<(File, u64)>,
+    /// What is mapped over that, if the image is of several files, the uppermost first: each, and where that ends in it, in bytes.
+    above: Vec<(TrustedLayer, u64)>,
     /// Whoever changes what is mapped holds the lock meanwhile.
     backing: Arc<Mutex<Backing>>,
 }
@@ -203,7 +204,7 @@ impl GuestRam {
         let end = self.regions.iter().map(|region| region.offset + region.size_bytes).max().unwrap_or(0);
         let is_short = |file: &File, end: u64| file.metadata().is_ok_and(|metadata| metadata.len() < end);
         self.store().is_some_and(|file| is_short(&file, end))
-            || self.above.iter().any(|(file, end)| is_short(file, *end))
+            || self.above.iter().any(|(layer, end)| is_short(&layer.file, *end))
     }
 
     /// Each region with the address of its mapping in this process.

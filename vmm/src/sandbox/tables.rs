@@ -95,7 +95,8 @@ pub const VCPU: &[&[Rule]] = &[THREAD, OPENS_NOTHING, NARROWING, GUEST, TAP_OFFL
 
 /// `devices`: the work of the guest's devices, between its queues, the files of its disks, taps, and the sockets of its vsock device.
 /// It opens nothing.
-pub const DEVICES: &[&[Rule]] = &[THREAD, OPENS_NOTHING, DISKS, TALK, UNIX_SOCKETS, EVENTS, TAP_OFFLOADS, WAKES, FILE_LENGTH];
+pub const DEVICES: &[&[Rule]] =
+    &[THREAD, OPENS_NOTHING, DISKS, TALK, UNIX_SOCKETS, EVENTS, TAP_OFFLOADS, WAKES, FILE_LENGTH];
 
 /// `console` and `output`: the console's two directions.
 pub const STREAM: &[&[Rule]] = &[THREAD, OPENS_NOTHING, FILE_LENGTH];

@@ -76,6 +76,8 @@ impl Driver {
                 return self.ask_for_snapshot(create, Asker::Client(from)).map(|()| None);
             }
             Request::CheckpointVm(VmCheckpoint {}) => Response::document(&self.checkpoint()?),
+            Request::ForkVm(fork) => return self.fork(fork, from).map(|()| None),
+            Request::ForkLoad(load) => return self.load_fork(&load, from).map(|()| Some(Response::done())),
             Request::ResetVm(reset) => Response::document(&self.reset(&reset)?),
             Request::SaveVm(save) => return self.save(save, Asker::Client(from)).map(|()| None),
             Request::StopVm(VmStop { mode }) => {
@@ -166,6 +168,8 @@ impl Driver {
             | Request::SnapshotCreate(_)
             | Request::SaveVm(_)
             | Request::CheckpointVm(_)
+            | Request::ForkVm(_)
+            | Request::ForkLoad(_)
             | Request::ResetVm(_)
             | Request::StopVm(_) => Ok(()),
         }

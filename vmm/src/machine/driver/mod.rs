@@ -1,10 +1,11 @@
 //! The one owner of the VM, on the event loop's thread: requests, notices, signals and the page server's fate all end up
 //! here, one at a time. `answers` is what each request does; `counters`, what is told of what the VM has done; `start`, how a
-//! VM comes about; `prepare`, what is asked of its guest before a snapshot; `resets`, how it is reset; `stop`, how it is saved or
+//! VM comes about; `forks`, how others become clones of it; `prepare`, what is asked of its guest before a snapshot; `resets`, how it is reset; `stop`, how it is saved or
 //! shut down.
 
 mod answers;
 mod counters;
+mod forks;
 mod prepare;
 mod resets;
 mod start;
@@ -15,6 +16,7 @@ use super::backend::BackendError;
 use super::boot::BootError;
 use super::config::{self, ConfigError};
 use super::device_thread::Subscriber;
+use super::fork::ForkError;
 use super::phases::Phases;
 use super::private::PrivateWatch;
 use super::requests::{NotNow, Phase};
@@ -181,6 +183,10 @@ enum RequestError {
     ShellHasConsole,
     #[error("the guest cannot go on. {0}")]
     Halt(Halt),
+    #[error(transparent)]
+    Fork(#[from] ForkError),
+    #[error("the VM is being forked; try again when that is done")]
+    Forking,
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
@@ -359,6 +365,8 @@ struct Driver {
     private: PrivateWatch,
     /// The snapshot that is being written.
     job: Option<Job>,
+    /// Who waits for the clones of a fork.
+    forking: Option<Pending>,
     /// How often the VM had been reset when it was begun.
     times_reset: u64,
     /// Who waits for it; nobody, once it is complete and only its layers are being folded.
@@ -426,6 +434,7 @@ impl Driver {
             retry: Alarm::new()?,
             private: PrivateWatch::new(notifier.clone()),
             job: None,
+            forking: None,
             times_reset: 0,
             waiting: None,
             preparation: None,
@@ -641,6 +650,7 @@ impl Driver {
             }
             Notice::SnapshotWritten => self.on_snapshot_written(ops),
             Notice::LayersFolded => self.on_layers_folded(ops),
+            Notice::Forked(forked) => self.on_forked(forked, ops),
             Notice::AskedToPowerOff(answer) => self.on_asked_to_power_off(answer),
             Notice::AskedToPrepare(asked) => self.on_asked_to_prepare(asked, ops),
             Notice::Scanned(scanned) => self.on_scanned(scanned, ops),

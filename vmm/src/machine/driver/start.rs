@@ -8,7 +8,7 @@ use crate::machine::boot::boot;
 use crate::machine::config::{self, BootPlan};
 use crate::machine::phases::Phases;
 use crate::machine::record;
-use crate::machine::restore::{self, Opened, RestoreError};
+use crate::machine::restore::{self, Loadable, RestoreError};
 use crate::machine::saved::{self, Configuration, Found, GoingOn, GoingOnError, OpenError, State, Then};
 use crate::machine::shell::Shell;
 use crate::memory::program;
@@ -140,9 +140,9 @@ impl Driver {
     }
 
     /// The shell that is there, if the snapshot fits it. One that it does not fit is of no use any more.
-    fn shell_for(&mut self, opened: &Opened) -> Option<(Shell, (Input, Option<Pty>))> {
+    fn shell_for(&mut self, loadable: &impl Loadable) -> Option<(Shell, (Input, Option<Pty>))> {
         let (shell, console) = self.shell.take()?;
-        match opened.fits(&shell) {
+        match loadable.fits(&shell) {
             Ok(()) => Some((shell, console)),
             Err(misfit) => {
                 tracing::warn!(
@@ -167,25 +167,37 @@ impl Driver {
         let mut phases = Phases::of(TracedOperation::Load);
         config::check_max_private(load.max_private_mib).map_err(RequestError::from)?;
         self.private.set_limit(load.max_private_mib).map_err(RequestError::Limit)?;
-        let mut opened = restore::open(load, in_place, &mut phases).map_err(RequestError::from)?;
-        let (shell, console) = match self.shell_for(&opened) {
+        let opened = restore::open(load, in_place, &mut phases).map_err(RequestError::from)?;
+        self.bring_in(opened, load.resume_vm, phases, first)?;
+        self.config.machine_config.max_private_mib = load.max_private_mib;
+        Ok(())
+    }
+
+    /// Loads a machine into a shell, and has its guest run if it is to. `first` is done before that.
+    pub(super) fn bring_in<L: Loadable, E: From<RequestError>>(
+        &mut self,
+        mut loadable: L,
+        runs: bool,
+        mut phases: Phases,
+        first: impl FnOnce(&mut Machine) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (shell, console) = match self.shell_for(&loadable) {
             Some(shell) => shell,
             None => {
                 let (outside, input, pty) = self.outside()?;
                 phases.end("console");
-                (opened.shell(outside, &mut phases).map_err(RequestError::from)?, (input, pty))
+                (loadable.shell(outside, &mut phases).map_err(RequestError::from)?, (input, pty))
             }
         };
-        let loaded = opened.load(shell, &self.notifier, &self.signals, &mut phases);
+        let loaded = loadable.load(shell, &self.notifier, &self.signals, &mut phases);
         let mut machine = loaded.map_err(RequestError::from)?;
         first(&mut machine)?;
-        if load.resume_vm {
+        if runs {
             machine.resume();
         }
         phases.end("resume");
         self.latencies.load_us = Some(phases.total_us());
         self.keep_trace(phases);
-        self.config.machine_config.max_private_mib = load.max_private_mib;
         self.adopt(machine, console);
         Ok(())
     }

@@ -1,0 +1,128 @@
+//! REST documents of a VM that is forked: made several while it runs.
+
+use crate::devices::{Balloon, Entropy, NetworkInterface};
+use crate::snapshot::{MemBackend, NetworkOverride, VsockOverride};
+use crate::vm::Vsock;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Most clones of one fork.
+pub const MAX_CLONES: usize = 64;
+
+/// Body of `PUT /vm/fork`: each of some other vmms gets a clone of the VM as it is now. The VM itself goes on, whatever becomes of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmFork {
+    /// The vmms that are to have a clone each, up to 64. They have no VM yet: shells that fit, which is fastest, or vmms that wait for
+    /// the API.
+    pub into: Vec<ForkTarget>,
+    /// How many those are, for whoever wants that checked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub count: Option<u32>,
+    /// Let the clones' vCPUs run.
+    #[serde(default = "yes")]
+    pub resume_vm: bool,
+    /// Give each clone a generation id of its own, so that its guest knows that it is another one.
+    #[serde(default = "yes")]
+    pub new_generation: bool,
+}
+
+/// A vmm that is to have a clone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ForkTarget {
+    /// Unix socket of its API, at most 107 bytes.
+    #[serde(deserialize_with = "crate::path::one")]
+    #[schemars(length(min = 1, max = 107))]
+    pub api_sock: PathBuf,
+    /// Where its vsock device listens. A shell has its own already; any other vmm needs this, if there is such a device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock_override: Option<VsockOverride>,
+    /// Its tap devices, likewise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub network_overrides: Vec<NetworkOverride>,
+}
+
+/// Answer to `PUT /vm/fork`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VmForked {
+    /// How long the VM stood still, in microseconds.
+    pub pause_us: u64,
+    /// Until the last clone was there, or had failed, in microseconds.
+    pub total_us: u64,
+    /// Pages of the VM's own that were copied for the clones, which share the copy.
+    pub copied_pages: u64,
+    /// The clones, in the order in which they were asked for.
+    pub clones: Vec<ForkedClone>,
+}
+
+/// What became of a clone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ForkedClone {
+    /// Unix socket of its API.
+    pub api_sock: PathBuf,
+    /// Why there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// Body of `PUT /fork/load`, by which a vmm that forks its VM makes the one that it talks to a clone. Descriptors come with the first
+/// byte of the request (`SCM_RIGHTS`): a file in memory that holds the state of the machine and then the maps of the layers; each
+/// layer, the uppermost first; and the file that they lie over, unless a page server has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ForkLoad {
+    /// Version of the vmm that forks, which must be that of the one that is asked.
+    pub vmm_version: String,
+    /// Number of vCPUs.
+    pub vcpu_count: u8,
+    /// Guest memory, in bytes.
+    pub memory_bytes: u64,
+    /// The vsock device, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
+    /// The network interfaces.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub network_interfaces: Vec<NetworkInterface>,
+    /// The source of entropy, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<Entropy>,
+    /// The balloon, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
+    /// Where the pages come from that the layers do not hold, if that is a page server; no file comes with the call then for them to lie
+    /// over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub served: Option<ForkServed>,
+    /// Length of the machine's state, in bytes.
+    pub state_bytes: u64,
+    /// Length of each layer's map, in bytes, the uppermost first.
+    pub map_bytes: Vec<u64>,
+    /// Let the vCPUs run.
+    pub resume_vm: bool,
+    /// Give the guest a generation id of its own.
+    pub new_generation: bool,
+    /// Where the vsock device listens, if not where the shell's does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock_override: Option<VsockOverride>,
+    /// Tap devices, if not those of the shell.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub network_overrides: Vec<NetworkOverride>,
+}
+
+/// A page server, and what it serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ForkServed {
+    /// The snapshot that the VM was once restored from.
+    #[serde(deserialize_with = "crate::path::one")]
+    #[schemars(length(min = 1))]
+    pub snapshot_path: PathBuf,
+    /// The page server.
+    pub mem_backend: MemBackend,
+}
+
+fn yes() -> bool {
+    true
+}

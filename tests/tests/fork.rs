@@ -1,0 +1,389 @@
+//! A running guest is forked: others become clones of it, and it goes on.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use api_spec::agent::Pages;
+use api_spec::devices::Balloon;
+use api_spec::fork::{ForkTarget, VmFork, VmForked};
+use api_spec::snapshot::VsockOverride;
+use api_spec::stats::PageServerState;
+use api_spec::vm::InstanceState;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde_json::json;
+use std::fs::File;
+use std::io::{IoSlice, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use tests::vm::{drive, waiting, waiting_with};
+use tests::{Agent, Boot, PageServer, Place, Restore, Template, TemplateOptions, Vm, procfs, require, until};
+
+const MIB: u64 = 64;
+const SEED: u64 = 5;
+/// How often a guest is forked where nothing is to grow, unless the environment says otherwise.
+const ROUNDS: u32 = 100;
+/// Pages that are scattered, and pages in a row.
+const SCATTERED: Pages = Pages { first: 2048, count: 100, stride: 7 };
+const IN_A_ROW: Pages = Pages { first: 4096, count: 512, stride: 1 };
+
+/// A vmm with a shell that a guest of [`MIB`] fits.
+fn shell(place: &Place, name: &str) -> Vm {
+    let config = json!({
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": MIB },
+        "vsock": { "guest_cid": 3, "uds_path": place.join(format!("{name}.vsock")) },
+    });
+    let path = place.join(format!("{name}.json"));
+    std::fs::write(&path, config.to_string()).expect("a file can be made in the test's directory");
+    listening(waiting_with(place, name, |vmm| {
+        vmm.arg("--shell").arg(&path);
+    }))
+}
+
+/// A vmm without anything yet.
+fn empty(place: &Place, name: &str) -> Vm {
+    listening(waiting(place, name))
+}
+
+/// Whoever forks a guest does not wait for those who get the clones to listen.
+fn listening(mut vm: Vm) -> Vm {
+    assert_eq!(vm.state(), InstanceState::NotStarted);
+    vm
+}
+
+/// The vmm's shell.
+fn as_it_is(vm: &Vm) -> ForkTarget {
+    ForkTarget { api_sock: vm.api.clone(), vsock_override: None, network_overrides: Vec::new() }
+}
+
+/// A vmm without a shell.
+fn anew(vm: &Vm) -> ForkTarget {
+    ForkTarget { vsock_override: Some(VsockOverride { uds_path: vm.vsock.clone() }), ..as_it_is(vm) }
+}
+
+fn into(targets: &[ForkTarget]) -> VmFork {
+    VmFork { into: targets.to_vec(), count: None, resume_vm: true, new_generation: true }
+}
+
+fn try_fork(vm: &mut Vm, request: &VmFork) -> Result<VmForked, String> {
+    vm.client().fork(request).map_err(|e| e.to_string())
+}
+
+fn fork(vm: &mut Vm, targets: &[ForkTarget]) -> VmForked {
+    let forked = try_fork(vm, &into(targets)).unwrap_or_else(|e| panic!("{}: it is not forked: {e}", vm.name));
+    assert!(forked.clones.iter().all(|clone| clone.error.is_none()), "{}: {forked:?}", vm.name);
+    forked
+}
+
+fn mismatches(agent: &mut Agent, seed: u64) -> [u64; 2] {
+    [SCATTERED, IN_A_ROW].map(|pages| agent.mismatches(pages, seed))
+}
+
+/// Each of these writes, and sees nothing of what the others write.
+fn go_separate_ways(agents: &mut [Agent], before: u64) {
+    for (number, agent) in agents.iter_mut().enumerate() {
+        assert_eq!(mismatches(agent, before), [0, 0], "number {number} finds what was there");
+        let own = before + 1 + number as u64;
+        agent.fill(SCATTERED, own);
+        agent.fill(IN_A_ROW, own);
+    }
+    for (number, agent) in agents.iter_mut().enumerate() {
+        assert_eq!(mismatches(agent, before + 1 + number as u64), [0, 0], "number {number} finds what it wrote");
+    }
+}
+
+#[test]
+fn a_booted_guest_is_forked_into_a_shell_and_another_vmm_and_all_go_their_own_ways() {
+    require!(Kvm);
+    let place = Place::new();
+    let (mut parent, mut agent) = Boot::new(&place).memory_mib(MIB).ready("parent");
+    agent.fill(SCATTERED, SEED);
+    agent.fill(IN_A_ROW, SEED);
+    let (mut first, mut second) = (shell(&place, "first"), empty(&place, "second"));
+    let forked = fork(&mut parent, &[as_it_is(&first), anew(&second)]);
+    assert_eq!(forked.copied_pages, 0, "what a booted guest has written is the image of its forks");
+    assert_eq!(parent.state(), InstanceState::Running);
+    go_separate_ways(&mut [agent, first.agent(), second.agent()], SEED);
+
+    // Once more, now that each of them has pages of its own.
+    let mut third = shell(&place, "third");
+    let forked = fork(&mut first, &[as_it_is(&third)]);
+    let written = u64::from(SCATTERED.count + IN_A_ROW.count);
+    assert!((written..written + 200).contains(&forked.copied_pages), "{forked:?}");
+    // The parent's end is not that of its clones.
+    parent.process.kill();
+    go_separate_ways(&mut [first.agent(), third.agent()], SEED + 2);
+    for vm in [first, second, third] {
+        vm.stop();
+    }
+}
+
+#[test]
+fn a_clone_is_forked_while_it_loads_and_what_it_gave_back_stays_away() {
+    require!(Kvm);
+    let place = Place::new();
+    let balloon = Balloon {
+        amount_mib: 0,
+        deflate_on_oom: false,
+        stats_polling_interval_s: 0,
+        free_page_reporting: false,
+        free_page_hinting: false,
+    };
+    let (mut vm, mut agent) = Boot::new(&place).memory_mib(MIB).balloon(balloon).ready("original");
+    let (given, short) = (Pages::run(8192, 2048), Pages::run(12_000, 5));
+    for pages in [SCATTERED, IN_A_ROW, given, short] {
+        agent.fill(pages, SEED);
+    }
+    vm.snapshot(&place.join("snapshot"));
+    vm.stop();
+    // It has read next to nothing when it is forked.
+    let mut clone = Restore::new(&place, &place.join("snapshot")).start("clone");
+    let mut early = empty(&place, "early");
+    fork(&mut clone, &[anew(&early)]);
+    let mut agent = clone.agent();
+    agent.give_back(given);
+    agent.give_back(short);
+    let mut late = empty(&place, "late");
+    fork(&mut clone, &[anew(&late)]);
+    let (mut early_agent, mut late_agent) = (early.agent(), late.agent());
+    assert_eq!([given, short].map(|pages| early_agent.mismatches(pages, SEED)), [0, 0]);
+    let resident = procfs::rss_kib(late.pid());
+    assert_eq!([given, short].map(|pages| late_agent.checksum(pages)), [0, 0]);
+    let grown = procfs::rss_kib(late.pid()).saturating_sub(resident);
+    assert!(grown < 4 << 10, "reading 8 MiB that were given back has taken {grown} KiB");
+    go_separate_ways(&mut [agent, early_agent, late_agent], SEED);
+    // A fork is snapshotted as any other.
+    late.snapshot(&place.join("second"));
+    let (heir, mut heirs) = Restore::new(&place, &place.join("second")).ready("heir");
+    assert_eq!(mismatches(&mut heirs, SEED + 3), [0, 0]);
+    assert_eq!(heirs.checksum(given), 0);
+    for vm in [clone, early, late, heir] {
+        vm.stop();
+    }
+}
+
+/// A fork of a clone that a page server serves is served by it too, and loses it as any clone does.
+#[test]
+fn a_clone_of_a_page_server_is_forked_while_it_loads_and_its_fork_outlives_the_server() {
+    require!(Kvm, Userfaultfd);
+    let (place, template) = (Place::new(), Template::make(TemplateOptions { memory_mib: MIB, ..Default::default() }));
+    let server = PageServer::start(&place, &template.snapshot);
+    let mut clone = Restore::new(&place, &template.snapshot).uffd(&server).start("clone");
+    let (mut early, mut late, mut last) = (shell(&place, "early"), empty(&place, "late"), shell(&place, "last"));
+    fork(&mut clone, &[as_it_is(&early)]);
+    template.facts.check(&mut early.agent());
+    // Scattered over pages that nobody has loaded, and in a row.
+    let first = template.facts.first_free_page();
+    let (scattered, in_a_row) = (Pages { first, count: 60, stride: 17 }, Pages::run(first + 2048, 600));
+    let mut agent = clone.agent();
+    agent.fill(scattered, SEED);
+    agent.fill(in_a_row, SEED);
+    assert!(fork(&mut clone, &[anew(&late)]).copied_pages >= 660);
+    assert_eq!(late.page_server().state, PageServerState::Serving);
+    let mut agents = [agent, late.agent()];
+    for (agent, own) in agents.iter_mut().zip([SEED + 1, SEED + 2]) {
+        assert_eq!([scattered, in_a_row].map(|pages| agent.mismatches(pages, SEED)), [0, 0]);
+        agent.fill(Pages::run(in_a_row.first, 10), own);
+    }
+    server.process.kill();
+    // What is not served cannot be forked: the new one would have to be served.
+    late.until_served(PageServerState::Failover);
+    let error = try_fork(&mut late, &into(&[as_it_is(&last)])).expect_err("there is no page server");
+    assert!(error.contains("no clone came about") && error.contains("page-server"), "{error}");
+    assert_eq!(late.state(), InstanceState::Running);
+    template.facts.check(&mut agents[1]);
+    assert_eq!(agents[1].mismatches(Pages::run(in_a_row.first, 10), SEED + 2), 0);
+    assert_eq!(agents[1].mismatches(Pages::run(in_a_row.first + 10, 590), SEED), 0);
+    template.facts.check(&mut agents[0]);
+    // Nothing is left of that: another guest fits.
+    let server = PageServer::start(&place, &template.snapshot);
+    late.until_served(PageServerState::Serving);
+    fork(&mut late, &[anew(&last)]);
+    assert_eq!(last.agent().mismatches(Pages::run(in_a_row.first, 10), SEED + 2), 0);
+    drop(server);
+    for vm in [clone, early, late, last] {
+        vm.stop();
+    }
+}
+
+/// Deeper than layers are kept apart, with a marker of each generation.
+#[test]
+fn forks_of_forks_have_the_markers_of_all_that_came_before_them() {
+    require!(Kvm);
+    const GENERATIONS: u32 = 10;
+    let place = Place::new();
+    let marker = |generation: u32| Pages::run(4096 + generation * 40, 40);
+    let (mut vm, mut agent) = Boot::new(&place).memory_mib(MIB).ready("parent");
+    for generation in 0..GENERATIONS {
+        agent.fill(marker(generation), u64::from(generation));
+        // The one before is written over in part.
+        if generation > 0 {
+            agent.fill(Pages::run(marker(generation - 1).first, 3), 100);
+        }
+        let mut next = shell(&place, &format!("generation{generation}"));
+        fork(&mut vm, &[as_it_is(&next)]);
+        vm.stop();
+        agent = next.agent();
+        vm = next;
+        for earlier in 0..=generation {
+            let pages = marker(earlier);
+            let over = if earlier < generation { 3 } else { 0 };
+            assert_eq!(agent.mismatches(Pages::run(pages.first, over), 100), 0, "{generation}: {earlier}");
+            let rest = Pages::run(pages.first + over, pages.count - over);
+            assert_eq!(agent.mismatches(rest, u64::from(earlier)), 0, "{generation}: {earlier}");
+        }
+        let mappings = procfs::mappings(vm.pid()).len();
+        assert!(mappings < 400, "generation {generation} has {mappings} mappings");
+    }
+    vm.stop();
+}
+
+#[test]
+fn many_get_a_clone_each_of_one_moment_and_what_fails_is_told_and_harms_nobody() {
+    require!(Kvm);
+    let place = Place::new();
+    let (mut parent, mut agent) = Boot::new(&place).memory_mib(MIB).ready("parent");
+    agent.fill(SCATTERED, SEED);
+    agent.fill(IN_A_ROW, SEED);
+    let mut clones: Vec<Vm> = (0..6).map(|number| shell(&place, &format!("clone{number}"))).collect();
+    let mut targets: Vec<ForkTarget> = clones.iter().map(as_it_is).collect();
+    // Nobody listens at one, and one runs a guest already.
+    targets.insert(2, ForkTarget { api_sock: place.join("nobody"), ..targets[0].clone() });
+    targets.push(ForkTarget { api_sock: parent.api.clone(), ..targets[0].clone() });
+    let forked = try_fork(&mut parent, &into(&targets)).expect("most of them are there");
+    let errors: Vec<Option<&str>> = forked.clones.iter().map(|clone| clone.error.as_deref()).collect();
+    assert!(errors[2].is_some_and(|error| error.contains("No such file")), "{errors:?}");
+    assert!(errors[7].is_some_and(|error| error.contains("started")), "{errors:?}");
+    assert_eq!(errors.iter().flatten().count(), 2, "{errors:?}");
+    assert!(forked.clones.iter().map(|clone| &clone.api_sock).eq(targets.iter().map(|target| &target.api_sock)));
+    let mut agents: Vec<Agent> = clones.iter_mut().map(Vm::agent).collect();
+    agents.push(agent);
+    go_separate_ways(&mut agents, SEED);
+    let generations: std::collections::BTreeSet<_> = agents.iter_mut().map(Agent::generation).collect();
+    assert_eq!(generations.len(), agents.len(), "each has a generation id of its own");
+    for vm in clones {
+        vm.stop();
+    }
+    parent.stop();
+}
+
+#[test]
+fn a_fork_that_cannot_be_is_refused_by_name_and_the_guest_goes_on() {
+    require!(Kvm, Userfaultfd);
+    let (template, place) = (Template::shared(), Place::new());
+    let target = shell(&place, "target");
+    let targets = [as_it_is(&target)];
+    let refused = |vm: &mut Vm, request: &VmFork, why: &str| {
+        let error = try_fork(vm, request).expect_err(why);
+        assert!(error.contains(why), "{error}");
+        assert_eq!(vm.state(), InstanceState::Running);
+    };
+    let image = place.join("image");
+    File::create(&image).and_then(|file| file.set_len(1 << 20)).expect("a file can be made in the test's directory");
+    let (mut disks, _) = Boot::new(&place).memory_mib(16).drive(drive("data", &image)).ready("disks");
+    refused(&mut disks, &into(&targets), "a VM with disks is not forked");
+    disks.stop();
+    let server = PageServer::start(&place, &template.snapshot);
+    let (mut copied, mut agent) = Restore::new(&place, &template.snapshot).copied_from(&server.socket).ready("copied");
+    refused(&mut copied, &into(&targets), "a VM into which a page server copies its pages is not forked");
+    template.facts.check(&mut agent);
+    copied.stop();
+    let (mut vm, _) = Boot::new(&place).memory_mib(16).ready("vm");
+    refused(&mut vm, &into(&[]), "name the vmms that are to have a clone each");
+    refused(&mut vm, &VmFork { count: Some(2), ..into(&targets) }, "count is 2, and into names 1 vmms");
+    refused(&mut vm, &into(&[targets[0].clone(), targets[0].clone()]), "is named twice");
+    vm.stop();
+    let mut waits = empty(&place, "waits");
+    let early = try_fork(&mut waits, &into(&targets)).expect_err("there is no VM");
+    assert!(early.contains("there is no VM yet"), "{early}");
+    for vm in [waits, target] {
+        vm.stop();
+    }
+}
+
+/// Sends bytes and descriptors to a vmm's API, and returns what it says.
+fn send(api: &Path, bytes: &[u8], descriptors: usize) -> String {
+    let mut stream = UnixStream::connect(api).expect("the API takes connections");
+    let null = File::open("/dev/null").expect("there is one");
+    let descriptors = vec![null.as_fd(); descriptors];
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+    sendmsg(&stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL).expect("it is sent");
+    let mut answer = [0; 4096];
+    let length = stream.read(&mut answer).unwrap_or(0);
+    String::from_utf8_lossy(&answer[..length]).into_owned()
+}
+
+#[test]
+fn descriptors_that_nobody_asked_for_are_closed() {
+    require!(Kvm);
+    let place = Place::new();
+    let mut vm = shell(&place, "vm");
+    let before = procfs::descriptors(vm.pid()).len();
+    let body =
+        json!({ "vmm_version": env!("CARGO_PKG_VERSION"), "vcpu_count": 1, "memory_bytes": MIB << 20, "state_bytes": 4,
+        "map_bytes": [0], "resume_vm": true, "new_generation": true })
+        .to_string();
+    let load = format!("PUT /fork/load HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+    for round in 0..3 {
+        assert!(send(&vm.api, b"GET / HTTP/1.1\r\n\r\n", 16).starts_with("HTTP/1.1 200"), "{round}");
+        // More than any call takes: it is not heard.
+        assert_eq!(send(&vm.api, b"GET / HTTP/1.1\r\n\r\n", 17), "", "{round}");
+        for (number, why) in [(0, "0 came"), (2, "2 came"), (16, "16 came"), (3, "descriptor 0 is of no use")] {
+            let answer = match number {
+                0 => vm
+                    .api()
+                    .put("/fork/load", &serde_json::from_str::<serde_json::Value>(&body).unwrap())
+                    .unwrap_err()
+                    .to_string(),
+                _ => send(&vm.api, load.as_bytes(), number),
+            };
+            assert!(answer.contains(why), "{number}: {answer}");
+        }
+        // Never completed.
+        let unfinished = UnixStream::connect(&vm.api).expect("the API takes connections");
+        drop(unfinished);
+    }
+    until("all are closed", || procfs::descriptors(vm.pid()).len() <= before);
+    // And it is still a shell that a guest can be forked into.
+    let (mut parent, mut agent) = Boot::new(&place).memory_mib(MIB).ready("parent");
+    agent.fill(SCATTERED, SEED);
+    agent.fill(IN_A_ROW, SEED);
+    fork(&mut parent, &[as_it_is(&vm)]);
+    assert_eq!(mismatches(&mut vm.agent(), SEED), [0, 0]);
+    for vm in [vm, parent] {
+        vm.stop();
+    }
+}
+
+/// `COPPICE_FORKS` says how often.
+#[test]
+fn a_guest_that_is_forked_over_and_over_has_no_more_than_before() {
+    require!(Kvm);
+    let rounds = std::env::var("COPPICE_FORKS").map_or(ROUNDS, |rounds| rounds.parse().expect("a number"));
+    let place = Place::new();
+    let (mut parent, mut agent) = Boot::new(&place).memory_mib(MIB).ready("parent");
+    let mut used = None;
+    for round in 0..rounds {
+        agent.fill(SCATTERED, round.into());
+        let mut clone = shell(&place, "clone");
+        fork(&mut parent, &[as_it_is(&clone)]);
+        assert_eq!(clone.agent().mismatches(SCATTERED, round.into()), 0);
+        clone.stop();
+        if round == 2 {
+            used = Some(use_of(&parent));
+        }
+    }
+    until("nothing of the last fork is left", || {
+        used.is_none_or(|used| use_of(&parent).iter().zip(used).all(|(now, then)| *now <= then + then / 20))
+    });
+    parent.stop();
+}
+
+/// Descriptors, threads, mappings, and KiB of memory.
+fn use_of(vm: &Vm) -> [u64; 4] {
+    let threads = std::fs::read_dir(format!("/proc/{}/task", vm.pid())).map_or(0, Iterator::count);
+    let [descriptors, mappings] = [procfs::descriptors(vm.pid()).len(), procfs::mappings(vm.pid()).len()];
+    [descriptors as u64, threads as u64, mappings as u64, procfs::rss_kib(vm.pid())]
+}

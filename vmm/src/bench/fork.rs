@@ -1,0 +1,241 @@
+//! How long a running guest stands still to be forked, and how soon its clones answer.
+//!
+//! The guest is a clone over a file, which has pages of its own: as many as it is told to write, and some more. It writes them anew before
+//! each fork. Clones come into shells that were built ahead. The clock of a clone starts before the call, over a connection that is
+//! open, and stops at a reply from inside its guest; of many at the last reply.
+
+use super::guest::{Guest, PATIENCE, Shell, Workplace};
+use super::pattern::Case;
+use super::{BenchError, Spread, host_line};
+use crate::host::{self, Host};
+use api_spec::agent::Request;
+use api_spec::client::AgentClient;
+use api_spec::client::rest::RestError;
+use api_spec::fork::{ForkTarget, VmFork, VmForked};
+use api_spec::snapshot::SnapshotCreate;
+use api_spec::stats::{PhaseTrace, TracedOperation};
+use api_spec::vm::MachineConfig;
+use serde::Serialize;
+use std::fmt;
+use std::time::{Duration, Instant};
+
+/// How many clones come of one fork, where that is more than one.
+const MANY: u32 = 16;
+/// How often that is done, of all forks.
+const MANY_SHARE: u32 = 10;
+/// What the pages hold.
+const SEED: u64 = 0x666f_726b_0000;
+
+/// What to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// How many forks of each kind.
+    pub runs: u32,
+    /// Print JSON.
+    pub json: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { runs: 200, json: false }
+    }
+}
+
+impl Options {
+    /// Whether the values make sense.
+    pub fn check(&self) -> Result<(), String> {
+        match self.runs {
+            1..=10_000 => Ok(()),
+            other => Err(format!("--n {other}: must be 1 to 10000")),
+        }
+    }
+}
+
+/// What was found out of one kind of fork.
+#[derive(Clone, Debug, Serialize)]
+struct Row {
+    /// How many pages the guest is told to write, and where they lie.
+    #[serde(flatten)]
+    case: Case,
+    /// Memory of the guest, in MiB.
+    memory_mib: u64,
+    /// Clones of each fork.
+    clones: u32,
+    /// How many forks.
+    runs: u32,
+    /// Pages that were copied for them, in half of the forks no more.
+    copied_pages: u64,
+    /// How long the guest stood still.
+    pause: Spread,
+    /// Until the call was answered.
+    to_answer: Spread,
+    /// Until the last clone has replied.
+    to_reply: Spread,
+    /// Median of each phase of the pause, in microseconds, in order.
+    phases_us: Vec<(String, f64)>,
+    /// The same of the load of a clone.
+    load_us: Vec<(String, f64)>,
+}
+
+/// What was found out.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// This host.
+    host: Host,
+    /// Forks.
+    forks: Vec<Row>,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", host_line(&self.host))?;
+        for row in &self.forks {
+            let clones = if row.clones == 1 { "1 clone".to_owned() } else { format!("{} clones", row.clones) };
+            writeln!(
+                f,
+                "\n{}; {} MiB; {clones}; {} pages copied; {} forks",
+                row.case, row.memory_mib, row.copied_pages, row.runs
+            )?;
+            writeln!(f, "  {:<26} {:>9} {:>9} {:>9} {:>9}  us", "", "min", "p50", "p99", "max")?;
+            for (name, Spread { min_us, p50_us, p99_us, max_us }) in
+                [("pause", row.pause), ("until answered", row.to_answer), ("until the last reply", row.to_reply)]
+            {
+                writeln!(f, "  {name:<26} {min_us:>9.1} {p50_us:>9.1} {p99_us:>9.1} {max_us:>9.1}")?;
+            }
+            for (what, phases) in [("pause", &row.phases_us), ("load", &row.load_us)] {
+                let phases: Vec<String> = phases.iter().map(|(name, us)| format!("{name} {us:.0}")).collect();
+                writeln!(f, "  p50 of each phase of the {what}: {}", phases.join(", "))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One fork.
+struct Sample {
+    forked: VmForked,
+    to_answer: Duration,
+    to_reply: Duration,
+    phases: PhaseTrace,
+    load: PhaseTrace,
+}
+
+/// Measures.
+pub fn run(options: &Options) -> Result<Report, BenchError> {
+    let place = Workplace::new(PATIENCE)?;
+    let mut forks = Vec::new();
+    for case in Case::all() {
+        forks.push(measure(case, 1, options.runs, &place)?);
+    }
+    if let Some(case) = Case::all().first() {
+        forks.push(measure(*case, MANY, options.runs.div_ceil(MANY_SHARE), &place)?);
+    }
+    Ok(Report { host: host::summary(), forks })
+}
+
+fn measure(case: Case, clones: u32, runs: u32, place: &Workplace) -> Result<Row, BenchError> {
+    let machine = MachineConfig { mem_size_mib: case.memory_mib(), ..Default::default() };
+    let room = place.room()?;
+    let snapshot = room.path().join("snap");
+    drop(take_snapshot(place, machine.clone(), &snapshot)?);
+    let mut guest = place.restore(&snapshot, |_| ())?;
+    let mut samples = Vec::new();
+    // The first finds nothing in any cache.
+    for round in 0..=runs {
+        place.go_on()?;
+        guest.fill(case.written(), SEED + u64::from(round))?;
+        let shells: Result<Vec<Shell>, _> =
+            (0..clones).map(|number| place.shell(&format!("shell{number}"), machine.clone())).collect();
+        let sample = fork(&guest, shells?, case, SEED + u64::from(round))?;
+        if round > 0 {
+            samples.push(sample);
+        }
+    }
+    let spread = |of: &dyn Fn(&Sample) -> Duration| Spread::of(samples.iter().map(of).collect());
+    let mut copied: Vec<u64> = samples.iter().map(|sample| sample.forked.copied_pages).collect();
+    copied.sort_unstable();
+    Ok(Row {
+        case,
+        memory_mib: case.memory_mib(),
+        clones,
+        runs,
+        copied_pages: copied[copied.len() / 2],
+        pause: spread(&|sample| Duration::from_micros(sample.forked.pause_us)),
+        to_answer: spread(&|sample| sample.to_answer),
+        to_reply: spread(&|sample| sample.to_reply),
+        phases_us: medians(samples.iter().map(|sample| &sample.phases)),
+        load_us: medians(samples.iter().map(|sample| &sample.load)),
+    })
+}
+
+fn take_snapshot(place: &Workplace, machine: MachineConfig, path: &std::path::Path) -> Result<Guest, BenchError> {
+    let guest = place.boot(machine)?;
+    guest.api.snapshot(&SnapshotCreate::of(path.to_owned()))?;
+    Ok(guest)
+}
+
+/// Forks a guest into these shells, which end with it.
+fn fork(guest: &Guest, mut shells: Vec<Shell>, case: Case, seed: u64) -> Result<Sample, BenchError> {
+    let failed = |what| move |source: RestError| BenchError::Api { what, source };
+    let mut api = guest.api.client()?;
+    let target =
+        |shell: &Shell| ForkTarget { api_sock: shell.api.clone(), vsock_override: None, network_overrides: Vec::new() };
+    let into = shells.iter().map(target).collect();
+    let request = VmFork { into, count: None, resume_vm: true, new_generation: false };
+    let before = Instant::now();
+    let forked = api.fork(&request).map_err(failed("the guest is not forked"))?;
+    let to_answer = before.elapsed();
+    if let Some(error) = forked.clones.iter().find_map(|clone| clone.error.clone()) {
+        return Err(failed("a clone is not there")(RestError::Answer(error)));
+    }
+    let mut agents = Vec::new();
+    for shell in &shells {
+        let mut agent = AgentClient::connect(&shell.vsock, PATIENCE).map_err(BenchError::Agent)?;
+        agent.call(Request::Ping { token: 0 }).map_err(BenchError::Agent)?;
+        agents.push(agent);
+    }
+    let to_reply = before.elapsed();
+    for agent in &mut agents {
+        let verify = Request::Verify { pages: case.written(), seed };
+        if agent.call(verify).map_err(BenchError::Agent)? != api_spec::agent::Response::Mismatches(0) {
+            return Err(BenchError::WrongPages("fork"));
+        }
+    }
+    let trace = |stats: api_spec::stats::VmStats, operation| {
+        let trace = stats.traces.into_iter().find(|trace| trace.operation == operation);
+        trace.ok_or(failed("no trace")(RestError::Answer("an operation was not traced".into())))
+    };
+    let stats = api.stats().map_err(failed("GET /vm/stats"))?;
+    let first = shells.first_mut().ok_or(failed("no shell")(RestError::Answer("nobody was asked".into())))?;
+    let loaded = first.client.get("/vm/stats").map_err(failed("GET /vm/stats"))?;
+    Ok(Sample {
+        forked,
+        to_answer,
+        to_reply,
+        phases: trace(stats, TracedOperation::Fork)?,
+        load: trace(loaded, TracedOperation::Load)?,
+    })
+}
+
+/// The median of each phase, in order.
+fn medians<'a>(traces: impl Iterator<Item = &'a PhaseTrace> + Clone) -> Vec<(String, f64)> {
+    let names = traces.clone().next().map_or(&[][..], |trace| &trace.phases);
+    let median = |(number, phase): (usize, &api_spec::stats::PhaseTime)| {
+        let times =
+            traces.clone().filter_map(|trace| trace.phases.get(number)).map(|phase| Duration::from_nanos(phase.ns));
+        (phase.name.clone(), Spread::of(times.collect()).p50_us)
+    };
+    names.iter().enumerate().map(median).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_have_bounds() {
+        for (runs, is_fine) in [(0, false), (1, true), (10_000, true), (10_001, false)] {
+            assert_eq!(Options { runs, json: false }.check().is_ok(), is_fine);
+        }
+    }
+}

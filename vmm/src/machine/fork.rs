@@ -1,0 +1,527 @@
+//! Fork: a machine that runs, and goes on, becomes several. Nothing of it is written to a disk.
+//!
+//! ```text
+//!   event loop:  pause -> device, vCPU and VM state -> freeze, or copy of what is the guest's own -> resume
+//!   thread:      seal -> one call to each of the other vmms, with descriptors -> their answers
+//!   other vmm:   check -> shell -> map the lowest file, and the longer runs of the layers; copy the shorter ones -> state -> run
+//! ```
+//!
+//! What a guest that was booted here has written is its image, from then on; nothing of it is copied. A clone's own pages are copied into
+//! a layer over the image that it is a view of, and a fork of a fork has one layer more, until they are copied into one
+//! ([`GuestRam::layers`](crate::memory::GuestRam::layers)). All clones of a fork share these files, which nobody can write. Where a page
+//! server has what the layers lie over, it serves each of them as it serves the machine itself.
+
+use super::Machine;
+use super::backend::{Backend, BackendError};
+use super::config::{DevicePlan, MAX_VCPUS};
+use super::phases::Phases;
+use super::restore::{HowToLoad, Loadable, RestoreError, load_state, loaded, override_host_side, show};
+use super::shell::{Misfit, Shape, Shell};
+use super::snapshot::{self, SnapshotError};
+use super::turns::AtWork;
+use super::wiring::Outside;
+use crate::kvm::state::Clock;
+use crate::memory::changes::CaptureError;
+use crate::memory::freeze::{FreezeError, Frozen};
+use crate::memory::layout;
+use crate::notice::{Notice, Notifier};
+use crate::sandbox::{self, Kind};
+use crate::vcpu::state::OtherTsc;
+use crate::vcpu::{self, VcpuError};
+use ::snapshot::clusters::{Clusters, MapError};
+use ::snapshot::image::{TrustedLayer, TrustedMemory};
+use ::snapshot::load;
+use ::snapshot::state::{self, MachineState, StateError};
+use ::snapshot::told;
+use api_spec::client::rest::{MAX_DESCRIPTORS, PassingCall, RestError};
+use api_spec::fork::{ForkLoad, ForkServed, ForkTarget, ForkedClone, MAX_CLONES, VmFork, VmForked};
+use rustix::fs::{MemfdFlags, OFlags, SealFlags, fcntl_get_seals, fcntl_getfl, memfd_create};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use uffd_handler::process::Signals;
+
+/// How long the other vmms have, all together.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Longest state that is taken, in bytes.
+const MAX_STATE: u64 = 64 << 20;
+/// What nobody can do any more to a file with these seals.
+const SEALED: SealFlags = SealFlags::WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW);
+
+/// Why a VM was not forked. It goes on.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkError {
+    /// Nobody is to have a clone.
+    #[error("into: name the vmms that are to have a clone each, 1 to {MAX_CLONES}; there are {0}")]
+    Number(usize),
+    /// Another number than it says.
+    #[error("count is {count}, and into names {named} vmms; name as many, or leave count out")]
+    Count {
+        /// The number that was said.
+        count: u32,
+        /// How many there are.
+        named: usize,
+    },
+    /// One of them twice.
+    #[error("into: {} is named twice", .0.display())]
+    Twice(std::path::PathBuf),
+    /// It has disks.
+    #[error("a VM with disks is not forked: they are not taken along; use a snapshot (`PUT /snapshot/create`)")]
+    Drives,
+    /// Its memory is not to be had for others.
+    #[error(
+        "a VM into which a page server copies its pages is not forked, as they cannot be shared; use `UffdShared`, or a snapshot (`PUT /snapshot/create`)"
+    )]
+    Copied,
+    /// What it has changed is not known.
+    #[error("the VM cannot be forked: an earlier attempt to freeze its memory failed half-way; use a snapshot")]
+    Mixed,
+    /// vCPUs.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] AtWork),
+    /// State.
+    #[error(transparent)]
+    State(#[from] SnapshotError),
+    /// The state cannot be told to others.
+    #[error(transparent)]
+    Encode(#[from] StateError),
+    /// Memory.
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
+    /// Memory.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    /// No memory, or no descriptor.
+    #[error("cannot keep the state of the VM for its clones: {}", told(.0))]
+    Keep(io::Error),
+    /// No thread.
+    #[error("cannot start the thread that gives the clones to the other vmms: {0}")]
+    Thread(io::Error),
+}
+
+/// Why a clone that another vmm offers is not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkLoadError {
+    /// It speaks of something else.
+    #[error("the VM is forked by vmm {theirs} and this is vmm {}; use one version for both", env!("CARGO_PKG_VERSION"))]
+    Version {
+        /// The other's version.
+        theirs: String,
+    },
+    /// It is of a machine that this program does not build.
+    #[error("the VM that is forked has {vcpus} vCPUs and {bytes} bytes of memory; this program runs no such machine")]
+    Shape {
+        /// Number of vCPUs.
+        vcpus: u8,
+        /// Guest memory, in bytes.
+        bytes: u64,
+    },
+    /// Too few descriptors, or too many.
+    #[error(
+        "the call is made by a vmm whose VM is forked (PUT /vm/fork), with {expected} descriptors; {found} came with this one"
+    )]
+    Descriptors {
+        /// How many belong to it.
+        expected: usize,
+        /// How many came.
+        found: usize,
+    },
+    /// A file is not what it should be.
+    #[error("descriptor {number} is of no use: {problem}")]
+    Descriptor {
+        /// Which one.
+        number: usize,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The state.
+    #[error("the state of the VM that is forked: {0}")]
+    State(#[from] StateError),
+    /// It is of another machine.
+    #[error("the state of the VM that is forked is of {0} vCPUs")]
+    Vcpus(usize),
+    /// The map of a layer.
+    #[error("the map of layer {layer}: {source}")]
+    Map {
+        /// Which one.
+        layer: usize,
+        /// What is wrong with it.
+        source: MapError,
+    },
+}
+
+/// A VM as it was, for clones.
+pub struct Forked {
+    load: ForkLoad,
+    /// The state of the machine, and the layers' maps.
+    state: Vec<u8>,
+    layers: Vec<File>,
+    /// What was frozen for it, to be sealed.
+    frozen: Option<Frozen>,
+    begun: Instant,
+    pause_us: u64,
+    copied_pages: u64,
+}
+
+/// Looks whether a request can be granted, whatever the VM is. Pure.
+fn check(request: &VmFork) -> Result<(), ForkError> {
+    let named = request.into.len();
+    if !(1..=MAX_CLONES).contains(&named) {
+        return Err(ForkError::Number(named));
+    }
+    match request.count {
+        Some(count) if count as usize != named => return Err(ForkError::Count { count, named }),
+        _ => {}
+    }
+    let paths: Vec<_> = request.into.iter().map(|target| &target.api_sock).collect();
+    let twice = paths.iter().enumerate().find(|(number, path)| paths[..*number].contains(path));
+    twice.map_or(Ok(()), |(_, path)| Err(ForkError::Twice(path.to_path_buf())))
+}
+
+/// Takes a machine as it is for clones. It runs again, if it ran, when this returns.
+pub fn fork(machine: &mut Machine, request: &VmFork, phases: &mut Phases) -> Result<Forked, ForkError> {
+    let begun = Instant::now();
+    check(request)?;
+    if !machine.plan.drives.is_empty() {
+        return Err(ForkError::Drives);
+    }
+    if machine.page_server.is_some() && machine.served.is_none() {
+        return Err(ForkError::Copied);
+    }
+    let was_running = machine.is_running();
+    machine.pause()?;
+    phases.end("pause");
+    let taken = take(machine, phases);
+    if was_running {
+        machine.resume();
+    }
+    phases.end("resume");
+    let pause_us = begun.elapsed().as_micros() as u64;
+    let (saved, frozen, layers, copied_pages) = taken?;
+
+    // From here on the guest runs.
+    let mut state = state::encode(&saved)?;
+    let state_bytes = state.len() as u64;
+    let (mut files, mut map_bytes) = (Vec::new(), Vec::new());
+    for TrustedLayer { file, pages } in layers {
+        files.push(file);
+        if let Some(map) = pages.as_ref().map(Clusters::encode) {
+            map_bytes.push(map.len() as u64);
+            state.extend(map);
+        }
+    }
+    let DevicePlan { vsock, network, entropy, balloon, drives: _ } = machine.plan.clone();
+    let load = ForkLoad {
+        vmm_version: env!("CARGO_PKG_VERSION").into(),
+        vcpu_count: machine.vcpu_count(),
+        memory_bytes: machine.memory_bytes(),
+        vsock,
+        network_interfaces: network,
+        entropy,
+        balloon,
+        served: machine.served.clone(),
+        state_bytes,
+        map_bytes,
+        resume_vm: request.resume_vm,
+        new_generation: request.new_generation,
+        vsock_override: None,
+        network_overrides: Vec::new(),
+    };
+    Ok(Forked { load, state, layers: files, frozen, begun, pause_us, copied_pages })
+}
+
+/// What is taken of a machine.
+type Taken = (MachineState, Option<Frozen>, Vec<TrustedLayer>, u64);
+
+/// Takes everything of a machine that stands still.
+fn take(machine: &mut Machine, phases: &mut Phases) -> Result<Taken, ForkError> {
+    let state = snapshot::save(machine)?;
+    phases.end("state");
+    let turns = machine.turns().clone();
+    let _turn = turns.take(vcpu::PAUSE_DEADLINE)?;
+    let frozen = machine.ram.freeze()?;
+    phases.end("freeze");
+    let (mut layers, copied) = machine.ram.layers()?.ok_or(ForkError::Mixed)?;
+    if machine.served.is_none() {
+        let lowest = machine.ram.store().ok_or(ForkError::Mixed)?;
+        layers.push(TrustedLayer { file: lowest.try_clone().map_err(ForkError::Keep)?, pages: None });
+    }
+    phases.end("copy");
+    Ok((state, frozen, layers, copied))
+}
+
+impl Forked {
+    /// Gives a clone to each of these vmms, on a thread that tells when it is done.
+    pub fn give(self, targets: Vec<ForkTarget>, notifier: Notifier) -> Result<(), ForkError> {
+        let thread = std::thread::Builder::new().name("fork".into()).spawn(move || {
+            sandbox::confine(Kind::Peer);
+            let given = self.give_all(targets).map_err(|e| e.to_string());
+            notifier.send(Notice::Forked(given));
+        });
+        thread.map(drop).map_err(ForkError::Thread)
+    }
+
+    fn give_all(self, targets: Vec<ForkTarget>) -> Result<VmForked, ForkError> {
+        let Forked { load, state, layers, frozen, begun, pause_us, copied_pages } = self;
+        frozen.map(Frozen::finish).transpose()?;
+        let bundle = memfd_create("coppice-fork", MemfdFlags::CLOEXEC).map_err(|e| ForkError::Keep(e.into()))?;
+        let bundle = File::from(bundle);
+        bundle.write_all_at(&state, 0).map_err(ForkError::Keep)?;
+        let descriptors: Vec<_> = std::iter::once(&bundle).chain(&layers).map(AsFd::as_fd).collect();
+        // All are called before the first is waited for.
+        let calls: Vec<_> = targets
+            .into_iter()
+            .map(|ForkTarget { api_sock, vsock_override, network_overrides }| {
+                let load = ForkLoad { vsock_override, network_overrides, ..load.clone() };
+                let call = PassingCall::put(&api_sock, PATIENCE, "/fork/load", &load, &descriptors);
+                (api_sock, call)
+            })
+            .collect();
+        let answer = |call: Result<PassingCall, RestError>| call?.answer()?.body();
+        let clones = calls
+            .into_iter()
+            .map(|(api_sock, call)| ForkedClone { api_sock, error: answer(call).err().map(|e| e.to_string()) })
+            .collect();
+        Ok(VmForked { pause_us, total_us: begun.elapsed().as_micros() as u64, copied_pages, clones })
+    }
+}
+
+/// A clone that another vmm offers, found right.
+#[derive(Debug)]
+pub struct Offered {
+    shape: Shape,
+    state: MachineState,
+    /// The uppermost first.
+    layers: Vec<TrustedLayer>,
+    load: ForkLoad,
+}
+
+/// Looks at what another vmm offers. Descriptors are checked: nobody can write a layer, and none is shorter than it has to be.
+pub fn open(load: &ForkLoad, descriptors: Vec<OwnedFd>) -> Result<Offered, RestoreError> {
+    let ForkLoad { vmm_version, vcpu_count: vcpus, memory_bytes, state_bytes, map_bytes, .. } = load;
+    if vmm_version != env!("CARGO_PKG_VERSION") {
+        return Err(ForkLoadError::Version { theirs: vmm_version.clone() }.into());
+    }
+    let is_whole = memory_bytes % (1 << 20) == 0 && (1..=layout::MAX_MIB).contains(&(memory_bytes >> 20));
+    if !is_whole || !(1..=MAX_VCPUS).contains(vcpus) {
+        return Err(ForkLoadError::Shape { vcpus: *vcpus, bytes: *memory_bytes }.into());
+    }
+    // The state, the layers, and what they lie over.
+    let (expected, found) = (map_bytes.len() + 1 + usize::from(load.served.is_none()), descriptors.len());
+    if expected != found || found > MAX_DESCRIPTORS {
+        return Err(ForkLoadError::Descriptors { expected, found }.into());
+    }
+    let mut files = descriptors.into_iter().map(File::from);
+    let bundle = files.next().ok_or(ForkLoadError::Descriptors { expected, found })?;
+    let longest = Clusters::max_encoded(*memory_bytes);
+    let bad = |problem: &str| ForkLoadError::Descriptor { number: 0, problem: problem.into() };
+    if *state_bytes > MAX_STATE || map_bytes.iter().any(|bytes| *bytes > longest) {
+        return Err(bad("what it is said to hold is longer than it can be").into());
+    }
+    let mut bytes = vec![0; (state_bytes + map_bytes.iter().sum::<u64>()) as usize];
+    check_file(0, &bundle, bytes.len() as u64)?;
+    bundle.read_exact_at(&mut bytes, 0).map_err(|e| bad(&e.to_string()))?;
+    let (own, mut maps) = bytes.split_at(*state_bytes as usize);
+    let state = state::decode(own).map_err(ForkLoadError::from)?;
+    if state.vcpus.len() != usize::from(*vcpus) {
+        return Err(ForkLoadError::Vcpus(state.vcpus.len()).into());
+    }
+
+    let mut layers = Vec::new();
+    for (layer, (length, file)) in map_bytes.iter().zip(files.by_ref()).enumerate() {
+        let (map, rest) = maps.split_at(*length as usize);
+        maps = rest;
+        let pages = Clusters::decode(map, *memory_bytes).map_err(|source| ForkLoadError::Map { layer, source })?;
+        check_file(layer + 1, &file, *memory_bytes)?;
+        check_sealed(layer + 1, &file)?;
+        layers.push(TrustedLayer { file, pages: Some(pages) });
+    }
+    if let Some(file) = files.next() {
+        check_file(expected - 1, &file, *memory_bytes)?;
+        layers.push(TrustedLayer { file, pages: None });
+    }
+
+    let mut devices = DevicePlan {
+        vsock: load.vsock.clone(),
+        drives: Vec::new(),
+        network: load.network_interfaces.clone(),
+        entropy: load.entropy,
+        balloon: load.balloon,
+    };
+    override_host_side(&mut devices, load.vsock_override.as_ref(), &load.network_overrides)?;
+    let shape = Shape { vcpus: *vcpus, memory_bytes: *memory_bytes, devices };
+    Ok(Offered { shape, state, layers, load: load.clone() })
+}
+
+/// Whether a descriptor is of a file that can be read and holds so much.
+fn check_file(number: usize, file: &File, bytes: u64) -> Result<(), ForkLoadError> {
+    let bad = |problem: String| ForkLoadError::Descriptor { number, problem };
+    let metadata = file.metadata().map_err(|e| bad(e.to_string()))?;
+    if !metadata.is_file() {
+        return Err(bad("it is of no regular file".into()));
+    }
+    let access = fcntl_getfl(file).map_err(|e| bad(e.to_string()))? & OFlags::RWMODE;
+    if access == OFlags::WRONLY || access.contains(OFlags::PATH) {
+        return Err(bad("it is not open for reading".into()));
+    }
+    if metadata.len() < bytes {
+        return Err(bad(format!("its file has {} bytes, and should have {bytes}", metadata.len())));
+    }
+    Ok(())
+}
+
+fn check_sealed(number: usize, file: &File) -> Result<(), ForkLoadError> {
+    match fcntl_get_seals(file) {
+        Ok(seals) if seals.contains(SEALED) => Ok(()),
+        _ => Err(ForkLoadError::Descriptor {
+            number,
+            problem: "its file could still be written (it is not sealed)".into(),
+        }),
+    }
+}
+
+impl Loadable for Offered {
+    fn fits(&self, shell: &Shell) -> Result<(), Misfit> {
+        let ForkLoad { vsock_override, network_overrides, .. } = &self.load;
+        shell.shape().fits(&self.shape, vsock_override.as_ref(), !network_overrides.is_empty())
+    }
+
+    fn shell(&mut self, outside: Outside, phases: &mut Phases) -> Result<Shell, RestoreError> {
+        Ok(Shell::build(self.shape.clone(), Vec::new(), outside, phases)?)
+    }
+
+    fn load(
+        self,
+        shell: Shell,
+        notifier: &Notifier,
+        signals: &Signals,
+        phases: &mut Phases,
+    ) -> Result<Machine, RestoreError> {
+        let Offered { state, layers, load, .. } = self;
+        let (mut machine, low) = shell.open();
+        let laid = match load.served {
+            None => machine.ram.show_trusted(TrustedMemory::Files(layers)),
+            Some(served) => {
+                let ForkServed { snapshot_path, mem_backend } = &served;
+                let snapshot = Arc::new(load::open_without_memory(snapshot_path)?);
+                let lease = snapshot.lease_alone()?;
+                let backend =
+                    (Backend::Shared(&mem_backend.backend_path), mem_backend.on_handler_loss.unwrap_or_default());
+                show(&mut machine, low, &snapshot, backend, notifier, signals, phases)?;
+                machine.lease = Some(lease);
+                machine.served = Some(served);
+                machine.ram.show_above(layers)
+            }
+        };
+        phases.end("layers");
+        let new_generation = load.new_generation;
+        let how = HowToLoad { other_tsc: OtherTsc::Refused, clock: Clock::GoesOn, new_generation };
+        let laid = laid.map_err(|e| BackendError::from(e).into());
+        let state_loaded = laid.and_then(|()| load_state(&machine, &state, how, phases));
+        machine.page_server.as_ref().map_or(Ok(()), loaded)?;
+        state_loaded?;
+        Ok(machine)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{fcntl_add_seals, ftruncate};
+
+    fn request(sockets: &[&str]) -> VmFork {
+        let target =
+            |socket: &&str| ForkTarget { api_sock: socket.into(), vsock_override: None, network_overrides: Vec::new() };
+        VmFork { into: sockets.iter().map(target).collect(), count: None, resume_vm: true, new_generation: true }
+    }
+
+    #[test]
+    fn clones_are_named_once_each_and_as_many_as_are_counted() {
+        let counted = |count, sockets: &[&str]| check(&VmFork { count, ..request(sockets) });
+        assert!(counted(None, &["a"]).is_ok() && counted(Some(2), &["a", "b"]).is_ok());
+        assert!(matches!(counted(None, &[]), Err(ForkError::Number(0))));
+        assert!(matches!(counted(Some(3), &["a"]), Err(ForkError::Count { count: 3, named: 1 })));
+        assert!(
+            matches!(counted(None, &["a", "b", "a"]), Err(ForkError::Twice(path)) if path == std::path::Path::new("a"))
+        );
+        let many: Vec<String> = (0..=MAX_CLONES).map(|number| number.to_string()).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        assert!(counted(None, &many[1..]).is_ok());
+        assert!(matches!(counted(None, &many), Err(ForkError::Number(65))));
+    }
+
+    fn memory_file(bytes: u64, seals: SealFlags) -> OwnedFd {
+        let file = memfd_create("t", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&file, bytes).unwrap();
+        fcntl_add_seals(&file, seals).unwrap();
+        file
+    }
+
+    /// Each thing that can be wrong with an offer is told by its name, and none of it is used.
+    #[test]
+    fn an_offer_that_is_not_right_is_refused() {
+        const SIZE: u64 = 8 << 20;
+        let load = ForkLoad {
+            vmm_version: env!("CARGO_PKG_VERSION").into(),
+            vcpu_count: 1,
+            memory_bytes: SIZE,
+            vsock: None,
+            network_interfaces: Vec::new(),
+            entropy: None,
+            balloon: None,
+            served: None,
+            state_bytes: 100,
+            map_bytes: vec![0],
+            resume_vm: true,
+            new_generation: true,
+            vsock_override: None,
+            network_overrides: Vec::new(),
+        };
+        let files = || {
+            vec![memory_file(100, SealFlags::empty()), memory_file(SIZE, SEALED), memory_file(SIZE, SealFlags::empty())]
+        };
+        let refused = |load: &ForkLoad, files: Vec<OwnedFd>| open(load, files).unwrap_err().to_string();
+        let with = |change: fn(&mut ForkLoad)| {
+            let mut load = load.clone();
+            change(&mut load);
+            refused(&load, files())
+        };
+        assert!(refused(&load, files()).starts_with("the state of the VM that is forked: "), "100 zeros are no state");
+        assert!(with(|load| load.vmm_version = "0".into()).contains("vmm 0"));
+        for shape in [
+            with(|load| load.vcpu_count = 0),
+            with(|load| load.memory_bytes += 1),
+            with(|load| load.memory_bytes = u64::MAX << 20),
+        ] {
+            assert!(shape.contains("runs no such machine"), "{shape}");
+        }
+        assert!(with(|load| load.map_bytes.clear()).contains("with 2 descriptors; 3 came"));
+        assert!(with(|load| load.map_bytes = vec![0; 300]).contains("with 302 descriptors"));
+        assert!(with(|load| load.state_bytes = u64::MAX).contains("longer than it can be"));
+        assert!(with(|load| load.map_bytes = vec![u64::MAX]).contains("longer than it can be"));
+        assert!(with(|load| load.state_bytes = 101).contains("should have 101"));
+        assert!(refused(&load, Vec::new()).contains("0 came"));
+        let mut socket = files();
+        socket[0] = std::os::unix::net::UnixStream::pair().unwrap().0.into();
+        assert!(refused(&load, socket).contains("no regular file"));
+    }
+
+    #[test]
+    fn a_layer_that_somebody_could_write_is_refused() {
+        let file = |bytes, seals| File::from(memory_file(bytes, seals));
+        assert!(check_sealed(1, &file(4096, SEALED)).is_ok());
+        for fewer in [SealFlags::empty(), SealFlags::WRITE, SealFlags::SHRINK | SealFlags::GROW] {
+            assert!(check_sealed(1, &file(4096, fewer)).unwrap_err().to_string().contains("not sealed"));
+        }
+        assert!(check_sealed(1, &tempfile::tempfile().unwrap()).is_err(), "a file on a disk");
+        assert!(check_file(1, &file(4095, SEALED), 4096).unwrap_err().to_string().contains("4095 bytes"));
+        let unreadable = std::fs::OpenOptions::new().write(true).open("/dev/null").unwrap();
+        assert!(check_file(1, &unreadable, 0).is_err());
+    }
+}
