@@ -67,8 +67,8 @@ pub struct ForkedClone {
     pub error: Option<String>,
 }
 
-/// Body of `PUT /fork/load`, by which a vmm that forks its VM makes the one that it talks to a clone. Descriptors come with the first
-/// byte of the request (`SCM_RIGHTS`): a file in memory that holds the state of the machine and then the maps of the layers; each
+/// Body of `PUT /fork/load`, by which a vmm that forks its VM makes the one that it talks to a clone. It is the only call of its
+/// connection. Descriptors come with its first byte (`SCM_RIGHTS`): a file in memory that holds the state of the machine and then the maps of the layers; each
 /// layer, the uppermost first; and the file that they lie over, unless a page server has it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -95,10 +95,13 @@ pub struct ForkLoad {
     /// over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub served: Option<ForkServed>,
+    /// Most memory that the guest may have of its own, in MiB, if there is a bound.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_private_mib: Option<u64>,
     /// Length of the machine's state, in bytes.
     pub state_bytes: u64,
-    /// Length of each layer's map, in bytes, the uppermost first.
-    pub map_bytes: Vec<u64>,
+    /// The layers, the uppermost first.
+    pub layers: Vec<ForkLayer>,
     /// Let the vCPUs run.
     pub resume_vm: bool,
     /// Give the guest a generation id of its own.
@@ -111,6 +114,16 @@ pub struct ForkLoad {
     pub network_overrides: Vec<NetworkOverride>,
 }
 
+/// Pages that lie over others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ForkLayer {
+    /// Length of the map that says which, in bytes.
+    pub map_bytes: u64,
+    /// They lie one behind the other in the layer's file, which is sealed. Otherwise each lies at its place in guest memory.
+    pub packed: bool,
+}
+
 /// A page server, and what it serves.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -119,6 +132,8 @@ pub struct ForkServed {
     #[serde(deserialize_with = "crate::path::one")]
     #[schemars(length(min = 1))]
     pub snapshot_path: PathBuf,
+    /// The digest of its manifest, since another one may be there by now.
+    pub digest: String,
     /// The page server.
     pub mem_backend: MemBackend,
 }

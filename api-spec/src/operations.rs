@@ -472,7 +472,7 @@ pub static OPERATIONS: &[Operation] = &[
         "/fork/load",
         "Become a clone of a VM that is forked; for vmms, which send descriptors with it",
         shape::<ForkLoad>(
-            r#"{"vmm_version":"0.1.0","vcpu_count":1,"memory_bytes":134217728,"state_bytes":9000,"map_bytes":[],"resume_vm":true,"new_generation":true}"#,
+            r#"{"vmm_version":"0.1.0","vcpu_count":1,"memory_bytes":134217728,"state_bytes":9000,"layers":[{"map_bytes":136,"packed":true}],"resume_vm":true,"new_generation":true}"#,
         ),
     )
     .at(When::Fresh),

@@ -10,8 +10,10 @@ pub fn split<T: Send, E: Send>(
     least: u64,
     work: impl Fn(Range<u64>) -> Result<T, E> + Sync,
 ) -> Result<Vec<T>, E> {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from) as u64;
-    let share = count.div_ceil(cpus.min(count / least.max(1)).max(1)).max(1);
+    let most = count / least.max(1);
+    // How many CPUs there are is told by files, which takes a while.
+    let cpus = if most > 1 { std::thread::available_parallelism().map_or(1, usize::from) as u64 } else { 1 };
+    let share = count.div_ceil(cpus.min(most).max(1)).max(1);
     let parts: Vec<Range<u64>> =
         (0..count).step_by(share as usize).map(|at| at..at.saturating_add(share).min(count)).collect();
     let work = &work;

@@ -6,9 +6,10 @@ use api_spec::agent::Pages;
 use api_spec::devices::Balloon;
 use api_spec::fork::{ForkTarget, VmFork, VmForked};
 use api_spec::snapshot::VsockOverride;
-use api_spec::stats::PageServerState;
+use api_spec::stats::{PageServerState, PhaseTrace, TracedOperation};
 use api_spec::vm::InstanceState;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::process::Signal;
 use serde_json::json;
 use std::fs::File;
 use std::io::{IoSlice, Read};
@@ -206,6 +207,58 @@ fn a_clone_of_a_page_server_is_forked_while_it_loads_and_its_fork_outlives_the_s
     }
 }
 
+/// Its memory lies in files of a chain, each page at its place.
+#[test]
+fn a_clone_of_a_chain_of_snapshots_is_forked() {
+    require!(Kvm);
+    let place = Place::new();
+    let (mut vm, mut agent) = Boot::new(&place).memory_mib(MIB).ready("original");
+    agent.fill(SCATTERED, SEED);
+    agent.fill(IN_A_ROW, SEED + 7);
+    vm.snapshot(&place.join("full"));
+    agent.fill(IN_A_ROW, SEED);
+    vm.snapshot_changes(&place.join("diff"));
+    vm.stop();
+    let mut clone = Restore::new(&place, &place.join("diff")).start("clone");
+    let (mut first, mut second) = (empty(&place, "first"), shell(&place, "second"));
+    fork(&mut clone, &[anew(&first)]);
+    fork(&mut first, &[as_it_is(&second)]);
+    go_separate_ways(&mut [clone.agent(), first.agent(), second.agent()], SEED);
+    for vm in [clone, first, second] {
+        vm.stop();
+    }
+}
+
+/// A clone that nobody waits for any more does not begin to run.
+#[test]
+fn who_is_given_up_has_no_clone() {
+    require!(Kvm);
+    let place = Place::new();
+    let (mut parent, _) = Boot::new(&place).memory_mib(MIB).ready("parent");
+    let mut target = shell(&place, "target");
+    target.process.signal(Signal::STOP);
+    let (mut client, request) = (parent.client(), into(&[as_it_is(&target)]));
+    std::thread::scope(|scope| {
+        let caller = scope.spawn(move || client.fork(&request).map_err(|e| e.to_string()));
+        let is_forked = |trace: &PhaseTrace| trace.operation == TracedOperation::Fork;
+        until("the guest is forked", || parent.client().stats().expect("counters").traces.iter().any(is_forked));
+        assert!(
+            try_fork(&mut parent, &into(&[as_it_is(&target)])).expect_err("one at a time").contains("is being forked")
+        );
+        parent.process.kill();
+        assert!(caller.join().expect("it does not panic").is_err());
+    });
+    target.process.signal(Signal::CONT);
+    assert_eq!(target.state(), InstanceState::NotStarted);
+    let (mut other, mut agent) = Boot::new(&place).memory_mib(MIB).ready("other");
+    agent.fill(SCATTERED, SEED);
+    fork(&mut other, &[anew(&target)]);
+    assert_eq!(target.agent().mismatches(SCATTERED, SEED), 0);
+    for vm in [target, other] {
+        vm.stop();
+    }
+}
+
 /// Deeper than layers are kept apart, with a marker of each generation.
 #[test]
 fn forks_of_forks_have_the_markers_of_all_that_came_before_them() {
@@ -323,7 +376,7 @@ fn descriptors_that_nobody_asked_for_are_closed() {
     let before = procfs::descriptors(vm.pid()).len();
     let body =
         json!({ "vmm_version": env!("CARGO_PKG_VERSION"), "vcpu_count": 1, "memory_bytes": MIB << 20, "state_bytes": 4,
-        "map_bytes": [0], "resume_vm": true, "new_generation": true })
+        "layers": [{ "map_bytes": 0, "packed": true }], "resume_vm": true, "new_generation": true })
         .to_string();
     let load = format!("PUT /fork/load HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len());
     for round in 0..3 {

@@ -196,16 +196,15 @@ pub struct PassingCall {
 }
 
 impl PassingCall {
-    /// Calls `PUT path` with a document and descriptors, up to [`MAX_DESCRIPTORS`]. All in all it may take `patience`.
+    /// Calls `PUT path` with a document and descriptors, up to [`MAX_DESCRIPTORS`]. It is over at the deadline.
     pub fn put(
         api: &Path,
-        patience: Duration,
+        deadline: Instant,
         path: &str,
         document: &impl Serialize,
         descriptors: &[BorrowedFd],
     ) -> Result<Self, RestError> {
-        let deadline = Instant::now() + patience;
-        let mut stream = unix::connect(api, patience)?;
+        let mut stream = unix::connect(api, left(deadline))?;
         unix::limit(&stream, deadline)?;
         let body = serde_json::to_vec(document).map_err(io::Error::from)?;
         let request = [put_head(path, body.len()).as_bytes(), &body].concat();

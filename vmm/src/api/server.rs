@@ -175,6 +175,11 @@ impl Server {
         asked.map(|asked| std::mem::take(&mut asked.descriptors)).unwrap_or_default()
     }
 
+    /// The socket of the client who waits for this answer, for whoever wants to know whether it still does.
+    pub fn client_of(&self, to: Pending) -> Option<UnixStream> {
+        self.clients.get(&to.client).filter(|client| client.asked_for(to))?.stream.try_clone().ok()
+    }
+
     /// Sends an answer that was due, and returns the client's further requests.
     pub fn respond(&mut self, to: Pending, response: &Response, ops: &mut EventOps) -> Vec<(Pending, Request)> {
         let Some(client) = self.clients.get_mut(&to.client) else { return Vec::new() };

@@ -15,31 +15,33 @@ use super::Machine;
 use super::backend::{Backend, BackendError};
 use super::config::{DevicePlan, MAX_VCPUS};
 use super::phases::Phases;
-use super::restore::{HowToLoad, Loadable, RestoreError, load_state, loaded, override_host_side, show};
+use super::restore::{HowToLoad, Loadable, RestoreError, lease, load_state, loaded, override_host_side, show};
 use super::shell::{Misfit, Shape, Shell};
-use super::snapshot::{self, SnapshotError};
+use super::snapshot::{self, Ending, SnapshotError};
 use super::turns::AtWork;
 use super::wiring::Outside;
 use crate::kvm::state::Clock;
 use crate::memory::changes::CaptureError;
 use crate::memory::freeze::{FreezeError, Frozen};
-use crate::memory::layout;
+use crate::memory::image::LayError;
+use crate::memory::layer::{Copied, Layer, SEALED, Spare};
+use crate::memory::{PAGE_SIZE, layout};
 use crate::notice::{Notice, Notifier};
 use crate::sandbox::{self, Kind};
 use crate::vcpu::state::OtherTsc;
 use crate::vcpu::{self, VcpuError};
 use ::snapshot::clusters::{Clusters, MapError};
-use ::snapshot::image::{TrustedLayer, TrustedMemory};
 use ::snapshot::load;
 use ::snapshot::state::{self, MachineState, StateError};
 use ::snapshot::told;
 use api_spec::client::rest::{MAX_DESCRIPTORS, PassingCall, RestError};
-use api_spec::fork::{ForkLoad, ForkServed, ForkTarget, ForkedClone, MAX_CLONES, VmFork, VmForked};
-use rustix::fs::{MemfdFlags, OFlags, SealFlags, fcntl_get_seals, fcntl_getfl, memfd_create};
+use api_spec::fork::{ForkLayer, ForkLoad, ForkServed, ForkTarget, ForkedClone, MAX_CLONES, VmFork, VmForked};
+use rustix::fs::{MemfdFlags, OFlags, fcntl_add_seals, fcntl_get_seals, fcntl_getfl, memfd_create};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use uffd_handler::process::Signals;
@@ -48,8 +50,6 @@ use uffd_handler::process::Signals;
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Longest state that is taken, in bytes.
 const MAX_STATE: u64 = 64 << 20;
-/// What nobody can do any more to a file with these seals.
-const SEALED: SealFlags = SealFlags::WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW);
 
 /// Why a VM was not forked. It goes on.
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +67,7 @@ pub enum ForkError {
     },
     /// One of them twice.
     #[error("into: {} is named twice", .0.display())]
-    Twice(std::path::PathBuf),
+    Twice(PathBuf),
     /// It has disks.
     #[error("a VM with disks is not forked: they are not taken along; use a snapshot (`PUT /snapshot/create`)")]
     Drives,
@@ -140,6 +140,9 @@ pub enum ForkLoadError {
         /// What is wrong with it.
         problem: String,
     },
+    /// What a page server serves the VM is there no more.
+    #[error("{} is another snapshot by now than the VM that is forked was restored from; it cannot be forked any more", .0.display())]
+    OtherSnapshot(PathBuf),
     /// The state.
     #[error("the state of the VM that is forked: {0}")]
     State(#[from] StateError),
@@ -158,15 +161,25 @@ pub enum ForkLoadError {
 
 /// A VM as it was, for clones.
 pub struct Forked {
+    /// But for what is still to be encoded.
     load: ForkLoad,
-    /// The state of the machine, and the layers' maps.
-    state: Vec<u8>,
-    layers: Vec<File>,
-    /// What was frozen for it, to be sealed.
-    frozen: Option<Frozen>,
+    taken: Taken,
+    /// For the next time.
+    spare: Spare,
     begun: Instant,
     pause_us: u64,
-    copied_pages: u64,
+}
+
+/// What is taken of a machine.
+struct Taken {
+    state: MachineState,
+    /// What was frozen for it, to be sealed.
+    frozen: Option<Frozen>,
+    /// What lies over all else, likewise.
+    own: Copied,
+    layers: Vec<Layer>,
+    /// What they lie over, unless a page server has that.
+    lowest: Option<File>,
 }
 
 /// Looks whether a request can be granted, whatever the VM is. Pure.
@@ -185,7 +198,13 @@ fn check(request: &VmFork) -> Result<(), ForkError> {
 }
 
 /// Takes a machine as it is for clones. It runs again, if it ran, when this returns.
-pub fn fork(machine: &mut Machine, request: &VmFork, phases: &mut Phases) -> Result<Forked, ForkError> {
+pub fn fork(
+    machine: &mut Machine,
+    request: &VmFork,
+    max_private_mib: Option<u64>,
+    signals: &Signals,
+    phases: &mut Phases,
+) -> Result<Forked, ForkError> {
     let begun = Instant::now();
     check(request)?;
     if !machine.plan.drives.is_empty() {
@@ -197,25 +216,15 @@ pub fn fork(machine: &mut Machine, request: &VmFork, phases: &mut Phases) -> Res
     let was_running = machine.is_running();
     machine.pause()?;
     phases.end("pause");
-    let taken = take(machine, phases);
+    let taken = take(machine, signals, phases);
     if was_running {
         machine.resume();
     }
     phases.end("resume");
     let pause_us = begun.elapsed().as_micros() as u64;
-    let (saved, frozen, layers, copied_pages) = taken?;
+    let taken = taken?;
 
-    // From here on the guest runs.
-    let mut state = state::encode(&saved)?;
-    let state_bytes = state.len() as u64;
-    let (mut files, mut map_bytes) = (Vec::new(), Vec::new());
-    for TrustedLayer { file, pages } in layers {
-        files.push(file);
-        if let Some(map) = pages.as_ref().map(Clusters::encode) {
-            map_bytes.push(map.len() as u64);
-            state.extend(map);
-        }
-    }
+    // From here on the guest runs, and nothing more can fail.
     let DevicePlan { vsock, network, entropy, balloon, drives: _ } = machine.plan.clone();
     let load = ForkLoad {
         vmm_version: env!("CARGO_PKG_VERSION").into(),
@@ -226,34 +235,41 @@ pub fn fork(machine: &mut Machine, request: &VmFork, phases: &mut Phases) -> Res
         entropy,
         balloon,
         served: machine.served.clone(),
-        state_bytes,
-        map_bytes,
+        max_private_mib,
+        state_bytes: 0,
+        layers: Vec::new(),
         resume_vm: request.resume_vm,
         new_generation: request.new_generation,
         vsock_override: None,
         network_overrides: Vec::new(),
     };
-    Ok(Forked { load, state, layers: files, frozen, begun, pause_us, copied_pages })
+    Ok(Forked { load, taken, spare: machine.ram.spare(), begun, pause_us })
 }
 
-/// What is taken of a machine.
-type Taken = (MachineState, Option<Frozen>, Vec<TrustedLayer>, u64);
-
 /// Takes everything of a machine that stands still.
-fn take(machine: &mut Machine, phases: &mut Phases) -> Result<Taken, ForkError> {
+fn take(machine: &mut Machine, signals: &Signals, phases: &mut Phases) -> Result<Taken, ForkError> {
     let state = snapshot::save(machine)?;
     phases.end("state");
     let turns = machine.turns().clone();
     let _turn = turns.take(vcpu::PAUSE_DEADLINE)?;
     let frozen = machine.ram.freeze()?;
     phases.end("freeze");
-    let (mut layers, copied) = machine.ram.layers()?.ok_or(ForkError::Mixed)?;
-    if machine.served.is_none() {
-        let lowest = machine.ram.store().ok_or(ForkError::Mixed)?;
-        layers.push(TrustedLayer { file: lowest.try_clone().map_err(ForkError::Keep)?, pages: None });
-    }
+    // What is copied now is copied on the event loop's thread, which hears of nothing meanwhile but through this.
+    let layers = machine.ram.layers(&Ending::of(machine, signals)).map_err(ForkError::from);
+    let (own, layers) = match layers.and_then(|layers| layers.ok_or(ForkError::Mixed)) {
+        Ok(layers) => layers,
+        Err(e) => {
+            // Whatever comes later relies on its being sealed.
+            frozen.map(Frozen::finish).transpose()?;
+            return Err(e);
+        }
+    };
+    let lowest = match machine.served {
+        Some(_) => None,
+        None => Some(machine.ram.store().ok_or(ForkError::Mixed)?.try_clone().map_err(ForkError::Keep)?),
+    };
     phases.end("copy");
-    Ok((state, frozen, layers, copied))
+    Ok(Taken { state, frozen, own, layers, lowest })
 }
 
 impl Forked {
@@ -261,25 +277,43 @@ impl Forked {
     pub fn give(self, targets: Vec<ForkTarget>, notifier: Notifier) -> Result<(), ForkError> {
         let thread = std::thread::Builder::new().name("fork".into()).spawn(move || {
             sandbox::confine(Kind::Peer);
+            let (spare, copied_bytes) = (self.spare.clone(), self.taken.own.count() * PAGE_SIZE);
             let given = self.give_all(targets).map_err(|e| e.to_string());
             notifier.send(Notice::Forked(given));
+            if let Err(e) = spare.prepare(copied_bytes) {
+                tracing::debug!("the next fork takes longer, as no memory is ready for it: {e}");
+            }
         });
         thread.map(drop).map_err(ForkError::Thread)
     }
 
     fn give_all(self, targets: Vec<ForkTarget>) -> Result<VmForked, ForkError> {
-        let Forked { load, state, layers, frozen, begun, pause_us, copied_pages } = self;
+        let Forked { mut load, taken, spare: _, begun, pause_us } = self;
+        let Taken { state, frozen, own, layers, lowest } = taken;
         frozen.map(Frozen::finish).transpose()?;
-        let bundle = memfd_create("coppice-fork", MemfdFlags::CLOEXEC).map_err(|e| ForkError::Keep(e.into()))?;
-        let bundle = File::from(bundle);
-        bundle.write_all_at(&state, 0).map_err(ForkError::Keep)?;
-        let descriptors: Vec<_> = std::iter::once(&bundle).chain(&layers).map(AsFd::as_fd).collect();
-        // All are called before the first is waited for.
+        let copied_pages = own.count();
+        let own = own.seal().map_err(ForkError::Keep)?;
+        let layers: Vec<Layer> = std::iter::once(own).filter(|own| !own.pages.is_empty()).chain(layers).collect();
+        let mut bytes = state::encode(&state)?;
+        load.state_bytes = bytes.len() as u64;
+        for layer in &layers {
+            let map = layer.pages.encode();
+            load.layers.push(ForkLayer { map_bytes: map.len() as u64, packed: layer.packed });
+            bytes.extend(map);
+        }
+        let bundle = memfd_create("coppice-fork", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING);
+        let bundle = File::from(bundle.map_err(|e| ForkError::Keep(e.into()))?);
+        bundle.write_all_at(&bytes, 0).map_err(ForkError::Keep)?;
+        fcntl_add_seals(&bundle, SEALED).map_err(|e| ForkError::Keep(e.into()))?;
+        let files = std::iter::once(&bundle).chain(layers.iter().map(|layer| &layer.file)).chain(&lowest);
+        let descriptors: Vec<_> = files.map(AsFd::as_fd).collect();
+        // All are called before the first is waited for, and have the same time.
+        let deadline = Instant::now() + PATIENCE;
         let calls: Vec<_> = targets
             .into_iter()
             .map(|ForkTarget { api_sock, vsock_override, network_overrides }| {
                 let load = ForkLoad { vsock_override, network_overrides, ..load.clone() };
-                let call = PassingCall::put(&api_sock, PATIENCE, "/fork/load", &load, &descriptors);
+                let call = PassingCall::put(&api_sock, deadline, "/fork/load", &load, &descriptors);
                 (api_sock, call)
             })
             .collect();
@@ -288,7 +322,8 @@ impl Forked {
             .into_iter()
             .map(|(api_sock, call)| ForkedClone { api_sock, error: answer(call).err().map(|e| e.to_string()) })
             .collect();
-        Ok(VmForked { pause_us, total_us: begun.elapsed().as_micros() as u64, copied_pages, clones })
+        let total_us = begun.elapsed().as_micros() as u64;
+        Ok(VmForked { pause_us, total_us, copied_pages, clones })
     }
 }
 
@@ -298,13 +333,14 @@ pub struct Offered {
     shape: Shape,
     state: MachineState,
     /// The uppermost first.
-    layers: Vec<TrustedLayer>,
+    layers: Vec<Layer>,
+    lowest: Option<File>,
     load: ForkLoad,
 }
 
 /// Looks at what another vmm offers. Descriptors are checked: nobody can write a layer, and none is shorter than it has to be.
 pub fn open(load: &ForkLoad, descriptors: Vec<OwnedFd>) -> Result<Offered, RestoreError> {
-    let ForkLoad { vmm_version, vcpu_count: vcpus, memory_bytes, state_bytes, map_bytes, .. } = load;
+    let ForkLoad { vmm_version, vcpu_count: vcpus, memory_bytes, state_bytes, layers: told, .. } = load;
     if vmm_version != env!("CARGO_PKG_VERSION") {
         return Err(ForkLoadError::Version { theirs: vmm_version.clone() }.into());
     }
@@ -313,7 +349,7 @@ pub fn open(load: &ForkLoad, descriptors: Vec<OwnedFd>) -> Result<Offered, Resto
         return Err(ForkLoadError::Shape { vcpus: *vcpus, bytes: *memory_bytes }.into());
     }
     // The state, the layers, and what they lie over.
-    let (expected, found) = (map_bytes.len() + 1 + usize::from(load.served.is_none()), descriptors.len());
+    let (expected, found) = (told.len() + 1 + usize::from(load.served.is_none()), descriptors.len());
     if expected != found || found > MAX_DESCRIPTORS {
         return Err(ForkLoadError::Descriptors { expected, found }.into());
     }
@@ -321,11 +357,13 @@ pub fn open(load: &ForkLoad, descriptors: Vec<OwnedFd>) -> Result<Offered, Resto
     let bundle = files.next().ok_or(ForkLoadError::Descriptors { expected, found })?;
     let longest = Clusters::max_encoded(*memory_bytes);
     let bad = |problem: &str| ForkLoadError::Descriptor { number: 0, problem: problem.into() };
-    if *state_bytes > MAX_STATE || map_bytes.iter().any(|bytes| *bytes > longest) {
+    if *state_bytes > MAX_STATE || told.iter().any(|layer| layer.map_bytes > longest) {
         return Err(bad("what it is said to hold is longer than it can be").into());
     }
-    let mut bytes = vec![0; (state_bytes + map_bytes.iter().sum::<u64>()) as usize];
-    check_file(0, &bundle, bytes.len() as u64)?;
+    let length = state_bytes + told.iter().map(|layer| layer.map_bytes).sum::<u64>();
+    check_file(0, &bundle, length)?;
+    check_sealed(0, &bundle)?;
+    let mut bytes = vec![0; length as usize];
     bundle.read_exact_at(&mut bytes, 0).map_err(|e| bad(&e.to_string()))?;
     let (own, mut maps) = bytes.split_at(*state_bytes as usize);
     let state = state::decode(own).map_err(ForkLoadError::from)?;
@@ -334,17 +372,19 @@ pub fn open(load: &ForkLoad, descriptors: Vec<OwnedFd>) -> Result<Offered, Resto
     }
 
     let mut layers = Vec::new();
-    for (layer, (length, file)) in map_bytes.iter().zip(files.by_ref()).enumerate() {
-        let (map, rest) = maps.split_at(*length as usize);
+    for (layer, (ForkLayer { map_bytes, packed }, file)) in told.iter().zip(files.by_ref()).enumerate() {
+        let (map, rest) = maps.split_at(*map_bytes as usize);
         maps = rest;
         let pages = Clusters::decode(map, *memory_bytes).map_err(|source| ForkLoadError::Map { layer, source })?;
-        check_file(layer + 1, &file, *memory_bytes)?;
-        check_sealed(layer + 1, &file)?;
-        layers.push(TrustedLayer { file, pages: Some(pages) });
+        check_file(layer + 1, &file, if *packed { pages.data() * PAGE_SIZE } else { *memory_bytes })?;
+        if *packed {
+            check_sealed(layer + 1, &file)?;
+        }
+        layers.push(Layer { file, pages, packed: *packed });
     }
-    if let Some(file) = files.next() {
-        check_file(expected - 1, &file, *memory_bytes)?;
-        layers.push(TrustedLayer { file, pages: None });
+    let lowest = files.next();
+    if let Some(file) = &lowest {
+        check_file(expected - 1, file, *memory_bytes)?;
     }
 
     let mut devices = DevicePlan {
@@ -356,7 +396,7 @@ pub fn open(load: &ForkLoad, descriptors: Vec<OwnedFd>) -> Result<Offered, Resto
     };
     override_host_side(&mut devices, load.vsock_override.as_ref(), &load.network_overrides)?;
     let shape = Shape { vcpus: *vcpus, memory_bytes: *memory_bytes, devices };
-    Ok(Offered { shape, state, layers, load: load.clone() })
+    Ok(Offered { shape, state, layers, lowest, load: load.clone() })
 }
 
 /// Whether a descriptor is of a file that can be read and holds so much.
@@ -403,22 +443,25 @@ impl Loadable for Offered {
         signals: &Signals,
         phases: &mut Phases,
     ) -> Result<Machine, RestoreError> {
-        let Offered { state, layers, load, .. } = self;
+        let Offered { state, layers, lowest, load, .. } = self;
         let (mut machine, low) = shell.open();
-        let laid = match load.served {
-            None => machine.ram.show_trusted(TrustedMemory::Files(layers)),
-            Some(served) => {
-                let ForkServed { snapshot_path, mem_backend } = &served;
-                let snapshot = Arc::new(load::open_without_memory(snapshot_path)?);
-                let lease = snapshot.lease_alone()?;
-                let backend =
-                    (Backend::Shared(&mem_backend.backend_path), mem_backend.on_handler_loss.unwrap_or_default());
-                show(&mut machine, low, &snapshot, backend, notifier, signals, phases)?;
-                machine.lease = Some(lease);
-                machine.served = Some(served);
-                machine.ram.show_above(layers)
+        if let Some(served) = load.served {
+            let ForkServed { snapshot_path, digest, mem_backend } = &served;
+            let snapshot = Arc::new(load::open_without_memory(snapshot_path)?);
+            if snapshot.manifest().digest != *digest {
+                return Err(ForkLoadError::OtherSnapshot(snapshot_path.clone()).into());
             }
-        };
+            let backend = Backend::Shared(&mem_backend.backend_path);
+            let lease = lease(&snapshot, &backend)?;
+            let policy = mem_backend.on_handler_loss.unwrap_or_default();
+            show(&mut machine, low, &snapshot, (backend, policy, true), notifier, signals, phases)?;
+            machine.lease = Some(lease);
+            machine.served = Some(served);
+        } else if let Some(lowest) = &lowest {
+            machine.ram.show(lowest).map_err(LayError::from).map_err(BackendError::from)?;
+            phases.end("memory");
+        }
+        let laid = machine.ram.show_above(layers);
         phases.end("layers");
         let new_generation = load.new_generation;
         let how = HowToLoad { other_tsc: OtherTsc::Refused, clock: Clock::GoesOn, new_generation };
@@ -433,7 +476,7 @@ impl Loadable for Offered {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::{fcntl_add_seals, ftruncate};
+    use rustix::fs::{SealFlags, fcntl_add_seals, ftruncate};
 
     fn request(sockets: &[&str]) -> VmFork {
         let target =
@@ -476,16 +519,15 @@ mod tests {
             entropy: None,
             balloon: None,
             served: None,
+            max_private_mib: None,
             state_bytes: 100,
-            map_bytes: vec![0],
+            layers: vec![ForkLayer { map_bytes: 0, packed: true }],
             resume_vm: true,
             new_generation: true,
             vsock_override: None,
             network_overrides: Vec::new(),
         };
-        let files = || {
-            vec![memory_file(100, SealFlags::empty()), memory_file(SIZE, SEALED), memory_file(SIZE, SealFlags::empty())]
-        };
+        let files = || vec![memory_file(100, SEALED), memory_file(SIZE, SEALED), memory_file(SIZE, SealFlags::empty())];
         let refused = |load: &ForkLoad, files: Vec<OwnedFd>| open(load, files).unwrap_err().to_string();
         let with = |change: fn(&mut ForkLoad)| {
             let mut load = load.clone();
@@ -501,10 +543,13 @@ mod tests {
         ] {
             assert!(shape.contains("runs no such machine"), "{shape}");
         }
-        assert!(with(|load| load.map_bytes.clear()).contains("with 2 descriptors; 3 came"));
-        assert!(with(|load| load.map_bytes = vec![0; 300]).contains("with 302 descriptors"));
+        assert!(with(|load| load.layers.clear()).contains("with 2 descriptors; 3 came"));
+        assert!(
+            with(|load| load.layers = vec![ForkLayer { map_bytes: 0, packed: true }; 300])
+                .contains("with 302 descriptors")
+        );
         assert!(with(|load| load.state_bytes = u64::MAX).contains("longer than it can be"));
-        assert!(with(|load| load.map_bytes = vec![u64::MAX]).contains("longer than it can be"));
+        assert!(with(|load| load.layers[0].map_bytes = u64::MAX).contains("longer than it can be"));
         assert!(with(|load| load.state_bytes = 101).contains("should have 101"));
         assert!(refused(&load, Vec::new()).contains("0 came"));
         let mut socket = files();

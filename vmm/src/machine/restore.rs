@@ -167,14 +167,19 @@ pub fn open<'a>(
     let allowed: Vec<Field> = request.allow_mismatch.iter().map(allowed_field).collect();
     check(&snapshot, &allowed)?;
     let (devices, disks) = devices(&snapshot, request, in_place)?;
-    let lease = match snapshot.lease() {
-        Err(_) if backend.is_served() => snapshot.lease_alone()?,
-        lease => lease?,
-    };
+    let lease = lease(&snapshot, &backend)?;
     let machine = &snapshot.manifest().machine;
     let shape = Shape { vcpus: machine.vcpus as u8, memory_bytes: machine.memory_bytes, devices };
     phases.end("check");
     Ok(Opened { request, backend, snapshot, allowed, lease, shape, disks })
+}
+
+/// Says that a snapshot is in use, and opens all that it lies over, if that is here.
+pub(super) fn lease(snapshot: &Snapshot, backend: &Backend) -> Result<Lease, RestoreError> {
+    match snapshot.lease() {
+        Err(_) if backend.is_served() => Ok(snapshot.lease_alone()?),
+        lease => Ok(lease?),
+    }
 }
 
 /// A machine that was read and found right, to be loaded into a shell.
@@ -216,8 +221,15 @@ impl Loadable for Opened<'_> {
         let (mut machine, low) = shell.open();
         let (snapshot, shares) = (Arc::new(snapshot), backend.shares());
         let policy = request.mem_backend.as_ref().and_then(|backend| backend.on_handler_loss);
-        let replay_over =
-            show(&mut machine, low, &snapshot, (backend, policy.unwrap_or_default()), notifier, signals, phases)?;
+        let replay_over = show(
+            &mut machine,
+            low,
+            &snapshot,
+            (backend, policy.unwrap_or_default(), false),
+            notifier,
+            signals,
+            phases,
+        )?;
         let how = HowToLoad {
             other_tsc: if allowed.contains(&Field::TscKhz) { OtherTsc::Allowed } else { OtherTsc::Refused },
             clock: if request.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn },
@@ -235,7 +247,8 @@ impl Loadable for Opened<'_> {
                 let there = |path: &Path| std::path::absolute(path).ok();
                 let backend_path = there(&mem_backend.backend_path)?;
                 let mem_backend = MemBackend { backend_path, ..mem_backend };
-                Some(ForkServed { snapshot_path: there(snapshot.dir())?, mem_backend })
+                let digest = snapshot.manifest().digest.clone();
+                Some(ForkServed { snapshot_path: there(snapshot.dir())?, digest, mem_backend })
             });
         if request.replay_working_set && shares {
             // Last, when whatever fails takes the memory away before its page server is let go.
@@ -256,7 +269,7 @@ pub(super) fn show(
     machine: &mut Machine,
     low: OwnedFd,
     snapshot: &Arc<Snapshot>,
-    (backend, policy): (Backend, OnHandlerLoss),
+    (backend, policy, is_fork): (Backend, OnHandlerLoss, bool),
     notifier: &Notifier,
     signals: &Signals,
     phases: &mut Phases,
@@ -274,6 +287,7 @@ pub(super) fn show(
             notifier: notifier.clone(),
             ending: machine.ending.clone(),
             replay_over: replay_over.clone(),
+            is_fork,
         };
         machine.page_server = Some(Keeper::start(service, &machine.ram, charge).map_err(RestoreError::Guard)?);
         phases.end("page_server");

@@ -283,9 +283,16 @@ pub fn create(
 }
 
 /// Whether the process is about to end: because its page server is gone, or because it was asked to.
-struct Ending<'a> {
+pub(super) struct Ending<'a> {
     flag: Arc<AtomicBool>,
     signals: &'a Signals,
+}
+
+impl<'a> Ending<'a> {
+    /// That of the process that has this machine and these signals.
+    pub(super) fn of(machine: &Machine, signals: &'a Signals) -> Self {
+        Ending { flag: machine.ending.clone(), signals }
+    }
 }
 
 impl Cancel for Ending<'_> {
@@ -325,7 +332,7 @@ fn capture_contents(
     signals: &Signals,
 ) -> Result<(Vec<disks::Captured>, Captured), SnapshotError> {
     // What is copied now is copied on the event loop's thread, which hears of nothing meanwhile but through this.
-    let ending = Ending { flag: machine.ending.clone(), signals };
+    let ending = Ending::of(machine, signals);
     let disks = disks::capture(&machine.devices, &machine.plan.drives, in_place, staging, &ending)?;
     let captured = match machine.ram.freeze()? {
         Some(frozen) => Captured::Frozen(frozen, machine.ram.regions().to_vec()),

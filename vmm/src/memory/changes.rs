@@ -8,22 +8,23 @@ use super::discard::Discarded;
 use super::pagemap::Pagemap;
 use super::{Backing, GuestRam, PAGE_SIZE};
 use crate::devices::lock;
-use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, ftruncate, memfd_create, seek};
+use rustix::fs::{MemfdFlags, memfd_create};
 use snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters};
 use snapshot::create::{Cancel, LayerSource};
-use snapshot::image::TrustedLayer;
 use snapshot::page_runs::PageRuns;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::AtomicBool;
 use vm_memory::{Bytes, GuestAddress};
 
 const _: () = assert!(CLUSTER_BYTES == PAGE_SIZE, "a cluster of the map is a page");
 
 /// Most bytes that are copied before whoever wants to end is asked again.
-const PIECE: u64 = 4 << 20;
+pub(super) const PIECE: u64 = 4 << 20;
+
+/// How much may be copied, in bytes, without a look at what memory there is.
+const LITTLE: u64 = 16 << 20;
 
 /// Why changes could not be copied.
 #[derive(Debug, thiserror::Error)]
@@ -75,41 +76,12 @@ impl GuestRam {
         let Some(pages) = self.changed()? else { return Ok(None) };
         let keep = |e: rustix::io::Errno| CaptureError::Keep(e.into());
         let copy = File::from(memfd_create("coppice-changes", MemfdFlags::CLOEXEC).map_err(keep)?);
-        let mut end_of_copy = 0;
-        let runs: Vec<(Range<u64>, u64)> = data_runs(&pages)
-            .map(|run| {
-                let place = end_of_copy;
-                end_of_copy += (run.end - run.start) * PAGE_SIZE;
-                (run, place)
-            })
-            .collect();
-        self.copy_runs(&runs, &copy, cancel)?;
+        let runs = self.copy_runs(data_runs(&pages), &copy, cancel)?;
         Ok(Some(Changes { size: self.size(), pages, runs, copy }))
     }
 
-    /// Copies what the guest has changed of its image into a file in memory, each page at its place in the image, where others can map
-    /// it: a layer over that image. The pages of `also` are copied as well where they are as they were. The same holds as for
-    /// [`GuestRam::capture`].
-    pub fn capture_layer(&self, also: &[&Clusters]) -> Result<Option<TrustedLayer>, CaptureError> {
-        let Some(mut pages) = self.changed()? else { return Ok(None) };
-        for run in also.iter().flat_map(|also| data_runs(also)) {
-            let unchanged: Vec<_> = pages.runs(run).filter(|(_, state)| *state == Cluster::Absent).collect();
-            unchanged.into_iter().for_each(|(run, _)| pages.set(run, Cluster::Data));
-        }
-        check_room(&pages)?;
-        let keep = |e: rustix::io::Errno| CaptureError::Keep(e.into());
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let file = File::from(memfd_create("coppice-layer", flags).map_err(keep)?);
-        ftruncate(&file, self.size()).map_err(keep)?;
-        let runs: Vec<_> = data_runs(&pages).map(|run| (run.clone(), run.start * PAGE_SIZE)).collect();
-        self.copy_runs(&runs, &file, &AtomicBool::new(false))?;
-        let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
-        fcntl_add_seals(&file, seals).map_err(keep)?;
-        Ok(Some(TrustedLayer { file, pages: Some(pages) }))
-    }
-
     /// Which pages the guest has changed of its image, of which a copy would fit.
-    fn changed(&self) -> Result<Option<Clusters>, CaptureError> {
+    pub(super) fn changed(&self) -> Result<Option<Clusters>, CaptureError> {
         let given_back = match &*lock(&self.backing) {
             Backing::Own(_) | Backing::Image(Discarded { is_mixed: true, .. }) => return Ok(None),
             Backing::Image(discarded) => discarded.runs(),
@@ -134,14 +106,16 @@ impl GuestRam {
         Ok(Some(pages))
     }
 
-    /// Copies runs of pages of the image, each to its place in the copy, in bytes.
-    fn copy_runs(&self, runs: &[(Range<u64>, u64)], mut copy: &File, cancel: &dyn Cancel) -> Result<(), CaptureError> {
-        let mut end_of_copy = 0;
-        for (run, place) in runs {
-            if *place != end_of_copy {
-                seek(copy, SeekFrom::Start(*place)).map_err(|e| CaptureError::Keep(e.into()))?;
-                end_of_copy = *place;
-            }
+    /// Copies runs of pages of the image, one behind the other. Returns where each lies.
+    fn copy_runs(
+        &self,
+        runs: impl Iterator<Item = Range<u64>>,
+        mut copy: &File,
+        cancel: &dyn Cancel,
+    ) -> Result<Vec<(Range<u64>, u64)>, CaptureError> {
+        let (mut placed, mut end_of_copy) = (Vec::new(), 0);
+        for run in runs {
+            placed.push((run.clone(), end_of_copy));
             let (mut at, end) = (run.start * PAGE_SIZE, run.end * PAGE_SIZE);
             while at < end {
                 if cancel.is_cancelled() {
@@ -157,17 +131,22 @@ impl GuestRam {
                 end_of_copy += len;
             }
         }
-        Ok(())
+        Ok(placed)
     }
 }
 
 /// Pages that are data, as runs, in order.
-fn data_runs(pages: &Clusters) -> impl Iterator<Item = Range<u64>> + '_ {
+pub(super) fn data_runs(pages: &Clusters) -> impl Iterator<Item = Range<u64>> + '_ {
     pages.runs(0..pages.count()).filter(|(_, state)| *state == Cluster::Data).map(|(run, _)| run)
 }
 
+/// Whether there is memory for a copy of these pages. So little as any host has is not asked for.
 fn check_room(pages: &Clusters) -> Result<(), CaptureError> {
-    let (bytes, room) = (pages.data() * PAGE_SIZE, room());
+    let bytes = pages.data() * PAGE_SIZE;
+    if bytes <= LITTLE {
+        return Ok(());
+    }
+    let room = room();
     if bytes > room { Err(CaptureError::NoRoom { bytes, room }) } else { Ok(()) }
 }
 

@@ -7,9 +7,11 @@
 //! | packed | it is unpacked into memory that is this guest's alone, which is mapped privately as a file is |
 
 use super::changes::CaptureError;
+use super::layer::{Copied, Layer, Places};
 use super::{GuestRam, MemoryError, PAGE_SIZE, mmap};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use snapshot::clusters::{Cluster, Clusters};
+use snapshot::create::Cancel;
 use snapshot::image::{ImageError, MemoryImage, TrustedLayer, TrustedMemory};
 use snapshot::manifest::MemoryRegion;
 use snapshot::{CHUNK_BYTES, PAGE_BYTES, threads};
@@ -30,6 +32,8 @@ const MAX_LAYERS: usize = 6;
 /// Most bytes that are copied at a time.
 const PIECE: u64 = 1 << 20;
 
+/// Fewest runs to be copied for which a thread is worth its start.
+const RUNS_PER_THREAD: u64 = 64;
 /// Fewest chunks for which a thread is worth its start.
 const CHUNKS_PER_THREAD: u64 = 16;
 
@@ -109,44 +113,42 @@ impl GuestRam {
                 let mut above = files;
                 let lowest = above.pop().ok_or_else(|| LayError::Lay(io::ErrorKind::NotFound.into()))?;
                 self.show(&lowest.file)?;
-                self.show_above(above)
+                let layer = |TrustedLayer { file, pages }| Some(Layer { file, pages: pages?, packed: false });
+                self.show_above(above.into_iter().filter_map(layer).collect())
             }
         }
     }
 
     /// Shows layers, the uppermost first, over what is shown already. Nobody has used the memory yet.
-    pub fn show_above(&mut self, layers: Vec<TrustedLayer>) -> Result<(), LayError> {
+    pub fn show_above(&mut self, layers: Vec<Layer>) -> Result<(), LayError> {
         let ends = self.lay(&layers)?;
         // What is copied of a layer, or discarded, is the guest's own from now on.
         self.above = layers.into_iter().zip(ends).filter(|(_, end)| *end > 0).collect();
         Ok(())
     }
 
-    /// What the guest's memory is at this moment, as files that others can show, the uppermost first: what it has changed, and what lies
-    /// over the image that it is a view of; and how many pages were copied for that. `None` if that is not to be told. No vCPU and no
-    /// device may write meanwhile, and the guest must have been frozen if it was booted here.
-    pub fn layers(&self) -> Result<Option<(Vec<TrustedLayer>, u64)>, CaptureError> {
+    /// What the guest's memory is at this moment: a copy of what it has changed, and the layers that lie over the image that it is a view
+    /// of, the uppermost first. `None` if that is not to be told. No vCPU and no device may write meanwhile, and the guest must have been
+    /// frozen if it was booted here.
+    pub fn layers(&self, cancel: &dyn Cancel) -> Result<Option<(Copied, Vec<Layer>)>, CaptureError> {
         let flattens = self.above.len() >= MAX_LAYERS;
-        let also: Vec<&Clusters> = self.above.iter().filter_map(|(layer, _)| layer.pages.as_ref()).collect();
-        let own = self.capture_layer(if flattens { &also } else { &[] })?;
-        let Some(own) = own else { return Ok(None) };
-        let copied = own.pages.as_ref().map_or(0, Clusters::data);
-        let mut layers = vec![own];
-        for (TrustedLayer { file, pages }, _) in self.above.iter().filter(|_| !flattens) {
-            layers.push(TrustedLayer { file: file.try_clone().map_err(CaptureError::Keep)?, pages: pages.clone() });
-        }
-        Ok(Some((layers, copied)))
+        let also: Vec<&Clusters> = self.above.iter().map(|(layer, _)| &layer.pages).collect();
+        let own = self.copy_own(if flattens { &also } else { &[] }, cancel)?;
+        let kept = self.above.iter().filter(|_| !flattens).map(|(layer, _)| layer.try_clone());
+        let kept = kept.collect::<Result<_, _>>().map_err(CaptureError::Keep)?;
+        Ok(own.map(|own| (own, kept)))
     }
 
     /// Puts what these layers hold, the uppermost first, over what is there. Nobody has used the memory yet. Returns where what is
     /// mapped of each layer ends in it, in bytes.
-    fn lay(&self, layers: &[TrustedLayer]) -> Result<Vec<u64>, LayError> {
-        let maps: Vec<&Clusters> = layers.iter().filter_map(|layer| layer.pages.as_ref()).collect();
+    fn lay(&self, layers: &[Layer]) -> Result<Vec<u64>, LayError> {
+        let maps: Vec<&Clusters> = layers.iter().map(|layer| &layer.pages).collect();
+        let places: Vec<Places> = layers.iter().map(Layer::places).collect();
         let mut pieces: Vec<(usize, Piece)> = cut(visible(&maps), &self.regions).collect();
         // The longest are mapped, as far as there are mappings.
         pieces.sort_by_key(|(_, piece)| std::cmp::Reverse(piece.pages.end - piece.pages.start));
         let (discarder, mut mapped, mut emptied) = (self.discarder(), 0, 0);
-        let mut ends = vec![0; layers.len()];
+        let (mut ends, mut short) = (vec![0; layers.len()], Vec::new());
         for (region, piece) in pieces {
             let pages = piece.pages.end - piece.pages.start;
             match piece.layer {
@@ -161,18 +163,22 @@ impl GuestRam {
                     }
                 }
                 Some(layer) if pages >= LONG_RUN && mapped < MAX_MAPPED => {
-                    self.map_over(region, &piece.pages, &layers[layer].file).map_err(LayError::Lay)?;
-                    ends[layer] = ends[layer].max(piece.pages.end * PAGE_BYTES);
+                    let place = places[layer].of(piece.pages.start);
+                    self.map_over(region, &piece.pages, &layers[layer].file, place).map_err(LayError::Lay)?;
+                    ends[layer] = ends[layer].max(place + pages * PAGE_BYTES);
                     mapped += 1;
                 }
-                Some(layer) => {
-                    let file = &layers[layer].file;
-                    self.write(region, &piece.pages, |offset, buf| file.read_exact_at(buf, offset))?;
-                }
+                Some(layer) => short.push((region, piece.pages, layer)),
             }
         }
         // What the guest gives back is bounded by itself.
         discarder.begin_anew();
+        threads::split(short.len() as u64, RUNS_PER_THREAD, |some| {
+            short[some.start as usize..some.end as usize].iter().try_for_each(|(region, pages, layer)| {
+                let (file, place) = (&layers[*layer].file, places[*layer].of(pages.start));
+                self.write(*region, pages, |offset, buf| file.read_exact_at(buf, place + offset))
+            })
+        })?;
         Ok(ends)
     }
 
@@ -181,15 +187,15 @@ impl GuestRam {
         guest_addr + (page * PAGE_BYTES - offset)
     }
 
-    fn map_over(&self, region: usize, pages: &Range<u64>, file: &File) -> io::Result<()> {
+    /// Maps what is in a file from `place` on.
+    fn map_over(&self, region: usize, pages: &Range<u64>, file: &File, place: u64) -> io::Result<()> {
         let mapped = self.memory.iter().nth(region).ok_or(io::ErrorKind::NotFound)?;
-        let offset = pages.start * PAGE_BYTES;
-        let start = offset - self.regions[region].offset;
+        let start = pages.start * PAGE_BYTES - self.regions[region].offset;
         let range = start..start + (pages.end - pages.start) * PAGE_BYTES;
-        mmap::map_over(mapped.mapping(), range, file, offset)
+        mmap::map_over(mapped.mapping(), range, file, place)
     }
 
-    /// Writes pages that `read` tells by their offset in the image.
+    /// Writes pages that `read` tells by how far they are from the first, in bytes.
     fn write(
         &self,
         region: usize,
@@ -200,7 +206,8 @@ impl GuestRam {
         let mut buf = vec![0; (end - at).min(PIECE) as usize];
         while at < end {
             let buf = &mut buf[..(end - at).min(PIECE) as usize];
-            read(at, buf).map_err(|source| LayError::Read { offset: at, source })?;
+            let from = at - pages.start * PAGE_BYTES;
+            read(from, buf).map_err(|source| LayError::Read { offset: at, source })?;
             let to = GuestAddress(self.guest_addr(region, at / PAGE_BYTES));
             self.memory.write_slice(buf, to).map_err(|e| LayError::Lay(io::Error::other(e)))?;
             at += buf.len() as u64;

@@ -5,6 +5,7 @@
 //! - [`freeze`]: turns the RAM of a booted guest into an immutable image without copying it
 //! - [`changes`]: what a guest has made of its image
 //! - [`image`]: the first view of an image that is not one raw file
+//! - [`layer`]: files that are mapped over an image
 //! - [`uffd`]: memory whose pages a page server provides: a view of its store, or anonymous memory that it copies pages into
 //! - [`replay`]: gets pages ready that earlier clones have needed
 //! - [`stand_in`]: serving page faults without a page server
@@ -22,6 +23,7 @@ pub mod discard;
 pub mod freeze;
 pub mod image;
 pub mod kinds;
+pub mod layer;
 pub mod layout;
 pub mod limit;
 pub mod lost;
@@ -39,10 +41,10 @@ pub mod written;
 
 use crate::devices::lock;
 use discard::Discarded;
+use layer::{Layer, Spare};
 use mmap::Mapping;
 use region::RamRegion;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use snapshot::image::TrustedLayer;
 use snapshot::manifest::MemoryRegion;
 use std::fs::File;
 use std::io;
@@ -115,7 +117,9 @@ pub struct GuestRam {
     /// The file that is mapped, if one is. Of an image of several files, the lowest.
     file: Option<Arc<File>>,
     /// What is mapped over that, if the image is of several files, the uppermost first: each, and where that ends in it, in bytes.
-    above: Vec<(TrustedLayer, u64)>,
+    above: Vec<(Layer, u64)>,
+    /// Room for a copy of what the guest has changed.
+    spare: Spare,
     /// Whoever changes what is mapped holds the lock meanwhile.
     backing: Arc<Mutex<Backing>>,
 }
@@ -131,7 +135,7 @@ impl GuestRam {
         let mapped = Arc::new(file.try_clone().map_err(|source| MemoryError::Create { size, source })?);
         let memory = share(&mapped, &regions)?;
         let backing = Arc::new(Mutex::new(Backing::Own(file)));
-        Ok(GuestRam { memory, regions, file: Some(mapped), above: Vec::new(), backing })
+        Ok(GuestRam { memory, regions, file: Some(mapped), above: Vec::new(), spare: Spare::default(), backing })
     }
 
     /// Addresses for RAM, and nothing behind them yet: whoever accesses them dies of it. A VM and its devices can be built
@@ -139,7 +143,7 @@ impl GuestRam {
     pub fn reserve(regions: Vec<MemoryRegion>) -> Result<Self, MemoryError> {
         let memory = place(&regions, |region, len| Mapping::reserve(len, region.offset))?;
         let backing = Arc::new(Mutex::new(Backing::Image(Discarded::default())));
-        Ok(GuestRam { memory, regions, file: None, above: Vec::new(), backing })
+        Ok(GuestRam { memory, regions, file: None, above: Vec::new(), spare: Spare::default(), backing })
     }
 
     /// Shows an image where nothing was yet, as a private view: what the guest writes stays its own.

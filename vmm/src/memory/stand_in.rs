@@ -117,13 +117,14 @@ impl StandIn {
         let within = |range: &&Region| (range.offset..range.offset + range.size).contains(&offset);
         let Some(range) = self.ranges.iter().find(within) else { return Ok(None) };
         let address = range.base_host_virt_addr + (offset - range.offset);
-        Ok(if self.put(address, page)? { None } else { Some(address) })
+        // Where the guest has put something in its place nobody sees the store.
+        Ok((self.put(address, page)? == Outcome::Present).then_some(address))
     }
 
     fn answer(&mut self, address: u64) -> Result<(), StandInError> {
         let fault = self.regions.locate(address).ok_or(StandInError::Outside(address))?;
         let place = address & !(PAGE_SIZE - 1);
-        if !self.put(place, fault.page)? {
+        if self.put(place, fault.page)? != Outcome::Placed {
             // It is there already, or is no more to come: so whoever waits need not.
             self.uffd.wake(place as *mut _, PAGE_SIZE as usize).map_err(StandInError::Wake)?;
         }
@@ -132,15 +133,15 @@ impl StandIn {
             if !fault.wake.contains(&(place + (ahead - fault.page) * PAGE_SIZE)) {
                 break;
             }
-            if !self.put(place + (ahead - fault.page) * PAGE_SIZE, ahead).unwrap_or(false) {
+            if !matches!(self.put(place + (ahead - fault.page) * PAGE_SIZE, ahead), Ok(Outcome::Placed)) {
                 break;
             }
         }
         Ok(())
     }
 
-    /// Puts a page of the image at an address. False if that was not to be done.
-    fn put(&mut self, place: u64, page: u64) -> Result<bool, StandInError> {
+    /// Puts a page of the image at an address, if that is to be done.
+    fn put(&mut self, place: u64, page: u64) -> Result<Outcome, StandInError> {
         let slot = self.chunk(page / CHUNK_PAGES)?;
         let start = (page % CHUNK_PAGES * PAGE_SIZE) as usize;
         let bytes = &self.recent[slot].1[start..start + PAGE_SIZE as usize];
@@ -148,7 +149,7 @@ impl StandIn {
             match give_page(&self.uffd, place, bytes).map_err(|error| StandInError::Copy(place, error))? {
                 // The mappings of this process change just now.
                 Outcome::Again => {}
-                outcome => return Ok(outcome == Outcome::Placed),
+                outcome => return Ok(outcome),
             }
         }
         Err(StandInError::Copy(place, io::ErrorKind::WouldBlock.into()))

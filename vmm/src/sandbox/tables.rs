@@ -107,5 +107,5 @@ pub const WRITER: &[&[Rule]] = &[THREAD, FILES, CHANGED_FILES, SYSTEM, PAGES];
 /// `replay`, `scan`, `private` and `first-page`: the guest's memory is looked at, and touched.
 pub const MEMORY: &[&[Rule]] = &[THREAD, FILES, &[always(SYS_memfd_create)], PAGES];
 
-/// `keeper`, `attach`, `report`, `prepare` and `shutdown`: page servers and the guest's agent are talked to, and memory is kept without them.
+/// `keeper`, `attach`, `report`, `prepare`, `shutdown` and `fork`: page servers, other vmms and the guest's agent are talked to, and memory is kept without them.
 pub const PEER: &[&[Rule]] = &[THREAD, FILES, CHANGED_FILES, TALK, UNIX_SOCKETS, EVENTS, USERFAULTFD, PAGES];

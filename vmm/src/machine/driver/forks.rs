@@ -3,12 +3,23 @@
 use super::{Asker, Driver, RequestError};
 use crate::api::Response;
 use crate::api::server::Pending;
+use crate::machine::Machine;
+use crate::machine::config;
 use crate::machine::fork;
 use crate::machine::phases::Phases;
 use crate::machine::requests::NotNow;
 use api_spec::fork::{ForkLoad, VmFork, VmForked};
 use api_spec::stats::TracedOperation;
 use event_manager::EventOps;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::os::unix::net::UnixStream;
+
+/// Whether the other end of a connection is open.
+fn is_there(client: &UnixStream) -> bool {
+    let mut looked = [PollFd::new(client, PollFlags::RDHUP)];
+    let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    poll(&mut looked, Some(&Timespec::default())).is_ok() && !looked[0].revents().intersects(gone)
+}
 
 impl Driver {
     /// Has other vmms become clones of the VM. The answer comes when they are.
@@ -18,7 +29,8 @@ impl Driver {
         }
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
         let mut phases = Phases::of(TracedOperation::Fork);
-        let forked = fork::fork(machine, &request, &mut phases)?;
+        let limit = self.config.machine_config.max_private_mib;
+        let forked = fork::fork(machine, &request, limit, &self.signals, &mut phases)?;
         self.keep_trace(phases);
         forked.give(request.into, self.notifier.clone())?;
         self.forking = Some(from);
@@ -49,9 +61,18 @@ impl Driver {
     /// Becomes a clone of a VM that another vmm forks.
     pub(super) fn load_fork(&mut self, load: &ForkLoad, from: Pending) -> Result<(), RequestError> {
         let mut phases = Phases::of(TracedOperation::Load);
+        config::check_max_private(load.max_private_mib)?;
         let descriptors = self.api.as_mut().map(|api| api.take_descriptors(from)).unwrap_or_default();
+        let client = self.api.as_ref().and_then(|api| api.client_of(from));
         let offered = fork::open(load, descriptors)?;
         phases.end("check");
-        self.bring_in(offered, load.resume_vm, phases, |_| Ok(()))
+        self.private.set_limit(load.max_private_mib).map_err(RequestError::Limit)?;
+        // One that was given up, and may have been forked into another vmm since, is not to run here as well.
+        let is_wanted = |_: &mut Machine| {
+            if client.is_some_and(|client| is_there(&client)) { Ok(()) } else { Err(RequestError::GivenUp) }
+        };
+        self.bring_in(offered, load.resume_vm, phases, is_wanted)?;
+        self.config.machine_config.max_private_mib = load.max_private_mib;
+        Ok(())
     }
 }

@@ -187,6 +187,8 @@ enum RequestError {
     Fork(#[from] ForkError),
     #[error("the VM is being forked; try again when that is done")]
     Forking,
+    #[error("whoever forks its VM has given this clone up")]
+    GivenUp,
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]

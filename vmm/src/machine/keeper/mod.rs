@@ -92,6 +92,8 @@ pub struct Charge {
     pub ending: Arc<AtomicBool>,
     /// Is set when pages are not to be got ready any more that nobody has asked for.
     pub replay_over: Arc<AtomicBool>,
+    /// The guest is a fork: what it has of the image does not tell what clones of the image use.
+    pub is_fork: bool,
 }
 
 /// The keeper of one guest's memory. It works until this is dropped.
@@ -127,7 +129,7 @@ impl Keeper {
             attempt: Errand::new()?,
             report: Errand::new()?,
             kinds: ram.kinds(),
-            has_reported: false,
+            has_reported: charge.is_fork,
             sight: Sight::new(&service.uffd),
             stand_in: None,
             spare: None,
