@@ -24,7 +24,7 @@ use crate::kvm::state::Clock;
 use crate::memory::changes::CaptureError;
 use crate::memory::freeze::{FreezeError, Frozen};
 use crate::memory::image::LayError;
-use crate::memory::layer::{Copied, Layer, SEALED, Spare};
+use crate::memory::layer::{Copied, Layer, SEALED, Spare, is_sealed};
 use crate::memory::{PAGE_SIZE, layout};
 use crate::notice::{Notice, Notifier};
 use crate::sandbox::{self, Kind};
@@ -42,12 +42,14 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use uffd_handler::process::Signals;
 
 /// How long the other vmms have, all together.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long to leave everybody else alone before memory is got ready for the next fork.
+const BREATHER: Duration = Duration::from_millis(5);
 /// Longest state that is taken, in bytes.
 const MAX_STATE: u64 = 64 << 20;
 
@@ -183,7 +185,7 @@ struct Taken {
 }
 
 /// Looks whether a request can be granted, whatever the VM is. Pure.
-fn check(request: &VmFork) -> Result<(), ForkError> {
+pub fn check(request: &VmFork) -> Result<(), ForkError> {
     let named = request.into.len();
     if !(1..=MAX_CLONES).contains(&named) {
         return Err(ForkError::Number(named));
@@ -197,16 +199,15 @@ fn check(request: &VmFork) -> Result<(), ForkError> {
     twice.map_or(Ok(()), |(_, path)| Err(ForkError::Twice(path.to_path_buf())))
 }
 
-/// Takes a machine as it is for clones. It runs again, if it ran, when this returns.
+/// Takes a machine as it is for clones, which are to run or not and to have a generation id of their own or not. It runs again, if it ran, when this returns.
 pub fn fork(
     machine: &mut Machine,
-    request: &VmFork,
+    (resume_vm, new_generation): (bool, bool),
     max_private_mib: Option<u64>,
     signals: &Signals,
     phases: &mut Phases,
 ) -> Result<Forked, ForkError> {
     let begun = Instant::now();
-    check(request)?;
     if !machine.plan.drives.is_empty() {
         return Err(ForkError::Drives);
     }
@@ -238,8 +239,8 @@ pub fn fork(
         max_private_mib,
         state_bytes: 0,
         layers: Vec::new(),
-        resume_vm: request.resume_vm,
-        new_generation: request.new_generation,
+        resume_vm,
+        new_generation,
         vsock_override: None,
         network_overrides: Vec::new(),
     };
@@ -272,27 +273,47 @@ fn take(machine: &mut Machine, signals: &Signals, phases: &mut Phases) -> Result
     Ok(Taken { state, frozen, own, layers, lowest })
 }
 
-impl Forked {
-    /// Gives a clone to each of these vmms, on a thread that tells when it is done.
-    pub fn give(self, targets: Vec<ForkTarget>, notifier: Notifier) -> Result<(), ForkError> {
+/// What gives clones to other vmms, on a thread that is there before the VM stands still.
+pub struct Giver(mpsc::Sender<Forked>);
+
+impl Giver {
+    /// Starts it, and waits until it is there. It tells when it is done.
+    pub fn start(targets: Vec<ForkTarget>, notifier: Notifier) -> Result<Self, ForkError> {
+        let (sender, forked) = mpsc::channel::<Forked>();
+        let (is_there, there) = mpsc::sync_channel(1);
         let thread = std::thread::Builder::new().name("fork".into()).spawn(move || {
             sandbox::confine(Kind::Peer);
-            let (spare, copied_bytes) = (self.spare.clone(), self.taken.own.count() * PAGE_SIZE);
-            let given = self.give_all(targets).map_err(|e| e.to_string());
+            let _ = is_there.send(()); // Somebody waits for it.
+            // If there is none, whoever has asked for it has been told.
+            let Ok(forked) = forked.recv() else { return };
+            let (spare, copied_bytes) = (forked.spare.clone(), forked.taken.own.count() * PAGE_SIZE);
+            let given = forked.give_all(targets).map_err(|e| e.to_string());
             notifier.send(Notice::Forked(given));
+            // Whoever waits is answered, and whoever has a clone asks it something.
+            std::thread::sleep(BREATHER);
             if let Err(e) = spare.prepare(copied_bytes) {
                 tracing::debug!("the next fork takes longer, as no memory is ready for it: {e}");
             }
         });
-        thread.map(drop).map_err(ForkError::Thread)
+        thread.map_err(ForkError::Thread)?;
+        let _ = there.recv(); // It cannot but come there.
+        Ok(Giver(sender))
     }
 
+    /// Gives a clone of this to each of them.
+    pub fn give(self, forked: Forked) {
+        // It waits for nothing else.
+        let _ = self.0.send(forked);
+    }
+}
+
+impl Forked {
     fn give_all(self, targets: Vec<ForkTarget>) -> Result<VmForked, ForkError> {
         let Forked { mut load, taken, spare: _, begun, pause_us } = self;
         let Taken { state, frozen, own, layers, lowest } = taken;
         frozen.map(Frozen::finish).transpose()?;
         let copied_pages = own.count();
-        let own = own.seal().map_err(ForkError::Keep)?;
+        let (own, written) = own.seal().map_err(ForkError::Keep)?;
         let layers: Vec<Layer> = std::iter::once(own).filter(|own| !own.pages.is_empty()).chain(layers).collect();
         let mut bytes = state::encode(&state)?;
         load.state_bytes = bytes.len() as u64;
@@ -309,16 +330,15 @@ impl Forked {
         let descriptors: Vec<_> = files.map(AsFd::as_fd).collect();
         // All are called before the first is waited for, and have the same time.
         let deadline = Instant::now() + PATIENCE;
-        let calls: Vec<_> = targets
-            .into_iter()
-            .map(|ForkTarget { api_sock, vsock_override, network_overrides }| {
-                let load = ForkLoad { vsock_override, network_overrides, ..load.clone() };
-                let call = PassingCall::put(&api_sock, deadline, "/fork/load", &load, &descriptors);
-                (api_sock, call)
-            })
-            .collect();
+        let call = |ForkTarget { api_sock, vsock_override, network_overrides }| {
+            let load = ForkLoad { vsock_override, network_overrides, ..load.clone() };
+            let call = PassingCall::put(&api_sock, deadline, "/fork/load", &load, &descriptors);
+            (api_sock, call)
+        };
+        let called: Vec<_> = targets.into_iter().map(call).collect();
+        drop(written);
         let answer = |call: Result<PassingCall, RestError>| call?.answer()?.body();
-        let clones = calls
+        let clones = called
             .into_iter()
             .map(|(api_sock, call)| ForkedClone { api_sock, error: answer(call).err().map(|e| e.to_string()) })
             .collect();
@@ -418,7 +438,7 @@ fn check_file(number: usize, file: &File, bytes: u64) -> Result<(), ForkLoadErro
 
 fn check_sealed(number: usize, file: &File) -> Result<(), ForkLoadError> {
     match fcntl_get_seals(file) {
-        Ok(seals) if seals.contains(SEALED) => Ok(()),
+        Ok(seals) if is_sealed(seals) => Ok(()),
         _ => Err(ForkLoadError::Descriptor {
             number,
             problem: "its file could still be written (it is not sealed)".into(),

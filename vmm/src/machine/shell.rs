@@ -10,6 +10,7 @@
 
 use super::config::DevicePlan;
 use super::phases::Phases;
+use super::snapshot;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, start_threads};
 use crate::devices::virtio::block::Disk;
@@ -17,6 +18,7 @@ use crate::kvm::{self, KvmError};
 use crate::memory::{GuestRam, MemoryError, layout};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
+use ::snapshot::state;
 use api_spec::snapshot::VsockOverride;
 use rustix::event::{EventfdFlags, eventfd};
 use std::io;
@@ -168,6 +170,14 @@ impl Shell {
     pub fn shape(&self) -> Shape {
         let Machine { vcpus, ram, plan, .. } = &self.machine;
         Shape { vcpus: vcpus.len() as u8, memory_bytes: ram.size(), devices: plan.clone() }
+    }
+
+    /// Saves the machine as it is, and reads that, as a load will read its state: the code and the memory for that are there then.
+    pub fn rehearse(&self) {
+        let bytes = snapshot::save(&self.machine).ok().and_then(|saved| state::encode(&saved).ok());
+        if let Some(Err(e)) = bytes.map(|bytes| state::decode(&bytes)) {
+            tracing::debug!("a state of this vmm's own cannot be read: {e}");
+        }
     }
 
     /// The machine, with nothing loaded into it, and a descriptor for its userfaultfd to take the number of.

@@ -90,7 +90,7 @@ impl GuestRam {
         for run in given_back {
             pages.set(run, Cluster::Zero);
         }
-        let pagemap = Pagemap::open().map_err(CaptureError::Pagemap)?;
+        let pagemap = self.pagemap().map_err(CaptureError::Pagemap)?;
         let mut private = Vec::new();
         for (region, address) in self.mappings() {
             let (start, first) = (address as u64, region.offset / PAGE_SIZE);
@@ -104,6 +104,15 @@ impl GuestRam {
         }
         check_room(&pages)?;
         Ok(Some(pages))
+    }
+
+    /// Opened once: it takes a while, and the process may come to live where there is no /proc.
+    fn pagemap(&self) -> io::Result<&Pagemap> {
+        if let Some(pagemap) = self.pagemap.get() {
+            return Ok(pagemap);
+        }
+        let opened = Pagemap::open()?;
+        Ok(self.pagemap.get_or_init(|| opened))
     }
 
     /// Copies runs of pages of the image, one behind the other. Returns where each lies.

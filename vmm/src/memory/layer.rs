@@ -17,9 +17,14 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, VolatileMemory};
 /// Most room that is kept for the next copy, in bytes.
 const MAX_SPARE: u64 = 64 << 20;
 /// By how much it grows.
-const STEP: u64 = 1 << 20;
-/// What nobody can do any more to a layer that was copied here.
-pub const SEALED: SealFlags = SealFlags::WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW);
+const STEP: u64 = 256 << 10;
+/// What nobody can begin to do to a layer that was copied here: whoever has copied it may have it mapped for a moment longer.
+pub const SEALED: SealFlags = SealFlags::FUTURE_WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW);
+
+/// Whether nobody can begin to write a file with these seals, or change its size.
+pub fn is_sealed(seals: SealFlags) -> bool {
+    seals.intersects(SealFlags::FUTURE_WRITE | SealFlags::WRITE) && seals.contains(SealFlags::SHRINK | SealFlags::GROW)
+}
 
 /// Pages of an image in a file of their own.
 #[derive(Debug)]
@@ -124,16 +129,22 @@ impl Copied {
         self.pages.data()
     }
 
-    /// Gives back what it has too much of, and makes a layer of it that nobody can write.
-    pub fn seal(self) -> io::Result<Layer> {
-        let Copied { room: Room { file, mapping, size: _ }, pages } = self;
-        // A file that is mapped to be written cannot be sealed.
-        drop(mapping);
-        ftruncate(&file, pages.data() * PAGE_SIZE)?;
-        fcntl_add_seals(&file, SEALED | SealFlags::SEAL)?;
-        Ok(Layer { file, pages, packed: true })
+    /// Makes a layer of it that nobody can begin to write, and gives back what it has too much of, if that is much. The other part of the
+    /// result takes a while to drop, and has to be before long.
+    pub fn seal(self) -> io::Result<(Layer, Written)> {
+        let Copied { room: Room { file, mapping, size }, pages } = self;
+        let used = pages.data() * PAGE_SIZE;
+        if size - used > used / 2 + STEP {
+            ftruncate(&file, used)?;
+        }
+        fcntl_add_seals(&file, SEALED)?;
+        Ok((Layer { file, pages, packed: true }, Written(mapping)))
     }
 }
+
+/// The mapping through which a layer was written.
+#[derive(Debug)]
+pub struct Written(#[allow(dead_code, reason = "it is there to be dropped")] Mapping);
 
 impl GuestRam {
     /// Room that is got ready for the next copy.
@@ -214,23 +225,24 @@ mod tests {
             let copied = ram.copy_own(&[&also], &go_on()).unwrap().unwrap();
             assert_eq!(copied.count(), 10);
             ram.memory().write_slice(&[99; 16], GuestAddress(3 * PAGE_SIZE)).unwrap();
-            let layer = copied.seal().unwrap();
+            let (layer, _) = copied.seal().unwrap();
             for page in [3, 4, 5, 100, 302, PAGES - 1] {
                 assert_eq!(byte(&layer, page), (page as u8).wrapping_add(round), "{page}");
             }
             assert!([300, 301, 303, 304].iter().all(|page| byte(&layer, *page) == 7));
-            assert_eq!(layer.file.metadata().unwrap().len(), 10 * PAGE_SIZE, "no more than is in it");
+            let length = layer.file.metadata().unwrap().len();
+            assert!((10 * PAGE_SIZE..=15 * PAGE_SIZE + STEP).contains(&length), "little more than is in it: {length}");
             assert!(layer.file.write_at(b"x", 0).is_err() && ftruncate(&layer.file, 0).is_err(), "it is sealed");
             // With room that is ready, and without.
-            ram.spare().prepare(u64::from(round) * 20 * PAGE_SIZE).unwrap();
+            ram.spare().prepare(u64::from(round) * 200 * PAGE_SIZE).unwrap();
         }
     }
 
     #[test]
     fn a_guest_that_has_changed_nothing_has_an_empty_layer() {
         let copied = view().copy_own(&[], &go_on()).unwrap().unwrap();
-        let layer = copied.seal().unwrap();
-        assert_eq!((layer.pages.data(), layer.file.metadata().unwrap().len()), (0, 0));
+        let (layer, _) = copied.seal().unwrap();
+        assert!(layer.pages.is_empty() && layer.file.metadata().unwrap().len() <= STEP);
         let ram = view();
         ram.memory().write_slice(&[1], GuestAddress(0)).unwrap();
         assert!(matches!(ram.copy_own(&[], &AtomicBool::new(true)), Err(CaptureError::Cancelled)));

@@ -43,12 +43,13 @@ use crate::devices::lock;
 use discard::Discarded;
 use layer::{Layer, Spare};
 use mmap::Mapping;
+use pagemap::Pagemap;
 use region::RamRegion;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use snapshot::manifest::MemoryRegion;
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use userfaultfd::Uffd;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
@@ -120,6 +121,8 @@ pub struct GuestRam {
     above: Vec<(Layer, u64)>,
     /// Room for a copy of what the guest has changed.
     spare: Spare,
+    /// What tells which pages the guest has of its own.
+    pagemap: OnceLock<Pagemap>,
     /// Whoever changes what is mapped holds the lock meanwhile.
     backing: Arc<Mutex<Backing>>,
 }
@@ -135,7 +138,15 @@ impl GuestRam {
         let mapped = Arc::new(file.try_clone().map_err(|source| MemoryError::Create { size, source })?);
         let memory = share(&mapped, &regions)?;
         let backing = Arc::new(Mutex::new(Backing::Own(file)));
-        Ok(GuestRam { memory, regions, file: Some(mapped), above: Vec::new(), spare: Spare::default(), backing })
+        Ok(GuestRam {
+            memory,
+            regions,
+            file: Some(mapped),
+            above: Vec::new(),
+            spare: Spare::default(),
+            pagemap: OnceLock::new(),
+            backing,
+        })
     }
 
     /// Addresses for RAM, and nothing behind them yet: whoever accesses them dies of it. A VM and its devices can be built
@@ -143,7 +154,15 @@ impl GuestRam {
     pub fn reserve(regions: Vec<MemoryRegion>) -> Result<Self, MemoryError> {
         let memory = place(&regions, |region, len| Mapping::reserve(len, region.offset))?;
         let backing = Arc::new(Mutex::new(Backing::Image(Discarded::default())));
-        Ok(GuestRam { memory, regions, file: None, above: Vec::new(), spare: Spare::default(), backing })
+        Ok(GuestRam {
+            memory,
+            regions,
+            file: None,
+            above: Vec::new(),
+            spare: Spare::default(),
+            pagemap: OnceLock::new(),
+            backing,
+        })
     }
 
     /// Shows an image where nothing was yet, as a private view: what the guest writes stays its own.

@@ -5,7 +5,7 @@ use crate::api::Response;
 use crate::api::server::Pending;
 use crate::machine::Machine;
 use crate::machine::config;
-use crate::machine::fork;
+use crate::machine::fork::{self, Giver};
 use crate::machine::phases::Phases;
 use crate::machine::requests::NotNow;
 use api_spec::fork::{ForkLoad, VmFork, VmForked};
@@ -28,11 +28,14 @@ impl Driver {
             return Err(RequestError::Forking);
         }
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
-        let mut phases = Phases::of(TracedOperation::Fork);
         let limit = self.config.machine_config.max_private_mib;
-        let forked = fork::fork(machine, &request, limit, &self.signals, &mut phases)?;
+        fork::check(&request)?;
+        // Before the guest stands still.
+        let giver = Giver::start(request.into, self.notifier.clone())?;
+        let mut phases = Phases::of(TracedOperation::Fork);
+        let how = (request.resume_vm, request.new_generation);
+        giver.give(fork::fork(machine, how, limit, &self.signals, &mut phases)?);
         self.keep_trace(phases);
-        forked.give(request.into, self.notifier.clone())?;
         self.forking = Some(from);
         Ok(())
     }

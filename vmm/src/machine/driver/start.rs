@@ -130,10 +130,11 @@ impl Driver {
         let (outside, input, pty) = self.outside()?;
         phases.end("console");
         let shell = Shell::build(shape, Vec::new(), outside, &mut phases).map_err(RestoreError::from)?;
-        self.shell = Some((shell, (input, pty)));
         // What a load will need, and this process can find out and have at hand before.
         host::to_compare();
         program::populate();
+        shell.rehearse();
+        self.shell = Some((shell, (input, pty)));
         phases.end("rehearsal");
         self.keep_trace(phases);
         Ok(())
