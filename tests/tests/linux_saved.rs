@@ -56,6 +56,16 @@ fn a_linux_guest_goes_on_and_is_shut_down_in_order() {
     let mut vm = start(&place, &linux);
     vm.becomes(Readiness::Full);
     assert_eq!(mode(&mut vm), StartMode::Cold);
+    let of_this_boot = vm.linux_agent().shell("cat /proc/sys/kernel/random/boot_id");
+    assert_ne!(of_this_boot, boot_id);
+    // A reboot is none of the ends that it is saved at.
+    vm.linux_agent().reboot().expect("it agrees to start again");
+    assert_eq!(vm.process.finish_within(PATIENCE).code(), 4);
+    assert!(!place.join("saved").exists());
+    let mut vm = start(&place, &linux);
+    vm.becomes(Readiness::Full);
+    assert_eq!(mode(&mut vm), StartMode::Cold);
+    assert_ne!(vm.linux_agent().shell("cat /proc/sys/kernel/random/boot_id"), of_this_boot);
     let small = Rlimit { current: Some(1 << 20), maximum: Some(1 << 20) };
     let pid = Pid::from_raw(vm.pid() as i32).expect("it has a number");
     prlimit(Some(pid), Resource::Fsize, small).expect("it can be limited");

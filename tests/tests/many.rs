@@ -139,6 +139,8 @@ fn one_page_server_serves_two_hundred_guests_of_two_images() {
     }
     let place = Place::new();
     let kinds = [Kind::make(&place, 16, 0xa11c_e000), Kind::make(&place, 24, 0x0b0b_0000)];
+    let verified = || kinds.each_ref().map(|kind| snapshot::verify::verify(&kind.snapshot).expect("it is whole"));
+    let before = verified();
     let server = PageServer::start_of(&place, &kinds.each_ref().map(|kind| kind.snapshot.as_path()));
     let pid = server.process.pid();
     let descriptors_before = descriptors_without_clients(pid);
@@ -182,6 +184,7 @@ fn one_page_server_serves_two_hundred_guests_of_two_images() {
     check_warm(&kinds, &place, &server, &stores);
     let done = server.process.stop();
     assert_eq!(done.code(), 0, "{}", done.stderr);
+    assert_eq!(verified(), before, "a hundred clones of each have changed nothing");
 }
 
 /// While nobody faults the server, which looks at its stores each second, does next to nothing.
