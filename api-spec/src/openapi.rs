@@ -2,7 +2,7 @@
 //! what [`document`] says; a test fails when the two differ.
 
 use crate::error::ErrorBody;
-use crate::operations::{Answer, OPERATIONS, Operation, Shape, When};
+use crate::operations::{Answer, MAY_SAY_NOTHING, OPERATIONS, Operation, Shape, When};
 use schemars::generate::SchemaSettings;
 use schemars::transform::{RecursiveTransform, Transform};
 use schemars::{Schema, SchemaGenerator};
@@ -114,7 +114,8 @@ fn describe(operation: &Operation, generator: &mut SchemaGenerator) -> Value {
         described["parameters"] = parameters.into();
     }
     if let Some(body) = &operation.body {
-        described["requestBody"] = json!({ "required": true, "content": content(body, generator) });
+        let required = !MAY_SAY_NOTHING.contains(&operation.id);
+        described["requestBody"] = json!({ "required": required, "content": content(body, generator) });
     }
     let refused = || json!({ "$ref": "#/components/responses/Refused" });
     let mut responses = Map::new();

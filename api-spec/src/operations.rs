@@ -575,6 +575,9 @@ pub static OPERATIONS: &[Operation] = &[
 /// Calls that one vmm makes to another, with descriptors: no command can.
 pub const BETWEEN_VMMS: [&str; 1] = ["putForkLoad"];
 
+/// Calls whose body need not be there: nothing in it has to be said.
+pub const MAY_SAY_NOTHING: [&str; 3] = ["putVmCheckpoint", "putVmReset", "putSnapshotCancel"];
+
 /// An example of counters.
 const STATS: &str = r#"{"uptime_us":1500000,"page_faults":{"minor":2950,"major":12},"api":{"requests":3,"refused":1},"latencies":{"load_us":4100,"pause_us":45,"resume_us":12},"memory":{"size_bytes":134217728,"not_loaded_bytes":125829120,"shared_bytes":8306688,"private_bytes":81920},"vcpus":[{"io_in":24,"io_out":310,"mmio_read":40,"mmio_write":55,"interrupted":2,"other":0,"failures":0}],"drives":[{"drive_id":"root","reads":120,"writes":8,"flushes":2,"discards":0,"read_bytes":983040,"written_bytes":32768,"errors":0,"throttled":0,"overlay_bytes":32768}],"network_interfaces":[{"iface_id":"eth0","rx_frames":7,"rx_bytes":1094,"rx_dropped":0,"rx_throttled":0,"tx_frames":9,"tx_bytes":1287,"tx_dropped":0,"tx_throttled":0}],"vsock":{"connections":1,"opened":2,"rx_packets":14,"rx_bytes":300,"tx_packets":15,"tx_bytes":420},"entropy":{"requests":1,"bytes":64,"throttled":0},"balloon":{"target_mib":16,"actual_mib":16,"inflations":16,"deflations":0,"reports":0,"updates":3,"discarded_bytes":16777216,"reported_bytes":0,"kept_bytes":0},"console":{"written_bytes":310,"lost_bytes":0}}"#;
 

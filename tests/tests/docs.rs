@@ -71,3 +71,9 @@ fn the_page_on_the_api_does_what_it_says() {
     require!(Kvm);
     run_blocks("docs/rest-api.md");
 }
+
+#[test]
+fn the_page_on_forks_does_what_it_says() {
+    require!(Kvm);
+    run_blocks("docs/fork.md");
+}

@@ -53,12 +53,12 @@ pub fn route(message: &Message) -> Result<Request, Response> {
         "putVmStop" => body(message).map(Request::StopVm),
         "putVmFork" => body(message).map(Request::ForkVm),
         "putForkLoad" => body(message).map(Request::ForkLoad),
-        "putVmCheckpoint" => body(message).map(Request::CheckpointVm),
-        "putVmReset" => body(message).map(Request::ResetVm),
+        "putVmCheckpoint" => body_if_any(message).map(Request::CheckpointVm),
+        "putVmReset" => body_if_any(message).map(Request::ResetVm),
         "getVmStats" => Ok(Request::GetStats),
         "getMemoryMap" => query(message).map(Request::GetMemoryMap),
         "putSnapshotCreate" => body(message).map(Request::SnapshotCreate),
-        "putSnapshotCancel" => body(message).map(Request::SnapshotCancel),
+        "putSnapshotCancel" => body_if_any(message).map(Request::SnapshotCancel),
         "putSnapshotLoad" => body(message).map(Request::SnapshotLoad),
         "getSnapshotStatus" => Ok(Request::SnapshotStatus),
         "putLogger" => body(message).map(Request::PutLogger),
@@ -70,7 +70,16 @@ pub fn route(message: &Message) -> Result<Request, Response> {
 }
 
 fn body<T: DeserializeOwned>(message: &Message) -> Result<T, Response> {
-    strict::from_slice(&message.body).map_err(|e| {
+    read(&message.body, message)
+}
+
+/// A body that need not be there.
+fn body_if_any<T: DeserializeOwned>(message: &Message) -> Result<T, Response> {
+    read(if message.body.is_empty() { b"{}" } else { &message.body }, message)
+}
+
+fn read<T: DeserializeOwned>(body: &[u8], message: &Message) -> Result<T, Response> {
+    strict::from_slice(body).map_err(|e| {
         Response::fault(400, &format!("{} {}: the body is not what it should be: {e}", message.method, message.path))
     })
 }
@@ -148,6 +157,8 @@ fn bad_name(method: &str, path: &str) -> Option<ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use api_spec::operations::MAY_SAY_NOTHING;
+    use api_spec::reset::VmReset;
     use proptest::prelude::*;
 
     fn message(method: &str, path: &str, body: &str) -> Message {
@@ -165,6 +176,17 @@ mod tests {
             None => operation.path.to_owned(),
         };
         message(operation.method, &path, body)
+    }
+
+    #[test]
+    fn what_has_nothing_to_say_need_not_be_said() {
+        for operation in OPERATIONS.iter().filter(|operation| operation.when != When::Never && operation.body.is_some())
+        {
+            let without = Message { body: Vec::new(), ..example(operation) };
+            assert_eq!(route(&without).is_ok(), MAY_SAY_NOTHING.contains(&operation.id), "{}", operation.id);
+        }
+        let reset = route(&message("PUT", "/vm/reset", ""));
+        assert!(matches!(reset, Ok(Request::ResetVm(reset)) if reset == VmReset::default()));
     }
 
     #[test]

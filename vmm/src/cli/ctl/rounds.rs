@@ -10,9 +10,6 @@ use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// How long the agent may take to answer.
-const AGENT_PATIENCE: Duration = Duration::from_secs(30);
-
 /// What a command line says of it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rounds {
@@ -20,7 +17,7 @@ pub struct Rounds {
     pub api_sock: Option<PathBuf>,
     /// Print JSON.
     pub json: bool,
-    /// How long each answer of the vmm may take.
+    /// How long each answer of the vmm, and of the guest's agent, may take.
     pub patience: Duration,
     /// Reset the guest after each answer of its agent.
     pub resets: bool,
@@ -61,7 +58,7 @@ impl Rounds {
         let (mut taken, started) = (Taken::default(), Instant::now());
         for round in 0..self.count {
             let start = Instant::now();
-            let asked = AgentClient::connect(&vsock, AGENT_PATIENCE)
+            let asked = AgentClient::connect(&vsock, self.patience)
                 .and_then(|mut agent| agent.call(Request::Ping { token: round.into() }).map(|_| agent));
             // It is kept until then, so that the guest has no time to hear of its end.
             let _agent = asked.map_err(|source| CtlError::Agent { path: vsock.clone(), source: Box::new(source) })?;
