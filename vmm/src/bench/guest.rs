@@ -109,8 +109,18 @@ impl Workplace {
 
     /// Restores a clone, with the options that `more` adds.
     pub fn restore(&self, snapshot: &Path, more: impl FnOnce(&mut Command)) -> Result<Guest, BenchError> {
-        let vsock = self.path("clone.vsock");
-        self.start("clone", &vsock, |vmm| {
+        self.restore_as("clone", snapshot, more)
+    }
+
+    /// The same of one that is called by a name.
+    pub fn restore_as(
+        &self,
+        name: &str,
+        snapshot: &Path,
+        more: impl FnOnce(&mut Command),
+    ) -> Result<Guest, BenchError> {
+        let vsock = self.path(&format!("{name}.vsock"));
+        self.start(name, &vsock, |vmm| {
             vmm.arg("--restore").arg(snapshot).arg("--vsock").arg(&vsock);
             // Nobody uses the clones for anything, so they need not become themselves first.
             vmm.arg("--same-generation");

@@ -2,6 +2,7 @@
 //! give each figure beside one of the same machine and run that it can be judged by.
 
 pub mod api;
+pub mod density;
 pub mod faults;
 pub mod fork;
 mod guest;
@@ -23,6 +24,7 @@ pub const USAGE: &str = "\
 Measures, on this machine, and prints what it found. Leave the machine alone meanwhile.
 
 Usage: vmm bench api [options]       how long calls of the REST API take, and how soon it can be called
+       vmm bench density [options]   what many clones cost that are alive at once
        vmm bench faults [options]    what it costs a guest to touch a page that is not there yet
        vmm bench fork [options]      how long a guest stands still to be forked, and how soon its clones answer
        vmm bench reset [options]     how long it takes to reset a guest, by how much it has written
@@ -35,13 +37,15 @@ Of `api`:
   --calls N               how many calls on one connection, 1 to 1000000 (default 5000)
   --starts N              how many processes to start, 1 to 1000 (default 20)
 
-Of `faults`, `fork`, `reset`, `restore` and `snapshot`:
+Of `density` and `restore`:
+  --memory MIB            guest memory (default 128)
+
+Of `density`, `faults`, `fork`, `reset`, `restore` and `snapshot`:
   --n RUNS                how often to measure everything, 1 to 100 (default 5 for `faults`, 10 for `snapshot`); of `reset`
                           each kind of reset, 1 to 1000000 (default 500); of `fork` and `restore` how many of each kind, 1
-                          to 10000 (default 200)
+                          to 10000 (default 200); of `density` how many clones are alive at once, 1 to 10000 (default 200)
 
 Of `restore`:
-  --memory MIB            guest memory (default 128)
   --vcpus N               1 to 8 (default 1)
   --backend WHICH         only `file`, or only `shared`, a page server whose store clones share
   --shell WHICH           only `warm`, into a process that was built ahead, or only `none`, by `vmm --restore`

@@ -84,6 +84,16 @@ pub enum Backend {
     Shared,
 }
 
+impl Backend {
+    /// What a report calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Backend::File => "file",
+            Backend::Shared => "page server",
+        }
+    }
+}
+
 /// What a snapshot is loaded into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -103,10 +113,7 @@ struct Case {
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let backend = match self.backend {
-            Backend::File => "file",
-            Backend::Shared => "page server",
-        };
+        let backend = self.backend.name();
         let shell = match self.shell {
             Shell::None => "vmm --restore",
             Shell::Warm => "load into a warm shell",

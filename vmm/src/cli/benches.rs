@@ -7,6 +7,7 @@ use std::ffi::{OsStr, OsString};
 /// What the words after `bench` ask for.
 pub fn parse(args: Vec<OsString>) -> Result<Command, UsageError> {
     match args.split_first() {
+        Some((what, rest)) if what == "density" => parse_density(rest.to_vec()),
         Some((what, rest)) if what == "faults" => parse_faults(rest.to_vec()),
         Some((what, rest)) if what == "fork" => parse_fork(rest.to_vec()),
         Some((what, rest)) if what == "reset" => parse_reset(rest.to_vec()),
@@ -14,6 +15,23 @@ pub fn parse(args: Vec<OsString>) -> Result<Command, UsageError> {
         Some((what, rest)) if what == "snapshot" => parse_snapshot(rest.to_vec()),
         _ => parse_api(args),
     }
+}
+
+fn parse_density(args: Vec<OsString>) -> Result<Command, UsageError> {
+    use lexopt::prelude::*;
+    let mut options = bench::density::Options::default();
+    let mut parser = lexopt::Parser::from_args(args);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("n") => options.clones = value(&mut parser, "--n", "a number")?,
+            Long("memory") => options.memory_mib = value(&mut parser, "--memory", "a number of MiB")?,
+            Long("json") => options.json = true,
+            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    options.check().map_err(lexopt::Error::from)?;
+    Ok(Command::BenchDensity(options))
 }
 
 fn parse_faults(args: Vec<OsString>) -> Result<Command, UsageError> {
@@ -131,7 +149,9 @@ fn parse_api(args: Vec<OsString>) -> Result<Command, UsageError> {
         }
     }
     if what.as_deref() != Some(OsStr::new("api")) {
-        return Err(UsageError::Missing("`bench` takes `api`, `faults`, `fork`, `reset`, `restore` or `snapshot`"));
+        return Err(UsageError::Missing(
+            "`bench` takes `api`, `density`, `faults`, `fork`, `reset`, `restore` or `snapshot`",
+        ));
     }
     options.check().map_err(lexopt::Error::from)?;
     Ok(Command::BenchApi(options))
@@ -152,6 +172,8 @@ mod tests {
         let reset = |runs, json| Command::BenchReset(bench::reset::Options { runs, json });
         assert_eq!(parse("bench reset").unwrap(), reset(500, false));
         assert_eq!(parse("bench reset --n 3 --json").unwrap(), reset(3, true));
+        let density = bench::density::Options { clones: 9, memory_mib: 64, json: true };
+        assert_eq!(parse("bench density --n 9 --memory 64 --json").unwrap(), Command::BenchDensity(density));
         let fork = |runs, json| Command::BenchFork(bench::fork::Options { runs, json });
         assert_eq!(parse("bench fork").unwrap(), fork(200, false));
         assert_eq!(parse("bench fork --n 3 --json").unwrap(), fork(3, true));

@@ -153,6 +153,7 @@ pub fn run(command: Command) -> Result<i32, CliError> {
         Command::Demo(options) => Ok(demo::run(&options).map(|()| DONE)?),
         Command::BenchApi(options) => print_report(&bench::api::run(&options)?, options.json),
         Command::BenchFaults(options) => print_report(&bench::faults::run(&options)?, options.json),
+        Command::BenchDensity(options) => print_report(&bench::density::run(&options)?, options.json),
         Command::BenchFork(options) => print_report(&bench::fork::run(&options)?, options.json),
         Command::BenchReset(options) => print_report(&bench::reset::run(&options)?, options.json),
         Command::BenchRestore(options) => print_report(&bench::restore::run(&options)?, options.json),

@@ -217,6 +217,8 @@ pub enum Command {
     /// Measure page faults.
     BenchFaults(bench::faults::Options),
     /// Measure resets.
+    BenchDensity(bench::density::Options),
+    /// Measure resets.
     BenchFork(bench::fork::Options),
     /// Measure resets.
     BenchReset(bench::reset::Options),
