@@ -11,6 +11,7 @@
 use crate::devices::lock;
 use crate::devices::output::Output;
 use crate::devices::serial::Serial;
+use crate::sandbox::{self, Kind};
 use rustix::fs::{Mode, OFlags};
 use rustix::pty::OpenptFlags;
 use rustix::termios::OptionalActions;
@@ -104,7 +105,7 @@ impl Input {
     pub fn feed(self, serial: &Arc<Mutex<Serial>>) {
         let Some(input) = self.0 else { return };
         let serial = Arc::downgrade(serial);
-        if let Err(e) = std::thread::Builder::new().name("console".into()).spawn(move || feed(input, &serial)) {
+        if let Err(e) = sandbox::spawn("console", Kind::Stream, move || feed(input, &serial)) {
             tracing::warn!("the guest's console gets no input: cannot start a thread: {e}");
         }
     }
@@ -173,7 +174,6 @@ fn open_pty() -> rustix::io::Result<(File, Pty)> {
 }
 
 fn feed(mut input: Box<dyn Read + Send>, serial: &Weak<Mutex<Serial>>) {
-    crate::sandbox::confine(crate::sandbox::Kind::Stream);
     let mut chunk = [0; 64];
     while let Ok(n @ 1..) = input.read(&mut chunk) {
         let (mut rest, mut wait) = (&chunk[..n], RETRY);

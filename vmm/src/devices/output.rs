@@ -7,10 +7,10 @@
 use std::io::{self, Write};
 use std::mem;
 use std::sync::{Arc, Condvar, Mutex};
-use std::thread;
 use std::time::Duration;
 
 use super::lock;
+use crate::sandbox::{self, Kind};
 
 /// How many bytes may wait to be written.
 const BACKLOG: usize = 64 * 1024;
@@ -52,7 +52,6 @@ impl Output {
 
 /// Writes what arrives until nobody can add any more. Errors lose bytes, never the thread: the reader may come back.
 fn copy(shared: &Shared) {
-    crate::sandbox::confine(crate::sandbox::Kind::Stream);
     let mut backlog = lock(&shared.backlog);
     let Some(mut inner) = backlog.inner.take() else { return };
     loop {
@@ -77,7 +76,7 @@ impl Write for Output {
         if !self.has_thread {
             // Refused until there can be a thread: the next byte tries again.
             let shared = self.shared.clone();
-            thread::Builder::new().name("output".into()).spawn(move || copy(&shared))?;
+            sandbox::spawn("output", Kind::Stream, move || copy(&shared))?;
             self.has_thread = true;
         }
         let mut backlog = lock(&self.shared.backlog);

@@ -34,8 +34,7 @@ impl DeviceThread {
         }
         let bell = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let work = Work { turns: turns.clone(), bell: bell.clone(), devices: devices.to_vec() };
-        let thread = std::thread::Builder::new().name("devices".into()).spawn(move || {
-            sandbox::confine(Kind::Devices);
+        let thread = sandbox::spawn("devices", Kind::Devices, move || {
             if let Err(e) = work.run() {
                 notifier.send(Notice::DevicesFailed(e.to_string()));
             }

@@ -281,8 +281,7 @@ impl Giver {
     pub fn start(targets: Vec<ForkTarget>, notifier: Notifier) -> Result<Self, ForkError> {
         let (sender, forked) = mpsc::channel::<Forked>();
         let (is_there, there) = mpsc::sync_channel(1);
-        let thread = std::thread::Builder::new().name("fork".into()).spawn(move || {
-            sandbox::confine(Kind::Peer);
+        let thread = sandbox::spawn("fork", Kind::Peer, move || {
             let _ = is_there.send(()); // Somebody waits for it.
             // If there is none, whoever has asked for it has been told.
             let Ok(forked) = forked.recv() else { return };

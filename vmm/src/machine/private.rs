@@ -6,6 +6,7 @@
 use crate::devices::lock;
 use crate::memory::limit;
 use crate::notice::{Halt, Notice, Notifier};
+use crate::sandbox::{self, Kind};
 use crate::vcpu::Brake;
 use std::fs::File;
 use std::io;
@@ -70,7 +71,7 @@ impl PrivateWatch {
         }
         if limit_mib.is_some() && !self.has_thread {
             let (shared, notifier) = (self.shared.clone(), self.notifier.clone());
-            std::thread::Builder::new().name("private".into()).spawn(move || shared.watch(&notifier))?;
+            sandbox::spawn("private", Kind::Memory, move || shared.watch(&notifier))?;
             self.has_thread = true;
         }
         state.limit_mib = limit_mib;
@@ -111,7 +112,6 @@ impl Drop for PrivateWatch {
 
 impl Shared {
     fn watch(&self, notifier: &Notifier) {
-        crate::sandbox::confine(crate::sandbox::Kind::Memory);
         let mut state = lock(&self.state);
         while !state.ends {
             let found = if state.looks { state.look() } else { Found::NoLimit };

@@ -24,6 +24,7 @@ use crate::memory::discard::Contents;
 use crate::memory::freeze::{FreezeError, Frozen};
 use crate::memory::{GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier};
+use crate::sandbox::{self, Kind};
 use crate::vcpu::state::VcpuStateError;
 use crate::vcpu::{self, VcpuError};
 use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus, SnapshotType};
@@ -265,19 +266,15 @@ pub fn create(
     });
     let shared = writing.clone();
     let (sender, written) = mpsc::channel();
-    let thread = std::thread::Builder::new()
-        .name("snapshot".into())
-        .spawn(move || {
-            crate::sandbox::confine(crate::sandbox::Kind::Writer);
-            let result =
-                captured.and_then(|(state, disks, memory)| write(staging, memory, disks, facts, &state, &shared));
-            let _ = sender.send(result); // Nobody asks any more only when the process is ending.
-            notifier.send(Notice::SnapshotWritten);
-            let folded = disks::fold(&layers, &shared.is_ending);
-            notifier.send(Notice::LayersFolded);
-            folded
-        })
-        .map_err(SnapshotError::Thread)?;
+    let thread = sandbox::spawn("snapshot", Kind::Writer, move || {
+        let result = captured.and_then(|(state, disks, memory)| write(staging, memory, disks, facts, &state, &shared));
+        let _ = sender.send(result); // Nobody asks any more only when the process is ending.
+        notifier.send(Notice::SnapshotWritten);
+        let folded = disks::fold(&layers, &shared.is_ending);
+        notifier.send(Notice::LayersFolded);
+        folded
+    })
+    .map_err(SnapshotError::Thread)?;
     let path = request.snapshot_path.clone();
     Ok(Job { thread: Some(thread), written, writing, path, started, pause_us })
 }

@@ -6,6 +6,7 @@
 
 use super::mmap::{self, Populate};
 use super::{GuestMemory, GuestRam, PAGE_SIZE};
+use crate::sandbox::{self, Kind};
 use snapshot::load::Snapshot;
 use snapshot::manifest::MemoryRegion;
 use snapshot::page_runs::PageRuns;
@@ -41,13 +42,10 @@ impl Replay {
             return Ok(None);
         }
         let work = Work { memory: ram.memory().clone(), regions: ram.regions().to_vec(), over: over.clone() };
-        std::thread::Builder::new().name("replay".into()).spawn(move || {
-            crate::sandbox::confine(crate::sandbox::Kind::Memory);
-            match WorkingSet::load(&snapshot) {
-                Ok(Some(set)) => work.run(&set, writes),
-                Ok(None) => {}
-                Err(e) => tracing::warn!("the working set is not made use of: {e}"),
-            }
+        sandbox::spawn("replay", Kind::Memory, move || match WorkingSet::load(&snapshot) {
+            Ok(Some(set)) => work.run(&set, writes),
+            Ok(None) => {}
+            Err(e) => tracing::warn!("the working set is not made use of: {e}"),
         })?;
         Ok(Some(Replay { over }))
     }

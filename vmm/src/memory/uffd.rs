@@ -14,6 +14,7 @@
 
 use super::layout::GENERATION_PAGE;
 use super::{GuestRam, MemoryError, PAGE_SIZE};
+use crate::sandbox::{self, Kind};
 use api_spec::handshake::{Hello, Mode as PageMode, Region, VERSION};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_get_seals, fstat, memfd_create};
@@ -179,7 +180,6 @@ impl Service {
         let sign = self.mode.sign(&self.connection).map_err(UffdError::FirstPage)?;
         let (memory, (sender, came)) = (ram.memory().clone(), mpsc::channel());
         let reader = move || {
-            crate::sandbox::confine(crate::sandbox::Kind::Memory);
             let read =
                 memfd_create("coppice-first-page", MemfdFlags::CLOEXEC).map_err(io::Error::from).and_then(|fd| {
                     let read = memory.write_volatile_to(GuestAddress(GENERATION_PAGE), &mut File::from(fd), 8);
@@ -187,7 +187,7 @@ impl Service {
                 });
             let _ = sender.send(read); // Nobody waits any more if it took too long.
         };
-        std::thread::Builder::new().name("first-page".into()).spawn(reader).map_err(UffdError::FirstPage)?;
+        sandbox::spawn("first-page", Kind::Memory, reader).map_err(UffdError::FirstPage)?;
         let (began, mut closed_at) = (Instant::now(), None);
         loop {
             match came.recv_timeout(Duration::from_millis(20)) {

@@ -6,6 +6,8 @@ pub mod tables;
 
 use sandbox::Instruction;
 use sandbox::filter::{self, FilterError};
+use std::io;
+use std::thread::JoinHandle;
 
 include!(concat!(env!("OUT_DIR"), "/filters.rs"));
 
@@ -45,6 +47,18 @@ impl Kind {
 /// From now on this process makes the system calls of a vmm. To be called before it has other threads.
 pub fn start() -> Result<(), FilterError> {
     filter::start(&PROCESS)
+}
+
+/// Starts a thread of a name and a kind.
+pub fn spawn<T: Send + 'static>(
+    name: &str,
+    kind: Kind,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        confine(kind);
+        work()
+    })
 }
 
 /// What a thread of this kind does first. One that cannot be given its filter makes the calls of the whole process: that is a

@@ -5,6 +5,7 @@ use crate::api::server::Pending;
 use crate::memory::kinds::{Kinds, ScanError};
 use crate::memory::pagemap::Pagemap;
 use crate::notice::{Notice, Notifier};
+use crate::sandbox::{self, Kind};
 use api_spec::stats::{MemoryMap, MemoryMapQuery, MemoryStats};
 use std::collections::VecDeque;
 use std::io;
@@ -117,9 +118,7 @@ impl Scanner {
                     _ => Pagemap::open()?,
                 };
                 let (notifier, cancelled) = (self.notifier.clone(), self.cancelled.clone());
-                std::thread::Builder::new()
-                    .name("scan".into())
-                    .spawn(move || serve(&jobs, &pagemap, &notifier, &cancelled))?;
+                sandbox::spawn("scan", Kind::Memory, move || serve(&jobs, &pagemap, &notifier, &cancelled))?;
                 self.jobs.insert(sender)
             }
         };
@@ -137,7 +136,6 @@ impl Drop for Scanner {
 }
 
 fn serve(jobs: &mpsc::Receiver<Job>, pagemap: &Pagemap, notifier: &Notifier, cancelled: &AtomicBool) {
-    crate::sandbox::confine(crate::sandbox::Kind::Memory);
     for Job { kinds, wanted, to } in jobs {
         let result = scan(&kinds, wanted, pagemap, cancelled).map_err(|e| e.to_string());
         notifier.send(Notice::Scanned(Scanned { to, result }));

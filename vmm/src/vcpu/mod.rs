@@ -25,6 +25,7 @@ use counts::Counts;
 use crate::devices::bus::Bus;
 use crate::memory::lost;
 use crate::notice::{Notice, Notifier};
+use crate::sandbox::{self, Kind};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use run_page::ImmediateExit;
 use std::io;
@@ -160,10 +161,8 @@ impl Vcpu {
             thread: Mutex::new(None),
         });
         let thread = Thread { number, fd: fd.clone(), shared: shared.clone(), buses, notifier };
-        let thread = std::thread::Builder::new()
-            .name(format!("vcpu{number}"))
-            .spawn(move || thread.main())
-            .map_err(VcpuError::Start)?;
+        let thread =
+            sandbox::spawn(&format!("vcpu{number}"), Kind::Vcpu, move || thread.main()).map_err(VcpuError::Start)?;
         *shared.thread() = Some(thread);
         Ok(Vcpu { number, fd, shared })
     }
@@ -245,7 +244,6 @@ struct Thread {
 
 impl Thread {
     fn main(self) {
-        crate::sandbox::confine(crate::sandbox::Kind::Vcpu);
         // A parent may have left the signal blocked, and then nothing would interrupt the guest.
         if let Err(e) = unblock_signal(SIGRTMIN()) {
             tracing::warn!("vCPU {} cannot be interrupted: {e}", self.number);

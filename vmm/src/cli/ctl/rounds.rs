@@ -2,6 +2,7 @@
 //! each answer.
 
 use super::CtlError;
+use crate::machine::phases::us_since;
 use api_spec::agent::Request;
 use api_spec::client::rest::RestError;
 use api_spec::client::{AgentClient, VmClient};
@@ -40,10 +41,6 @@ fn refused(call: &str) -> impl FnOnce(RestError) -> CtlError + '_ {
         RestError::Refused { message, .. } => CtlError::Refused { call: call.to_owned(), message },
         source => CtlError::NoAnswer { call: call.to_owned(), source },
     }
-}
-
-fn us_since(start: Instant) -> u64 {
-    start.elapsed().as_micros() as u64
 }
 
 impl Rounds {

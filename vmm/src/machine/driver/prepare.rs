@@ -12,6 +12,7 @@ use crate::machine::requests::{NotNow, Phase};
 use crate::machine::snapshot::{self, SnapshotError};
 use crate::machine::trim::{Seen, Shortfall, Step, Trim};
 use crate::notice::{Asked, Notice};
+use crate::sandbox::{self, Kind};
 use ::snapshot::create::CreateError;
 use api_spec::agent::GuestKind;
 use api_spec::client::AgentClient;
@@ -128,8 +129,7 @@ impl Driver {
 
         let (notifier, asked) = (self.notifier.clone(), create.clone());
         // On a thread: the guest may take its time.
-        let thread = std::thread::Builder::new().name("prepare".into()).spawn(move || {
-            crate::sandbox::confine(crate::sandbox::Kind::Peer);
+        let thread = sandbox::spawn("prepare", Kind::Peer, move || {
             notifier.send(Notice::AskedToPrepare(ask(&vsock, &asked)));
         });
         thread.map_err(Unprepared::Thread)?;

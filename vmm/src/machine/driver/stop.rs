@@ -4,6 +4,7 @@ use super::{Asker, Driver, Ending, IfItFails, RequestError, RunError, Save, told
 use crate::api::Response;
 use crate::machine::saved;
 use crate::notice::Notice;
+use crate::sandbox::{self, Kind};
 use api_spec::client::AgentClient;
 use api_spec::saved::{SavedState, StopMode, Stopped, VmStopped};
 use api_spec::snapshot::{SnapshotCreate, SnapshotState, SnapshotStatus};
@@ -175,11 +176,10 @@ impl Driver {
         self.patch_vm(VmPatch { state: VmState::Resumed }).map_err(|e| e.to_string())?;
         let notifier = self.notifier.clone();
         let ask = move || {
-            crate::sandbox::confine(crate::sandbox::Kind::Peer);
             let asked = AgentClient::connect(&path, AGENT_PATIENCE).and_then(|mut agent| agent.power_off());
             notifier.send(Notice::AskedToPowerOff(asked.map_err(|e| e.to_string())));
         };
-        let thread = std::thread::Builder::new().name("shutdown".into()).spawn(ask);
+        let thread = sandbox::spawn("shutdown", Kind::Peer, ask);
         thread.map(drop).map_err(|e| format!("no thread for it: {e}"))
     }
 

@@ -24,6 +24,7 @@ use crate::memory::stand_in::{StandIn, StandInError};
 use crate::memory::uffd::{self, ALL_AT_ONCE, Mode, Service, UffdError};
 use crate::memory::{self, GuestMemory, GuestRam};
 use crate::notice::{Notice, Notifier, PageServerWord};
+use crate::sandbox::{self, Kind};
 use api_spec::snapshot::OnHandlerLoss;
 use api_spec::stats::{PageServerState, PageServerStats};
 use link::{Heard, Link};
@@ -147,7 +148,7 @@ impl Keeper {
             service,
             charge,
         };
-        std::thread::Builder::new().name("keeper".into()).spawn(move || watch.run())?;
+        sandbox::spawn("keeper", Kind::Peer, move || watch.run())?;
         Ok(keeper)
     }
 
@@ -260,6 +261,7 @@ impl<T: Send + 'static> Errand<T> {
 
     fn begin(&self, name: &str, errand: impl FnOnce() -> T + Send + 'static) -> io::Result<()> {
         let (sender, came) = (self.sender.clone(), self.came.clone());
+        // It inherits what the keeper's thread may do.
         std::thread::Builder::new().name(name.into()).spawn(move || {
             // Nobody waits for it any more if the guest is gone.
             let _ = sender.send(errand());
@@ -334,7 +336,6 @@ enum Ready {
 
 impl Watch {
     fn run(mut self) {
-        crate::sandbox::confine(crate::sandbox::Kind::Peer);
         loop {
             let ready = match self.wait() {
                 Ok(ready) => ready,
