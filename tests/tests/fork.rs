@@ -8,7 +8,9 @@ use api_spec::fork::{ForkTarget, VmFork, VmForked};
 use api_spec::snapshot::VsockOverride;
 use api_spec::stats::{PageServerState, PhaseTrace, TracedOperation};
 use api_spec::vm::InstanceState;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketType, sendmsg,
+};
 use rustix::process::Signal;
 use serde_json::json;
 use std::fs::File;
@@ -300,14 +302,21 @@ fn many_get_a_clone_each_of_one_moment_and_what_fails_is_told_and_harms_nobody()
     agent.fill(IN_A_ROW, SEED);
     let mut clones: Vec<Vm> = (0..6).map(|number| shell(&place, &format!("clone{number}"))).collect();
     let mut targets: Vec<ForkTarget> = clones.iter().map(as_it_is).collect();
-    // Nobody listens at one, and one runs a guest already.
+    // Nobody listens at one, nobody takes connections of another, and one runs a guest already.
     targets.insert(2, ForkTarget { api_sock: place.join("nobody"), ..targets[0].clone() });
+    let full = place.join("full");
+    let listener = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).expect("a socket");
+    rustix::net::bind(&listener, &SocketAddrUnix::new(&full).expect("a short path")).expect("it can be bound");
+    rustix::net::listen(&listener, 0).expect("it can listen");
+    let _first = UnixStream::connect(&full).expect("there is room for one");
+    targets.insert(0, ForkTarget { api_sock: full, ..targets[0].clone() });
     targets.push(ForkTarget { api_sock: parent.api.clone(), ..targets[0].clone() });
     let forked = try_fork(&mut parent, &into(&targets)).expect("most of them are there");
     let errors: Vec<Option<&str>> = forked.clones.iter().map(|clone| clone.error.as_deref()).collect();
-    assert!(errors[2].is_some_and(|error| error.contains("No such file")), "{errors:?}");
-    assert!(errors[7].is_some_and(|error| error.contains("started")), "{errors:?}");
-    assert_eq!(errors.iter().flatten().count(), 2, "{errors:?}");
+    assert!(errors[0].is_some_and(|error| error.contains("timed out")), "{errors:?}");
+    assert!(errors[3].is_some_and(|error| error.contains("No such file")), "{errors:?}");
+    assert!(errors[8].is_some_and(|error| error.contains("started")), "{errors:?}");
+    assert_eq!(errors.iter().flatten().count(), 3, "{errors:?}");
     assert!(forked.clones.iter().map(|clone| &clone.api_sock).eq(targets.iter().map(|target| &target.api_sock)));
     let mut agents: Vec<Agent> = clones.iter_mut().map(Vm::agent).collect();
     agents.push(agent);

@@ -48,7 +48,7 @@ pub struct Response {
 impl Response {
     /// The body of an answer of success, or what the vmm says of why it is none.
     pub fn body(self) -> Result<Vec<u8>, RestError> {
-        if self.status < 300 {
+        if (200..300).contains(&self.status) {
             return Ok(self.body);
         }
         let status = self.status;
@@ -185,6 +185,10 @@ impl RestClient {
     }
 }
 
+/// How long a connection may take, and how long is looked for an answer after the deadline: it may have come while another was waited for.
+const CONNECTION: Duration = Duration::from_millis(200);
+const LAST_LOOK: Duration = Duration::from_millis(10);
+
 /// Most descriptors that go with a call.
 pub const MAX_DESCRIPTORS: usize = 16;
 
@@ -196,7 +200,8 @@ pub struct PassingCall {
 }
 
 impl PassingCall {
-    /// Calls `PUT path` with a document and descriptors, up to [`MAX_DESCRIPTORS`]. It is over at the deadline.
+    /// Calls `PUT path` with a document and descriptors, up to [`MAX_DESCRIPTORS`]. That takes no time worth speaking of, or fails; the
+    /// answer is due at the deadline.
     pub fn put(
         api: &Path,
         deadline: Instant,
@@ -204,8 +209,8 @@ impl PassingCall {
         document: &impl Serialize,
         descriptors: &[BorrowedFd],
     ) -> Result<Self, RestError> {
-        let mut stream = unix::connect(api, left(deadline))?;
-        unix::limit(&stream, deadline)?;
+        let mut stream = unix::connect(api, CONNECTION.min(left(deadline)))?;
+        unix::limit(&stream, Instant::now() + CONNECTION)?;
         let body = serde_json::to_vec(document).map_err(io::Error::from)?;
         let request = [put_head(path, body.len()).as_bytes(), &body].concat();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
@@ -222,7 +227,8 @@ impl PassingCall {
 
     /// Waits for the answer.
     pub fn answer(mut self) -> Result<Response, RestError> {
-        let (response, _) = receive(&mut self.stream, self.deadline, MAX_ANSWER).map_err(|failure| failure.error)?;
+        let deadline = self.deadline.max(Instant::now() + LAST_LOOK);
+        let (response, _) = receive(&mut self.stream, deadline, MAX_ANSWER).map_err(|failure| failure.error)?;
         Ok(response)
     }
 }

@@ -40,7 +40,7 @@ use rustix::fs::{MemfdFlags, OFlags, fcntl_add_seals, fcntl_get_seals, fcntl_get
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -145,6 +145,11 @@ pub enum ForkLoadError {
     /// What a page server serves the VM is there no more.
     #[error("{} is another snapshot by now than the VM that is forked was restored from; it cannot be forked any more", .0.display())]
     OtherSnapshot(PathBuf),
+    /// The parent's socket is not to be had.
+    #[error(
+        "this vmm has no shell that the clone fits: say in `into`, by `vsock_override`, where its vsock device is to listen"
+    )]
+    NoSocket,
     /// The state.
     #[error("the state of the VM that is forked: {0}")]
     State(#[from] StateError),
@@ -253,6 +258,10 @@ fn take(machine: &mut Machine, signals: &Signals, phases: &mut Phases) -> Result
     phases.end("state");
     let turns = machine.turns().clone();
     let _turn = turns.take(vcpu::PAUSE_DEADLINE)?;
+    let lowest = match machine.served {
+        Some(_) => None,
+        None => Some(machine.ram.store().ok_or(ForkError::Mixed)?.try_clone().map_err(ForkError::Keep)?),
+    };
     let frozen = machine.ram.freeze()?;
     phases.end("freeze");
     // What is copied now is copied on the event loop's thread, which hears of nothing meanwhile but through this.
@@ -264,10 +273,6 @@ fn take(machine: &mut Machine, signals: &Signals, phases: &mut Phases) -> Result
             frozen.map(Frozen::finish).transpose()?;
             return Err(e);
         }
-    };
-    let lowest = match machine.served {
-        Some(_) => None,
-        None => Some(machine.ram.store().ok_or(ForkError::Mixed)?.try_clone().map_err(ForkError::Keep)?),
     };
     phases.end("copy");
     Ok(Taken { state, frozen, own, layers, lowest })
@@ -396,14 +401,13 @@ pub fn open(load: &ForkLoad, descriptors: Vec<OwnedFd>) -> Result<Offered, Resto
         maps = rest;
         let pages = Clusters::decode(map, *memory_bytes).map_err(|source| ForkLoadError::Map { layer, source })?;
         check_file(layer + 1, &file, if *packed { pages.data() * PAGE_SIZE } else { *memory_bytes })?;
-        if *packed {
-            check_sealed(layer + 1, &file)?;
-        }
+        check_memory(layer + 1, &file, *packed)?;
         layers.push(Layer { file, pages, packed: *packed });
     }
     let lowest = files.next();
     if let Some(file) = &lowest {
         check_file(expected - 1, file, *memory_bytes)?;
+        check_memory(expected - 1, file, false)?;
     }
 
     let mut devices = DevicePlan {
@@ -435,6 +439,13 @@ fn check_file(number: usize, file: &File, bytes: u64) -> Result<(), ForkLoadErro
     Ok(())
 }
 
+/// Whether nobody can change a file that is only in memory, as a layer that was packed always is. Files on a disk are those of snapshots.
+fn check_memory(number: usize, file: &File, always: bool) -> Result<(), ForkLoadError> {
+    let has_name = file.metadata().is_ok_and(|metadata| metadata.nlink() > 0);
+    let is_on_disk = !always && (has_name || fcntl_get_seals(file).is_err());
+    if is_on_disk { Ok(()) } else { check_sealed(number, file) }
+}
+
 fn check_sealed(number: usize, file: &File) -> Result<(), ForkLoadError> {
     match fcntl_get_seals(file) {
         Ok(seals) if is_sealed(seals) => Ok(()),
@@ -452,6 +463,9 @@ impl Loadable for Offered {
     }
 
     fn shell(&mut self, outside: Outside, phases: &mut Phases) -> Result<Shell, RestoreError> {
+        if self.shape.devices.vsock.is_some() && self.load.vsock_override.is_none() {
+            return Err(ForkLoadError::NoSocket.into());
+        }
         Ok(Shell::build(self.shape.clone(), Vec::new(), outside, phases)?)
     }
 
@@ -546,7 +560,7 @@ mod tests {
             vsock_override: None,
             network_overrides: Vec::new(),
         };
-        let files = || vec![memory_file(100, SEALED), memory_file(SIZE, SEALED), memory_file(SIZE, SealFlags::empty())];
+        let files = || vec![memory_file(100, SEALED), memory_file(SIZE, SEALED), memory_file(SIZE, SEALED)];
         let refused = |load: &ForkLoad, files: Vec<OwnedFd>| open(load, files).unwrap_err().to_string();
         let with = |change: fn(&mut ForkLoad)| {
             let mut load = load.clone();
@@ -585,6 +599,11 @@ mod tests {
         }
         assert!(check_sealed(1, &tempfile::tempfile().unwrap()).is_err(), "a file on a disk");
         assert!(check_file(1, &file(4095, SEALED), 4096).unwrap_err().to_string().contains("4095 bytes"));
+        let (in_memory, unsealed) = (file(4096, SEALED), file(4096, SealFlags::empty()));
+        assert!(check_memory(1, &in_memory, false).is_ok() && check_memory(1, &in_memory, true).is_ok());
+        assert!(check_memory(1, &unsealed, false).is_err());
+        let named = tempfile::NamedTempFile::new().unwrap();
+        assert!(check_memory(1, named.as_file(), false).is_ok() && check_memory(1, named.as_file(), true).is_err());
         let unreadable = std::fs::OpenOptions::new().write(true).open("/dev/null").unwrap();
         assert!(check_file(1, &unreadable, 0).is_err());
     }

@@ -77,7 +77,7 @@ use wiring::Devices;
 
 /// How long the owner waits for a moment to look at the devices, which takes as long as one of their events.
 const LOOK_PATIENCE: Duration = Duration::from_millis(20);
-/// How long a pause waits for a device to be done with what it is in the midst of.
+/// How long a pause waits for a device to be done with what it is in the midst of, and for vCPUs where nobody serves pages.
 const LAST_MOMENT: Duration = Duration::from_millis(100);
 /// How long a device may take, at the end of the process, to be done with what it is in the midst of.
 const LAST_EVENT: Duration = Duration::from_secs(1);
@@ -342,7 +342,10 @@ impl Machine {
     /// Brings all vCPUs to a standstill, or, if one cannot be brought there, lets all go on as before. Devices begin nothing more;
     /// one that is at work for longer is waited for by whoever has to touch it.
     pub fn pause(&mut self) -> Result<(), VcpuError> {
-        let paused = vcpu::pause_all(&self.vcpus, vcpu::PAUSE_DEADLINE);
+        // One that waits for a page which nobody serves does so for longer than anybody waits here.
+        let is_served = self.page_server.as_ref().is_none_or(|server| server.unserved().is_none());
+        let patience = if is_served { vcpu::PAUSE_DEADLINE } else { LAST_MOMENT };
+        let paused = vcpu::pause_all(&self.vcpus, patience);
         match paused {
             Ok(()) => {
                 self.running = false;

@@ -46,12 +46,16 @@ impl Driver {
         let response = match forked {
             Ok(forked) => {
                 let VmForked { pause_us, total_us, copied_pages, ref clones } = forked;
-                let mut errors = clones.iter().filter_map(|clone| clone.error.as_deref());
-                let (first, failed) = (errors.clone().next(), errors.by_ref().count());
+                let errors: Vec<_> =
+                    clones.iter().filter_map(|clone| Some((clone.api_sock.display(), clone.error.as_ref()?))).collect();
+                let failed = errors.len();
                 tracing::info!(pause_us, total_us, copied_pages, clones = clones.len(), failed, "the VM was forked");
-                match first {
-                    Some(error) if failed == clones.len() => {
-                        Response::fault(400, &format!("no clone came about: {error}"))
+                match errors.first() {
+                    Some((api_sock, error)) if failed == clones.len() => {
+                        let text = format!(
+                            "no clone came about, of {failed}; the first was for the vmm at {api_sock}: {error}"
+                        );
+                        Response::fault(400, &text)
                     }
                     _ => Response::document(&forked),
                 }
