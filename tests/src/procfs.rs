@@ -125,6 +125,11 @@ pub fn thread_time(pid: u32, is_wanted: impl Fn(&str) -> bool) -> u64 {
     thread_times(pid).into_iter().filter(|(name, _)| is_wanted(name)).map(|(_, time)| time).sum()
 }
 
+/// Whether the process `pid` has a thread of this name.
+pub fn has_thread(pid: u32, name: &str) -> bool {
+    thread_times(pid).iter().any(|(thread, _)| thread == name)
+}
+
 /// Processor time that each vCPU thread of the vmm `pid` has used, in nanoseconds.
 pub fn vcpu_times(pid: u32) -> Vec<u64> {
     let mut times = thread_times(pid);

@@ -6,9 +6,9 @@ use api_spec::agent::Pages;
 use api_spec::snapshot::OnHandlerLoss;
 use snapshot::working_set::WorkingSet;
 use std::path::Path;
-use tests::procfs::resident;
+use tests::procfs::{self, resident};
 use tests::template::SEED;
-use tests::{Agent, PageServer, Place, Restore, Template, TemplateOptions, Web, require, until};
+use tests::{Agent, PageServer, Place, Restore, Template, TemplateOptions, Vm, Web, require, until};
 
 const MIB_PAGES: u32 = 256;
 
@@ -20,6 +20,11 @@ fn template() -> Template {
 fn work(agent: &mut Agent) {
     assert_eq!(agent.mismatches(Pages::run(4 * MIB_PAGES, 8 * MIB_PAGES), SEED), 0);
     agent.write(Pages::run(20 * MIB_PAGES, 2 * MIB_PAGES), 7);
+}
+
+/// Waits until nothing more is got ready for a clone: what the vmm itself has in memory is not to be told from what it gets ready.
+fn until_ready(clone: &Vm) {
+    until("all pages are ready", || !procfs::has_thread(clone.pid(), "replay"));
 }
 
 fn known(snapshot: &Path) -> Option<WorkingSet> {
@@ -73,6 +78,7 @@ fn what_clones_use_is_learnt_and_got_ready() {
     let clone = restore("clone");
     until("pages are mapped", || resident(clone.pid(), "RssShmem") > 6 << 10);
     until("pages are copied", || resident(clone.pid(), "RssAnon") > 2 << 10);
+    until_ready(&clone);
     let mut clone = clone;
     clone.resume();
     let mut agent = clone.agent();
@@ -152,6 +158,7 @@ fn a_clone_of_a_remote_image_gets_ready_what_a_local_one_has_taught() {
             was_without = clone.process.log().contains("does not deliver");
             was_without || resident(clone.pid(), "RssShmem") + resident(clone.pid(), "RssAnon") >= wanted
         });
+        until_ready(&clone);
         tries += 1;
         // Nothing more is got ready for a clone whose page server was too slow for once, as on a busy host.
         if !was_without || tries == 5 {

@@ -2,6 +2,8 @@
 // UNSAFETY: the tests make system calls that have no safe form, or none that would let them be forbidden.
 #![allow(unsafe_code)]
 
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::process::{Command, Output};
 use std::time::Duration;
 use vmm::devices::alarm::Alarm;
@@ -68,12 +70,14 @@ fn child() {
     let call = call.parse::<usize>().ok().map(|number| forbidden[number]);
     start().expect("filters can be installed");
     let mut alarm = Alarm::new().expect("there are timers");
+    let (stream, _peer) = UnixStream::pair().expect("there are sockets");
     let work = move || {
         kind.into_iter().for_each(confine);
         live();
         if kind == Some(Kind::Vcpu) {
-            // As a device that the guest starts.
+            // As devices that the guest starts and resets.
             alarm.set(Some(Duration::from_secs(60)));
+            stream.shutdown(Shutdown::Both).expect("it is open");
         }
         if let Some(&(_, number, [a, b, c])) = call {
             // SAFETY: each of these calls fails for its arguments, if it is made at all.

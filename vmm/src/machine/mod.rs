@@ -384,7 +384,7 @@ impl Machine {
         if !self.device_thread.end(LAST_EVENT) {
             // It may be in the midst of writing to a disk what is in a page that does not come, and must not find anything in its
             // place. So it waits until the process ends; what would be closed here is closed by that.
-            tracing::warn!("a device does not come to its end, and ends with the process");
+            tracing::info!("a device is in the midst of something, and ends with the process");
             remove_all();
             if self.page_server.is_some() {
                 memory::cut_off(self.ram.memory());

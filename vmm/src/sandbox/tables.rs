@@ -46,6 +46,9 @@ const PAGES: &[Rule] = &[when(SYS_ioctl, &[&[is(1, PAGEMAP_SCAN)]])];
 /// Timers of devices, which a driver's start and end wind: the balloon's statistics.
 const TIMERS: &[Rule] = &[always(SYS_timerfd_settime)];
 
+/// The streams of a vsock device that its driver resets are hung up.
+const HANGING_UP: &[Rule] = &[always(SYS_shutdown)];
+
 /// The files of disks, which are open: read, written, made sparse, and brought to their disk.
 const DISKS: &[Rule] = &[
     always(SYS_pread64),
@@ -91,7 +94,7 @@ pub const PROCESS: &[&[Rule]] = &[
 ];
 
 /// `vcpu0` and so on: the guest, and the registers of its devices. It opens nothing.
-pub const VCPU: &[&[Rule]] = &[THREAD, OPENS_NOTHING, NARROWING, GUEST, TAP_OFFLOADS, TIMERS, FILE_LENGTH];
+pub const VCPU: &[&[Rule]] = &[THREAD, OPENS_NOTHING, NARROWING, GUEST, TAP_OFFLOADS, TIMERS, HANGING_UP, FILE_LENGTH];
 
 /// `devices`: the work of the guest's devices, between its queues, the files of its disks, taps, and the sockets of its vsock device.
 /// It opens nothing.

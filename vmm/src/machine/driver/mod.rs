@@ -1,7 +1,7 @@
 //! The one owner of the VM, on the event loop's thread: requests, notices, signals and the page server's fate all end up
 //! here, one at a time. `answers` is what each request does; `counters`, what is told of what the VM has done; `start`, how a
-//! VM comes about; `forks`, how others become clones of it; `prepare`, what is asked of its guest before a snapshot; `resets`, how it is reset; `stop`, how it is saved or
-//! shut down.
+//! VM comes about; `forks`, how others become clones of it; `prepare`, what is asked of its guest before a snapshot; `resets`, how
+//! it is reset; `stop`, how it is saved or shut down.
 
 mod answers;
 mod counters;
