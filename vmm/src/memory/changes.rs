@@ -21,7 +21,7 @@ use vm_memory::{Bytes, GuestAddress};
 const _: () = assert!(CLUSTER_BYTES == PAGE_SIZE, "a cluster of the map is a page");
 
 /// Most bytes that are copied before whoever wants to end is asked again.
-pub(super) const PIECE: u64 = 4 << 20;
+const PIECE: u64 = 4 << 20;
 
 /// How much may be copied, in bytes, without a look at what memory there is.
 const LITTLE: u64 = 16 << 20;
@@ -56,6 +56,16 @@ pub enum CaptureError {
     /// Given up on request.
     #[error("cancelled; nothing was kept")]
     Cancelled,
+}
+
+/// Memory that lies in one piece in the image and in the guest.
+pub(super) struct Part {
+    /// Where it is in the image, in bytes.
+    pub offset: u64,
+    /// Where it is in the guest.
+    pub from: GuestAddress,
+    /// How long it is, in bytes.
+    pub len: usize,
 }
 
 /// The pages that a guest has changed.
@@ -115,6 +125,19 @@ impl GuestRam {
         Ok(self.pagemap.get_or_init(|| opened))
     }
 
+    /// The parts of a run of pages of the image that can be copied at a time.
+    pub(super) fn parts(&self, run: Range<u64>) -> impl Iterator<Item = Part> + '_ {
+        let (mut at, end) = (run.start * PAGE_SIZE, run.end * PAGE_SIZE);
+        std::iter::from_fn(move || {
+            let offset = at;
+            let region = self.regions.iter().find(|r| (r.offset..r.offset + r.size_bytes).contains(&offset));
+            let region = region.filter(|_| offset < end)?;
+            let len = (end - offset).min(region.offset + region.size_bytes - offset).min(PIECE);
+            at += len;
+            Some(Part { offset, from: GuestAddress(region.guest_addr + (offset - region.offset)), len: len as usize })
+        })
+    }
+
     /// Copies runs of pages of the image, one behind the other. Returns where each lies.
     fn copy_runs(
         &self,
@@ -125,19 +148,13 @@ impl GuestRam {
         let (mut placed, mut end_of_copy) = (Vec::new(), 0);
         for run in runs {
             placed.push((run.clone(), end_of_copy));
-            let (mut at, end) = (run.start * PAGE_SIZE, run.end * PAGE_SIZE);
-            while at < end {
+            for Part { offset, from, len } in self.parts(run) {
                 if cancel.is_cancelled() {
                     return Err(CaptureError::Cancelled);
                 }
-                let region = self.regions.iter().find(|r| (r.offset..r.offset + r.size_bytes).contains(&at));
-                let Some(region) = region else { break };
-                let len = (end - at).min(region.offset + region.size_bytes - at).min(PIECE);
-                let from = GuestAddress(region.guest_addr + (at - region.offset));
-                let written = self.memory.write_all_volatile_to(from, &mut copy, len as usize);
-                written.map_err(|source| CaptureError::Read { offset: at, source })?;
-                at += len;
-                end_of_copy += len;
+                let written = self.memory.write_all_volatile_to(from, &mut copy, len);
+                written.map_err(|source| CaptureError::Read { offset, source })?;
+                end_of_copy += len as u64;
             }
         }
         Ok(placed)

@@ -1,6 +1,6 @@
 //! Layers: pages of an image in files of their own, which are mapped over it; and the copy of a guest's own pages that becomes one.
 
-use super::changes::{CaptureError, PIECE, data_runs};
+use super::changes::{CaptureError, Part, data_runs};
 use super::mmap::{self, Mapping, Populate};
 use super::{GuestRam, PAGE_SIZE};
 use crate::devices::lock;
@@ -12,7 +12,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use vm_memory::mmap::MmapRegionError;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, VolatileMemory};
+use vm_memory::{FileOffset, GuestMemoryBackend, VolatileMemory};
 
 /// Most room that is kept for the next copy, in bytes.
 const MAX_SPARE: u64 = 64 << 20;
@@ -163,20 +163,14 @@ impl GuestRam {
         let room = self.spare.take(pages.data() * PAGE_SIZE).map_err(CaptureError::Keep)?;
         let mut to = 0;
         for run in data_runs(&pages) {
-            let (mut at, end) = (run.start * PAGE_SIZE, run.end * PAGE_SIZE);
-            while at < end {
+            for Part { offset, from, len } in self.parts(run) {
                 if cancel.is_cancelled() {
                     return Err(CaptureError::Cancelled);
                 }
-                let region = self.regions.iter().find(|r| (r.offset..r.offset + r.size_bytes).contains(&at));
-                let Some(region) = region else { break };
-                let len = (end - at).min(region.offset + region.size_bytes - at).min(PIECE) as usize;
-                let from = GuestAddress(region.guest_addr + (at - region.offset));
-                let read = |source| CaptureError::Read { offset: at, source };
-                let from = self.memory.get_slice(from, len).map_err(read)?;
+                let from = self.memory.get_slice(from, len).map_err(|source| CaptureError::Read { offset, source })?;
                 let room = room.mapping.region().get_slice(to, len);
                 from.copy_to_volatile_slice(room.map_err(|e| CaptureError::Keep(io::Error::other(e)))?);
-                (at, to) = (at + len as u64, to + len);
+                to += len;
             }
         }
         Ok(Some(Copied { room, pages }))
@@ -190,7 +184,7 @@ mod tests {
     use proptest::prelude::*;
     use std::os::unix::fs::FileExt;
     use std::sync::atomic::AtomicBool;
-    use vm_memory::Bytes;
+    use vm_memory::{Bytes, GuestAddress};
 
     const SIZE: u64 = 4 << 20;
     const PAGES: u64 = SIZE / PAGE_SIZE;
