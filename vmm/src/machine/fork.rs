@@ -204,10 +204,10 @@ pub fn check(request: &VmFork) -> Result<(), ForkError> {
     twice.map_or(Ok(()), |(_, path)| Err(ForkError::Twice(path.to_path_buf())))
 }
 
-/// Takes a machine as it is for clones, which are to run or not and to have a generation id of their own or not. It runs again, if it ran, when this returns.
+/// Takes a machine as it is for clones such as are asked for, whoever gets them. It runs again, if it ran, when this returns.
 pub fn fork(
     machine: &mut Machine,
-    (resume_vm, new_generation): (bool, bool),
+    request: &VmFork,
     max_private_mib: Option<u64>,
     signals: &Signals,
     phases: &mut Phases,
@@ -244,8 +244,8 @@ pub fn fork(
         max_private_mib,
         state_bytes: 0,
         layers: Vec::new(),
-        resume_vm,
-        new_generation,
+        resume_vm: request.resume_vm,
+        new_generation: request.new_generation,
         vsock_override: None,
         network_overrides: Vec::new(),
     };

@@ -307,7 +307,8 @@ pub fn wake_all(uffd: &Uffd, ranges: &[Region]) -> Result<(), userfaultfd::Error
     ranges.iter().try_for_each(|range| uffd.wake(range.base_host_virt_addr as *mut _, range.size as usize))
 }
 
-fn has_hung_up(connection: &UnixStream) -> bool {
+/// Whether the other end of a connection is closed.
+pub fn has_hung_up(connection: &UnixStream) -> bool {
     // That is told unasked.
     poll_now(connection, PollFlags::empty())
 }

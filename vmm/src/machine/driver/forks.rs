@@ -8,22 +8,14 @@ use crate::machine::config;
 use crate::machine::fork::{self, Giver};
 use crate::machine::phases::Phases;
 use crate::machine::requests::NotNow;
+use crate::memory::uffd::has_hung_up;
 use api_spec::fork::{ForkLoad, VmFork, VmForked};
 use api_spec::stats::TracedOperation;
 use event_manager::EventOps;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::os::unix::net::UnixStream;
-
-/// Whether the other end of a connection is open.
-fn is_there(client: &UnixStream) -> bool {
-    let mut looked = [PollFd::new(client, PollFlags::RDHUP)];
-    let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
-    poll(&mut looked, Some(&Timespec::default())).is_ok() && !looked[0].revents().intersects(gone)
-}
 
 impl Driver {
     /// Has other vmms become clones of the VM. The answer comes when they are.
-    pub(super) fn fork(&mut self, request: VmFork, from: Pending) -> Result<(), RequestError> {
+    pub(super) fn fork(&mut self, mut request: VmFork, from: Pending) -> Result<(), RequestError> {
         if self.forking.is_some() {
             return Err(RequestError::Forking);
         }
@@ -31,10 +23,9 @@ impl Driver {
         let limit = self.config.machine_config.max_private_mib;
         fork::check(&request)?;
         // Before the guest stands still.
-        let giver = Giver::start(request.into, self.notifier.clone())?;
+        let giver = Giver::start(std::mem::take(&mut request.into), self.notifier.clone())?;
         let mut phases = Phases::of(TracedOperation::Fork);
-        let how = (request.resume_vm, request.new_generation);
-        giver.give(fork::fork(machine, how, limit, &self.signals, &mut phases)?);
+        giver.give(fork::fork(machine, &request, limit, &self.signals, &mut phases)?);
         self.keep_trace(phases);
         self.forking = Some(from);
         Ok(())
@@ -76,7 +67,7 @@ impl Driver {
         self.private.set_limit(load.max_private_mib).map_err(RequestError::Limit)?;
         // One that was given up, and may have been forked into another vmm since, is not to run here as well.
         let is_wanted = |_: &mut Machine| {
-            if client.is_some_and(|client| is_there(&client)) { Ok(()) } else { Err(RequestError::GivenUp) }
+            if client.is_some_and(|client| !has_hung_up(&client)) { Ok(()) } else { Err(RequestError::GivenUp) }
         };
         self.bring_in(offered, load.resume_vm, phases, is_wanted)?;
         self.config.machine_config.max_private_mib = load.max_private_mib;
