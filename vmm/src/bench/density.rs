@@ -3,7 +3,7 @@
 //! Each clone is restored by a process of its own, and has replied before the next is started. What is counted of memory is by how much
 //! `MemAvailable` of `/proc/meminfo` falls: everything that the host needs for them, the kernel's own structures as well.
 
-use super::guest::{Guest, PATIENCE, Workplace, wait_for_listener};
+use super::guest::{Guest, PATIENCE, Workplace};
 use super::restore::Backend;
 use super::{BenchError, Spread, host_line, io_error};
 use crate::host::{self, Host};
@@ -121,11 +121,7 @@ fn measure(backend: Backend, count: u32, place: &Workplace) -> Result<Row, Bench
     let before = available_kib()?;
     let server = match backend {
         Backend::File => None,
-        Backend::Shared => {
-            let mut server = place.start_page_server(&socket, &[])?;
-            wait_for_listener(&mut server, &socket)?;
-            Some(server)
-        }
+        Backend::Shared => Some(place.start_page_server(&socket, &[])?),
     };
     let (mut clones, mut times, began) = (Vec::<Guest>::new(), Vec::new(), Instant::now());
     for number in 0..count {

@@ -366,7 +366,6 @@ impl Bench<'_> {
         let socket = self.path("uffd.sock");
         let _ = std::fs::remove_file(&socket);
         let mut server = self.place.start_page_server(&socket, &["--record", "1"])?;
-        wait_for_listener(&mut server, &socket)?;
         let mut clone = self.restore(case, &socket)?;
         for pattern in PATTERNS {
             clone.ask(case.request(self.options.pages_of(pattern)))?;
@@ -416,7 +415,6 @@ impl Bench<'_> {
             ([Case::Peer], Some(program)) => self.start_peer(program, &socket)?,
             _ => self.place.start_page_server(&socket, &[])?,
         };
-        wait_for_listener(&mut server, &socket)?;
         for &case in cases {
             let mut clone = match self.restore(case, &socket) {
                 // Our page server may not offer copy mode. One that has failed has ended.
@@ -444,7 +442,9 @@ impl Bench<'_> {
     fn start_peer(&self, program: &Path, socket: &Path) -> Result<Child, BenchError> {
         let mut command = Command::new(program);
         command.arg(socket).arg(self.path("snap").join(snapshot::file::MEMORY));
-        Ok(Children::start_other("other page server", &self.path("peer.log"), command)?)
+        let mut server = Children::start_other("other page server", &self.path("peer.log"), command)?;
+        wait_for_listener(&mut server, socket)?;
+        Ok(server)
     }
 
     fn restore(&self, case: Case, socket: &Path) -> Result<Guest, BenchError> {

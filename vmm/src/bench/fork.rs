@@ -6,6 +6,7 @@
 
 use super::guest::{Guest, PATIENCE, Shell, Workplace};
 use super::pattern::Case;
+use super::phases::{self, Phases};
 use super::{BenchError, Spread, host_line};
 use crate::host::{self, Host};
 use api_spec::agent::Request;
@@ -13,7 +14,7 @@ use api_spec::client::AgentClient;
 use api_spec::client::rest::RestError;
 use api_spec::fork::{ForkTarget, VmFork, VmForked};
 use api_spec::snapshot::SnapshotCreate;
-use api_spec::stats::{PhaseTrace, TracedOperation};
+use api_spec::stats::TracedOperation;
 use api_spec::vm::MachineConfig;
 use serde::Serialize;
 use std::fmt;
@@ -116,8 +117,8 @@ struct Sample {
     forked: VmForked,
     to_answer: Duration,
     to_reply: Duration,
-    phases: PhaseTrace,
-    load: PhaseTrace,
+    phases: Phases,
+    load: Phases,
 }
 
 /// Measures.
@@ -163,8 +164,8 @@ fn measure(case: Case, clones: u32, runs: u32, place: &Workplace) -> Result<Row,
         pause: spread(&|sample| Duration::from_micros(sample.forked.pause_us)),
         to_answer: spread(&|sample| sample.to_answer),
         to_reply: spread(&|sample| sample.to_reply),
-        phases_us: medians(samples.iter().map(|sample| &sample.phases)),
-        load_us: medians(samples.iter().map(|sample| &sample.load)),
+        phases_us: phases::medians(samples.iter().map(|sample| &sample.phases)),
+        load_us: phases::medians(samples.iter().map(|sample| &sample.load)),
     })
 }
 
@@ -201,10 +202,6 @@ fn fork(guest: &Guest, mut shells: Vec<Shell>, case: Case, seed: u64) -> Result<
             return Err(BenchError::WrongPages("fork"));
         }
     }
-    let trace = |stats: api_spec::stats::VmStats, operation| {
-        let trace = stats.traces.into_iter().find(|trace| trace.operation == operation);
-        trace.ok_or(failed("no trace")(RestError::Answer("an operation was not traced".into())))
-    };
     let stats = api.stats().map_err(failed("GET /vm/stats"))?;
     let first = shells.first_mut().ok_or(failed("no shell")(RestError::Answer("nobody was asked".into())))?;
     let loaded = first.client.get("/vm/stats").map_err(failed("GET /vm/stats"))?;
@@ -212,20 +209,9 @@ fn fork(guest: &Guest, mut shells: Vec<Shell>, case: Case, seed: u64) -> Result<
         forked,
         to_answer,
         to_reply,
-        phases: trace(stats, TracedOperation::Fork)?,
-        load: trace(loaded, TracedOperation::Load)?,
+        phases: phases::of(stats, TracedOperation::Fork),
+        load: phases::of(loaded, TracedOperation::Load),
     })
-}
-
-/// The median of each phase, in order.
-fn medians<'a>(traces: impl Iterator<Item = &'a PhaseTrace> + Clone) -> Vec<(String, f64)> {
-    let names = traces.clone().next().map_or(&[][..], |trace| &trace.phases);
-    let median = |(number, phase): (usize, &api_spec::stats::PhaseTime)| {
-        let times =
-            traces.clone().filter_map(|trace| trace.phases.get(number)).map(|phase| Duration::from_nanos(phase.ns));
-        (phase.name.clone(), Spread::of(times.collect()).p50_us)
-    };
-    names.iter().enumerate().map(median).collect()
 }
 
 #[cfg(test)]

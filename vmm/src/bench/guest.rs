@@ -85,11 +85,13 @@ impl Workplace {
         TempDir::new_in(self.dir.path()).map_err(io_error("cannot make a temporary directory"))
     }
 
-    /// Starts a page server that serves the snapshot in `snap`, with more arguments.
+    /// Starts a page server that serves the snapshot in `snap`, with more arguments, and waits until it listens.
     pub fn start_page_server(&self, socket: &Path, more: &[&str]) -> Result<Child, BenchError> {
-        Ok(self.children.start("page server", &self.path("uffd.log"), |vmm| {
+        let mut server = self.children.start("page server", &self.path("uffd.log"), |vmm| {
             vmm.arg("uffd-handler").arg("--socket").arg(socket).arg("--snapshot").arg(self.path("snap")).args(more);
-        })?)
+        })?;
+        wait_for_listener(&mut server, socket)?;
+        Ok(server)
     }
 
     /// Boots the embedded guest.

@@ -7,6 +7,7 @@ pub mod faults;
 pub mod fork;
 mod guest;
 pub mod pattern;
+mod phases;
 pub mod reset;
 pub mod restore;
 pub mod snapshot;

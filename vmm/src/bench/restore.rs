@@ -8,9 +8,9 @@
 //! Both clocks stop at a reply from inside the guest, over vsock. The cases take turns, so that whatever disturbs one
 //! disturbs the others as well.
 
-use super::guest::{Guest, PATIENCE, Workplace, wait_for_listener};
+use super::guest::{Guest, PATIENCE, Workplace};
+use super::phases::{self, Phases};
 use super::{BenchError, Spread, host_line};
-use crate::children::Child;
 use crate::host::{self, Host};
 use crate::machine::config;
 use crate::memory::layout;
@@ -128,7 +128,7 @@ struct Sample {
     /// Until the call that loads the snapshot was answered, where there is one.
     to_answer: Option<Duration>,
     /// What the vmm says that the load took, by phase.
-    phases: Vec<(String, Duration)>,
+    phases: Phases,
 }
 
 /// What was found out of one way.
@@ -188,7 +188,7 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     bench.write_snapshot()?;
     let (cases, socket) = (options.cases(), bench.place.path("uffd.sock"));
     let server = match cases.iter().any(|case| case.backend == Backend::Shared) {
-        true => Some(bench.start_page_server(&socket)?),
+        true => Some(bench.place.start_page_server(&socket, &[])?),
         false => None,
     };
     // The first clone of each kind finds nothing in any cache.
@@ -211,12 +211,7 @@ fn summary(case: Case, samples: &[Sample]) -> Measured {
     let to_reply = Spread::of(samples.iter().map(|sample| sample.to_reply).collect());
     let answers: Vec<Duration> = samples.iter().filter_map(|sample| sample.to_answer).collect();
     let to_answer = (!answers.is_empty()).then(|| Spread::of(answers));
-    let names = samples.first().map_or(&[][..], |sample| &sample.phases);
-    let median = |(number, (name, _)): (usize, &(String, Duration))| {
-        let times = samples.iter().filter_map(|sample| sample.phases.get(number)).map(|(_, time)| *time);
-        (name.clone(), Spread::of(times.collect()).p50_us)
-    };
-    Measured { case, to_reply, to_answer, phases_us: names.iter().enumerate().map(median).collect() }
+    Measured { case, to_reply, to_answer, phases_us: phases::medians(samples.iter().map(|sample| &sample.phases)) }
 }
 
 struct Bench {
@@ -236,12 +231,6 @@ impl Bench {
         Ok(())
     }
 
-    fn start_page_server(&self, socket: &Path) -> Result<Child, BenchError> {
-        let mut server = self.place.start_page_server(socket, &[])?;
-        wait_for_listener(&mut server, socket)?;
-        Ok(server)
-    }
-
     fn measure(&self, case: Case, socket: &Path) -> Result<Sample, BenchError> {
         match case.shell {
             Shell::None => self.measure_process(case.backend, socket),
@@ -259,7 +248,7 @@ impl Bench {
         let to_reply = before.elapsed();
         let failed = |source| BenchError::Api { what: "cannot ask a clone", source };
         let mut client = RestClient::connect(api.path(), PATIENCE).map_err(failed)?;
-        Ok(Sample { to_reply, to_answer: None, phases: phases(&mut client)? })
+        Ok(Sample { to_reply, to_answer: None, phases: load_phases(&mut client)? })
     }
 
     fn measure_shell(&self, backend: Backend, socket: &Path) -> Result<Sample, BenchError> {
@@ -279,17 +268,15 @@ impl Bench {
         let mut agent = AgentClient::connect(&shell.vsock, PATIENCE).map_err(BenchError::Agent)?;
         agent.call(Request::Ping { token: 0 }).map_err(BenchError::Agent)?;
         let to_reply = before.elapsed();
-        Ok(Sample { to_reply, to_answer, phases: phases(&mut shell.client)? })
+        Ok(Sample { to_reply, to_answer, phases: load_phases(&mut shell.client)? })
     }
 }
 
 /// What the load spent its time on.
-fn phases(client: &mut RestClient) -> Result<Vec<(String, Duration)>, BenchError> {
+fn load_phases(client: &mut RestClient) -> Result<Phases, BenchError> {
     let failed = |source| BenchError::Api { what: "cannot ask a clone how it was loaded", source };
     let stats: VmStats = client.get("/vm/stats").map_err(failed)?;
-    let trace = stats.traces.into_iter().find(|trace| trace.operation == TracedOperation::Load);
-    let phases = trace.into_iter().flat_map(|trace| trace.phases);
-    Ok(phases.map(|phase| (phase.name, Duration::from_nanos(phase.ns))).collect())
+    Ok(phases::of(stats, TracedOperation::Load))
 }
 
 #[cfg(test)]

@@ -2,142 +2,144 @@
 
 use super::options::{Command, UsageError, value};
 use crate::bench;
+use lexopt::Parser;
 use std::ffi::{OsStr, OsString};
 
 /// What the words after `bench` ask for.
 pub fn parse(args: Vec<OsString>) -> Result<Command, UsageError> {
     match args.split_first() {
-        Some((what, rest)) if what == "density" => parse_density(rest.to_vec()),
-        Some((what, rest)) if what == "faults" => parse_faults(rest.to_vec()),
-        Some((what, rest)) if what == "fork" => parse_fork(rest.to_vec()),
-        Some((what, rest)) if what == "reset" => parse_reset(rest.to_vec()),
-        Some((what, rest)) if what == "restore" => parse_restore(rest.to_vec()),
-        Some((what, rest)) if what == "snapshot" => parse_snapshot(rest.to_vec()),
+        Some((what, rest)) if what == "density" => parse_density(rest),
+        Some((what, rest)) if what == "faults" => parse_faults(rest),
+        Some((what, rest)) if what == "fork" => parse_fork(rest),
+        Some((what, rest)) if what == "reset" => parse_reset(rest),
+        Some((what, rest)) if what == "restore" => parse_restore(rest),
+        Some((what, rest)) if what == "snapshot" => parse_snapshot(rest),
         _ => parse_api(args),
     }
 }
 
-fn parse_density(args: Vec<OsString>) -> Result<Command, UsageError> {
+/// Reads the options of a benchmark. `own` takes one by its name, and says whether there is one of that name.
+fn read<O: Default>(
+    args: &[OsString],
+    command: fn(O) -> Command,
+    check: fn(&O) -> Result<(), String>,
+    own: impl Fn(&mut O, &str, &mut Parser) -> Result<bool, UsageError>,
+) -> Result<Command, UsageError> {
     use lexopt::prelude::*;
-    let mut options = bench::density::Options::default();
-    let mut parser = lexopt::Parser::from_args(args);
+    let (mut options, mut parser) = (O::default(), Parser::from_args(args));
     while let Some(arg) = parser.next()? {
         match arg {
-            Long("n") => options.clones = value(&mut parser, "--n", "a number")?,
-            Long("memory") => options.memory_mib = value(&mut parser, "--memory", "a number of MiB")?,
-            Long("json") => options.json = true,
             Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
+            Long(name) => {
+                let name = name.to_owned();
+                if !own(&mut options, &name, &mut parser)? {
+                    return Err(Long(&name).unexpected().into());
+                }
+            }
             other => return Err(other.unexpected().into()),
         }
     }
-    options.check().map_err(lexopt::Error::from)?;
-    Ok(Command::BenchDensity(options))
+    check(&options).map_err(lexopt::Error::from)?;
+    Ok(command(options))
 }
 
-fn parse_faults(args: Vec<OsString>) -> Result<Command, UsageError> {
-    use lexopt::prelude::*;
-    let mut options = bench::faults::Options::default();
-    let mut parser = lexopt::Parser::from_args(args);
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Long("pages") => options.pages = value(&mut parser, "--pages", "a number")?,
-            Long("n") => options.runs = value(&mut parser, "--n", "a number")?,
-            Long("peer-handler") => options.peer_handler = Some(parser.value()?.into()),
-            Long("json") => options.json = true,
-            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
-            other => return Err(other.unexpected().into()),
+fn parse_density(args: &[OsString]) -> Result<Command, UsageError> {
+    use bench::density::Options;
+    read(args, Command::BenchDensity, Options::check, |options, name, parser| {
+        match name {
+            "n" => options.clones = value(parser, "--n", "a number")?,
+            "memory" => options.memory_mib = value(parser, "--memory", "a number of MiB")?,
+            "json" => options.json = true,
+            _ => return Ok(false),
         }
-    }
-    options.check().map_err(lexopt::Error::from)?;
-    Ok(Command::BenchFaults(options))
+        Ok(true)
+    })
 }
 
-fn parse_fork(args: Vec<OsString>) -> Result<Command, UsageError> {
-    use lexopt::prelude::*;
-    let mut options = bench::fork::Options::default();
-    let mut parser = lexopt::Parser::from_args(args);
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Long("n") => options.runs = value(&mut parser, "--n", "a number")?,
-            Long("json") => options.json = true,
-            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
-            other => return Err(other.unexpected().into()),
+fn parse_faults(args: &[OsString]) -> Result<Command, UsageError> {
+    use bench::faults::Options;
+    read(args, Command::BenchFaults, Options::check, |options, name, parser| {
+        match name {
+            "pages" => options.pages = value(parser, "--pages", "a number")?,
+            "n" => options.runs = value(parser, "--n", "a number")?,
+            "peer-handler" => options.peer_handler = Some(parser.value()?.into()),
+            "json" => options.json = true,
+            _ => return Ok(false),
         }
-    }
-    options.check().map_err(lexopt::Error::from)?;
-    Ok(Command::BenchFork(options))
+        Ok(true)
+    })
 }
 
-fn parse_reset(args: Vec<OsString>) -> Result<Command, UsageError> {
-    use lexopt::prelude::*;
-    let mut options = bench::reset::Options::default();
-    let mut parser = lexopt::Parser::from_args(args);
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Long("n") => options.runs = value(&mut parser, "--n", "a number")?,
-            Long("json") => options.json = true,
-            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
-            other => return Err(other.unexpected().into()),
+fn parse_fork(args: &[OsString]) -> Result<Command, UsageError> {
+    use bench::fork::Options;
+    read(args, Command::BenchFork, Options::check, |options, name, parser| {
+        match name {
+            "n" => options.runs = value(parser, "--n", "a number")?,
+            "json" => options.json = true,
+            _ => return Ok(false),
         }
-    }
-    options.check().map_err(lexopt::Error::from)?;
-    Ok(Command::BenchReset(options))
+        Ok(true)
+    })
 }
 
-fn parse_restore(args: Vec<OsString>) -> Result<Command, UsageError> {
-    use bench::restore::{Backend, Shell};
-    use lexopt::prelude::*;
-    let mut options = bench::restore::Options::default();
-    let mut parser = lexopt::Parser::from_args(args);
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Long("n") => options.runs = value(&mut parser, "--n", "a number")?,
-            Long("memory") => options.memory_mib = value(&mut parser, "--memory", "a number of MiB")?,
-            Long("vcpus") => options.vcpus = value(&mut parser, "--vcpus", "a number")?,
-            Long("backend") => match parser.value()?.string()?.as_str() {
+fn parse_reset(args: &[OsString]) -> Result<Command, UsageError> {
+    use bench::reset::Options;
+    read(args, Command::BenchReset, Options::check, |options, name, parser| {
+        match name {
+            "n" => options.runs = value(parser, "--n", "a number")?,
+            "json" => options.json = true,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    })
+}
+
+fn parse_restore(args: &[OsString]) -> Result<Command, UsageError> {
+    use bench::restore::{Backend, Options, Shell};
+    use lexopt::ValueExt;
+    read(args, Command::BenchRestore, Options::check, |options, name, parser| {
+        match name {
+            "n" => options.runs = value(parser, "--n", "a number")?,
+            "memory" => options.memory_mib = value(parser, "--memory", "a number of MiB")?,
+            "vcpus" => options.vcpus = value(parser, "--vcpus", "a number")?,
+            "backend" => match parser.value()?.string()?.as_str() {
                 "file" => options.backend = Some(Backend::File),
                 "shared" => options.backend = Some(Backend::Shared),
                 other => return Err(choice(format!("--backend {other}: must be `file` or `shared`"))),
             },
-            Long("shell") => match parser.value()?.string()?.as_str() {
+            "shell" => match parser.value()?.string()?.as_str() {
                 "none" => options.shell = Some(Shell::None),
                 "warm" => options.shell = Some(Shell::Warm),
                 other => return Err(choice(format!("--shell {other}: must be `warm` or `none`"))),
             },
-            Long("json") => options.json = true,
-            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
-            other => return Err(other.unexpected().into()),
+            "json" => options.json = true,
+            _ => return Ok(false),
         }
-    }
-    options.check().map_err(lexopt::Error::from)?;
-    Ok(Command::BenchRestore(options))
+        Ok(true)
+    })
 }
 
 fn choice(what: String) -> UsageError {
     lexopt::Error::from(what).into()
 }
 
-fn parse_snapshot(args: Vec<OsString>) -> Result<Command, UsageError> {
-    use lexopt::prelude::*;
-    let mut options = bench::snapshot::Options::default();
-    let mut parser = lexopt::Parser::from_args(args);
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Long("n") => options.runs = value(&mut parser, "--n", "a number")?,
-            Long("resident-mib") => options.resident_mib = value(&mut parser, "--resident-mib", "a number of MiB")?,
-            Long("json") => options.json = true,
-            Long("help") | Short('h') => return Ok(Command::Help(bench::USAGE)),
-            other => return Err(other.unexpected().into()),
+fn parse_snapshot(args: &[OsString]) -> Result<Command, UsageError> {
+    use bench::snapshot::Options;
+    read(args, Command::BenchSnapshot, Options::check, |options, name, parser| {
+        match name {
+            "n" => options.runs = value(parser, "--n", "a number")?,
+            "resident-mib" => options.resident_mib = value(parser, "--resident-mib", "a number of MiB")?,
+            "json" => options.json = true,
+            _ => return Ok(false),
         }
-    }
-    options.check().map_err(lexopt::Error::from)?;
-    Ok(Command::BenchSnapshot(options))
+        Ok(true)
+    })
 }
 
 fn parse_api(args: Vec<OsString>) -> Result<Command, UsageError> {
     use lexopt::prelude::*;
     let (mut options, mut what) = (bench::api::Options::default(), None);
-    let mut parser = lexopt::Parser::from_args(args);
+    let mut parser = Parser::from_args(args);
     while let Some(arg) = parser.next()? {
         match arg {
             Long("calls") => options.calls = value(&mut parser, "--calls", "a number")?,

@@ -1,0 +1,25 @@
+//! What a vmm says that an operation has spent its time on.
+
+use super::Spread;
+use api_spec::stats::{TracedOperation, VmStats};
+use std::time::Duration;
+
+/// The phases of an operation, in order.
+pub type Phases = Vec<(String, Duration)>;
+
+/// Those of the last operation of this kind.
+pub fn of(stats: VmStats, operation: TracedOperation) -> Phases {
+    let trace = stats.traces.into_iter().find(|trace| trace.operation == operation);
+    let phases = trace.into_iter().flat_map(|trace| trace.phases);
+    phases.map(|phase| (phase.name, Duration::from_nanos(phase.ns))).collect()
+}
+
+/// The median of each phase, in microseconds, in order.
+pub fn medians<'a>(all: impl Iterator<Item = &'a Phases> + Clone) -> Vec<(String, f64)> {
+    let names = all.clone().next().map_or(&[][..], Vec::as_slice);
+    let median = |(number, (name, _)): (usize, &(String, Duration))| {
+        let times = all.clone().filter_map(|phases| phases.get(number)).map(|(_, time)| *time);
+        (name.clone(), Spread::of(times.collect()).p50_us)
+    };
+    names.iter().enumerate().map(median).collect()
+}
