@@ -167,6 +167,17 @@ impl<'a> Boot<'a> {
     }
 }
 
+/// A balloon that holds so much of its guest's memory, and does nothing else.
+pub fn balloon(amount_mib: u64) -> Balloon {
+    Balloon {
+        amount_mib,
+        deflate_on_oom: false,
+        stats_polling_interval_s: 0,
+        free_page_reporting: false,
+        free_page_hinting: false,
+    }
+}
+
 /// A disk of this name over an image.
 pub fn drive(drive_id: &str, path: &Path) -> Drive {
     Drive {

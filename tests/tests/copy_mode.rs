@@ -5,7 +5,6 @@
 
 use api_spec::agent::{Pages, Request};
 use api_spec::client::rest::RestError;
-use api_spec::devices::Balloon;
 use api_spec::snapshot::{MemBackend, MemBackendType, OnHandlerLoss, SnapshotLoad};
 use api_spec::stats::PageServerState;
 use api_spec::vm::{InstanceState, VmPatch, VmState};
@@ -16,6 +15,7 @@ use std::time::Duration;
 use tests::process::Finished;
 use tests::procfs::{self, resident};
 use tests::template::SEED;
+use tests::vm::balloon;
 use tests::{Agent, Boot, Place, Process, Restore, Template, TemplateOptions, Vm, holds_within, require, until};
 
 /// Longest that a vmm may take to end; see the tests of a page server's death.
@@ -441,14 +441,7 @@ const AFTER: Pages = Pages::run(5120, 1024);
 fn a_clone_gives_memory_back() {
     require!(Kvm, Userfaultfd);
     let place = Place::new();
-    let balloon = Balloon {
-        amount_mib: 0,
-        deflate_on_oom: false,
-        stats_polling_interval_s: 0,
-        free_page_reporting: false,
-        free_page_hinting: false,
-    };
-    let (mut vm, mut agent) = Boot::new(&place).memory_mib(64).balloon(balloon).ready("original");
+    let (mut vm, mut agent) = Boot::new(&place).memory_mib(64).balloon(balloon(0)).ready("original");
     for pages in [BEFORE, GIVEN, AFTER] {
         agent.fill(pages, SEED);
     }

@@ -3,7 +3,6 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use api_spec::agent::Pages;
-use api_spec::devices::Balloon;
 use api_spec::fork::{ForkTarget, VmFork, VmForked};
 use api_spec::snapshot::VsockOverride;
 use api_spec::stats::{PageServerState, PhaseTrace, TracedOperation};
@@ -19,7 +18,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use tests::vm::{drive, waiting, waiting_with};
+use tests::vm::{balloon, drive, waiting, waiting_with};
 use tests::{Agent, Boot, PageServer, Place, Restore, Template, TemplateOptions, Vm, procfs, require, until};
 
 const MIB: u64 = 64;
@@ -125,14 +124,7 @@ fn a_booted_guest_is_forked_into_a_shell_and_another_vmm_and_all_go_their_own_wa
 fn a_clone_is_forked_while_it_loads_and_what_it_gave_back_stays_away() {
     require!(Kvm);
     let place = Place::new();
-    let balloon = Balloon {
-        amount_mib: 0,
-        deflate_on_oom: false,
-        stats_polling_interval_s: 0,
-        free_page_reporting: false,
-        free_page_hinting: false,
-    };
-    let (mut vm, mut agent) = Boot::new(&place).memory_mib(MIB).balloon(balloon).ready("original");
+    let (mut vm, mut agent) = Boot::new(&place).memory_mib(MIB).balloon(balloon(0)).ready("original");
     let (given, short) = (Pages::run(8192, 2048), Pages::run(12_000, 5));
     for pages in [SCATTERED, IN_A_ROW, given, short] {
         agent.fill(pages, SEED);

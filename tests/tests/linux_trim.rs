@@ -8,7 +8,7 @@ use api_spec::vm::Readiness;
 use std::path::Path;
 use tests::linux::{Console, LinuxAgent, PATIENCE, assert_calm};
 use tests::random::Random;
-use tests::vm::drive;
+use tests::vm::{balloon, drive};
 use tests::{Boot, Linux, Place, Restore, Vm, holds_within};
 
 const MIB: u64 = 1 << 20;
@@ -20,18 +20,11 @@ const GONE_MIB: u64 = 64;
 const BALLOON_MIB: u64 = 8;
 
 fn boot(place: &Place, linux: Linux) -> (Vm, LinuxAgent) {
-    let balloon = Balloon {
-        amount_mib: BALLOON_MIB,
-        deflate_on_oom: false,
-        stats_polling_interval_s: 0,
-        free_page_reporting: false,
-        free_page_hinting: false,
-    };
     let disk = place.join("disk");
     let mut random = Random::new(1);
     let bytes: Vec<u8> = (0..READ_MIB * MIB / 8).flat_map(|_| random.next().to_le_bytes()).collect();
     std::fs::write(&disk, bytes).expect("there is room for a disk");
-    let boot = Boot::new(place).linux(&linux.elf(), "").memory_mib(MEMORY_MIB).balloon(balloon);
+    let boot = Boot::new(place).linux(&linux.elf(), "").memory_mib(MEMORY_MIB).balloon(balloon(BALLOON_MIB));
     let disk = Drive { is_read_only: true, ..drive("data", &disk) };
     let mut vm = boot.drive(disk).start("original");
     vm.becomes(Readiness::Full);
