@@ -2,8 +2,8 @@
 
 use crate::canvas::{Anchor, Colour, INK, PALETTE, REST, WHITE, WIDTH, whole};
 use crate::check;
-use crate::frame::{self, Area, BELOW, Entry, MARGIN, Mark, NAME, SLACK, SMALL, Scale};
-use crate::text::{clean, shorten, width};
+use crate::frame::{self, Area, BELOW, Entry, LINE, MARGIN, Mark, NAME, SLACK, SMALL, Scale};
+use crate::text::{clean, shorten, width, wrapped};
 use crate::ticks::{self, figure};
 use crate::{Chart, PlotError};
 use std::collections::HashMap;
@@ -25,6 +25,8 @@ impl Bar {
 
 /// The upper edge of the bars: there is no name of an axis above them.
 const TOP: f64 = 66.0;
+/// How wide the names are at most.
+const MOST_NAME: f64 = 210.0;
 /// How many bars there may be.
 const MOST_BARS: usize = 40;
 /// Parts of less than this share of the longest bar are gathered.
@@ -53,12 +55,12 @@ pub fn stacked_bars(title: &str, unit: &str, bars: &[Bar]) -> Result<Chart, Plot
     let described: Vec<String> =
         bars.iter().zip(&totals).map(|(bar, total)| format!("{}: {total}", clean(&bar.name))).collect();
     let description = format!("Stacked bars. Totals: {}.", described.join("; "));
-    let pitch = (360.0 / bars.len() as f64).clamp(26.0, 64.0);
+    let pitch = (360.0 / bars.len() as f64).clamp(36.0, 64.0);
     let height = (TOP + pitch * bars.len() as f64 + BELOW).max(frame::legend_height(&entries, TOP)).max(300.0);
     let mut canvas = frame::begin(title, description, height);
 
     let widest = |texts: &mut dyn Iterator<Item = f64>| texts.fold(0.0, f64::max) * SLACK;
-    let names_width = widest(&mut bars.iter().map(|bar| width(&clean(&bar.name), NAME))).min(200.0);
+    let names_width = widest(&mut bars.iter().map(|bar| width(&clean(&bar.name), NAME))).min(MOST_NAME);
     let totals_width = widest(&mut totals.iter().map(|total| width(total, NAME)));
     let area = Area {
         left: MARGIN + names_width + 12.0,
@@ -72,8 +74,11 @@ pub fn stacked_bars(title: &str, unit: &str, bars: &[Bar]) -> Result<Chart, Plot
     let thick = (pitch * 0.62).min(40.0);
     for (number, (bar, parts)) in bars.iter().zip(&stacks).enumerate() {
         let middle = area.top + pitch * (number as f64 + 0.5);
-        let name = shorten(&clean(&bar.name), NAME, names_width / SLACK);
-        canvas.text(area.left - 10.0, middle + 4.5, NAME, INK, Anchor::End, name);
+        let name = wrapped(&clean(&bar.name), NAME, names_width / SLACK);
+        let first = middle + 4.5 - LINE / 2.0 * (name.len() - 1) as f64;
+        for (line, y) in name.into_iter().zip([first, first + LINE]) {
+            canvas.text(area.left - 10.0, y, NAME, INK, Anchor::End, line);
+        }
         let mut end = 0.0;
         for (part, (colour, size)) in parts.iter().enumerate() {
             let (from, to) = (x.at(end), x.at(end + size));

@@ -1,7 +1,7 @@
 //! What is around the data: title, axes with their grid, and the legend, which has a column of its own at the right.
 
 use crate::canvas::{AXIS, Anchor, Canvas, Colour, FAINT, GREY, GRID, INK, PALETTE, Stroke, WIDTH, whole};
-use crate::text::{clean, shorten, width};
+use crate::text::{clean, shorten, width, wrapped};
 use crate::ticks::{Tick, Ticks};
 
 /// How high a chart is that has no reason to be higher.
@@ -16,6 +16,8 @@ pub const BELOW: f64 = 66.0;
 pub const SMALL: f64 = 12.0;
 /// The size of the font of names.
 pub const NAME: f64 = 13.0;
+/// How far a line of a name is from the one before.
+pub const LINE: f64 = 16.0;
 /// How much wider than measured a text may be: a viewer of the SVG has a font of its own.
 pub const SLACK: f64 = 1.15;
 
@@ -144,11 +146,19 @@ pub struct Entry {
 
 /// Between the left edge of the legend and its texts.
 const INDENT: f64 = 28.0;
+/// Between the data and the legend.
+const GAP: f64 = 32.0;
 
 impl Entry {
+    /// Its name, on as many lines as that takes.
+    fn lines(&self, room: f64) -> Vec<String> {
+        wrapped(&clean(&self.name), NAME, room)
+    }
+
     /// How high it is.
-    fn height(&self) -> f64 {
-        if self.figures.is_some() { 42.0 } else { 24.0 }
+    fn height(&self, room: f64) -> f64 {
+        let figures = if self.figures.is_some() { LINE + 2.0 } else { 0.0 };
+        24.0 + LINE * (self.lines(room).len() - 1) as f64 + figures
     }
 }
 
@@ -158,30 +168,39 @@ pub fn legend_width(entries: &[Entry]) -> f64 {
         let figures = entry.figures.as_deref().unwrap_or_default();
         width(&clean(&entry.name), NAME).max(width(figures, SMALL)) * SLACK
     };
-    (entries.iter().map(texts).fold(0.0, f64::max) + INDENT + 32.0).clamp(120.0, 260.0)
+    (entries.iter().map(texts).fold(0.0, f64::max) + INDENT + GAP).clamp(120.0, 290.0)
+}
+
+/// How wide its texts may be.
+fn room(entries: &[Entry]) -> f64 {
+    (legend_width(entries) - GAP - INDENT) / SLACK
 }
 
 /// How high a chart has to be for a legend that begins at `top`.
 pub fn legend_height(entries: &[Entry], top: f64) -> f64 {
-    entries.iter().map(Entry::height).sum::<f64>() + top + MARGIN
+    let room = room(entries);
+    entries.iter().map(|entry| entry.height(room)).sum::<f64>() + top + MARGIN
 }
 
 /// Draws the legend right of everything else, from `top` on.
 pub fn legend(canvas: &mut Canvas, entries: &[Entry], top: f64) {
-    let left = WIDTH - MARGIN - legend_width(entries) + 32.0;
-    let room = (WIDTH - MARGIN - left - INDENT) / SLACK;
+    let left = WIDTH - MARGIN - legend_width(entries) + GAP;
+    let room = room(entries);
     let mut y = top + 8.0;
     for entry in entries {
         match entry.mark {
             Mark::Line(stroke) => canvas.line(vec![(left, y), (left + 20.0, y)], stroke),
             Mark::Block(colour) => canvas.rect(left + 4.0, y - 7.0, 14.0, 14.0, colour),
         }
-        let name = shorten(&clean(&entry.name), NAME, room);
-        canvas.text(left + INDENT, y + 4.5, NAME, INK, Anchor::Start, name);
-        if let Some(figures) = &entry.figures {
-            canvas.text(left + INDENT, y + 20.5, SMALL, GREY, Anchor::Start, shorten(figures, SMALL, room));
+        let mut below = y + 4.5;
+        for line in entry.lines(room) {
+            canvas.text(left + INDENT, below, NAME, INK, Anchor::Start, line);
+            below += LINE;
         }
-        y += entry.height();
+        if let Some(figures) = &entry.figures {
+            canvas.text(left + INDENT, below, SMALL, GREY, Anchor::Start, shorten(figures, SMALL, room));
+        }
+        y += entry.height(room);
     }
 }
 

@@ -58,6 +58,19 @@ pub fn shorten(text: &str, size: f64, room: f64) -> String {
     format!("{}…", kept.trim_end())
 }
 
+/// A text of [`clean`] on one line or two, each no wider than `room`: broken between words where it can be, with an ellipsis if something
+/// had to go.
+pub fn wrapped(text: &str, size: f64, room: f64) -> Vec<String> {
+    let fits = |at: &usize| width(&text[..*at], size) <= room;
+    if fits(&text.len()) {
+        return vec![text.into()];
+    }
+    match text.match_indices(' ').map(|(at, _)| at).take_while(fits).last() {
+        Some(at) => vec![text[..at].into(), shorten(&text[at + 1..], size, room)],
+        None => vec![shorten(text, size, room)],
+    }
+}
+
 /// The glyphs of a text in a font of this size, and how far each is from the left end.
 pub fn glyphs(text: &str, size: f64) -> impl Iterator<Item = (GlyphId, f64)> {
     text.chars().scan(0.0, move |next, c| {
@@ -114,6 +127,15 @@ mod tests {
         assert_eq!(shorten("ab", 12.0, 0.0), "…");
     }
 
+    #[test]
+    fn a_text_is_broken_between_words() {
+        assert_eq!(wrapped("one two three", 12.0, 60.0), ["one two", "three"]);
+        assert_eq!(wrapped("one", 12.0, 60.0), ["one"]);
+        let long = wrapped(&"one two three four".repeat(3), 12.0, 60.0);
+        assert!(long.len() == 2 && long[1].ends_with('…'), "{long:?}");
+        assert_eq!(wrapped(&"x".repeat(100), 12.0, 60.0).len(), 1);
+    }
+
     proptest! {
         #[test]
         fn a_clean_text_is_bounded_and_stays_as_it_is(text in any::<String>(), room in 20.0..300.0) {
@@ -121,6 +143,8 @@ mod tests {
             prop_assert!(!once.is_empty() && once.chars().count() <= MOST_CHARS);
             prop_assert_eq!(clean(&once), once.clone());
             prop_assert!(width(&shorten(&once, 12.0, room), 12.0) <= room);
+            let lines = wrapped(&once, 12.0, room);
+            prop_assert!((1..=2).contains(&lines.len()) && lines.iter().all(|line| width(line, 12.0) <= room));
         }
     }
 }

@@ -177,7 +177,8 @@ fn the_benchmark_of_the_api_prints_one_document() {
     let place = Place::new();
     let done = run_vmm(&place, "bench", &["bench", "api", "--calls", "20", "--starts", "2", "--json"]);
     assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
-    let report: serde_json::Value = serde_json::from_str(&done.stdout).expect("one document");
+    let document: Value = serde_json::from_str(&done.stdout).expect("one document");
+    let report = &document["reports"]["api"];
     for spread in ["get_info", "socket_round_trip", "start_to_connection"] {
         let [min, p50, max] = ["min_us", "p50_us", "max_us"].map(|field| report[spread][field].as_f64().expect(field));
         assert!(0.0 < min && min <= p50 && p50 <= max, "{spread}: {report}");
@@ -195,7 +196,8 @@ fn the_benchmark_of_faults_measures_our_page_server_and_another_one() {
     let arguments = ["bench", "faults", "--pages", "64", "--n", "1", "--peer-handler", peer, "--json"];
     let done = run_vmm(&place, "bench", &arguments);
     assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
-    let report: Value = serde_json::from_str(&done.stdout).expect("one document");
+    let document: Value = serde_json::from_str(&done.stdout).expect("one document");
+    let report = &document["reports"]["faults"];
     let rows = report["faults"].as_array().expect("a list");
     for case in ["first", "later", "later_write", "peer"] {
         for pattern in ["scattered", "contiguous"] {
@@ -214,7 +216,8 @@ fn the_benchmark_of_resets_has_figures_of_every_case() {
     let place = Place::new();
     let done = run_vmm(&place, "bench", &["bench", "reset", "--n", "3", "--json"]);
     assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
-    let report: Value = serde_json::from_str(&done.stdout).expect("one document");
+    let document: Value = serde_json::from_str(&done.stdout).expect("one document");
+    let report = &document["reports"]["reset"];
     let rows = report["resets"].as_array().expect("a list");
     let cases: Vec<_> = rows.iter().map(|row| (row["pages"].as_u64(), row["pattern"].as_str())).collect();
     let wanted = [(64, "contiguous"), (64, "scattered"), (2048, "contiguous"), (2048, "scattered")];
@@ -236,7 +239,8 @@ fn the_benchmark_of_snapshots_has_figures_of_every_case() {
     let place = Place::new();
     let done = run_vmm(&place, "bench", &["bench", "snapshot", "--n", "1", "--resident-mib", "16", "--json"]);
     assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
-    let report: Value = serde_json::from_str(&done.stdout).expect("one document");
+    let document: Value = serde_json::from_str(&done.stdout).expect("one document");
+    let report = &document["reports"]["snapshot"];
     let ordered = |figure: &Value| {
         let [min, p50, max] = ["min", "p50", "max"].map(|field| figure[field].as_f64().expect(field));
         assert!(0.0 < min && min <= p50 && p50 <= max, "{report}");
@@ -256,4 +260,78 @@ fn the_benchmark_of_snapshots_has_figures_of_every_case() {
     ["chain_us", "full_us"].iter().for_each(|figure| ordered(&report["restoring"][figure]));
     ["verify_gib_s", "read_gib_s"].iter().for_each(|figure| ordered(&report["verifying"][figure]));
     assert_eq!((&report["runs"], &report["resident_mib"]), (&1.into(), &16.into()));
+}
+
+#[test]
+fn the_benchmark_of_restores_has_figures_of_every_way() {
+    require!(Kvm, Userfaultfd);
+    let place = Place::new();
+    let line = "bench restore --n 3 --memory 64 --working-set 64 --write-fraction 0.5 --concurrency 2 --cold --json";
+    let done = run_vmm(&place, "bench", &line.split(' ').collect::<Vec<_>>());
+    assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+    let document: Value = serde_json::from_str(&done.stdout).expect("one document");
+    let figures = document["figures"].as_array().expect("a list");
+    for backend in ["file", "shared", "copy"] {
+        for shell in ["none", "warm"] {
+            let ends = if backend == "copy" { vec!["reply"] } else { vec!["reply", "contiguous", "scattered"] };
+            for end in ends {
+                let name = format!("restore.{shell}.{backend}.{end}");
+                let figure = figures.iter().find(|figure| figure["name"] == name).unwrap_or_else(|| panic!("{name}"));
+                // Three, in twos.
+                assert_eq!(figure["count"], 4, "{figure}");
+                let quantiles: Vec<f64> =
+                    figure["quantiles"].as_array().expect("a list").iter().filter_map(Value::as_f64).collect();
+                assert!(quantiles.len() == 101 && quantiles.is_sorted() && quantiles[0] > 0.0, "{figure}");
+                let parts = figure["parts"].as_array().expect("a list");
+                let sum: f64 = parts.iter().filter_map(|part| part["p50"].as_f64()).sum();
+                assert!(!parts.is_empty() && sum < quantiles[100], "{figure}");
+            }
+        }
+    }
+}
+
+#[test]
+fn figures_can_be_kept_compared_drawn_and_shown() {
+    require!(Kvm);
+    let place = Place::new();
+    let path = |name: &str| place.join(name).to_str().expect("the path is text").to_owned();
+    let bench = ["bench", "restore", "--n", "2", "--backend", "file", "--shell", "none"];
+    let kept = run_vmm(&place, "kept", &[&bench[..], &["--json", "--plot", &path("charts")]].concat());
+    assert_eq!((kept.code(), kept.stderr.as_str()), (0, ""));
+    std::fs::write(path("kept.json"), &kept.stdout).expect("it is written");
+    for (kind, begins) in [("svg", &b"<svg"[..]), ("png", b"\x89PNG")] {
+        let chart = std::fs::read(path(&format!("charts/restore-times-until-the-reply.{kind}"))).expect("it is drawn");
+        assert!(chart.windows(begins.len()).any(|part| part == begins), "{kind}");
+    }
+
+    let budget = |p50: u32| format!(r#"{{"budgets": [{{"figure": "restore.none.file.reply", "p50": {p50}}}]}}"#);
+    std::fs::write(path("generous.json"), budget(1_000_000_000)).expect("it is written");
+    std::fs::write(path("mean.json"), budget(1)).expect("it is written");
+    std::fs::write(path("other.json"), r#"{"budgets": [{"figure": "nothing", "p50": 1}]}"#).expect("it is written");
+    let gated = |gate: &str| run_vmm(&place, gate, &[&bench[..], &["--gate", &path(gate)]].concat());
+    let done = gated("generous.json");
+    assert!(done.code() == 0 && done.stdout.contains("holds  restore.none.file.reply p50"), "{done:?}");
+    let done = gated("mean.json");
+    assert!(done.code() == 1 && done.stdout.contains("FAILS  restore.none.file.reply p50"), "{done:?}");
+    assert!(done.stderr.contains("1 of 1 values are worse"), "{done:?}");
+    let done = gated("other.json");
+    assert!(done.code() == 1 && done.stderr.contains("says nothing of what was measured"), "{done:?}");
+
+    let report = |more: &[&str]| run_vmm(&place, "report", &[&["bench", "report", &path("kept.json")], more].concat());
+    let same = report(&["--json", "--gate", &path("kept.json")]);
+    assert_eq!((same.code(), &same.stdout), (0, &kept.stdout));
+    let page = report(&["--gate", &path("mean.json")]);
+    assert!(page.code() == 1 && page.stdout.contains("| 1.00, - | **missed** |"), "{page:?}");
+    let page = report(&["--plot", &path("again")]);
+    assert!(page.code() == 0 && page.stdout.starts_with("# Benchmarks"), "{page:?}");
+    assert!(place.join("again/restore-phases-until-the-reply.png").exists());
+
+    // What cannot be used is refused before anything is measured.
+    std::fs::write(path("bad.json"), "{\"format\": 7}").expect("it is written");
+    for (option, value) in [("--gate", "bad.json"), ("--gate", "nowhere.json"), ("--plot", "kept.json/x")] {
+        let done = run_vmm(&place, "bad", &[&bench[..], &[option, &path(value)]].concat());
+        assert!(done.code() == 1 && done.stdout.is_empty() && !done.stderr.is_empty(), "{option} {value}: {done:?}");
+    }
+    let done = run_vmm(&place, "bad", &[&bench[..], &["--peer", "firecracker=/nowhere"]].concat());
+    assert!(done.code() == 1 && done.stderr.contains("other VMM"), "{done:?}");
 }

@@ -1,12 +1,14 @@
 //! What this host is, as snapshots record it and are compared with it, and as reports tell it.
 
+pub mod proc;
 mod tsc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use snapshot::compat::{self, HostFacts};
 use snapshot::cpu;
 use snapshot::manifest::Cpu;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
+use std::fmt;
 use std::sync::OnceLock;
 
 /// Asks the CPU and the kernel.
@@ -68,7 +70,7 @@ fn cpu() -> Cpu {
 }
 
 /// A host in a few words, for reports.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Host {
     /// CPU.
     pub cpu: String,
@@ -78,6 +80,15 @@ pub struct Host {
     pub kernel: String,
     /// Whether its KVM emulates ring 0.
     pub ring0_emulated: bool,
+}
+
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Host { cpu, cpus, kernel, ring0_emulated } = self;
+        let plural = if *cpus == 1 { "" } else { "s" };
+        let emulated = if *ring0_emulated { ", KVM emulates ring 0" } else { "" };
+        write!(f, "{cpu}, {cpus} CPU{plural}, Linux {kernel}{emulated}")
+    }
 }
 
 /// This host in a few words.

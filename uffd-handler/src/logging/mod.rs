@@ -9,6 +9,7 @@
 mod record;
 mod sink;
 
+pub use record::timestamp;
 use record::{Record, Said, one_line};
 pub use sink::Sink;
 use std::cell::RefCell;

@@ -150,7 +150,7 @@ fn escaped(text: &str, escape: impl Fn(&mut String, char) -> std::fmt::Result) -
 }
 
 /// A time as RFC 3339 writes it, in UTC and to the microsecond.
-fn timestamp(since_1970: Duration) -> String {
+pub fn timestamp(since_1970: Duration) -> String {
     const DAY: u64 = 24 * 60 * 60;
     /// The calendar repeats after 400 years, which have so many days.
     const CYCLE: u64 = 400 * 365 + 97;

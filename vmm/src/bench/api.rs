@@ -1,10 +1,9 @@
 //! How long a call of the REST API takes, and how soon after its start a vmm can be called.
 
-use super::guest::write_config;
-use super::{BenchError, Spread, host_line, io_error};
-use crate::children::{Child, Children};
-use crate::host::{self, Host};
-use api_spec::client::RestClient;
+use super::figure::{Figure, Spread, Unit};
+use super::guest::{PATIENCE, connect, write_config};
+use super::{BenchError, io_error};
+use crate::children::Children;
 use api_spec::vm::{BootSource, InstanceInfo, InstanceState, MachineConfig, VmConfig};
 use serde::Serialize;
 use std::fmt;
@@ -14,8 +13,6 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// How long anything may take that takes milliseconds.
-const PATIENCE: Duration = Duration::from_secs(20);
 /// How often to try whether a vmm can be called.
 const AGAIN: Duration = Duration::from_micros(50);
 /// How many calls come before those that count.
@@ -31,13 +28,11 @@ pub struct Options {
     pub calls: u32,
     /// Number of processes to start.
     pub starts: u32,
-    /// Print JSON.
-    pub json: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { calls: 5000, starts: 20, json: false }
+        Options { calls: 5000, starts: 20 }
     }
 }
 
@@ -55,8 +50,6 @@ impl Options {
 /// What was found out.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// This host.
-    pub host: Host,
     /// `GET /` on a running VM, over a connection that stays open.
     pub get_info: Spread,
     /// As many bytes there and back between two threads over a Unix socket, and nothing else.
@@ -73,20 +66,29 @@ pub struct Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}\n", host_line(&self.host))?;
-        writeln!(f, "{:<34} {:>9} {:>9} {:>9} {:>9}  us", "", "min", "p50", "p99", "max")?;
-        for (name, Spread { min_us, p50_us, p99_us, max_us }) in [
+        writeln!(f, "{:<34} {}", "", Spread::heading())?;
+        for (name, spread) in [
             ("GET / on a running VM", self.get_info),
             ("as many bytes over a socket", self.socket_round_trip),
             ("process start until a connection", self.start_to_connection),
         ] {
-            writeln!(f, "{name:<34} {min_us:>9.1} {p50_us:>9.1} {p99_us:>9.1} {max_us:>9.1}")?;
+            writeln!(f, "{name:<34} {}", spread.columns())?;
         }
         writeln!(
             f,
             "\nGET / takes {:.1} times what the socket alone does ({} calls, {} starts)",
             self.ratio, self.calls, self.starts
         )
+    }
+}
+
+impl super::Report for Report {
+    fn figures(&self) -> Vec<Figure> {
+        vec![
+            Figure::spread("api.get-info", "GET / on a running VM", &self.get_info),
+            Figure::value("api.get-info-to-socket", "the same beside a bare socket", Unit::Times, self.ratio),
+            Figure::spread("api.start", "process start until the API takes a connection", &self.start_to_connection),
+        ]
     }
 }
 
@@ -98,22 +100,9 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     let get_info = measure_calls(&children, dir.path(), options.calls)?;
     let socket_round_trip = measure_socket(options.calls).map_err(io_error("cannot measure a socket"))?;
     let ratio = get_info.p50_us / socket_round_trip.p50_us.max(0.1);
-    let Options { calls, starts, json: _ } = *options;
+    let Options { calls, starts } = *options;
     let ratio = (ratio * 10.0).round() / 10.0;
-    Ok(Report { host: host::summary(), get_info, socket_round_trip, ratio, start_to_connection, calls, starts })
-}
-
-/// Tries until a vmm's API takes a connection.
-fn connect(child: &mut Child, api: &Path) -> Result<RestClient, BenchError> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        match RestClient::connect(api, PATIENCE) {
-            Ok(client) => return Ok(client),
-            Err(_) if Instant::now() < deadline => std::thread::sleep(AGAIN),
-            Err(source) => return Err(BenchError::Api { what: "the vmm cannot be called", source }),
-        }
-        child.check_alive()?;
-    }
+    Ok(Report { get_info, socket_round_trip, ratio, start_to_connection, calls, starts })
 }
 
 fn measure_starts(children: &Children, dir: &Path, starts: u32) -> Result<Spread, BenchError> {

@@ -1,12 +1,15 @@
 //! What many clones of one snapshot cost that are alive at once: memory of the whole host, time, and processor while they stand idle.
 //!
-//! Each clone is restored by a process of its own, and has replied before the next is started. What is counted of memory is by how much
+//! Each clone is restored by a process of its own, and has replied before the next is started. Guests that have booted, and share nothing,
+//! stand beside them. What is counted of memory is by how much
 //! `MemAvailable` of `/proc/meminfo` falls: everything that the host needs for them, the kernel's own structures as well.
 
+use super::figure::{Figure, Series, Spread, Unit};
 use super::guest::{Guest, PATIENCE, Workplace};
 use super::restore::Backend;
-use super::{BenchError, Spread, host_line, io_error};
-use crate::host::{self, Host};
+use super::{BenchError, io_error};
+use crate::host::proc;
+use api_spec::agent::Pages;
 use api_spec::snapshot::SnapshotCreate;
 use api_spec::vm::MachineConfig;
 use serde::Serialize;
@@ -17,6 +20,14 @@ use std::time::{Duration, Instant};
 const COMPARED: usize = 10;
 /// For how long they are seen to stand idle.
 const IDLE: Duration = Duration::from_secs(2);
+/// How often memory is looked at, about.
+const LOOKS: u32 = 50;
+/// Most guests that boot, which takes its time.
+const MOST_BOOTED: u32 = 100;
+/// Memory in use of each guest, in MiB, where there is so much, and what it needs besides; and what it holds.
+const USED_MIB: u64 = 8;
+const GUEST_OWN_MIB: u64 = 16;
+const SEED: u64 = 0x6465_6e73_6500;
 /// Clock ticks in a second, as `/proc/PID/stat` counts them.
 const TICKS: f64 = 100.0;
 
@@ -27,13 +38,11 @@ pub struct Options {
     pub clones: u32,
     /// Guest memory, in MiB.
     pub memory_mib: u64,
-    /// Print JSON.
-    pub json: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { clones: 200, memory_mib: 128, json: false }
+        Options { clones: 200, memory_mib: 128 }
     }
 }
 
@@ -48,49 +57,92 @@ impl Options {
             _ => Ok(()),
         }
     }
+
+    fn used_mib(&self) -> u64 {
+        USED_MIB.min(self.memory_mib.saturating_sub(GUEST_OWN_MIB))
+    }
 }
 
-/// What was found out of clones over one kind of memory.
+/// Where guests come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Kind {
+    /// The memory file of one snapshot.
+    File,
+    /// A page server, whose store they share.
+    Shared,
+    /// They have booted, each for itself, and have nothing in common.
+    Booted,
+}
+
+impl Kind {
+    fn title(self) -> &'static str {
+        match self {
+            Kind::File => Backend::File.title(),
+            Kind::Shared => Backend::Shared.title(),
+            Kind::Booted => "booted",
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Kind::File => "file",
+            Kind::Shared => "shared",
+            Kind::Booted => "booted",
+        }
+    }
+}
+
+/// What was found out of one kind of guests.
 #[derive(Clone, Debug, Serialize)]
 struct Row {
-    backend: Backend,
-    /// By how much less memory is available, for each clone, in KiB. With the page server's.
+    kind: Kind,
+    /// How many were alive at once.
+    guests: u32,
+    /// By how much less memory is available, for each, in KiB. With the page server's.
     host_kib: f64,
-    /// What a clone's own process has for itself, in KiB, in half of them no more.
+    /// What its own process has for itself, in KiB, in half of them no more.
     private_kib: u64,
-    /// Threads of a clone.
+    /// Threads of each.
     threads: u64,
     /// All of them, one after the other, until the last had replied, in seconds.
     seconds: f64,
-    /// From the start of the process to the reply, of the first clones.
+    /// From the start of the process to the reply, of the first.
     first: Spread,
     /// The same of the last.
     last: Spread,
     /// What all of them together take of a processor while they stand idle.
     idle_cpu_percent: f64,
+    #[serde(skip)]
+    times: Vec<Duration>,
+    /// How many were there when less memory was available by so much, in KiB.
+    #[serde(skip)]
+    memory: Vec<(usize, u64)>,
 }
 
 /// What was found out.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    host: Host,
     /// How many clones were alive at once.
     clones: u32,
     /// Guest memory, in MiB.
     memory_mib: u64,
-    backends: Vec<Row>,
+    /// How much of that guests had in use before they were snapshotted, in MiB.
+    used_mib: u64,
+    guests: Vec<Row>,
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Report { host, clones, memory_mib, backends } = self;
-        writeln!(f, "{}\n{clones} clones of {memory_mib} MiB alive at once\n", host_line(host))?;
-        let names: Vec<&str> = backends.iter().map(|row| row.backend.name()).collect();
-        writeln!(f, "{:<50} {}", "", names.iter().map(|name| format!("{name:>12}")).collect::<String>())?;
+        let Report { clones, memory_mib, used_mib, guests } = self;
+        writeln!(f, "{clones} clones of {memory_mib} MiB alive at once, of a guest that had {used_mib} MiB in use\n")?;
+        let names: String = guests.iter().map(|row| format!("{:>12}", row.kind.title())).collect();
+        writeln!(f, "{:<50} {names}", "")?;
         let mut line = |what: &str, of: &dyn Fn(&Row) -> f64| {
-            let figures: String = backends.iter().map(|row| format!("{:>12.1}", of(row))).collect();
+            let figures: String = guests.iter().map(|row| format!("{:>12.1}", of(row))).collect();
             writeln!(f, "{what:<50} {figures}")
         };
+        line("guests", &|row| f64::from(row.guests))?;
         line("memory of the host for each, KiB", &|row| row.host_kib)?;
         line("private memory of its process, p50, KiB", &|row| row.private_kib as f64)?;
         line("threads of each", &|row| row.threads as f64)?;
@@ -101,69 +153,170 @@ impl fmt::Display for Report {
     }
 }
 
-/// Measures.
-pub fn run(options: &Options) -> Result<Report, BenchError> {
-    let place = Workplace::new(PATIENCE)?;
-    let machine = MachineConfig { mem_size_mib: options.memory_mib, ..Default::default() };
-    let guest = place.boot(machine)?;
-    guest.api.snapshot(&SnapshotCreate::of(place.path("snap")))?;
-    drop(guest);
-    let rows = [Backend::File, Backend::Shared].map(|backend| measure(backend, options.clones, &place));
-    let Options { clones, memory_mib, .. } = *options;
-    let backends = rows.into_iter().collect::<Result<_, _>>()?;
-    Ok(Report { host: host::summary(), clones, memory_mib, backends })
+impl super::Report for Report {
+    fn figures(&self) -> Vec<Figure> {
+        let direct = self.guests.iter().find(|row| row.kind == Kind::Booted).map(|row| row.host_kib);
+        let of_row = |row: &Row| {
+            let Row { kind, guests, .. } = row;
+            let name = |what: &str| format!("density.{}.{what}", kind.name());
+            let title = |what: &str| format!("{}, {guests} guests: {what}", kind.title());
+            let mut figures = vec![
+                Figure::value(name("host-kib"), title("memory of the host for each"), Unit::Kib, row.host_kib),
+                Figure::value(
+                    name("private-kib"),
+                    title("private memory of its process"),
+                    Unit::Kib,
+                    row.private_kib as f64,
+                ),
+                Figure::value(name("seconds"), title("time for all"), Unit::Seconds, row.seconds),
+                Figure::spread(name("reply"), title("from exec to the reply"), &Spread::of(row.times.clone())),
+                Figure::value(
+                    name("growth"),
+                    title("the last to reply beside the first"),
+                    Unit::Times,
+                    row.last.p50_us / row.first.p50_us.max(0.1),
+                ),
+                Figure::value(
+                    name("idle"),
+                    title("processor while all stand idle"),
+                    Unit::Percent,
+                    row.idle_cpu_percent,
+                ),
+            ];
+            if let Some(direct) = direct.filter(|direct| *kind != Kind::Booted && *direct > 0.0) {
+                let share = row.host_kib / direct * 100.0;
+                figures.push(Figure::value(
+                    name("to-booted"),
+                    title("memory beside guests that booted"),
+                    Unit::Percent,
+                    share,
+                ));
+            }
+            figures
+        };
+        self.guests.iter().flat_map(of_row).collect()
+    }
+
+    fn series(&self) -> Vec<Series> {
+        /// As many points as a line shows.
+        const POINTS: usize = 200;
+        let of_row = |row: &Row| {
+            let title = row.kind.title().to_owned();
+            let step = row.times.len().div_ceil(POINTS).max(1);
+            // What one of them took says little: the middle of its neighbourhood is drawn.
+            let times = row.times.chunks(step).enumerate().map(|(number, times)| {
+                let at = number * step + times.len();
+                (at as f64, (Spread::of(times.to_vec()).p50_us / 100.0).round() / 10.0)
+            });
+            let memory = row.memory.iter().map(|(at, kib)| (*at as f64, (*kib as f64 / 102.4).round() / 10.0));
+            let series = |what: &str, y: &str, points| Series {
+                name: format!("density.{what}.{}", row.kind.name()),
+                title: title.clone(),
+                x: "guests alive at once".into(),
+                y: y.into(),
+                points,
+            };
+            [
+                series("time", "from exec to the reply, ms", times.collect()),
+                series("memory", "memory of the host, MiB", memory.collect()),
+            ]
+        };
+        self.guests.iter().flat_map(of_row).collect()
+    }
 }
 
-fn measure(backend: Backend, count: u32, place: &Workplace) -> Result<Row, BenchError> {
-    let (snapshot, socket) = (place.path("snap"), place.path("uffd.sock"));
-    // What the first clone brings into caches is nobody's cost.
-    drop(place.restore(&snapshot, |_| ())?);
-    let before = available_kib()?;
-    let server = match backend {
-        Backend::File => None,
-        Backend::Shared => Some(place.start_page_server(&socket, &[])?),
-    };
-    let (mut clones, mut times, began) = (Vec::<Guest>::new(), Vec::new(), Instant::now());
-    for number in 0..count {
-        let start = Instant::now();
-        let mut clone = place.restore_as(&format!("clone{number}"), &snapshot, |vmm| {
-            if server.is_some() {
-                vmm.arg("--uffd").arg(&socket);
+/// Measures.
+pub fn run(options: &Options) -> Result<Report, BenchError> {
+    let Options { clones, memory_mib } = *options;
+    let bench = Bench { place: Workplace::new(PATIENCE)?, options: *options };
+    let guest = bench.boot("template")?;
+    guest.api.snapshot(&SnapshotCreate::of(bench.place.path("snap")))?;
+    drop(guest);
+    let of = [(Kind::File, clones), (Kind::Shared, clones), (Kind::Booted, clones.min(MOST_BOOTED))];
+    let guests = of.into_iter().map(|(kind, count)| bench.measure(kind, count)).collect::<Result<_, _>>()?;
+    Ok(Report { clones, memory_mib, used_mib: options.used_mib(), guests })
+}
+
+struct Bench {
+    place: Workplace,
+    options: Options,
+}
+
+impl Bench {
+    /// A guest that has booted and has memory in use.
+    fn boot(&self, name: &str) -> Result<Guest, BenchError> {
+        let machine = MachineConfig { mem_size_mib: self.options.memory_mib, ..Default::default() };
+        let mut guest = self.place.boot_as(name, machine)?;
+        guest.fill(Pages::run(0, self.options.used_mib() as u32 * 256), SEED)?;
+        Ok(guest)
+    }
+
+    fn start(&self, kind: Kind, number: u32) -> Result<Guest, BenchError> {
+        let name = format!("{}{number}", kind.name());
+        match kind {
+            Kind::Booted => self.boot(&name),
+            Kind::File | Kind::Shared => self.place.restore_as(&name, &self.place.path("snap"), |vmm| {
+                if kind == Kind::Shared {
+                    vmm.arg("--uffd").arg(self.place.path("uffd.sock"));
+                }
+            }),
+        }
+    }
+
+    fn measure(&self, kind: Kind, count: u32) -> Result<Row, BenchError> {
+        // What the first brings into caches is nobody's cost.
+        drop(self.place.restore(&self.place.path("snap"), |_| ())?);
+        let before = available_kib()?;
+        let _server = match kind {
+            Kind::Shared => {
+                Some(self.place.start_page_server(&self.place.path("snap"), &self.place.path("uffd.sock"), &[])?)
             }
-        })?;
-        times.push(start.elapsed());
-        // A stream for each would be a cost of ours.
-        clone.hang_up();
-        clones.push(clone);
+            Kind::File | Kind::Booted => None,
+        };
+        let (mut guests, mut times, mut memory) = (Vec::<Guest>::new(), Vec::new(), Vec::new());
+        let (began, step) = (Instant::now(), count.div_ceil(LOOKS));
+        for number in 0..count {
+            let start = Instant::now();
+            let mut guest = self.start(kind, number)?;
+            times.push(start.elapsed());
+            // A stream for each would be a cost of ours.
+            guest.hang_up();
+            guests.push(guest);
+            if (number + 1).is_multiple_of(step) {
+                memory.push((guests.len(), before.saturating_sub(available_kib()?)));
+            }
+        }
+        let seconds = began.elapsed().as_secs_f64();
+        let after = available_kib()?;
+        let ticks = || guests.iter().map(|guest| ticks(guest.child.pid())).sum::<Result<u64, _>>();
+        let (from, start) = (ticks()?, Instant::now());
+        std::thread::sleep(IDLE);
+        let idle_cpu_percent = (ticks()? - from) as f64 / TICKS / start.elapsed().as_secs_f64() * 100.0;
+        let status = |field: &str| -> Result<u64, BenchError> {
+            let values = guests.iter().map(|guest| status(guest.child.pid(), field));
+            let mut values = values.collect::<Result<Vec<u64>, _>>()?;
+            values.sort_unstable();
+            Ok(values[values.len() / 2])
+        };
+        let (private_kib, threads) = (status("RssAnon:")?, status("Threads:")?);
+        for guest in &mut guests {
+            guest.child.ask_to_end();
+        }
+        let compared = COMPARED.min(times.len());
+        Ok(Row {
+            kind,
+            guests: count,
+            host_kib: before.saturating_sub(after) as f64 / f64::from(count),
+            private_kib,
+            threads,
+            seconds,
+            first: Spread::of(times[..compared].to_vec()),
+            last: Spread::of(times[times.len() - compared..].to_vec()),
+            idle_cpu_percent,
+            times,
+            memory,
+        })
     }
-    let seconds = began.elapsed().as_secs_f64();
-    let after = available_kib()?;
-    let ticks = || clones.iter().map(|clone| ticks(clone.child.pid())).sum::<Result<u64, _>>();
-    let (from, start) = (ticks()?, Instant::now());
-    std::thread::sleep(IDLE);
-    let idle_cpu_percent = (ticks()? - from) as f64 / TICKS / start.elapsed().as_secs_f64() * 100.0;
-    let status = |field: &str| -> Result<u64, BenchError> {
-        let values = clones.iter().map(|clone| status(clone.child.pid(), field));
-        let mut values = values.collect::<Result<Vec<u64>, _>>()?;
-        values.sort_unstable();
-        Ok(values[values.len() / 2])
-    };
-    let (private_kib, threads) = (status("RssAnon:")?, status("Threads:")?);
-    for clone in &mut clones {
-        clone.child.ask_to_end();
-    }
-    let compared = COMPARED.min(times.len());
-    let host_kib = before.saturating_sub(after) as f64 / f64::from(count);
-    Ok(Row {
-        backend,
-        host_kib,
-        private_kib,
-        threads,
-        seconds,
-        first: Spread::of(times[..compared].to_vec()),
-        last: Spread::of(times[times.len() - compared..].to_vec()),
-        idle_cpu_percent,
-    })
 }
 
 fn available_kib() -> Result<u64, BenchError> {
@@ -178,20 +331,14 @@ fn status(pid: u32, name: &str) -> Result<u64, BenchError> {
 
 /// The number in the line of this name.
 fn field(text: &str, name: &str) -> Result<u64, BenchError> {
-    let line = text.lines().find_map(|line| line.strip_prefix(name));
-    let number = line.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
-    number.ok_or_else(|| {
-        io_error("the kernel does not say what a benchmark asks for")(std::io::ErrorKind::NotFound.into())
-    })
+    let missing = || io_error("the kernel does not say what a benchmark asks for")(std::io::ErrorKind::NotFound.into());
+    proc::number_after(text, name).ok_or_else(missing)
 }
 
 /// What a process and its threads have taken of a processor, in clock ticks.
 fn ticks(pid: u32) -> Result<u64, BenchError> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/stat"));
-    let text = text.map_err(io_error("cannot read a clone's /proc/PID/stat"))?;
-    // The name, in parentheses, may hold anything; fields 14 and 15 of proc(5), and that is the second.
-    let rest = text.rsplit_once(')').map_or("", |(_, rest)| rest);
-    Ok(rest.split_whitespace().skip(11).take(2).filter_map(|ticks| ticks.parse::<u64>().ok()).sum())
+    Ok(proc::ticks(&text.map_err(io_error("cannot read a clone's /proc/PID/stat"))?).0)
 }
 
 #[cfg(test)]
@@ -200,7 +347,7 @@ mod tests {
 
     #[test]
     fn values_have_bounds() {
-        let check = |clones, memory_mib| Options { clones, memory_mib, json: false }.check();
+        let check = |clones, memory_mib| Options { clones, memory_mib }.check();
         assert!(check(1, 8).is_ok() && check(10_000, 4096).is_ok());
         for (clones, memory_mib, option) in
             [(0, 128, "--n"), (10_001, 128, "--n"), (1, 7, "--memory"), (1, 4097, "--memory")]
@@ -211,7 +358,6 @@ mod tests {
 
     #[test]
     fn the_kernels_figures_are_found() {
-        assert_eq!(field("VmRSS:\t 7 kB\nThreads:\t4\n", "Threads:").unwrap(), 4);
         assert!(field("VmRSS:\t 7 kB\n", "Threads:").is_err());
         assert!(available_kib().unwrap() > 0);
         let own = std::process::id();

@@ -4,10 +4,10 @@
 //! The guest is asked to touch many pages at once, and the clock of whoever asks runs meanwhile. The same request, made
 //! again when all pages are there, is taken off. What remains, by page, is what the page faults cost.
 
+use super::figure::{Figure, Unit};
 use super::guest::{Guest, PATIENCE, Workplace, wait_for_listener};
-use super::{BenchError, host_line, io_error};
+use super::{BenchError, io_error};
 use crate::children::{Child, Children};
-use crate::host::{self, Host};
 use api_spec::agent::{Pages, Request, Response, pattern};
 use api_spec::snapshot::SnapshotCreate;
 use api_spec::vm::MachineConfig;
@@ -20,8 +20,6 @@ use std::time::{Duration, Instant};
 
 /// How much longer a guest may take that touches pages, for each of them.
 const PATIENCE_PER_PAGE: Duration = Duration::from_millis(5);
-/// How often to try whether a process is ready.
-const AGAIN: Duration = Duration::from_micros(500);
 /// How often the cost of a request itself is measured.
 const BASE_RUNS: u32 = 5;
 /// What the pages hold.
@@ -40,13 +38,11 @@ pub struct Options {
     pub runs: u32,
     /// Another page server, of Firecracker's protocol.
     pub peer_handler: Option<PathBuf>,
-    /// Print JSON.
-    pub json: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { pages: 2048, runs: 5, peer_handler: None, json: false }
+        Options { pages: 2048, runs: 5, peer_handler: None }
     }
 }
 
@@ -118,6 +114,19 @@ impl Case {
         }
     }
 
+    fn name(self) -> &'static str {
+        match self {
+            Case::First => "first",
+            Case::Later => "later",
+            Case::LaterWrite => "later-write",
+            Case::ReplayRead => "replay-read",
+            Case::ReplayWrite => "replay-write",
+            Case::CopyFirst => "copy-first",
+            Case::CopyLater => "copy-later",
+            Case::Peer => "peer",
+        }
+    }
+
     fn is_copy(self) -> bool {
         matches!(self, Case::CopyFirst | Case::CopyLater | Case::Peer)
     }
@@ -147,6 +156,22 @@ pub enum Pattern {
     Scattered,
     /// One after the other.
     Contiguous,
+}
+
+impl Pattern {
+    fn title(self) -> &'static str {
+        match self {
+            Pattern::Scattered => "one of each 64 KiB",
+            Pattern::Contiguous => "neighbouring",
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Pattern::Scattered => "scattered",
+            Pattern::Contiguous => "contiguous",
+        }
+    }
 }
 
 const PATTERNS: [Pattern; 2] = [Pattern::Scattered, Pattern::Contiguous];
@@ -227,8 +252,6 @@ pub struct NotMeasured {
 /// What was found out.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// This host.
-    pub host: Host,
     /// How many pages were touched at once.
     pub pages: u32,
     /// How often.
@@ -244,13 +267,13 @@ pub struct Report {
 }
 
 impl Report {
-    fn new(options: &Options, host: Host, found: Found) -> Self {
+    fn new(options: &Options, found: Found) -> Self {
         let row = |((case, pattern), durations)| Row { case, pattern, per_page: PerPage::of(durations, options.pages) };
         let faults: Vec<Row> = found.durations.into_iter().map(row).collect();
         let ratios = ratios(&faults);
         let Options { pages, runs, .. } = *options;
         let not_measured = found.not_measured;
-        Report { host, pages, runs, memory_mib: options.memory_mib(), faults, ratios, not_measured }
+        Report { pages, runs, memory_mib: options.memory_mib(), faults, ratios, not_measured }
     }
 }
 
@@ -268,7 +291,6 @@ fn ratios(rows: &[Row]) -> Vec<Ratio> {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}", host_line(&self.host))?;
         writeln!(f, "guest {} MiB; {} pages at once, {} times\n", self.memory_mib, self.pages, self.runs)?;
         writeln!(f, "{:<30} {:^29}  {:^29}", "", "one page of each 64 KiB", "neighbouring pages")?;
         write!(f, "{:<30}", "us a page")?;
@@ -287,13 +309,31 @@ impl fmt::Display for Report {
         }
         writeln!(f)?;
         for Ratio { of, to, pattern, ratio } in &self.ratios {
-            let pattern = if *pattern == Pattern::Scattered { "one of each 64 KiB" } else { "neighbouring" };
-            writeln!(f, "{}: {ratio:.3} times {} ({pattern})", of.title(), to.title())?;
+            writeln!(f, "{}: {ratio:.3} times {} ({})", of.title(), to.title(), pattern.title())?;
         }
         for NotMeasured { case, reason } in &self.not_measured {
             writeln!(f, "{}: not measured: {reason}", case.title())?;
         }
         Ok(())
+    }
+}
+
+impl super::Report for Report {
+    fn figures(&self) -> Vec<Figure> {
+        let of_row = |Row { case, pattern, per_page }: &Row| {
+            let title = format!("{}, {}: a page", case.title(), pattern.title());
+            Figure {
+                count: self.runs as usize,
+                quantiles: vec![per_page.min_us, per_page.p50_us, per_page.max_us],
+                ..Figure::value(format!("faults.{}.{}", case.name(), pattern.name()), title, Unit::Us, per_page.p50_us)
+            }
+        };
+        let of_ratio = |Ratio { of, to, pattern, ratio }: &Ratio| {
+            let name = format!("faults.{}-to-{}.{}", of.name(), to.name(), pattern.name());
+            let title = format!("{}, beside {}, {}", of.title(), to.title(), pattern.title());
+            Figure::value(name, title, Unit::Times, *ratio)
+        };
+        self.faults.iter().map(of_row).chain(self.ratios.iter().map(of_ratio)).collect()
     }
 }
 
@@ -312,7 +352,7 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     for _ in 0..options.runs {
         bench.run_once(&mut found)?;
     }
-    Ok(Report::new(options, host::summary(), found))
+    Ok(Report::new(options, found))
 }
 
 struct Bench<'a> {
@@ -352,34 +392,17 @@ impl Bench<'_> {
         let kept = self.path(case.working_set().unwrap_or_default());
         let moved = |from: &Path, to: &Path| std::fs::rename(from, to).map_err(io_error("cannot move a working set"));
         if !kept.exists() {
-            self.learn(case, &place)?;
+            self.place.learn(&self.path("snap"), |clone| {
+                PATTERNS
+                    .iter()
+                    .try_for_each(|pattern| clone.ask(case.request(self.options.pages_of(*pattern))).map(drop))
+            })?;
             moved(&place, &kept)?;
         }
         moved(&kept, &place)?;
         let measured = self.measure_all(&[case], found);
         moved(&place, &kept)?;
         measured
-    }
-
-    /// Has the page server learn what a clone uses that does what a case is about.
-    fn learn(&self, case: Case, place: &Path) -> Result<(), BenchError> {
-        let socket = self.path("uffd.sock");
-        let _ = std::fs::remove_file(&socket);
-        let mut server = self.place.start_page_server(&socket, &["--record", "1"])?;
-        let mut clone = self.restore(case, &socket)?;
-        for pattern in PATTERNS {
-            clone.ask(case.request(self.options.pages_of(pattern)))?;
-        }
-        let deadline = Instant::now() + PATIENCE;
-        while !place.exists() {
-            clone.child.check_alive()?;
-            server.check_alive()?;
-            if Instant::now() > deadline {
-                return Err(BenchError::Late("the page server has not learnt what a clone uses", PATIENCE));
-            }
-            std::thread::sleep(AGAIN);
-        }
-        Ok(())
     }
 
     /// Waits until a process has no more memory than it had a while ago: what is got ready for it is ready.
@@ -410,10 +433,9 @@ impl Bench<'_> {
             return Ok(());
         }
         let socket = self.path("uffd.sock");
-        let _ = std::fs::remove_file(&socket);
         let mut server = match (cases, &self.options.peer_handler) {
             ([Case::Peer], Some(program)) => self.start_peer(program, &socket)?,
-            _ => self.place.start_page_server(&socket, &[])?,
+            _ => self.place.start_page_server(&self.path("snap"), &socket, &[])?,
         };
         for &case in cases {
             let mut clone = match self.restore(case, &socket) {
@@ -440,6 +462,7 @@ impl Bench<'_> {
     }
 
     fn start_peer(&self, program: &Path, socket: &Path) -> Result<Child, BenchError> {
+        let _ = std::fs::remove_file(socket);
         let mut command = Command::new(program);
         command.arg(socket).arg(self.path("snap").join(snapshot::file::MEMORY));
         let mut server = Children::start_other("other page server", &self.path("peer.log"), command)?;
@@ -526,8 +549,7 @@ mod tests {
             found.durations.insert((Case::Later, pattern), vec![Duration::from_millis(2)]);
         }
         found.not_measured.push(NotMeasured { case: Case::CopyFirst, reason: "no".into() });
-        let host = Host { cpu: "C".into(), cpus: 2, kernel: "6".into(), ring0_emulated: false };
-        let report = Report::new(&Options { pages: 1000, ..Options::default() }, host, found);
+        let report = Report::new(&Options { pages: 1000, ..Options::default() }, found);
         let text = report.to_string();
         for line in [
             "first clone                        20.00     20.00     20.00      20.00     20.00     20.00",

@@ -4,11 +4,11 @@
 //! each fork. Clones come into shells that were built ahead. The clock of a clone starts before the call, over a connection that is
 //! open, and stops at a reply from inside its guest; of many at the last reply.
 
+use super::BenchError;
+use super::figure::{Figure, Spread};
 use super::guest::{Guest, PATIENCE, Shell, Workplace};
 use super::pattern::Case;
-use super::phases::{self, Phases};
-use super::{BenchError, Spread, host_line};
-use crate::host::{self, Host};
+use super::phases::{self, Median, Phases};
 use api_spec::agent::Request;
 use api_spec::client::AgentClient;
 use api_spec::client::rest::RestError;
@@ -32,13 +32,11 @@ const SEED: u64 = 0x666f_726b_0000;
 pub struct Options {
     /// How many forks of each kind.
     pub runs: u32,
-    /// Print JSON.
-    pub json: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { runs: 200, json: false }
+        Options { runs: 200 }
     }
 }
 
@@ -73,35 +71,32 @@ struct Row {
     /// Until the last clone has replied.
     to_reply: Spread,
     /// Median of each phase of the pause, in microseconds, in order.
-    phases_us: Vec<(String, f64)>,
+    phases_us: Vec<Median>,
     /// The same of the load of a clone.
-    load_us: Vec<(String, f64)>,
+    load_us: Vec<Median>,
 }
 
 /// What was found out.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// This host.
-    host: Host,
     /// Forks.
     forks: Vec<Row>,
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}", host_line(&self.host))?;
-        for row in &self.forks {
-            let clones = if row.clones == 1 { "1 clone".to_owned() } else { format!("{} clones", row.clones) };
+        for (number, row) in self.forks.iter().enumerate() {
+            let (between, clones) = (if number == 0 { "" } else { "\n" }, clones(row.clones));
             writeln!(
                 f,
-                "\n{}; {} MiB; {clones}; {} pages copied; {} forks",
+                "{between}{}; {} MiB; {clones}; {} pages copied; {} forks",
                 row.case, row.memory_mib, row.copied_pages, row.runs
             )?;
-            writeln!(f, "  {:<26} {:>9} {:>9} {:>9} {:>9}  us", "", "min", "p50", "p99", "max")?;
-            for (name, Spread { min_us, p50_us, p99_us, max_us }) in
+            writeln!(f, "  {:<26} {}", "", Spread::heading())?;
+            for (name, spread) in
                 [("pause", row.pause), ("until answered", row.to_answer), ("until the last reply", row.to_reply)]
             {
-                writeln!(f, "  {name:<26} {min_us:>9.1} {p50_us:>9.1} {p99_us:>9.1} {max_us:>9.1}")?;
+                writeln!(f, "  {name:<26} {}", spread.columns())?;
             }
             for (what, phases) in [("pause", &row.phases_us), ("load", &row.load_us)] {
                 let phases: Vec<String> = phases.iter().map(|(name, us)| format!("{name} {us:.0}")).collect();
@@ -109,6 +104,27 @@ impl fmt::Display for Report {
             }
         }
         Ok(())
+    }
+}
+
+fn clones(number: u32) -> String {
+    if number == 1 { "1 clone".into() } else { format!("{number} clones") }
+}
+
+impl super::Report for Report {
+    fn figures(&self) -> Vec<Figure> {
+        let of_row = |row: &Row| {
+            let (case, clones) = (row.case, clones(row.clones));
+            let name = |what: &str| format!("fork.{}.{}.{what}", row.clones, case.name());
+            let title = |what: &str| format!("{clones}, {case}: {what}");
+            [
+                Figure::spread(name("pause"), title("the guest stands still"), &row.pause).of_phases(&row.phases_us),
+                Figure::spread(name("answer"), title("until the call is answered"), &row.to_answer),
+                Figure::spread(name("reply"), title("until the last clone replies"), &row.to_reply)
+                    .of_phases(&row.load_us),
+            ]
+        };
+        self.forks.iter().flat_map(of_row).collect()
     }
 }
 
@@ -131,7 +147,7 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     if let Some(case) = Case::all().first() {
         forks.push(measure(*case, MANY, options.runs.div_ceil(MANY_SHARE), &place)?);
     }
-    Ok(Report { host: host::summary(), forks })
+    Ok(Report { forks })
 }
 
 fn measure(case: Case, clones: u32, runs: u32, place: &Workplace) -> Result<Row, BenchError> {
@@ -221,7 +237,7 @@ mod tests {
     #[test]
     fn runs_have_bounds() {
         for (runs, is_fine) in [(0, false), (1, true), (10_000, true), (10_001, false)] {
-            assert_eq!(Options { runs, json: false }.check().is_ok(), is_fine);
+            assert_eq!(Options { runs }.check().is_ok(), is_fine);
         }
     }
 }

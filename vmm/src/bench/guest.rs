@@ -85,18 +85,48 @@ impl Workplace {
         TempDir::new_in(self.dir.path()).map_err(io_error("cannot make a temporary directory"))
     }
 
-    /// Starts a page server that serves the snapshot in `snap`, with more arguments, and waits until it listens.
-    pub fn start_page_server(&self, socket: &Path, more: &[&str]) -> Result<Child, BenchError> {
-        let mut server = self.children.start("page server", &self.path("uffd.log"), |vmm| {
-            vmm.arg("uffd-handler").arg("--socket").arg(socket).arg("--snapshot").arg(self.path("snap")).args(more);
+    /// Starts a page server that serves a snapshot, with more arguments, and waits until it listens.
+    pub fn start_page_server(&self, snapshot: &Path, socket: &Path, more: &[&str]) -> Result<Child, BenchError> {
+        let _ = std::fs::remove_file(socket);
+        let mut server = self.children.start("page server", &socket.with_extension("log"), |vmm| {
+            vmm.arg("uffd-handler").arg("--socket").arg(socket).arg("--snapshot").arg(snapshot).args(more);
         })?;
         wait_for_listener(&mut server, socket)?;
         Ok(server)
     }
 
+    /// Has a page server learn what a clone of a snapshot uses that does something, so that it is got ready for later ones.
+    pub fn learn(
+        &self,
+        snapshot: &Path,
+        something: impl FnOnce(&mut Guest) -> Result<(), BenchError>,
+    ) -> Result<(), BenchError> {
+        let (socket, learnt) = (self.path("learn.sock"), snapshot.join(::snapshot::file::WORKING_SET));
+        let mut server = self.start_page_server(snapshot, &socket, &["--record", "1"])?;
+        let mut clone = self.restore(snapshot, |vmm| {
+            vmm.arg("--uffd").arg(&socket);
+        })?;
+        something(&mut clone)?;
+        let deadline = Instant::now() + PATIENCE;
+        while !learnt.exists() {
+            clone.child.check_alive()?;
+            server.check_alive()?;
+            if Instant::now() > deadline {
+                return Err(BenchError::Late("the page server has not learnt what a clone uses", PATIENCE));
+            }
+            std::thread::sleep(AGAIN);
+        }
+        Ok(())
+    }
+
     /// Boots the embedded guest.
     pub fn boot(&self, machine_config: MachineConfig) -> Result<Guest, BenchError> {
-        let (config, vsock) = (self.path("vm.json"), self.path("guest.vsock"));
+        self.boot_as("guest", machine_config)
+    }
+
+    /// The same of one that is called by a name.
+    pub fn boot_as(&self, name: &str, machine_config: MachineConfig) -> Result<Guest, BenchError> {
+        let (config, vsock) = (self.path(&format!("{name}.json")), self.path(&format!("{name}.vsock")));
         let document = VmConfig {
             boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
             machine_config,
@@ -104,7 +134,7 @@ impl Workplace {
             ..Default::default()
         };
         write_config(&config, &document)?;
-        self.start("guest", &vsock, |vmm| {
+        self.start(name, &vsock, &[Request::Ping { token: 0 }], |vmm| {
             vmm.arg("--config").arg(&config);
         })
     }
@@ -121,8 +151,19 @@ impl Workplace {
         snapshot: &Path,
         more: impl FnOnce(&mut Command),
     ) -> Result<Guest, BenchError> {
+        self.restore_and_ask(name, snapshot, &[Request::Ping { token: 0 }], more)
+    }
+
+    /// The same of one that is asked something first.
+    pub fn restore_and_ask(
+        &self,
+        name: &str,
+        snapshot: &Path,
+        requests: &[Request],
+        more: impl FnOnce(&mut Command),
+    ) -> Result<Guest, BenchError> {
         let vsock = self.path(&format!("{name}.vsock"));
-        self.start(name, &vsock, |vmm| {
+        self.start(name, &vsock, requests, |vmm| {
             vmm.arg("--restore").arg(snapshot).arg("--vsock").arg(&vsock);
             // Nobody uses the clones for anything, so they need not become themselves first.
             vmm.arg("--same-generation");
@@ -151,8 +192,14 @@ impl Workplace {
         Ok(Shell { _child: child, api, client, vsock })
     }
 
-    /// Starts a vmm and waits for the first reply of its guest.
-    fn start(&self, name: &str, vsock: &Path, arguments: impl FnOnce(&mut Command)) -> Result<Guest, BenchError> {
+    /// Starts a vmm, asks its guest something, and waits for its replies.
+    fn start(
+        &self,
+        name: &str,
+        vsock: &Path,
+        requests: &[Request],
+        arguments: impl FnOnce(&mut Command),
+    ) -> Result<Guest, BenchError> {
         let api = Api { path: self.path(&format!("{name}.sock")), patience: self.patience };
         for socket in [vsock, &api.path] {
             let _ = std::fs::remove_file(socket);
@@ -161,8 +208,12 @@ impl Workplace {
             arguments(vmm);
             vmm.arg("--api-sock").arg(&api.path);
         })?;
-        let (times, ping) = ((self.patience, Instant::now() + PATIENCE), Request::Ping { token: 0 });
-        let agent = child.first_reply(vsock, times, ping, || self.go_on(), BenchError::Agent)?;
+        let times = (self.patience, Instant::now() + PATIENCE);
+        let (first, others) = requests.split_first().unwrap_or((&Request::Ping { token: 0 }, &[]));
+        let mut agent = child.first_reply(vsock, times, *first, || self.go_on(), BenchError::Agent)?;
+        for request in others {
+            agent.call(*request).map_err(BenchError::Agent)?;
+        }
         Ok(Guest { child, api, agent: Some(agent) })
     }
 
@@ -227,6 +278,20 @@ impl Api {
 pub fn write_config(path: &Path, config: &VmConfig) -> Result<(), BenchError> {
     let text = serde_json::to_vec(config).map_err(io::Error::from);
     text.and_then(|text| std::fs::write(path, text)).map_err(io_error("cannot write a configuration"))
+}
+
+/// Tries until the API of a process takes a connection.
+pub fn connect(child: &mut Child, api: &Path) -> Result<RestClient, BenchError> {
+    const SOON: Duration = Duration::from_micros(50);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match RestClient::connect(api, PATIENCE) {
+            Ok(client) => return Ok(client),
+            Err(_) if Instant::now() < deadline => std::thread::sleep(SOON),
+            Err(source) => return Err(BenchError::Api { what: "a VMM cannot be called", source }),
+        }
+        child.check_alive()?;
+    }
 }
 
 /// Waits until somebody listens, without connecting: some page servers serve the first who does, and nobody else.

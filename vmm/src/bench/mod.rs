@@ -1,24 +1,46 @@
 //! Benchmarks: what anyone can measure on a machine of their own. They drive ordinary `vmm` processes from outside, and
 //! give each figure beside one of the same machine and run that it can be judged by.
+//!
+//! ```text
+//!   api, density, ... --> Report --> figures --> Sheet --> table, JSON
+//!                                                  |
+//!                         gate <-------------------+-----> charts, Markdown (also of a sheet that was kept)
+//! ```
 
 pub mod api;
+mod charts;
+mod compare;
+mod conditions;
 pub mod density;
 pub mod faults;
+mod figure;
 pub mod fork;
+pub mod gate;
 mod guest;
-pub mod pattern;
+mod markdown;
+mod pattern;
+pub mod peer;
 mod phases;
 pub mod reset;
 pub mod restore;
+pub mod sheet;
 pub mod snapshot;
 
+use self::conditions::Watch;
+use self::figure::{Figure, Series};
+use self::gate::{Compared, Gate};
+use self::peer::Peer;
+use self::sheet::{Sheet, SheetError};
 use crate::children::ChildError;
-use crate::host::Host;
+use crate::host;
 use api_spec::client::agent::AgentError;
 use api_spec::client::rest::RestError;
 use serde::Serialize;
+use serde_json::Map;
+use std::fmt::{self, Write};
 use std::io;
-use std::time::Duration;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// What `vmm bench --help` prints.
 pub const USAGE: &str = "\
@@ -31,8 +53,20 @@ Usage: vmm bench api [options]       how long calls of the REST API take, and ho
        vmm bench reset [options]     how long it takes to reset a guest, by how much it has written
        vmm bench restore [options]   how soon a clone answers that was asked for
        vmm bench snapshot [options]  how long guests stand still for snapshots, and what else these cost
+       vmm bench all [options]       all of them, as the published figures are made; some minutes
+       vmm bench report FILE [options]
+                                     figures that were kept (`--json`), as Markdown
 
   --json                  print one JSON document instead of a table
+  --gate FILE             compare with the figures in FILE, which `--json` has printed, and with the budgets in it; fail if
+                          any is worse
+  --plot DIR              draw charts into DIR, as SVG and PNG
+
+Of all but `api` and `report`:
+  --n N                   how often to measure everything, 1 to 100 (default 5 for `faults`, 10 for `snapshot`); of `reset`
+                          each kind of reset, 1 to 1000000 (default 500); of `fork` and `restore` how many of each kind, 1
+                          to 10000 (default 200); of `density` how many clones are alive at once, 1 to 10000 (default
+                          200); of `all` at most so often (with 1000 clones for `density`)
 
 Of `api`:
   --calls N               how many calls on one connection, 1 to 1000000 (default 5000)
@@ -41,20 +75,25 @@ Of `api`:
 Of `density` and `restore`:
   --memory MIB            guest memory (default 128)
 
-Of `density`, `faults`, `fork`, `reset`, `restore` and `snapshot`:
-  --n RUNS                how often to measure everything, 1 to 100 (default 5 for `faults`, 10 for `snapshot`); of `reset`
-                          each kind of reset, 1 to 1000000 (default 500); of `fork` and `restore` how many of each kind, 1
-                          to 10000 (default 200); of `density` how many clones are alive at once, 1 to 10000 (default 200)
-
 Of `restore`:
   --vcpus N               1 to 8 (default 1)
-  --backend WHICH         only `file`, or only `shared`, a page server whose store clones share
+  --backend WHICH         only `file`, only `shared`, a page server whose store clones share, or only `copy`, one that copies
   --shell WHICH           only `warm`, into a process that was built ahead, or only `none`, by `vmm --restore`
+  --working-set PAGES     measure also clones whose guests touch so many pages at once, which are got ready for them
+  --write-fraction F      the share of these that they write, 0 to 1 (default 1)
+  --concurrency N         how many clones are asked for at once, 1 to 64 (default 1)
+  --cold                  throw the snapshot's files out of the page cache each time
+
+Of `all` and `restore`:
+  --peer firecracker=PROGRAM
+                          measure another VMM as well, with the same guest, memory from the file
+
+Of `all` and `faults`:
+  --peer-handler PROGRAM  measure another page server of Firecracker's protocol as well; it is started with the path of
+                          its socket and that of the memory file
 
 Of `faults`:
   --pages N               how many pages to touch at once, 1 to 8192 (default 2048)
-  --peer-handler PROGRAM  measure another page server of Firecracker's protocol as well; it is started with the path of
-                          its socket and that of the memory file
 
 Of `snapshot`:
   --resident-mib N        memory in use of the guest that has much in use, 16 to 1984 (default 1024); as much is written
@@ -100,6 +139,23 @@ pub enum BenchError {
     /// A snapshot that is not in order.
     #[error(transparent)]
     Verify(#[from] ::snapshot::verify::VerifyError),
+    /// A gate, or a document that was kept.
+    #[error(transparent)]
+    Sheet(#[from] SheetError),
+    /// Charts.
+    #[error("--plot: {0}")]
+    Plot(#[from] plots::PlotError),
+    /// It is worse than it has to be.
+    #[error("--gate: {failed} of {compared} values are worse than they may be")]
+    Gate {
+        /// How many are.
+        failed: usize,
+        /// How many were compared.
+        compared: usize,
+    },
+    /// Nothing was compared.
+    #[error("--gate: the gate says nothing of what was measured here; check the names of its figures, and its host")]
+    NothingToCompare,
     /// A signal.
     #[error("interrupted by a signal; every process of the benchmark has ended, start it again to see its figures")]
     Interrupted,
@@ -116,46 +172,210 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> BenchError {
     move |source| BenchError::Io { what, source }
 }
 
-/// What a report says of the host.
-fn host_line(host: &Host) -> String {
-    let Host { cpu, cpus, kernel, ring0_emulated } = host;
-    let emulated = if *ring0_emulated { ", KVM emulates ring 0" } else { "" };
-    format!("host  {cpu}, {cpus} CPUs, Linux {kernel}{emulated}")
-}
+/// What a benchmark says of what it has found out: a table for people, a document, and figures.
+trait Report: fmt::Display + Serialize {
+    fn figures(&self) -> Vec<Figure>;
 
-/// How some durations are spread, in microseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Spread {
-    /// The shortest.
-    pub min_us: f64,
-    /// Half of them are no longer.
-    pub p50_us: f64,
-    /// 99 of 100 are no longer.
-    pub p99_us: f64,
-    /// The longest.
-    pub max_us: f64,
-}
-
-impl Spread {
-    /// The spread of these durations, of which there must be one at least.
-    fn of(mut durations: Vec<Duration>) -> Self {
-        durations.sort_unstable();
-        let last = durations.len().saturating_sub(1);
-        let at = |share: usize| durations.get((last * share).div_ceil(100)).copied().unwrap_or_default();
-        let us = |duration: Duration| (duration.as_secs_f64() * 1e7).round() / 10.0;
-        Spread { min_us: us(at(0)), p50_us: us(at(50)), p99_us: us(at(99)), max_us: us(at(100)) }
+    fn series(&self) -> Vec<Series> {
+        Vec::new()
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// A benchmark, and what it is to measure.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Benchmark {
+    /// Calls of the API.
+    Api(api::Options),
+    /// Many clones at once.
+    Density(density::Options),
+    /// Page faults.
+    Faults(faults::Options),
+    /// Forks.
+    Fork(fork::Options),
+    /// Resets.
+    Reset(reset::Options),
+    /// Restores.
+    Restore(restore::Options),
+    /// Snapshots.
+    Snapshot(snapshot::Options),
+}
 
-    #[test]
-    fn a_spread_is_taken_from_the_right_places() {
-        let spread = Spread::of((1..=201).rev().map(Duration::from_micros).collect());
-        assert_eq!(spread, Spread { min_us: 1.0, p50_us: 101.0, p99_us: 199.0, max_us: 201.0 });
-        let one = Spread::of(vec![Duration::from_nanos(1_250)]);
-        assert_eq!((one.min_us, one.p50_us, one.p99_us, one.max_us), (1.3, 1.3, 1.3, 1.3));
+impl Benchmark {
+    fn name(&self) -> &'static str {
+        match self {
+            Benchmark::Api(_) => "api",
+            Benchmark::Density(_) => "density",
+            Benchmark::Faults(_) => "faults",
+            Benchmark::Fork(_) => "fork",
+            Benchmark::Reset(_) => "reset",
+            Benchmark::Restore(_) => "restore",
+            Benchmark::Snapshot(_) => "snapshot",
+        }
+    }
+
+    fn run(&self) -> Result<Box<dyn ErasedReport>, BenchError> {
+        Ok(match self {
+            Benchmark::Api(options) => Box::new(api::run(options)?),
+            Benchmark::Density(options) => Box::new(density::run(options)?),
+            Benchmark::Faults(options) => Box::new(faults::run(options)?),
+            Benchmark::Fork(options) => Box::new(fork::run(options)?),
+            Benchmark::Reset(options) => Box::new(reset::run(options)?),
+            Benchmark::Restore(options) => Box::new(restore::run(options)?),
+            Benchmark::Snapshot(options) => Box::new(snapshot::run(options)?),
+        })
+    }
+}
+
+/// Every benchmark as the published figures are made, or each with so many runs at most.
+pub fn all(most: u32, peer: Option<Peer>, peer_handler: Option<PathBuf>) -> Vec<Benchmark> {
+    let api = api::Options::default();
+    let (restore, fork, reset) = (restore::Options::default(), fork::Options::default(), reset::Options::default());
+    let (faults, snapshot) = (faults::Options::default(), snapshot::Options::default());
+    vec![
+        Benchmark::Api(api::Options { calls: api.calls.min(most.saturating_mul(20)), starts: api.starts.min(most) }),
+        Benchmark::Restore(restore::Options { runs: restore.runs.min(most), working_set: 2048, peer, ..restore }),
+        Benchmark::Fork(fork::Options { runs: fork.runs.min(most) }),
+        Benchmark::Reset(reset::Options { runs: reset.runs.min(most) }),
+        Benchmark::Faults(faults::Options { runs: faults.runs.min(most), peer_handler, ..faults }),
+        Benchmark::Snapshot(snapshot::Options { runs: snapshot.runs.min(most), ..snapshot }),
+        Benchmark::Density(density::Options { clones: 1000.min(most), ..Default::default() }),
+    ]
+}
+
+/// What is done with figures, whether they are new or were kept.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Output {
+    /// Print JSON.
+    pub json: bool,
+    /// Compare with what this file says.
+    pub gate: Option<PathBuf>,
+    /// Draw charts into this directory.
+    pub plot: Option<PathBuf>,
+}
+
+/// What to measure, and what to do with it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// What to measure, one after the other.
+    pub benchmarks: Vec<Benchmark>,
+    /// What to do with it.
+    pub output: Output,
+}
+
+/// Figures that were kept, and what to do with them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    /// The file.
+    pub path: PathBuf,
+    /// What to do with it.
+    pub output: Output,
+}
+
+/// What is to be printed, and what then has to be said of the gate.
+pub struct Printed {
+    /// For standard output.
+    pub text: String,
+    /// What was compared, if something was to be.
+    pub compared: Option<Vec<Compared>>,
+}
+
+impl Printed {
+    /// Whether everything is as good as it has to be.
+    pub fn verdict(&self) -> Result<(), BenchError> {
+        let Some(compared) = &self.compared else { return Ok(()) };
+        let failed = compared.iter().filter(|compared| !compared.holds()).count();
+        match (compared.len(), failed) {
+            (0, _) => Err(BenchError::NothingToCompare),
+            (_, 0) => Ok(()),
+            (compared, failed) => Err(BenchError::Gate { failed, compared }),
+        }
+    }
+}
+
+/// Measures.
+pub fn run(request: &Request) -> Result<Printed, BenchError> {
+    let Request { benchmarks, output } = request;
+    let finishing = Finishing::new(output)?;
+    let (mut figures, mut series, mut reports, mut text) = (Vec::new(), Vec::new(), Map::new(), String::new());
+    let watch = Watch::begin()?;
+    for benchmark in benchmarks {
+        let report = benchmark.run()?;
+        if benchmarks.len() > 1 {
+            let _ = writeln!(text, "\n{0}\n{1}", benchmark.name(), "=".repeat(benchmark.name().len())); // A String takes all.
+        }
+        let _ = write!(text, "\n{report}");
+        figures.extend(report.figures());
+        series.extend(report.series());
+        reports.insert(benchmark.name().into(), report.document());
+    }
+    let taken = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let sheet = Sheet {
+        format: sheet::FORMAT,
+        vmm_version: env!("CARGO_PKG_VERSION").into(),
+        taken: uffd_handler::logging::timestamp(taken),
+        host: host::summary(),
+        conditions: watch.end()?,
+        figures,
+        series,
+        reports,
+    };
+    let mut head = format!("host  {}\n      {}\n", sheet.host, sheet.conditions);
+    for why in &sheet.conditions.noisy {
+        let _ = writeln!(head, "NOISY: {why}: measure again when the machine is idle");
+    }
+    finishing.finish(&sheet, || head + &text)
+}
+
+/// Does with figures that were kept what can be done with new ones; without `--json` as Markdown.
+pub fn show(kept: &Kept) -> Result<Printed, BenchError> {
+    let finishing = Finishing::new(&kept.output)?;
+    let sheet = Sheet::read(&kept.path)?;
+    finishing.finish(&sheet, || markdown::page(&sheet, finishing.gate.as_ref()))
+}
+
+/// What is done in the end, looked at before hours go by.
+struct Finishing<'a> {
+    output: &'a Output,
+    gate: Option<Gate>,
+}
+
+impl<'a> Finishing<'a> {
+    fn new(output: &'a Output) -> Result<Self, BenchError> {
+        let gate = output.gate.as_deref().map(Gate::read).transpose()?;
+        if let Some(dir) = &output.plot {
+            std::fs::create_dir_all(dir).map_err(io_error("--plot: cannot make the directory"))?;
+        }
+        Ok(Finishing { output, gate })
+    }
+
+    fn finish(&self, sheet: &Sheet, text: impl FnOnce() -> String) -> Result<Printed, BenchError> {
+        if let Some(dir) = &self.output.plot {
+            charts::write(sheet, dir)?;
+        }
+        let compared = self.gate.as_ref().map(|gate| gate.compare(sheet));
+        let text = if self.output.json { crate::cli::to_json(sheet) } else { text() };
+        Ok(Printed { text, compared })
+    }
+}
+
+/// A report of whatever type.
+trait ErasedReport: fmt::Display {
+    fn figures(&self) -> Vec<Figure>;
+    fn series(&self) -> Vec<Series>;
+    fn document(&self) -> serde_json::Value;
+}
+
+impl<R: Report> ErasedReport for R {
+    fn figures(&self) -> Vec<Figure> {
+        Report::figures(self)
+    }
+
+    fn series(&self) -> Vec<Series> {
+        Report::series(self)
+    }
+
+    fn document(&self) -> serde_json::Value {
+        // Our own documents have string keys and no failing serializers.
+        serde_json::to_value(self).unwrap_or_default()
     }
 }

@@ -38,6 +38,12 @@ impl Case {
         WRITTEN.into_iter().flat_map(of).collect()
     }
 
+    /// What programs call it.
+    pub fn name(&self) -> String {
+        let pattern = if self.pattern == Pattern::Scattered { "scattered" } else { "contiguous" };
+        format!("{}-{pattern}", self.pages)
+    }
+
     /// The pages.
     pub fn written(&self) -> Pages {
         let stride = if self.pattern == Pattern::Scattered { STRIDE } else { 1 };

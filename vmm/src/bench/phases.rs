@@ -1,11 +1,14 @@
 //! What a vmm says that an operation has spent its time on.
 
-use super::Spread;
+use super::figure::Spread;
 use api_spec::stats::{TracedOperation, VmStats};
 use std::time::Duration;
 
 /// The phases of an operation, in order.
 pub type Phases = Vec<(String, Duration)>;
+
+/// A phase, and its median in microseconds.
+pub type Median = (String, f64);
 
 /// Those of the last operation of this kind.
 pub fn of(stats: VmStats, operation: TracedOperation) -> Phases {
@@ -14,8 +17,8 @@ pub fn of(stats: VmStats, operation: TracedOperation) -> Phases {
     phases.map(|phase| (phase.name, Duration::from_nanos(phase.ns))).collect()
 }
 
-/// The median of each phase, in microseconds, in order.
-pub fn medians<'a>(all: impl Iterator<Item = &'a Phases> + Clone) -> Vec<(String, f64)> {
+/// The median of each phase, in order.
+pub fn medians<'a>(all: impl Iterator<Item = &'a Phases> + Clone) -> Vec<Median> {
     let names = all.clone().next().map_or(&[][..], Vec::as_slice);
     let median = |(number, (name, _)): (usize, &(String, Duration))| {
         let times = all.clone().filter_map(|phases| phases.get(number)).map(|(_, time)| *time);

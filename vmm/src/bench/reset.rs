@@ -3,10 +3,10 @@
 //! The guest writes the same pages after each reset, as one does that serves requests, and is seen to have all of its memory back in
 //! the end.
 
+use super::BenchError;
+use super::figure::{Figure, Spread, Unit};
 use super::guest::{Guest, PATIENCE, Workplace};
 use super::pattern::Case;
-use super::{BenchError, Spread, host_line};
-use crate::host::{self, Host};
 use api_spec::agent::{Pages, Request};
 use api_spec::client::AgentClient;
 use api_spec::client::rest::RestError;
@@ -28,13 +28,11 @@ const PAGE: usize = 4096;
 pub struct Options {
     /// How many resets of each kind.
     pub runs: u32,
-    /// Print JSON.
-    pub json: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { runs: 500, json: false }
+        Options { runs: 500 }
     }
 }
 
@@ -79,8 +77,6 @@ pub struct Row {
 /// What was found out.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// This host.
-    pub host: Host,
     /// How many resets of each kind.
     pub runs: u32,
     /// `GET /` over the same kind of connection.
@@ -91,11 +87,10 @@ pub struct Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}\n", host_line(&self.host))?;
         for row in &self.resets {
             writeln!(f, "{}; {} MiB; {} brought back", row.case, row.memory_mib, row.dirty_pages)?;
-            writeln!(f, "  {:<26} {:>9} {:>9} {:>9} {:>9}  us", "", "min", "p50", "p99", "max")?;
-            for (name, Spread { min_us, p50_us, p99_us, max_us }) in [
+            writeln!(f, "  {:<26} {}", "", Spread::heading())?;
+            for (name, spread) in [
                 ("pause", row.pause),
                 ("what was written", row.harvest),
                 ("memory", row.memory),
@@ -105,11 +100,35 @@ impl fmt::Display for Report {
                 ("for whoever asks", row.call),
                 ("a copy of as many pages", row.copy),
             ] {
-                writeln!(f, "  {name:<26} {min_us:>9.1} {p50_us:>9.1} {p99_us:>9.1} {max_us:>9.1}")?;
+                writeln!(f, "  {name:<26} {}", spread.columns())?;
             }
             writeln!(f)?;
         }
         writeln!(f, "GET / takes {:.1} us ({} resets of each kind)", self.get_info.p50_us, self.runs)
+    }
+}
+
+impl super::Report for Report {
+    fn figures(&self) -> Vec<Figure> {
+        let of_row = |row: &Row| {
+            let name = |what: &str| format!("reset.{}.{what}", row.case.name());
+            let title = |what: &str| format!("{}: {what}", row.case);
+            let parts = [
+                ("pause", row.pause),
+                ("what was written", row.harvest),
+                ("memory", row.memory),
+                ("vCPUs and VM", row.state),
+                ("devices", row.devices),
+            ]
+            .map(|(name, spread)| (name.to_owned(), spread.p50_us));
+            let added = row.call.p50_us - row.total.p50_us;
+            [
+                Figure::spread(name("inside"), title("inside the vmm"), &row.total).of_phases(&parts),
+                Figure::spread(name("client"), title("for whoever asks"), &row.call),
+                Figure::value(name("added"), title("what the call adds"), Unit::Us, added),
+            ]
+        };
+        self.resets.iter().flat_map(of_row).collect()
     }
 }
 
@@ -122,7 +141,7 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
         let mut guest = place.boot(config)?;
         resets.push(measure(case, options.runs, &place, &mut guest, &mut get_info)?);
     }
-    Ok(Report { host: host::summary(), runs: options.runs, get_info: Spread::of(get_info), resets })
+    Ok(Report { runs: options.runs, get_info: Spread::of(get_info), resets })
 }
 
 fn measure(
@@ -220,7 +239,7 @@ mod tests {
     #[test]
     fn runs_have_bounds() {
         for (runs, is_fine) in [(0, false), (1, true), (1_000_000, true), (1_000_001, false)] {
-            assert_eq!(Options { runs, json: false }.check().is_ok(), is_fine);
+            assert_eq!(Options { runs }.check().is_ok(), is_fine);
         }
     }
 }

@@ -4,28 +4,43 @@
 //! |---|---|---|
 //! | no shell | before the process is started, `vmm --restore` | what anyone has who restores now and then |
 //! | warm shell | before `PUT /snapshot/load` is sent, over a connection that is open | what a pool has that is filled ahead (`vmm --shell`) |
+//! | another VMM | before its process is started, or before the same call, likewise | the same guest, its memory from the file |
 //!
-//! Both clocks stop at a reply from inside the guest, over vsock. The cases take turns, so that whatever disturbs one
-//! disturbs the others as well.
+//! All clocks stop at a reply from inside the guest, over vsock. With a working set the request that is replied to is to touch so many
+//! pages, which are got ready meanwhile, as clones before have taught. The cases take turns, so that whatever disturbs one disturbs the
+//! others as well.
 
+use super::compare::{self, Interval};
+use super::figure::{Figure, Spread, Unit};
 use super::guest::{Guest, PATIENCE, Workplace};
-use super::phases::{self, Phases};
-use super::{BenchError, Spread, host_line};
-use crate::host::{self, Host};
+use super::peer::{Peer, Prepared};
+use super::phases::{self, Median, Phases};
+use super::{BenchError, io_error};
 use crate::machine::config;
 use crate::memory::layout;
-use api_spec::agent::Request;
+use api_spec::agent::{Pages, Request, Response};
 use api_spec::client::{AgentClient, RestClient};
 use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotCreate, SnapshotLoad};
 use api_spec::stats::{TracedOperation, VmStats};
 use api_spec::vm::MachineConfig;
+use rustix::fs::{Advice, fadvise};
 use serde::Serialize;
 use std::fmt;
-use std::path::Path;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+/// Memory of the guest that it needs itself, in MiB.
+const GUEST_OWN_MIB: u64 = 16;
+/// Greatest distance of scattered pages: one of each 64 KiB.
+const STRIDE: u64 = 16;
+/// What pages hold, and what is written to them.
+const SEED: u64 = 0x7265_7374_6f72;
+/// Most clones that are started at once.
+const MOST_AT_ONCE: u32 = 64;
+
 /// What to measure.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// How many clones of each kind.
     pub runs: u32,
@@ -37,20 +52,40 @@ pub struct Options {
     pub backend: Option<Backend>,
     /// Only with a shell, or only without.
     pub shell: Option<Shell>,
-    /// Print JSON.
-    pub json: bool,
+    /// How many pages a guest touches at once, besides clones that touch none.
+    pub working_set: u32,
+    /// The share of these that it writes.
+    pub write_fraction: f64,
+    /// How many clones are asked for at once.
+    pub concurrency: u32,
+    /// Whether the snapshot's files are thrown out of the page cache each time.
+    pub cold: bool,
+    /// Another VMM.
+    pub peer: Option<Peer>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { runs: 200, memory_mib: 128, vcpus: 1, backend: None, shell: None, json: false }
+        Options {
+            runs: 200,
+            memory_mib: 128,
+            vcpus: 1,
+            backend: None,
+            shell: None,
+            working_set: 0,
+            write_fraction: 1.0,
+            concurrency: 1,
+            cold: false,
+            peer: None,
+        }
     }
 }
 
 impl Options {
     /// Whether the values make sense.
     pub fn check(&self) -> Result<(), String> {
-        let Options { runs, memory_mib, vcpus, .. } = *self;
+        let Options { runs, memory_mib, vcpus, working_set, write_fraction, concurrency, .. } = *self;
+        let most = memory_mib.saturating_sub(GUEST_OWN_MIB) * 256;
         match self {
             Options { runs: 0 | 10_001.., .. } => Err(format!("--n {runs}: must be 1 to 10000")),
             _ if !(1..=config::MAX_VCPUS).contains(&vcpus) => {
@@ -59,18 +94,69 @@ impl Options {
             _ if !(8..=layout::MAX_MIB).contains(&memory_mib) => {
                 Err(format!("--memory {memory_mib}: must be 8 to {}", layout::MAX_MIB))
             }
+            _ if u64::from(working_set) > most => {
+                Err(format!("--working-set {working_set}: a guest of {memory_mib} MiB can touch {most} pages"))
+            }
+            _ if !(0.0..=1.0).contains(&write_fraction) => {
+                Err(format!("--write-fraction {write_fraction}: must be 0 to 1"))
+            }
+            _ if !(1..=MOST_AT_ONCE).contains(&concurrency) => {
+                Err(format!("--concurrency {concurrency}: must be 1 to {MOST_AT_ONCE}"))
+            }
             _ => Ok(()),
         }
     }
 
+    fn touches(&self) -> Vec<Touch> {
+        match self.working_set {
+            0 => vec![Touch::Nothing],
+            _ => vec![Touch::Nothing, Touch::Contiguous, Touch::Scattered],
+        }
+    }
+
     fn cases(&self) -> Vec<Case> {
-        let both = |backend| [Shell::None, Shell::Warm].map(|shell| Case { backend, shell });
-        let all = [Backend::File, Backend::Shared].into_iter().flat_map(both);
-        let wanted = |case: &Case| {
-            self.backend.is_none_or(|backend| backend == case.backend)
-                && self.shell.is_none_or(|shell| shell == case.shell)
-        };
-        all.filter(wanted).collect()
+        let backends = Backend::ALL.into_iter().filter(|one| self.backend.is_none_or(|backend| backend == *one));
+        let shells = [Shell::None, Shell::Warm].into_iter();
+        let shells = shells.filter(|one| self.shell.is_none_or(|shell| shell == *one));
+        let ours = backends.flat_map(|backend| shells.clone().map(move |shell| (false, shell, backend)));
+        let theirs = shells.clone().map(|shell| (true, shell, Backend::File));
+        let vmms = ours.chain(theirs.filter(|_| self.peer.is_some()));
+        let touches = self.touches();
+        let all = vmms.flat_map(|(is_peer, shell, backend)| {
+            touches.iter().map(move |touch| Case { is_peer, shell, backend, touch: *touch })
+        });
+        // A page server that copies gets nothing ready, and is not what a working set is for.
+        all.filter(|case| case.backend != Backend::Copy || case.touch == Touch::Nothing).collect()
+    }
+
+    /// The pages that a guest touches.
+    fn pages(&self, touch: Touch) -> Pages {
+        let count = self.working_set;
+        match touch {
+            Touch::Nothing => Pages::run(0, 0),
+            Touch::Contiguous => Pages::run(0, count),
+            Touch::Scattered => {
+                let room = self.memory_mib.saturating_sub(GUEST_OWN_MIB) * 256 / u64::from(count.max(1));
+                Pages { first: 0, count, stride: room.clamp(1, STRIDE) as u32 }
+            }
+        }
+    }
+
+    /// What a guest is asked: to do as it is to do with its pages, or only to answer.
+    fn requests(&self, touch: Touch) -> Vec<Request> {
+        let all = self.pages(touch);
+        let written = (f64::from(all.count) * self.write_fraction).round() as u32;
+        let read = Pages { first: all.first + written * all.stride, count: all.count - written, ..all };
+        match touch {
+            Touch::Nothing => vec![Request::Ping { token: 0 }],
+            _ => [
+                (written > 0).then_some(Request::Write { pages: Pages { count: written, ..all }, value: SEED }),
+                (read.count > 0).then_some(Request::Touch { pages: read }),
+            ]
+            .into_iter()
+            .flatten()
+            .collect(),
+        }
     }
 }
 
@@ -82,14 +168,28 @@ pub enum Backend {
     File,
     /// A page server, whose store clones share.
     Shared,
+    /// A page server that copies, as Firecracker's protocol has it.
+    Copy,
 }
 
 impl Backend {
+    const ALL: [Backend; 3] = [Backend::File, Backend::Shared, Backend::Copy];
+
     /// What a report calls it.
-    pub fn name(self) -> &'static str {
+    pub fn title(self) -> &'static str {
         match self {
             Backend::File => "file",
             Backend::Shared => "page server",
+            Backend::Copy => "page server that copies",
+        }
+    }
+
+    /// What programs call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Backend::File => "file",
+            Backend::Shared => "shared",
+            Backend::Copy => "copy",
         }
     }
 }
@@ -100,25 +200,60 @@ impl Backend {
 pub enum Shell {
     /// Nothing is there yet.
     None,
-    /// A shell that was built ahead.
+    /// A shell that was built ahead; of another VMM a process that waits for the call.
     Warm,
+}
+
+impl Shell {
+    fn name(self) -> &'static str {
+        match self {
+            Shell::None => "none",
+            Shell::Warm => "warm",
+        }
+    }
+}
+
+/// What a guest does first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Touch {
+    /// It answers.
+    Nothing,
+    /// It touches pages beside each other.
+    Contiguous,
+    /// It touches pages with others between them.
+    Scattered,
+}
+
+impl Touch {
+    fn name(self) -> &'static str {
+        match self {
+            Touch::Nothing => "reply",
+            Touch::Contiguous => "contiguous",
+            Touch::Scattered => "scattered",
+        }
+    }
 }
 
 /// One way to get a clone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 struct Case {
-    backend: Backend,
+    is_peer: bool,
     shell: Shell,
+    backend: Backend,
+    touch: Touch,
 }
 
-impl fmt::Display for Case {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let backend = self.backend.name();
-        let shell = match self.shell {
-            Shell::None => "vmm --restore",
-            Shell::Warm => "load into a warm shell",
-        };
-        write!(f, "{shell}, {backend}")
+impl Case {
+    fn name(&self) -> String {
+        let Case { is_peer, shell, backend, touch } = self;
+        let peer = if *is_peer { "peer." } else { "" };
+        format!("restore.{peer}{}.{}.{}", shell.name(), backend.name(), touch.name())
+    }
+
+    /// Whether both differ in what VMM it is, and in nothing that matters.
+    fn is_like(&self, other: &Case) -> bool {
+        (self.shell, self.touch) == (other.shell, other.touch)
     }
 }
 
@@ -136,82 +271,134 @@ struct Sample {
 struct Measured {
     #[serde(flatten)]
     case: Case,
+    #[serde(skip)]
+    title: String,
     /// Until the reply.
     to_reply: Spread,
     /// Until the call that loads the snapshot was answered, where there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     to_answer: Option<Spread>,
     /// Median of each phase of the load inside the vmm, in microseconds, in order.
-    phases_us: Vec<(String, f64)>,
+    phases_us: Vec<Median>,
+}
+
+/// One way beside another.
+#[derive(Clone, Debug, Serialize)]
+struct Compared {
+    #[serde(skip)]
+    name: String,
+    /// What is compared.
+    what: String,
+    /// Of medians.
+    ratio: Interval,
 }
 
 /// What was found out.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// This host.
-    host: Host,
     /// Guest memory, in MiB.
     memory_mib: u64,
     /// vCPUs.
     vcpus: u8,
     /// Clones of each kind.
     runs: u32,
+    /// How many were asked for at once.
+    concurrency: u32,
+    /// Whether the snapshot's files were thrown out of the page cache each time.
+    cold: bool,
+    /// Pages of the working set.
+    working_set: u32,
+    /// How much of that was written.
+    write_fraction: f64,
     /// Every way.
     cases: Vec<Measured>,
+    /// What a working set adds to the median, in microseconds.
+    added_us: Vec<(String, String, f64)>,
+    /// The other VMM's version, if it tells.
+    peer: Option<String>,
+    /// Beside the other VMM.
+    compared: Vec<Compared>,
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Report { host, memory_mib, vcpus, runs, cases } = self;
-        writeln!(f, "{}\n{memory_mib} MiB, {vcpus} vCPUs, {runs} clones of each kind\n", host_line(host))?;
-        writeln!(f, "{:<52} {:>9} {:>9} {:>9} {:>9}  us", "until the first reply", "min", "p50", "p99", "max")?;
-        for Measured { case, to_reply: Spread { min_us, p50_us, p99_us, max_us }, .. } in cases {
-            writeln!(f, "{:<52} {min_us:>9.1} {p50_us:>9.1} {p99_us:>9.1} {max_us:>9.1}", case.to_string())?;
+        let Report { memory_mib, vcpus, runs, concurrency, cold, cases, .. } = self;
+        let cold = if *cold { ", files not in the page cache" } else { "" };
+        let plural = if *vcpus == 1 { "" } else { "s" };
+        writeln!(
+            f,
+            "{memory_mib} MiB, {vcpus} vCPU{plural}, {runs} clones of each kind, {concurrency} at once{cold}\n"
+        )?;
+        writeln!(f, "{:<68} {}", "until the first reply", Spread::heading())?;
+        for Measured { title, to_reply, .. } in cases {
+            writeln!(f, "{title:<68} {}", to_reply.columns())?;
         }
-        for Measured { case, to_answer, .. } in cases {
-            let Some(Spread { min_us, p50_us, p99_us, max_us }) = to_answer else { continue };
-            let what = format!("  {case}: until answered");
-            writeln!(f, "{what:<52} {min_us:>9.1} {p50_us:>9.1} {p99_us:>9.1} {max_us:>9.1}")?;
+        for Measured { title, to_answer, .. } in cases {
+            let Some(spread) = to_answer else { continue };
+            let what = format!("  {title}: until answered");
+            writeln!(f, "{what:<68} {}", spread.columns())?;
         }
-        for Measured { case, phases_us, .. } in cases {
+        for (_, what, us) in &self.added_us {
+            writeln!(f, "{what:<68} {:>9} {us:>9.1}", "")?;
+        }
+        for Compared { what, ratio, .. } in &self.compared {
+            writeln!(f, "{what}: {ratio}")?;
+        }
+        for Measured { title, phases_us, .. } in cases.iter().filter(|measured| !measured.phases_us.is_empty()) {
             let total: f64 = phases_us.iter().map(|(_, us)| us).sum();
             let phases: Vec<String> = phases_us.iter().map(|(name, us)| format!("{name} {us:.0}")).collect();
-            writeln!(f, "\n{case}: {total:.0} us within the vmm, p50 of each phase\n  {}", phases.join(", "))?;
+            writeln!(f, "\n{title}: {total:.0} us within the vmm, p50 of each phase\n  {}", phases.join(", "))?;
         }
         Ok(())
     }
 }
 
-/// Measures.
-pub fn run(options: &Options) -> Result<Report, BenchError> {
-    let bench = Bench { place: Workplace::new(PATIENCE)?, options: *options };
-    bench.write_snapshot()?;
-    let (cases, socket) = (options.cases(), bench.place.path("uffd.sock"));
-    let server = match cases.iter().any(|case| case.backend == Backend::Shared) {
-        true => Some(bench.place.start_page_server(&socket, &[])?),
-        false => None,
-    };
-    // The first clone of each kind finds nothing in any cache.
-    for case in &cases {
-        bench.measure(*case, &socket)?;
+impl super::Report for Report {
+    fn figures(&self) -> Vec<Figure> {
+        let of_case = |measured: &Measured| {
+            let Measured { case, title, to_reply, to_answer, phases_us } = measured;
+            let reply = Figure::spread(case.name(), format!("{title}: until the reply"), to_reply).of_phases(phases_us);
+            let answer = to_answer.as_ref().map(|spread| {
+                Figure::spread(format!("{}-answered", case.name()), format!("{title}: until answered"), spread)
+            });
+            [Some(reply), answer].into_iter().flatten()
+        };
+        let added = self.added_us.iter().map(|(name, what, us)| Figure::value(name, what, Unit::Us, *us));
+        let compared = self.compared.iter().map(|Compared { name, what, ratio }| Figure {
+            count: self.runs as usize,
+            quantiles: vec![ratio.low, ratio.ratio, ratio.high],
+            ..Figure::value(name, format!("{what} (95 % interval)"), Unit::Times, ratio.ratio)
+        });
+        self.cases.iter().flat_map(of_case).chain(added).chain(compared).collect()
     }
-    let mut samples: Vec<Vec<Sample>> = cases.iter().map(|_| Vec::new()).collect();
-    for _ in 0..options.runs {
-        for (case, samples) in cases.iter().zip(&mut samples) {
-            samples.push(bench.measure(*case, &socket)?);
-        }
-    }
-    drop(server);
-    let measured = cases.into_iter().zip(samples).map(|(case, samples)| summary(case, &samples)).collect();
-    let Options { memory_mib, vcpus, runs, .. } = *options;
-    Ok(Report { host: host::summary(), memory_mib, vcpus, runs, cases: measured })
 }
 
-fn summary(case: Case, samples: &[Sample]) -> Measured {
-    let to_reply = Spread::of(samples.iter().map(|sample| sample.to_reply).collect());
-    let answers: Vec<Duration> = samples.iter().filter_map(|sample| sample.to_answer).collect();
-    let to_answer = (!answers.is_empty()).then(|| Spread::of(answers));
-    Measured { case, to_reply, to_answer, phases_us: phases::medians(samples.iter().map(|sample| &sample.phases)) }
+/// Measures.
+pub fn run(options: &Options) -> Result<Report, BenchError> {
+    let bench = Bench { place: Workplace::new(PATIENCE)?, options: options.clone() };
+    bench.write_snapshots()?;
+    let peer = match &options.peer {
+        Some(peer) => {
+            let prepare =
+                |agent: &mut AgentClient| bench.fill(|request| agent.call(request).map_err(BenchError::Agent));
+            Some(peer.prepare(&bench.place, bench.machine(), prepare)?)
+        }
+        None => None,
+    };
+    let cases = options.cases();
+    let _servers = bench.start_servers(&cases)?;
+    // The first clone of each kind finds nothing in any cache.
+    for case in &cases {
+        bench.measure(*case, 0, peer.as_ref())?;
+    }
+    let mut samples: Vec<Vec<Sample>> = cases.iter().map(|_| Vec::new()).collect();
+    for _ in 0..options.runs.div_ceil(options.concurrency) {
+        for (case, samples) in cases.iter().zip(&mut samples) {
+            samples.extend(bench.measure_at_once(*case, peer.as_ref())?);
+        }
+    }
+    let version = peer.map(|peer| peer.version);
+    Ok(bench.report(&cases, &samples, version))
 }
 
 struct Bench {
@@ -225,51 +412,238 @@ impl Bench {
         MachineConfig { vcpu_count: vcpus, mem_size_mib: memory_mib, ..Default::default() }
     }
 
-    fn write_snapshot(&self) -> Result<(), BenchError> {
-        let guest = self.place.boot(self.machine())?;
-        guest.api.snapshot(&SnapshotCreate::of(self.place.path("snap")))?;
+    /// The snapshot that clones come from which do this; each has a working set of its own.
+    fn snapshot(&self, touch: Touch) -> PathBuf {
+        self.place.path(&format!("snap-{}", touch.name()))
+    }
+
+    fn socket(&self, touch: Touch) -> PathBuf {
+        self.place.path(&format!("uffd-{}.sock", touch.name()))
+    }
+
+    /// Has a guest fill every page that is going to be touched: one that was never written would cost less.
+    fn fill(&self, mut ask: impl FnMut(Request) -> Result<Response, BenchError>) -> Result<(), BenchError> {
+        for touch in self.options.touches() {
+            ask(Request::Fill { pages: self.options.pages(touch), seed: SEED })?;
+        }
         Ok(())
     }
 
-    fn measure(&self, case: Case, socket: &Path) -> Result<Sample, BenchError> {
-        match case.shell {
-            Shell::None => self.measure_process(case.backend, socket),
-            Shell::Warm => self.measure_shell(case.backend, socket),
+    fn write_snapshots(&self) -> Result<(), BenchError> {
+        let mut guest = self.place.boot(self.machine())?;
+        self.fill(|request| guest.ask(request))?;
+        for touch in self.options.touches() {
+            guest.api.snapshot(&SnapshotCreate::of(self.snapshot(touch)))?;
+        }
+        drop(guest);
+        for touch in self.options.touches().into_iter().filter(|touch| *touch != Touch::Nothing) {
+            let requests = self.options.requests(touch);
+            self.place.learn(&self.snapshot(touch), |clone| {
+                requests.iter().try_for_each(|request| clone.ask(*request).map(drop))
+            })?;
+        }
+        Ok(())
+    }
+
+    fn start_servers(&self, cases: &[Case]) -> Result<Vec<crate::children::Child>, BenchError> {
+        let served = |touch| cases.iter().any(|case| case.touch == touch && case.backend != Backend::File);
+        let touches = self.options.touches().into_iter().filter(|touch| served(*touch));
+        touches.map(|touch| self.place.start_page_server(&self.snapshot(touch), &self.socket(touch), &[])).collect()
+    }
+
+    /// So many at once as are to be.
+    fn measure_at_once(&self, case: Case, peer: Option<&Prepared>) -> Result<Vec<Sample>, BenchError> {
+        self.place.go_on()?;
+        if self.options.cold && case.backend == Backend::File {
+            let dir =
+                if case.is_peer { peer.map(|peer| peer.snapshot.clone()) } else { Some(self.snapshot(case.touch)) };
+            forget(&dir.unwrap_or_default())?;
+        }
+        if self.options.concurrency == 1 {
+            return Ok(vec![self.measure(case, 0, peer)?]);
+        }
+        std::thread::scope(|scope| {
+            // All of them are started before the first is waited for.
+            let all: Vec<_> = (0..self.options.concurrency)
+                .map(|number| scope.spawn(move || self.measure(case, number, peer)))
+                .collect();
+            all.into_iter().map(|one| one.join().unwrap_or(Err(BenchError::Interrupted))).collect()
+        })
+    }
+
+    fn measure(&self, case: Case, number: u32, peer: Option<&Prepared>) -> Result<Sample, BenchError> {
+        match (peer.filter(|_| case.is_peer), case.shell) {
+            (Some(peer), shell) => self.measure_peer(case, number, peer, shell),
+            (None, Shell::None) => self.measure_process(case, number),
+            (None, Shell::Warm) => self.measure_shell(case, number),
         }
     }
 
-    fn measure_process(&self, backend: Backend, socket: &Path) -> Result<Sample, BenchError> {
+    fn ask(&self, case: Case, agent: &mut AgentClient) -> Result<(), BenchError> {
+        for request in self.options.requests(case.touch) {
+            agent.call(request).map_err(BenchError::Agent)?;
+        }
+        Ok(())
+    }
+
+    fn measure_process(&self, case: Case, number: u32) -> Result<Sample, BenchError> {
         let before = Instant::now();
-        let Guest { child: _child, api, .. } = self.place.restore(&self.place.path("snap"), |vmm| {
-            if backend == Backend::Shared {
-                vmm.arg("--uffd").arg(socket);
-            }
-        })?;
+        let first = self.options.requests(case.touch);
+        let mut guest =
+            self.place.restore_and_ask(&format!("clone{number}"), &self.snapshot(case.touch), &first, |vmm| {
+                if case.backend != Backend::File {
+                    vmm.arg("--uffd").arg(self.socket(case.touch));
+                }
+                if case.backend == Backend::Copy {
+                    vmm.arg("--uffd-mode").arg("copy");
+                }
+            })?;
         let to_reply = before.elapsed();
+        self.check(case, |request| guest.ask(request))?;
+        let Guest { child: _child, api, .. } = guest;
         let failed = |source| BenchError::Api { what: "cannot ask a clone", source };
         let mut client = RestClient::connect(api.path(), PATIENCE).map_err(failed)?;
         Ok(Sample { to_reply, to_answer: None, phases: load_phases(&mut client)? })
     }
 
-    fn measure_shell(&self, backend: Backend, socket: &Path) -> Result<Sample, BenchError> {
-        let mut shell = self.place.shell("shell", self.machine())?;
+    fn measure_shell(&self, case: Case, number: u32) -> Result<Sample, BenchError> {
+        let mut shell = self.place.shell(&format!("shell{number}"), self.machine())?;
         let failed = |source| BenchError::Api { what: "cannot load a snapshot into a shell", source };
-        let mem_backend =
-            (backend == Backend::Shared).then(|| MemBackend::of(MemBackendType::UffdShared, socket.into()));
+        let backend_type = match case.backend {
+            Backend::File => None,
+            Backend::Shared => Some(MemBackendType::UffdShared),
+            Backend::Copy => Some(MemBackendType::Uffd),
+        };
         let load = SnapshotLoad {
             resume_vm: true,
             new_generation: false,
-            mem_backend,
-            ..SnapshotLoad::of(self.place.path("snap"))
+            mem_backend: backend_type.map(|backend_type| MemBackend::of(backend_type, self.socket(case.touch))),
+            ..SnapshotLoad::of(self.snapshot(case.touch))
         };
         let before = Instant::now();
         shell.client.put("/snapshot/load", &load).map_err(failed)?;
         let to_answer = Some(before.elapsed());
         let mut agent = AgentClient::connect(&shell.vsock, PATIENCE).map_err(BenchError::Agent)?;
-        agent.call(Request::Ping { token: 0 }).map_err(BenchError::Agent)?;
+        self.ask(case, &mut agent)?;
         let to_reply = before.elapsed();
+        self.check(case, |request| agent.call(request).map_err(BenchError::Agent))?;
         Ok(Sample { to_reply, to_answer, phases: load_phases(&mut shell.client)? })
     }
+
+    fn measure_peer(&self, case: Case, number: u32, peer: &Prepared, shell: Shell) -> Result<Sample, BenchError> {
+        let name = format!("peer{number}");
+        let start = Instant::now();
+        let mut process = peer.start(&self.place, &name)?;
+        let before = if shell == Shell::Warm { Instant::now() } else { start };
+        process.load(peer)?;
+        let to_answer = (shell == Shell::Warm).then(|| before.elapsed());
+        let mut agent = AgentClient::connect(&process.vsock, PATIENCE).map_err(BenchError::Agent)?;
+        self.ask(case, &mut agent)?;
+        let to_reply = before.elapsed();
+        self.check(case, |request| agent.call(request).map_err(BenchError::Agent))?;
+        Ok(Sample { to_reply, to_answer, phases: Phases::new() })
+    }
+
+    /// Whether the guest has the pages that it is to have, the first that it has not written.
+    fn check(
+        &self,
+        case: Case,
+        mut ask: impl FnMut(Request) -> Result<Response, BenchError>,
+    ) -> Result<(), BenchError> {
+        let requests = self.options.requests(case.touch);
+        let Some(Request::Touch { pages }) = requests.last() else { return Ok(()) };
+        match ask(Request::Verify { pages: *pages, seed: SEED })? {
+            Response::Mismatches(0) => Ok(()),
+            _ => Err(BenchError::WrongPages("restore")),
+        }
+    }
+
+    fn title(&self, case: &Case) -> String {
+        let Case { is_peer, shell, backend, touch } = case;
+        let vmm = match (is_peer, shell) {
+            (false, Shell::None) => "vmm --restore".to_owned(),
+            (false, Shell::Warm) => "load into a warm shell".to_owned(),
+            (true, _) => {
+                let name = self.options.peer.as_ref().map_or("", |peer| peer.kind.title());
+                let how = if *shell == Shell::None { "from exec" } else { "load" };
+                format!("{name}, {how}")
+            }
+        };
+        let pages = self.options.working_set;
+        let touched = match touch {
+            Touch::Nothing => String::new(),
+            Touch::Contiguous => format!(", {pages} pages in a row"),
+            Touch::Scattered => format!(", {pages} scattered pages"),
+        };
+        format!("{vmm}, {}{touched}", backend.title())
+    }
+
+    fn report(&self, cases: &[Case], samples: &[Vec<Sample>], peer: Option<String>) -> Report {
+        let times = |case: &Case| -> Vec<Duration> {
+            let found = cases.iter().zip(samples).find(|(one, _)| *one == case);
+            found.map(|(_, samples)| samples.iter().map(|sample| sample.to_reply).collect()).unwrap_or_default()
+        };
+        let measured: Vec<Measured> =
+            cases.iter().zip(samples).map(|(case, samples)| summary(*case, self.title(case), samples)).collect();
+        let plain = |case: &Case| Case { touch: Touch::Nothing, ..*case };
+        let added = cases.iter().filter(|case| case.touch != Touch::Nothing).map(|case| {
+            let of = |case: &Case| Spread::of(times(case)).p50_us;
+            let what = format!("{}: added", self.title(case));
+            (format!("{}-added", case.name()), what, of(case) - of(&plain(case)))
+        });
+        let pairs = cases.iter().filter(|case| !case.is_peer).flat_map(|ours| {
+            cases.iter().filter(|theirs| theirs.is_peer && theirs.is_like(ours)).map(move |theirs| (ours, theirs))
+        });
+        let peer_name = self.options.peer.as_ref().map_or("", |peer| peer.kind.title());
+        let mut compared = Vec::new();
+        for (ours, theirs) in pairs {
+            let what = format!("{}, beside {peer_name}", self.title(ours));
+            let ratio = compare::medians(&times(ours), &times(theirs));
+            compared.push(Compared { name: format!("{}-to-peer", ours.name()), what, ratio });
+            if ours.touch != Touch::Nothing {
+                let what = format!("{}: added, beside {peer_name}", self.title(ours));
+                let of = |case: &Case| (times(case), times(&plain(case)));
+                let ratio = compare::added(&of(ours), &of(theirs));
+                compared.push(Compared { name: format!("{}-added-to-peer", ours.name()), what, ratio });
+            }
+        }
+        let Options { memory_mib, vcpus, runs, concurrency, cold, working_set, write_fraction, .. } = self.options;
+        Report {
+            memory_mib,
+            vcpus,
+            runs,
+            concurrency,
+            cold,
+            working_set,
+            write_fraction,
+            cases: measured,
+            added_us: added.collect(),
+            peer,
+            compared,
+        }
+    }
+}
+
+/// Throws the files of a directory out of the page cache, as far as the kernel can.
+fn forget(dir: &Path) -> Result<(), BenchError> {
+    let failed = |e: std::io::Error| io_error("cannot throw a snapshot out of the page cache")(e);
+    for entry in std::fs::read_dir(dir).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        if path.is_file() {
+            let file = File::open(path).map_err(failed)?;
+            file.sync_all().map_err(failed)?;
+            fadvise(&file, 0, None, Advice::DontNeed).map_err(|e| failed(e.into()))?;
+        }
+    }
+    Ok(())
+}
+
+fn summary(case: Case, title: String, samples: &[Sample]) -> Measured {
+    let to_reply = Spread::of(samples.iter().map(|sample| sample.to_reply).collect());
+    let answers: Vec<Duration> = samples.iter().filter_map(|sample| sample.to_answer).collect();
+    let to_answer = (!answers.is_empty()).then(|| Spread::of(answers));
+    let phases_us = phases::medians(samples.iter().map(|sample| &sample.phases));
+    Measured { case, title, to_reply, to_answer, phases_us }
 }
 
 /// What the load spent its time on.
@@ -281,15 +655,44 @@ fn load_phases(client: &mut RestClient) -> Result<Phases, BenchError> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::peer::Kind;
     use super::*;
+
+    fn options() -> Options {
+        Options { working_set: 2048, ..Options::default() }
+    }
 
     #[test]
     fn options_choose_among_the_ways() {
-        let count = |backend, shell| Options { backend, shell, ..Options::default() }.cases().len();
-        assert_eq!(count(None, None), 4);
-        assert_eq!(count(Some(Backend::File), None), 2);
-        assert_eq!(count(None, Some(Shell::Warm)), 2);
-        assert_eq!(count(Some(Backend::Shared), Some(Shell::None)), 1);
+        let count = |options: Options| options.cases().len();
+        let (file, shared) = (Some(Backend::File), Some(Backend::Shared));
+        let warm = Some(Shell::Warm);
+        assert_eq!(count(Options::default()), 6);
+        assert_eq!(count(Options { backend: file, ..Options::default() }), 2);
+        assert_eq!(count(Options { shell: warm, ..Options::default() }), 3);
+        assert_eq!(count(Options { backend: shared, shell: warm, ..Options::default() }), 1);
+        assert_eq!(count(Options { backend: file, ..options() }), 6);
+        assert_eq!(count(Options { backend: Some(Backend::Copy), ..options() }), 2);
+        let peer = Some(Peer { kind: Kind::Firecracker, program: "f".into() });
+        assert_eq!(count(Options { backend: file, peer, ..options() }), 12);
+        let names: Vec<String> = options().cases().iter().map(Case::name).collect();
+        assert!(names.iter().enumerate().all(|(number, name)| !names[..number].contains(name)), "{names:?}");
+    }
+
+    #[test]
+    fn a_guest_is_asked_to_touch_each_page_once() {
+        for write_fraction in [0.0, 0.3, 1.0] {
+            let options = Options { write_fraction, ..options() };
+            assert!(options.check().is_ok());
+            for touch in [Touch::Contiguous, Touch::Scattered] {
+                let pages = options.requests(touch).into_iter().flat_map(|request| match request {
+                    Request::Write { pages, .. } | Request::Touch { pages } => pages.numbers().collect::<Vec<_>>(),
+                    _ => Vec::new(),
+                });
+                assert!(pages.eq(options.pages(touch).numbers()), "{write_fraction} {touch:?}");
+                assert!(options.pages(touch).fits((128 - GUEST_OWN_MIB as u32) * 256));
+            }
+        }
     }
 
     #[test]
@@ -300,7 +703,8 @@ mod tests {
             phases: vec![("a".into(), Duration::from_micros(us)), ("b".into(), Duration::from_micros(2 * us))],
         };
         let samples: Vec<_> = [3, 1, 2].map(sample).into();
-        let case = Case { backend: Backend::File, shell: Shell::None };
-        assert_eq!(summary(case, &samples).phases_us, [("a".to_owned(), 2.0), ("b".to_owned(), 4.0)]);
+        let case = Options::default().cases()[0];
+        let measured = summary(case, String::new(), &samples);
+        assert_eq!(measured.phases_us, [("a".to_owned(), 2.0), ("b".to_owned(), 4.0)]);
     }
 }

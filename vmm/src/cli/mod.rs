@@ -151,13 +151,8 @@ pub fn run(command: Command) -> Result<i32, CliError> {
         Command::Run(options) => run_vm(*options),
         Command::Ctl(ctl) => print(&ctl::run(&ctl)?),
         Command::Demo(options) => Ok(demo::run(&options).map(|()| DONE)?),
-        Command::BenchApi(options) => print_report(&bench::api::run(&options)?, options.json),
-        Command::BenchFaults(options) => print_report(&bench::faults::run(&options)?, options.json),
-        Command::BenchDensity(options) => print_report(&bench::density::run(&options)?, options.json),
-        Command::BenchFork(options) => print_report(&bench::fork::run(&options)?, options.json),
-        Command::BenchReset(options) => print_report(&bench::reset::run(&options)?, options.json),
-        Command::BenchRestore(options) => print_report(&bench::restore::run(&options)?, options.json),
-        Command::BenchSnapshot(options) => print_report(&bench::snapshot::run(&options)?, options.json),
+        Command::Bench(request) => print_figures(bench::run(&request)?, request.output.json),
+        Command::BenchReport(kept) => print_figures(bench::show(&kept)?, true),
         Command::Doctor { json } => {
             let report = doctor::run();
             print_report(&report, json)?;
@@ -204,7 +199,8 @@ fn export_guest(path: &Path) -> io::Result<()> {
     })
 }
 
-fn to_json(document: &impl serde::Serialize) -> String {
+/// A document of this program.
+pub fn to_json(document: &impl serde::Serialize) -> String {
     // Our own documents have string keys and no failing serializers.
     serde_json::to_string_pretty(document).map_or_else(|e| format!("{{\"error\":\"{e}\"}}\n"), |text| text + "\n")
 }
@@ -212,6 +208,19 @@ fn to_json(document: &impl serde::Serialize) -> String {
 /// Prints what was found out: for people, or as one document.
 fn print_report(report: &(impl serde::Serialize + std::fmt::Display), json: bool) -> Result<i32, CliError> {
     print(&if json { to_json(report) } else { report.to_string() })
+}
+
+/// Prints figures, and then what a gate says of them: beside a document, so that that stays one.
+fn print_figures(printed: bench::Printed, is_document: bool) -> Result<i32, CliError> {
+    print(&printed.text)?;
+    for compared in printed.compared.iter().flatten() {
+        match is_document {
+            true => eprintln!("{compared}"),
+            false => print(&format!("{compared}\n")).map(drop)?,
+        }
+    }
+    printed.verdict()?;
+    Ok(DONE)
 }
 
 fn print(text: &str) -> Result<i32, CliError> {

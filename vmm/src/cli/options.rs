@@ -32,11 +32,15 @@ Usage: vmm --config FILE [options]            boot what the file describes
                                               build all of a machine but what a snapshot brings, and wait for one to load
        vmm ctl COMMAND [options]              command a vmm over its API; see `vmm ctl --help`
        vmm demo [options]                     boot, snapshot, and restore clones; see `vmm demo --help`
-       vmm bench api [options]                measure the REST API; see `vmm bench --help`
+       vmm bench all [options]                measure everything on this host; see `vmm bench --help`
+       vmm bench api [options]                measure the REST API
+       vmm bench density [options]            measure many clones at once
        vmm bench faults [options]             measure page faults of clones
+       vmm bench fork [options]               measure forks
        vmm bench reset [options]              measure resets
        vmm bench restore [options]            measure how soon clones answer
        vmm bench snapshot [options]           measure snapshots
+       vmm bench report FILE [--json]         show figures that were kept
        vmm list CONFIG... [--json]            say which machines are saved, by their configuration files
        vmm doctor [--json]                    say what this host can do, with remedies
        vmm guest export FILE                  write the embedded guest's kernel, for other VMMs to boot
@@ -212,20 +216,10 @@ pub enum Command {
     Ctl(Box<Ctl>),
     /// Run the demonstration.
     Demo(DemoOptions),
-    /// Measure the API.
-    BenchApi(bench::api::Options),
-    /// Measure page faults.
-    BenchFaults(bench::faults::Options),
-    /// Measure resets.
-    BenchDensity(bench::density::Options),
-    /// Measure resets.
-    BenchFork(bench::fork::Options),
-    /// Measure resets.
-    BenchReset(bench::reset::Options),
-    /// Measure snapshots.
-    BenchSnapshot(bench::snapshot::Options),
-    /// Measure how soon clones answer.
-    BenchRestore(bench::restore::Options),
+    /// Measure.
+    Bench(bench::Request),
+    /// Show what was measured before.
+    BenchReport(bench::Kept),
     /// Print the version of the snapshot format.
     SnapshotVersion,
     /// Print the version of a snapshot's format.

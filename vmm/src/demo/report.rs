@@ -163,9 +163,7 @@ fn median(mut values: Vec<u64>) -> u64 {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Host { cpu, cpus, kernel, ring0_emulated } = &self.host;
-        let emulated = if *ring0_emulated { ", KVM emulates ring 0" } else { "" };
-        writeln!(f, "host      {cpu}, {}, Linux {kernel}{emulated}", count(*cpus, "CPU"))?;
+        writeln!(f, "host      {}", self.host)?;
         let (memory, working_set) = (self.memory_mib, self.working_set_mib);
         writeln!(f, "guest     {memory} MiB, {}, working set {working_set} MiB\n", count(self.vcpus.into(), "vCPU"))?;
         writeln!(f, "boot      {:>9}   process start to the agent's first reply", time((self.boot_ms * 1e3) as u64))?;

@@ -8,6 +8,7 @@ use super::discard::Discarded;
 use super::pagemap::Pagemap;
 use super::{Backing, GuestRam, PAGE_SIZE};
 use crate::devices::lock;
+use crate::host::proc;
 use rustix::fs::{MemfdFlags, memfd_create};
 use snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters};
 use snapshot::create::{Cancel, LayerSource};
@@ -179,9 +180,7 @@ fn check_room(pages: &Clusters) -> Result<(), CaptureError> {
 /// How many bytes may be taken for a copy: half of what the host has. All that there are, if it does not say.
 pub(super) fn room() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let kib =
-        text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse().ok());
-    kib.map_or(u64::MAX, |kib: u64| kib.saturating_mul(1024) / 2)
+    proc::number_after(&text, "MemAvailable:").map_or(u64::MAX, |kib| kib.saturating_mul(1024) / 2)
 }
 
 impl LayerSource for Changes {

@@ -10,7 +10,6 @@ pub use report::{Figure, Report, Restoring, Row, Verifying, Writing};
 
 use super::guest::{Guest, PATIENCE, Taken, Workplace};
 use super::{BenchError, io_error};
-use crate::host;
 use api_spec::agent::burn::Burn;
 use api_spec::agent::{Pages, Request, Response};
 use api_spec::snapshot::{SnapshotCreate, SnapshotType};
@@ -54,13 +53,11 @@ pub struct Options {
     pub runs: u32,
     /// Memory in use of the guest that has much in use, in MiB.
     pub resident_mib: u64,
-    /// Print JSON.
-    pub json: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { runs: 10, resident_mib: 1024, json: false }
+        Options { runs: 10, resident_mib: 1024 }
     }
 }
 
@@ -201,7 +198,7 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     for _ in 0..options.runs {
         bench.run_once(&mut found)?;
     }
-    Ok(Report::new(options, host::summary(), &found))
+    Ok(Report::new(options, &found))
 }
 
 struct Bench<'a> {
@@ -387,10 +384,10 @@ mod tests {
     #[test]
     fn sizes_have_bounds() {
         for (runs, resident_mib) in [(0, 1024), (101, 1024), (1, 15), (1, MOST_MIB + 1)] {
-            assert!(Options { runs, resident_mib, json: false }.check().is_err(), "{runs} {resident_mib}");
+            assert!(Options { runs, resident_mib }.check().is_err(), "{runs} {resident_mib}");
         }
         for (runs, resident_mib) in [(1, 16), (100, MOST_MIB)] {
-            assert_eq!(Options { runs, resident_mib, json: false }.check(), Ok(()));
+            assert_eq!(Options { runs, resident_mib }.check(), Ok(()));
         }
     }
 

@@ -1,8 +1,7 @@
 //! What was found out of snapshots, in figures: a document, and tables for people. Pure.
 
 use super::{Case, Found, LARGE_MIB, Options, Origin, SMALL_MIB, USED_MIB};
-use crate::bench::host_line;
-use crate::host::Host;
+use crate::bench::figure::{Figure as Named, Unit};
 use api_spec::snapshot::SnapshotType;
 use serde::Serialize;
 use std::fmt;
@@ -102,8 +101,6 @@ pub struct Verifying {
 /// What was found out.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// This host.
-    pub host: Host,
     /// How often everything was measured.
     pub runs: u32,
     /// Memory in use of the guest that has much in use, in MiB.
@@ -123,12 +120,11 @@ pub struct Report {
 }
 
 impl Report {
-    pub(super) fn new(options: &Options, host: Host, found: &Found) -> Self {
+    pub(super) fn new(options: &Options, found: &Found) -> Self {
         let pause = |case| row(case, found).pause_us;
         let (small, large) = (pause(Case::booted(SMALL_MIB)), pause(Case::booted(LARGE_MIB)));
         let more_gib = (options.resident_mib - USED_MIB) as f64 / 1024.0;
         Report {
-            host,
             runs: options.runs,
             resident_mib: options.resident_mib,
             snapshots: options.cases().into_iter().map(|case| row(case, found)).collect(),
@@ -203,7 +199,6 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const NAME: usize = 40;
         let least_to_most = format!(" {:>9} {:>9} {:>9}", "min", "p50", "max");
-        writeln!(f, "{}", host_line(&self.host))?;
         writeln!(f, "everything {} times\n", self.runs)?;
         writeln!(f, "{:<NAME$} {:^29}  {:^29} {:>9} {:>10}", "", "pause, us", "until complete, ms", "call, ms", "KiB")?;
         writeln!(f, "{:<NAME$}{least_to_most} {least_to_most} {:>9} {:>10}", "snapshot", "p50", "stored p50")?;
@@ -239,15 +234,67 @@ impl fmt::Display for Report {
     }
 }
 
+impl crate::bench::Report for Report {
+    fn figures(&self) -> Vec<Named> {
+        let runs = self.runs as usize;
+        let figure = |name: String, title: String, unit, Figure { min, p50, max }: Figure, of: f64| {
+            let quantiles = if runs > 1 { vec![min / of, p50 / of, max / of] } else { Vec::new() };
+            Named { count: runs, quantiles, ..Named::value(name, title, unit, p50 / of) }
+        };
+        let of_row = |row: &Row| {
+            let (name, title) = (row.case.name(), row.case.to_string());
+            let (name, title) =
+                (|what: &str| format!("snapshot.{name}.{what}"), |what: &str| format!("{}: {what}", title.trim()));
+            [
+                figure(name("pause"), title("the guest stands still"), Unit::Us, row.pause_us, 1.0),
+                figure(name("complete"), title("until it is complete"), Unit::Us, row.total_us, 1.0),
+                figure(name("stored-kib"), title("memory stored"), Unit::Kib, row.stored_bytes, 1024.0),
+            ]
+        };
+        let times = |name: &str, title: String, value: Option<f64>| {
+            Some(Named::value(format!("snapshot.{name}"), title, Unit::Times, value?))
+        };
+        let others = [
+            times("pause-ratio", format!("pause with {LARGE_MIB} MiB beside {SMALL_MIB} MiB"), self.pause_ratio),
+            Some(Named::value(
+                "snapshot.pause-per-resident-gib",
+                "pause for each GiB more in use",
+                Unit::Us,
+                self.pause_us_per_resident_gib,
+            )),
+            times("chain-ratio", "restore from a chain of snapshots beside one alone".into(), self.restoring.ratio),
+            // Of every figure less is better.
+            times(
+                "verify-ratio",
+                "time to verify beside time to read".into(),
+                self.verifying.ratio.filter(|ratio| *ratio > 0.0).map(|ratio| 1.0 / ratio),
+            ),
+        ];
+        let writing = self.writing.iter().filter_map(|Writing { memory_mib, ratio, .. }| {
+            let title = format!("writing a page after a snapshot beside before, {memory_mib} MiB");
+            times(&format!("write-ratio.{memory_mib}"), title, *ratio)
+        });
+        self.snapshots.iter().flat_map(of_row).chain(others.into_iter().flatten()).chain(writing).collect()
+    }
+}
+
+impl Case {
+    /// What programs call it.
+    fn name(&self) -> String {
+        let Case { guest, memory_mib, used_mib, vcpus, written_pages, snapshot_type } = self;
+        match (guest, snapshot_type) {
+            (Origin::Booted, _) => format!("booted-{memory_mib}-{used_mib}-{vcpus}"),
+            (Origin::Clone, SnapshotType::Full) => format!("clone-{memory_mib}-{written_pages}"),
+            (Origin::Clone, SnapshotType::Diff) => format!("changes-{memory_mib}-{written_pages}"),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::{Checks, Restores, Taken, Writes};
     use super::*;
     use api_spec::snapshot::SnapshotStatus;
-
-    fn host() -> Host {
-        Host { cpu: "C".into(), cpus: 2, kernel: "6".into(), ring0_emulated: false }
-    }
 
     /// As if each case took as many microseconds as its number, from 100, says; three times, with `spread` around it.
     fn found(options: &Options, spread: u64) -> Found {
@@ -279,7 +326,7 @@ mod tests {
     #[test]
     fn a_report_compares_the_medians_of_what_belongs_together() {
         let options = Options { resident_mib: 1032, ..Options::default() };
-        let report = Report::new(&options, host(), &found(&options, 10));
+        let report = Report::new(&options, &found(&options, 10));
         assert_eq!(report.snapshots[0].pause_us, Figure { min: 100.0, p50: 110.0, max: 120.0 });
         assert_eq!(report.pause_ratio, Some(rounded(111.0 / 110.0)));
         assert_eq!(report.pause_us_per_resident_gib, 2.0, "the fourth case and the second are a GiB apart");
@@ -291,7 +338,7 @@ mod tests {
     #[test]
     fn the_document_says_of_each_snapshot_what_it_is_of() {
         let options = Options::default();
-        let report = serde_json::to_value(Report::new(&options, host(), &found(&options, 0))).unwrap();
+        let report = serde_json::to_value(Report::new(&options, &found(&options, 0))).unwrap();
         let last = report["snapshots"].as_array().unwrap().last().unwrap();
         let expected = serde_json::json!({
             "guest": "clone", "memory_mib": 2048, "used_mib": 8, "vcpus": 1, "written_pages": 2048,
@@ -307,7 +354,7 @@ mod tests {
     #[test]
     fn a_table_has_a_line_for_each_case() {
         let options = Options::default();
-        let text = Report::new(&options, host(), &found(&options, 0)).to_string();
+        let text = Report::new(&options, &found(&options, 0)).to_string();
         let case = |name: &str, pause: u32| format!("{name} {pause}.0 {pause}.0 {pause}.0 2.0 2.0 2.0 3.0 4");
         let squeezed = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
         for line in [

@@ -15,6 +15,7 @@ pub mod plan;
 
 use crate::cli::{DONE, FAILED};
 use crate::devices::lock;
+use crate::host::proc;
 use crate::logging::last_words;
 use crate::machine::driver::RunError;
 use crate::memory::kinds::{Kinds, ScanError};
@@ -223,7 +224,7 @@ impl Sight {
 
     /// How many faults nobody has answered yet, if that can be told.
     fn outstanding(&self) -> Option<u64> {
-        number_after(&read_start(&self.faults)?, "total:")
+        proc::number_after(&read_start(&self.faults)?, "total:")
     }
 
     /// Pages of this process that are resident.
@@ -237,10 +238,6 @@ fn read_start(file: &Option<File>) -> Option<String> {
     let mut text = [0; 512];
     let read = file.as_ref()?.read_at(&mut text, 0).ok()?;
     Some(String::from_utf8_lossy(&text[..read]).into_owned())
-}
-
-fn number_after(text: &str, name: &str) -> Option<u64> {
-    text.lines().find_map(|line| line.strip_prefix(name))?.trim().parse().ok()
 }
 
 /// Something that takes a while, and is done on a thread of its own.
@@ -778,8 +775,8 @@ mod tests {
     #[test]
     fn outstanding_faults_are_read_as_the_kernel_tells_them() {
         let text = "pos:\t0\nflags:\t02004002\nmnt_id:\t16\nino:\t1053\npending:\t1\ntotal:\t3\nAPI:\taa:0:7fff\n";
-        assert_eq!(number_after(text, "total:"), Some(3));
-        assert_eq!(number_after("pending:\t1\n", "total:"), None);
+        assert_eq!(proc::number_after(text, "total:"), Some(3));
+        assert_eq!(proc::number_after("pending:\t1\n", "total:"), None);
     }
 
     #[test]

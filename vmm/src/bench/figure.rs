@@ -1,0 +1,210 @@
+//! Figures: what is measured, in the form that tables, gates, charts and documents share. Of every figure less is better. Pure.
+
+use super::phases;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::time::Duration;
+
+/// How many quantiles are kept of what was measured often: each hundredth, and both ends.
+pub const QUANTILES: usize = 101;
+
+/// What a figure counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Unit {
+    /// Microseconds.
+    #[serde(rename = "us")]
+    Us,
+    /// Seconds.
+    #[serde(rename = "s")]
+    Seconds,
+    /// KiB.
+    #[serde(rename = "KiB")]
+    Kib,
+    /// How many times something is something else.
+    #[serde(rename = "times")]
+    Times,
+    /// Hundredths.
+    #[serde(rename = "%")]
+    Percent,
+}
+
+impl fmt::Display for Unit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Unit::Us => "us",
+            Unit::Seconds => "s",
+            Unit::Kib => "KiB",
+            Unit::Times => "times",
+            Unit::Percent => "%",
+        })
+    }
+}
+
+/// How some durations are spread, in microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Spread {
+    /// The shortest.
+    pub min_us: f64,
+    /// Half of them are no longer.
+    pub p50_us: f64,
+    /// 99 of 100 are no longer.
+    pub p99_us: f64,
+    /// The longest.
+    pub max_us: f64,
+    #[serde(skip)]
+    count: usize,
+    #[serde(skip)]
+    quantiles: [f64; QUANTILES],
+}
+
+impl Spread {
+    /// The spread of these durations, of which there must be one at least.
+    pub fn of(mut durations: Vec<Duration>) -> Self {
+        durations.sort_unstable();
+        let last = durations.len().saturating_sub(1);
+        let at = |share: usize| durations.get((last * share).div_ceil(100)).copied().unwrap_or_default();
+        let quantiles = std::array::from_fn(|share| (at(share).as_secs_f64() * 1e7).round() / 10.0);
+        Spread {
+            min_us: quantiles[0],
+            p50_us: quantiles[50],
+            p99_us: quantiles[99],
+            max_us: quantiles[100],
+            count: durations.len(),
+            quantiles,
+        }
+    }
+
+    /// Least, median, 99th of 100 and most, as columns of a table.
+    pub fn columns(&self) -> String {
+        let Spread { min_us, p50_us, p99_us, max_us, .. } = self;
+        format!("{min_us:>9.1} {p50_us:>9.1} {p99_us:>9.1} {max_us:>9.1}")
+    }
+
+    /// What stands over these columns.
+    pub fn heading() -> String {
+        format!("{:>9} {:>9} {:>9} {:>9}  us", "min", "p50", "p99", "max")
+    }
+}
+
+/// A part of a figure: a phase of what it is the time of.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Part {
+    /// Its name.
+    pub name: String,
+    /// Its median.
+    pub p50: f64,
+}
+
+/// Something that was measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Figure {
+    /// What programs call it, beginning with the benchmark's name: `restore.warm.file.reply`.
+    pub name: String,
+    /// What people call it.
+    pub title: String,
+    /// What it counts.
+    pub unit: Unit,
+    /// How often it was measured.
+    pub count: usize,
+    /// The median, or the only value.
+    pub p50: f64,
+    /// The quantiles from the least to the most, at even distances, if it was measured more than once.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub quantiles: Vec<f64>,
+    /// What it is made of, in order, as far as that is known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parts: Vec<Part>,
+}
+
+impl Figure {
+    /// A single value.
+    pub fn value(name: impl Into<String>, title: impl Into<String>, unit: Unit, value: f64) -> Self {
+        let value = if value.is_finite() { (value * 1000.0).round() / 1000.0 } else { 0.0 };
+        Figure {
+            name: name.into(),
+            title: title.into(),
+            unit,
+            count: 1,
+            p50: value,
+            quantiles: Vec::new(),
+            parts: Vec::new(),
+        }
+    }
+
+    /// Durations.
+    pub fn spread(name: impl Into<String>, title: impl Into<String>, spread: &Spread) -> Self {
+        let quantiles = if spread.count > 1 { spread.quantiles.to_vec() } else { Vec::new() };
+        Figure { count: spread.count, quantiles, ..Figure::value(name, title, Unit::Us, spread.p50_us) }
+    }
+
+    /// The same, made of these phases.
+    pub fn of_phases(self, medians: &[phases::Median]) -> Self {
+        let part = |(name, us): &phases::Median| Part { name: name.clone(), p50: *us };
+        Figure { parts: medians.iter().map(part).collect(), ..self }
+    }
+
+    /// The least that was measured.
+    pub fn min(&self) -> f64 {
+        self.quantiles.first().copied().unwrap_or(self.p50)
+    }
+
+    /// 99 of 100 are no more.
+    pub fn p99(&self) -> f64 {
+        // The last but one hundredth, however many quantiles there are.
+        let last = self.quantiles.len().saturating_sub(1);
+        self.quantiles.get((last * 99).div_ceil(100)).copied().unwrap_or(self.p50)
+    }
+
+    /// The most that was measured.
+    pub fn max(&self) -> f64 {
+        self.quantiles.last().copied().unwrap_or(self.p50)
+    }
+
+    /// The benchmark that it is of.
+    pub fn benchmark(&self) -> &str {
+        self.name.split('.').next().unwrap_or_default()
+    }
+}
+
+/// How something grew.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Series {
+    /// What programs call it, as of figures.
+    pub name: String,
+    /// What people call it.
+    pub title: String,
+    /// What is counted along it.
+    pub x: String,
+    /// What is measured.
+    pub y: String,
+    /// Both, in order.
+    pub points: Vec<(f64, f64)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spread_is_taken_from_the_right_places() {
+        let spread = Spread::of((1..=201).rev().map(Duration::from_micros).collect());
+        assert_eq!((spread.min_us, spread.p50_us, spread.p99_us, spread.max_us), (1.0, 101.0, 199.0, 201.0));
+        let figure = Figure::spread("a.b", "A", &spread);
+        assert_eq!((figure.min(), figure.p50, figure.p99(), figure.max()), (1.0, 101.0, 199.0, 201.0));
+        assert_eq!((figure.count, figure.benchmark()), (201, "a"));
+        let one = Spread::of(vec![Duration::from_nanos(1_250)]);
+        assert_eq!((one.min_us, one.p50_us, one.p99_us, one.max_us), (1.3, 1.3, 1.3, 1.3));
+        let figure = Figure::spread("a", "A", &one);
+        assert_eq!((figure.min(), figure.p50, figure.p99(), figure.max()), (1.3, 1.3, 1.3, 1.3));
+    }
+
+    #[test]
+    fn nothing_that_is_no_number_is_a_value() {
+        for bad in [f64::NAN, f64::INFINITY] {
+            assert_eq!(Figure::value("a", "A", Unit::Times, bad).p50, 0.0);
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! Figures as a page for people, in Markdown. Pure.
+
+use super::figure::{Figure, Unit};
+use super::gate::{Budget, Gate};
+use super::sheet::Sheet;
+use std::fmt::Write;
+
+/// The page: a table for each benchmark, with what was asked of its figures if there is a gate, and what they are made of.
+pub fn page(sheet: &Sheet, gate: Option<&Gate>) -> String {
+    let mut text = format!(
+        "# Benchmarks\n\nMeasured at {} by vmm {} on {}.\n{}.\n",
+        plain(&sheet.taken),
+        plain(&sheet.vmm_version),
+        plain(&sheet.host.to_string()),
+        plain(&sheet.conditions.to_string())
+    );
+    for why in &sheet.conditions.noisy {
+        add(&mut text, format_args!("\n**The machine was not idle: {}.**\n", plain(why)));
+    }
+    for benchmark in sheet.benchmarks() {
+        let of_it = || sheet.figures.iter().filter(|figure| figure.benchmark() == benchmark);
+        add(&mut text, format_args!("\n## {}\n\n", plain(benchmark)));
+        table(&mut text, of_it(), gate);
+        for figure in of_it().filter(|figure| !figure.parts.is_empty()) {
+            parts(&mut text, figure);
+        }
+        let notes = gate.into_iter().flat_map(|gate| {
+            of_it().filter_map(move |figure| {
+                gate.budget(&figure.name).and_then(|budget| Some((figure, budget.note.as_ref()?)))
+            })
+        });
+        for (figure, note) in notes {
+            add(&mut text, format_args!("\n*{}*: {}\n", plain(&figure.title), plain(note)));
+        }
+    }
+    text
+}
+
+fn add(text: &mut String, part: std::fmt::Arguments<'_>) {
+    let _ = text.write_fmt(part); // A String takes all.
+}
+
+fn table<'a>(text: &mut String, figures: impl Iterator<Item = &'a Figure>, gate: Option<&Gate>) {
+    let (heading, line) = if gate.is_some() { (" asked (p50, p99) | |", "---:|---|") } else { ("", "") };
+    add(
+        text,
+        format_args!("| | unit | n | min | p50 | p99 | max |{heading}\n|---|---|---:|---:|---:|---:|---:|{line}\n"),
+    );
+    for figure in figures {
+        let Figure { title, unit, count, p50, .. } = figure;
+        add(text, format_args!("| {} | {unit} | {count} |", plain(title)));
+        for (number, value) in [figure.min(), *p50, figure.p99(), figure.max()].into_iter().enumerate() {
+            // A single value is no distribution.
+            let value = if *count == 1 && number != 1 { String::new() } else { number_of(value, *unit) };
+            add(text, format_args!(" {value} |"));
+        }
+        if let Some(gate) = gate {
+            let asked = gate.budget(&figure.name).map(|budget| asked(figure, budget)).unwrap_or_else(|| " | |".into());
+            add(text, format_args!("{asked}"));
+        }
+        text.push('\n');
+    }
+}
+
+fn asked(figure: &Figure, Budget { p50, p99, .. }: &Budget) -> String {
+    let told = |value: &Option<f64>| value.map_or_else(|| "-".into(), |value| number_of(value, figure.unit));
+    let of = [(figure.p50, p50), (figure.p99(), p99)];
+    let is_met = of.iter().all(|(measured, at_most)| at_most.is_none_or(|at_most| *measured <= at_most));
+    format!(" {}, {} | {} |", told(p50), told(p99), if is_met { "met" } else { "**missed**" })
+}
+
+fn parts(text: &mut String, figure: &Figure) {
+    let parts: Vec<String> =
+        figure.parts.iter().map(|part| format!("{} {}", plain(&part.name), number_of(part.p50, figure.unit))).collect();
+    let sum: f64 = figure.parts.iter().map(|part| part.p50).sum();
+    let (title, sum) = (plain(&figure.title), number_of(sum, figure.unit));
+    add(
+        text,
+        format_args!(
+            "\n{title}: p50 of each phase inside the vmm ({sum} {} in all): {}\n",
+            figure.unit,
+            parts.join(", ")
+        ),
+    );
+}
+
+/// A number as it reads best.
+fn number_of(value: f64, unit: Unit) -> String {
+    match (unit, value.abs()) {
+        (Unit::Times, _) => format!("{value:.2}"),
+        (_, 1000.0..) => grouped(value.round()),
+        (_, 100.0..) => format!("{value:.0}"),
+        (_, 10.0..) => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    }
+}
+
+/// With a comma after each three digits.
+fn grouped(value: f64) -> String {
+    let digits = format!("{:.0}", value.abs());
+    let mut text = if value < 0.0 { "-".to_owned() } else { String::new() };
+    for (number, digit) in digits.chars().enumerate() {
+        if number > 0 && (digits.len() - number).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// Text that means nothing to Markdown.
+fn plain(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    for c in text.chars() {
+        if matches!(c, '|' | '*' | '`' | '<' | '>' | '[' | ']' | '\\' | '_' | '#') {
+            plain.push('\\');
+        }
+        plain.push(if c.is_control() { ' ' } else { c });
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sheet::tests::sheet;
+    use super::*;
+
+    #[test]
+    fn a_page_has_each_figure_and_what_was_asked_of_it() {
+        let mut sheet = sheet(&[("a.b", Unit::Us, 1234.5, 99_999.0), ("c.d", Unit::Times, 0.5, 0.75)]);
+        sheet.conditions.noisy.push("somebody else".into());
+        let budget = |figure: &str, p50, note: Option<&str>| Budget {
+            figure: figure.into(),
+            p50: Some(p50),
+            p99: None,
+            note: note.map(str::to_owned),
+        };
+        let budgets = vec![budget("a.b", 1000.0, Some("it is slow")), budget("c.d", 0.5, None)];
+        let mut gate = Gate::default();
+        gate.budgets = budgets;
+        let page = page(&sheet, Some(&gate));
+        for line in [
+            "**The machine was not idle: somebody else.**",
+            "## a",
+            "| what a.b is | us | 200 | 617 | 1,235 | 99,999 | 99,999 | 1,000, - | **missed** |",
+            "what a.b is: p50 of each phase inside the vmm (617 us in all): part 617",
+            "*what a.b is*: it is slow",
+            "| what c.d is | times | 200 | 0.25 | 0.50 | 0.75 | 0.75 | 0.50, - | met |",
+        ] {
+            assert!(page.lines().any(|one| one == line), "{line}\n{page}");
+        }
+        let alone = super::page(&sheet, None);
+        assert!(alone.contains("| what a.b is | us | 200 | 617 | 1,235 | 99,999 | 99,999 |\n"), "{alone}");
+    }
+
+    #[test]
+    fn text_and_numbers_are_what_they_should_be() {
+        assert_eq!(plain("a|b*\n[x](y)"), "a\\|b\\* \\[x\\](y)");
+        assert_eq!([0.0, 999.4, -1234.0, 1e6].map(|n| number_of(n, Unit::Us)), ["0.00", "999", "-1,234", "1,000,000"]);
+    }
+}
