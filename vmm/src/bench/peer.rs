@@ -124,8 +124,7 @@ pub struct Process {
 }
 
 impl Prepared {
-    /// Starts a process, and waits until its API takes a connection. Its filters of system calls are off, which is in its favour: built
-    /// with glibc it does not survive them.
+    /// Starts a process, and waits until its API takes a connection.
     pub fn start(&self, place: &Workplace, name: &str) -> Result<Process, BenchError> {
         let dir = place.path(name);
         let api = dir.join("api.sock");
@@ -134,7 +133,7 @@ impl Prepared {
             let _ = std::fs::remove_file(socket);
         }
         let mut command = Command::new(&self.program);
-        command.current_dir(&dir).arg("--api-sock").arg("api.sock").args(["--id", "peer", "--no-seccomp"]);
+        command.current_dir(&dir).arg("--api-sock").arg("api.sock").args(["--id", "peer", "--level", "Warning"]);
         let mut child = Children::start_other("other VMM", &place.path(&format!("{name}.log")), command)?;
         let client = connect(&mut child, &api)?;
         Ok(Process { child, client, vsock: dir.join(VSOCK) })
