@@ -322,7 +322,7 @@ impl Machine {
         self.to_devices(move |devices| {
             for (number, folded) in folded {
                 if let Some(slot) = devices.drives.get(number) {
-                    lock(&slot.device).adopt(folded);
+                    lock(&slot.device).adopt(&folded);
                 }
             }
         });

@@ -25,7 +25,7 @@ use super::super::chain::{Buffer, ChainError};
 use super::super::interrupt::Interrupt;
 use super::super::rings::{QueueBroken, Rings};
 use super::super::{EVENT_IDX, VERSION_1, VirtioDevice};
-use super::disk::{Disk, Frozen};
+use super::disk::{Disk, Frozen, Image};
 use super::overlay::{Folded, OverlayMark, Stack};
 use super::request::{
     HEADER_LEN, ID_LEN, Limits, MAX_DATA, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_ZERO_SECTORS, Request, SECTOR,
@@ -202,6 +202,11 @@ impl Block {
         self.disk.freeze()
     }
 
+    /// Has nobody write any more what is on the disk, likewise, for clones to read it: see [`Disk::share`].
+    pub fn share(&mut self) -> io::Result<Option<Image>> {
+        self.disk.share()
+    }
+
     /// Remembers what the disk is: see [`Disk::mark`].
     pub fn mark(&mut self, may_fold: bool) -> io::Result<Option<OverlayMark>> {
         self.disk.mark(may_fold)
@@ -222,8 +227,8 @@ impl Block {
         self.disk.frozen_layers()
     }
 
-    /// Takes over the layer in which a snapshot's layers have been folded.
-    pub fn adopt(&mut self, folded: Folded) {
+    /// Takes over the layer into which others have been folded or merged.
+    pub fn adopt(&mut self, folded: &Folded) {
         self.disk.adopt(folded);
     }
 

@@ -83,6 +83,16 @@ pub enum DiskError {
         /// What differs.
         what: String,
     },
+    /// An image that was handed on cannot be used.
+    #[error("drive {id}: the image {path} that comes with the clone is of no use: {problem}")]
+    HandedOn {
+        /// The disk.
+        id: String,
+        /// The image.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// There is no room for the overlay.
     #[error("drive {id}: cannot make the overlay's file in {dir}: {source}; TMPDIR names another directory")]
     Scratch {
@@ -106,8 +116,8 @@ pub struct ImageFacts {
     pub modified_ns: Option<i64>,
 }
 
-/// An image of the host that is open and locked.
-#[derive(Debug)]
+/// An image of the host that is open and locked. Copies of this share the lock.
+#[derive(Clone, Debug)]
 pub struct Image {
     file: Arc<File>,
     facts: ImageFacts,
@@ -164,6 +174,29 @@ impl Image {
         let modified_ns = modified_ns(&file).map_err(failed)?;
         let path = std::path::absolute(&path).map_err(failed)?;
         Ok(Image { file: Arc::new(file), facts: ImageFacts { path, size, modified_ns } })
+    }
+
+    /// The image of the disk `id` that another vmm has opened for reading and locked, if it is what these facts say.
+    pub fn handed_on(id: &str, file: File, facts: ImageFacts) -> Result<Image, DiskError> {
+        let bad = |problem: String| DiskError::HandedOn { id: id.to_owned(), path: facts.path.clone(), problem };
+        let failed = |e: io::Error| bad(e.to_string());
+        let kind = file.metadata().map_err(failed)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(bad("it is neither a regular file nor a block device".into()));
+        }
+        let size = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(|e| failed(e.into()))?;
+        if size != facts.size {
+            return Err(bad(format!("it has {size} bytes, and should have {}", facts.size)));
+        }
+        if modified_ns(&file).map_err(failed)? != facts.modified_ns {
+            return Err(bad("somebody has written to it".into()));
+        }
+        Ok(Image { file: Arc::new(file), facts })
+    }
+
+    /// The file.
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// What was known of it when it was opened.
@@ -226,8 +259,13 @@ impl Disk {
         Disk { size: image.facts.size, kind: Kind::Raw { image, writable } }
     }
 
-    /// An overlay for the disk `id`, of `size` bytes, over `held` over `image`.
-    pub fn overlay(id: &str, size: u64, image: Option<Image>, held: Option<Held>) -> Result<Disk, DiskError> {
+    /// An overlay for the disk `id`, of `size` bytes, over what others have written, the oldest first, over `image`.
+    pub fn overlay(
+        id: &str,
+        size: u64,
+        image: Option<Image>,
+        held: impl IntoIterator<Item = Held>,
+    ) -> Result<Disk, DiskError> {
         let dir = scratch_dir();
         let failed = |source| DiskError::Scratch { id: id.to_owned(), dir: dir.clone(), source };
         let base = image.as_ref().map(|image| image.file.clone());
@@ -329,24 +367,33 @@ impl Disk {
 
     /// What a snapshot needs. The guest must stand still.
     pub fn freeze(&mut self) -> io::Result<Frozen> {
-        let unchanged = |image: &Image| match image.is_unchanged()? {
-            true => Ok(image.facts.clone()),
-            false => Err(io::Error::other(format!(
-                "somebody has written to its image {} while it was in use",
-                image.facts.path.display()
-            ))),
-        };
         Ok(match &mut self.kind {
             Kind::Raw { image, writable: true } => {
                 let facts = ImageFacts { modified_ns: modified_ns(&image.file)?, ..image.facts.clone() };
                 Frozen::Writable(facts, image.file.clone())
             }
-            Kind::Raw { image, writable: false } => Frozen::Image(unchanged(image)?),
+            Kind::Raw { image, writable: false } => Frozen::Image(unchanged(image)?.facts.clone()),
             Kind::Overlay { image, overlay } => {
-                let facts = image.as_ref().map(unchanged).transpose()?;
-                Frozen::Layers(facts, overlay.freeze()?)
+                let image = image.as_ref().map(unchanged).transpose()?;
+                Frozen::Layers(image.map(|image| image.facts.clone()), overlay.freeze()?)
             }
         })
+    }
+
+    /// Has nobody write any more what is there, for clones to read it. Returns the image, if there is one; the layers are the
+    /// [frozen](Disk::frozen_layers) ones. The guest must stand still.
+    pub fn share(&mut self) -> io::Result<Option<Image>> {
+        match &mut self.kind {
+            Kind::Raw { writable: true, .. } => {
+                Err(io::Error::other("the guest writes its image itself; give it an overlay (`overlay`)"))
+            }
+            Kind::Raw { image, writable: false } => Ok(Some(unchanged(image)?.clone())),
+            Kind::Overlay { image, overlay } => {
+                let image = image.as_ref().map(unchanged).transpose()?;
+                overlay.share()?;
+                Ok(image.cloned())
+            }
+        }
     }
 
     /// Remembers what the disk is now, in place of what was remembered before; nothing of a disk that cannot be written. For
@@ -384,11 +431,22 @@ impl Disk {
         }
     }
 
-    /// Takes over the result of [`Stack::fold`].
-    pub fn adopt(&mut self, folded: Folded) {
+    /// Takes over the result of [`Stack::fold`] or [`Stack::merge`].
+    pub fn adopt(&mut self, folded: &Folded) {
         if let Kind::Overlay { overlay, .. } = &mut self.kind {
             overlay.adopt(folded);
         }
+    }
+}
+
+/// An image that is as it was when it was opened.
+fn unchanged(image: &Image) -> io::Result<&Image> {
+    match image.is_unchanged()? {
+        true => Ok(image),
+        false => Err(io::Error::other(format!(
+            "somebody has written to its image {} while it was in use",
+            image.facts.path.display()
+        ))),
     }
 }
 

@@ -3,6 +3,7 @@
 //! ```text
 //!   newest   top       private, written               a scratch file without a name
 //!            frozen    private, no longer written     what was the top when a snapshot was taken
+//!            shared    never written again            what was frozen when the guest was forked, by it or by those it comes from
 //!            held      shared, never written          what the snapshot holds that this guest was restored from
 //!   oldest   image     shared, never written          none if the snapshot holds the whole disk
 //! ```
@@ -13,21 +14,28 @@
 //! goes on. *Folding* afterwards brings the newer ones into the oldest of them, in the background and in place: what is
 //! written there is hidden by the newer layers until the guest takes the result over. So a guest has two private layers at
 //! most, but for the time of a snapshot, and each cluster is copied once however often a snapshot is taken.
+//!
+//! *Sharing* hands frozen layers on to clones, whose overlays lie over the same files from then on. Nobody writes these any more:
+//! they can only be read through what is handed on, folding leaves them alone, and where the guest goes on is above them. So they
+//! would become more with each fork. *Merging* copies several of them into a new one, in the background; it is shared from the
+//! beginning. The newest go first, and a layer only with newer ones that hold as much together, so that a large one is not copied for
+//! each few small ones.
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, Mode, OFlags};
 use snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters};
 use snapshot::create::LayerSource;
 use snapshot::disk::Held;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Most layers. So many come about only if folding fails time and again, since each snapshot, whether it succeeds or fails,
-/// ends with folding.
+/// Most layers. So many come about only if folding and merging fail time and again, since each snapshot, whether it succeeds or
+/// fails, ends with folding, and each fork with merging.
 const MAX_LAYERS: usize = 32;
 /// How much is copied at a time when layers are folded, in bytes.
 const PIECE: usize = 1 << 20;
@@ -36,23 +44,66 @@ const PIECE: usize = 1 << 20;
 #[derive(Debug)]
 pub struct Layer {
     file: Arc<File>,
-    clusters: Clusters,
-    /// The file is ours alone, and nobody may want to come back to what is in it.
-    private: bool,
+    clusters: Arc<Clusters>,
+    /// Others may read the file, or have made it: it is not written.
+    shared: AtomicBool,
 }
 
-/// What a disk was at a checkpoint.
+/// What a disk was at a checkpoint, besides its layers.
 #[derive(Debug)]
 pub struct OverlayMark {
-    /// How many layers there were below the top, which was empty.
-    layers: usize,
     private: Clusters,
 }
 
 impl Layer {
-    fn scratch(dir: &Path, size: u64) -> io::Result<Layer> {
-        Ok(Layer { file: Arc::new(tempfile::tempfile_in(dir)?), clusters: Clusters::new(size), private: true })
+    fn new(file: Arc<File>, clusters: Clusters, shared: bool) -> Arc<Layer> {
+        Arc::new(Layer { file, clusters: Arc::new(clusters), shared: shared.into() })
     }
+
+    fn is_shared(&self) -> bool {
+        self.shared.load(Ordering::Relaxed)
+    }
+
+    /// The same layer, to be read by others. Whoever is folding others into it stops.
+    fn share(&self) -> io::Result<Arc<Layer>> {
+        let layer = Layer { file: read_only(&self.file)?, clusters: self.clusters.clone(), shared: true.into() };
+        self.shared.store(true, Ordering::Relaxed);
+        Ok(Arc::new(layer))
+    }
+}
+
+/// The layer that is written.
+#[derive(Debug)]
+struct Top {
+    file: File,
+    clusters: Clusters,
+}
+
+impl Top {
+    fn new(dir: &Path, size: u64) -> io::Result<Top> {
+        Ok(Top { file: tempfile::tempfile_in(dir)?, clusters: Clusters::new(size) })
+    }
+}
+
+/// The same file, through which nobody can write it.
+fn read_only(file: &File) -> io::Result<Arc<File>> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let opened = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let unreadable =
+        |e| io::Error::other(format!("a layer of its overlay cannot be opened for reading: {e}; is /proc there?"));
+    Ok(Arc::new(File::from(opened.map_err(unreadable)?)))
+}
+
+/// Which of layers, the oldest first, that hold so much each are to become one for there to be `excess` fewer, or still fewer: the
+/// newest, and all that hold no more than what is newer together.
+fn to_merge(held: &[u64], excess: usize) -> Range<usize> {
+    let mut first = held.len().saturating_sub(excess + 1);
+    let mut sum: u64 = held[first..].iter().sum();
+    while first > 0 && held[first - 1] <= sum {
+        first -= 1;
+        sum += held[first];
+    }
+    first..held.len()
 }
 
 /// Layers that do not change, over an image or over nothing.
@@ -62,9 +113,32 @@ pub struct Stack {
     image: Option<Arc<File>>,
     /// Oldest first.
     layers: Vec<Arc<Layer>>,
+    /// How many of them, from the oldest on, somebody may want to come back to. No layer comes to be of both these and others.
+    marked: usize,
+    /// Where scratch files are made.
+    dir: PathBuf,
 }
 
 impl Stack {
+    /// Layers that others have made, the oldest first.
+    fn over(size: u64, image: Option<Arc<File>>, layers: impl IntoIterator<Item = Held>, dir: PathBuf) -> Stack {
+        let layer = |Held { file, clusters }| Layer::new(Arc::new(file), clusters, true);
+        Stack { size, image, layers: layers.into_iter().map(layer).collect(), marked: 0, dir }
+    }
+
+    /// The files of the layers and what they hold, the newest first.
+    pub fn layers(&self) -> impl ExactSizeIterator<Item = (&File, &Clusters)> {
+        self.layers.iter().rev().map(|layer| (&*layer.file, &*layer.clusters))
+    }
+
+    /// From now on others may read the layers through what [`Stack::layers`] tells, and nobody writes them.
+    fn share(&mut self) -> io::Result<()> {
+        for layer in self.layers.iter_mut().filter(|layer| !layer.is_shared()) {
+            *layer = layer.share()?;
+        }
+        Ok(())
+    }
+
     /// Reads the bytes at `offset` until `buf` is full.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.read_below(self.layers.len(), offset, buf)
@@ -81,7 +155,8 @@ impl Stack {
                 }
             };
         };
-        read_layer(layer, offset, buf, |offset, buf| self.read_below(below.len(), offset, buf))
+        let Layer { file, clusters, .. } = &**layer;
+        read_layer(file, clusters, offset, buf, |offset, buf| self.read_below(below.len(), offset, buf))
     }
 
     /// Whether anything but zeros can be seen in these clusters, or hidden.
@@ -102,20 +177,25 @@ impl Stack {
 
     /// Brings all private layers into the oldest of them. `None` if there are not two, or on `cancel`. May take long.
     pub fn fold(&self, cancel: &AtomicBool) -> io::Result<Option<Folded>> {
-        let private = self.layers.iter().position(|layer| layer.private).unwrap_or(self.layers.len());
+        // What was frozen is above what is shared.
+        let shared = self.layers.iter().rposition(|layer| layer.is_shared()).map_or(0, |last| last + 1);
+        let private = shared.max(self.marked);
         let Some((oldest, newer)) = self.layers[private..].split_first() else { return Ok(None) };
         if newer.is_empty() {
             return Ok(None);
         }
-        let (mut clusters, mut above) = (oldest.clusters.clone(), Clusters::new(self.size));
+        let (mut clusters, mut above) = (Clusters::clone(&oldest.clusters), Clusters::new(self.size));
         newer.iter().for_each(|layer| above.lay(&layer.clusters));
-        match self.bring_into(oldest, &above, cancel) {
+        let is_over = || cancel.load(Ordering::Relaxed) || oldest.is_shared();
+        match self.bring_into(&oldest.file, self.layers.len(), &above, is_over) {
             Ok(true) => {}
+            // What has come into it is hidden, wherever it is.
+            _ if oldest.is_shared() => return Ok(None),
             stopped => {
                 // What the oldest layer does not hold is to stay a hole: nobody would give it back.
                 for (run, _) in above.runs(0..above.count()).filter(|(_, state)| *state == Cluster::Data) {
                     let added = oldest.clusters.runs(run).filter(|(_, state)| *state != Cluster::Data);
-                    added.for_each(|(run, _)| give_back(oldest, run));
+                    added.for_each(|(run, _)| give_back(&oldest.file, run));
                 }
                 return stopped.map(|_| None);
             }
@@ -124,26 +204,83 @@ impl Stack {
         if self.image.is_none() && private == 0 {
             clusters.forget_zeros();
         }
-        let layer = Layer { file: oldest.file.clone(), clusters, private: true };
-        Ok(Some(Folded { layers: self.layers[private..].to_vec(), layer: Arc::new(layer) }))
+        // Nobody is to go on writing to what has been shared meanwhile.
+        let layer = Layer::new(oldest.file.clone(), clusters, oldest.is_shared());
+        Ok(Some(Folded { layers: self.layers[private..].to_vec(), layer }))
     }
 
-    /// Brings what the layers show in the clusters `above` into the file of `oldest`. `false` on `cancel`.
-    fn bring_into(&self, oldest: &Layer, above: &Clusters, cancel: &AtomicBool) -> io::Result<bool> {
+    /// Copies layers into fewer, until there are no more than `most`, as far as that can be. Nothing that is there is written. May take
+    /// long.
+    pub fn merge(&mut self, most: usize) -> io::Result<Vec<Folded>> {
+        let mut merged = Vec::new();
+        // What somebody may come back to last: the others are newer.
+        for zone in [self.marked..self.layers.len(), 0..self.marked] {
+            let excess = self.layers.len().saturating_sub(most).min(zone.len().saturating_sub(1));
+            if excess > 0 {
+                let held: Vec<u64> = self.layers[zone.clone()].iter().map(|layer| layer.clusters.data()).collect();
+                let range = to_merge(&held, excess);
+                let folded = self.merged(zone.start + range.start..zone.start + range.end)?;
+                self.adopt(&folded);
+                merged.push(folded);
+            }
+        }
+        Ok(merged)
+    }
+
+    /// A new layer that shows what some of these show.
+    fn merged(&self, range: Range<usize>) -> io::Result<Folded> {
+        let layers = self.layers[range.clone()].to_vec();
+        let mut clusters = Clusters::new(self.size);
+        layers.iter().for_each(|layer| clusters.lay(&layer.clusters));
+        let file = tempfile::tempfile_in(&self.dir)?;
+        self.bring_into(&file, range.end, &clusters, || false)?;
+        if self.image.is_none() && range.start == 0 {
+            clusters.forget_zeros();
+        }
+        Ok(Folded { layers, layer: Layer::new(read_only(&file)?, clusters, true) })
+    }
+
+    /// Puts one layer in the place of several. Says whether they are there.
+    fn adopt(&mut self, folded: &Folded) -> bool {
+        let Folded { layers, layer } = folded;
+        let same = |pair: (&Arc<Layer>, &Arc<Layer>)| Arc::ptr_eq(pair.0, pair.1);
+        // The layers that were folded are still there, if those that came later are on top of them.
+        let at = self.layers.windows(layers.len()).position(|ours| ours.iter().zip(layers).all(same));
+        let Some(at) = at else { return false };
+        let end = at + layers.len();
+        if (at + 1..end).contains(&self.marked) {
+            return false;
+        }
+        self.layers.splice(at..end, [layer.clone()]);
+        if self.marked >= end {
+            self.marked -= layers.len() - 1;
+        }
+        true
+    }
+
+    /// Brings what the `count` oldest layers show in these clusters into a file, which is written nowhere else. `false` if it is over
+    /// before that.
+    fn bring_into(
+        &self,
+        file: &File,
+        count: usize,
+        clusters: &Clusters,
+        is_over: impl Fn() -> bool,
+    ) -> io::Result<bool> {
         let mut buf = vec![0; PIECE];
-        for (run, state) in above.runs(0..above.count()) {
+        for (run, state) in clusters.runs(0..clusters.count()) {
             match state {
                 Cluster::Absent => {}
-                Cluster::Zero => give_back(oldest, run),
+                Cluster::Zero => give_back(file, run),
                 Cluster::Data => {
                     let Range { start: mut at, end } = bytes(&run, self.size);
                     while at < end {
-                        if cancel.load(Ordering::Relaxed) {
+                        if is_over() {
                             return Ok(false);
                         }
                         let piece = &mut buf[..(end - at).min(PIECE as u64) as usize];
-                        self.read(at, piece)?;
-                        oldest.file.write_all_at(piece, at)?;
+                        self.read_below(count, at, piece)?;
+                        file.write_all_at(piece, at)?;
                         at += piece.len() as u64;
                     }
                 }
@@ -175,36 +312,43 @@ impl LayerSource for Flattened {
 }
 
 /// A layer that shows what several others show.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Folded {
     layers: Vec<Arc<Layer>>,
     layer: Arc<Layer>,
 }
 
+impl PartialEq for Folded {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.layer, &other.layer)
+    }
+}
+
+impl Eq for Folded {}
+
 /// A disk that a guest can write, over layers that do not change.
 #[derive(Debug)]
 pub struct Overlay {
     below: Stack,
-    top: Layer,
-    /// How many of those below come from a snapshot.
-    held: usize,
-    /// What all private layers hold together. Folding does not change it.
+    top: Top,
+    /// What was written here, into whatever layers. Neither folding, sharing nor merging changes it.
     private: Clusters,
-    /// Where scratch files are made.
-    dir: PathBuf,
 }
 
 impl Overlay {
-    /// A disk of `size` bytes with nothing written to it, over `held` over `image`.
-    pub fn new(size: u64, image: Option<Arc<File>>, held: Option<Held>, dir: PathBuf) -> io::Result<Overlay> {
-        let top = Layer::scratch(&dir, size)?;
-        let held = held.map(|Held { file, clusters }| Layer { file: Arc::new(file), clusters, private: false });
-        let below = Stack { size, image, layers: held.into_iter().map(Arc::new).collect::<Vec<_>>() };
-        Ok(Overlay { held: below.layers.len(), below, top, private: Clusters::new(size), dir })
+    /// A disk of `size` bytes with nothing written to it, over what others have written, the oldest first, over `image`.
+    pub fn new(
+        size: u64,
+        image: Option<Arc<File>>,
+        held: impl IntoIterator<Item = Held>,
+        dir: PathBuf,
+    ) -> io::Result<Overlay> {
+        let top = Top::new(&dir, size)?;
+        Ok(Overlay { below: Stack::over(size, image, held, dir), top, private: Clusters::new(size) })
     }
 
-    /// Clusters that private layers hold and that can be seen. A cluster that two of them hold counts once: the older is
-    /// hidden, and goes when they are folded.
+    /// Clusters that were written here and that can be seen. A cluster that two layers hold counts once: the older is hidden, and goes
+    /// when they are folded, or is the clones' concern.
     pub fn private_clusters(&self) -> u64 {
         self.private.data()
     }
@@ -218,7 +362,8 @@ impl Overlay {
 
     /// Reads the bytes at `offset` until `buf` is full.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        read_layer(&self.top, offset, buf, |offset, buf| self.below.read(offset, buf))
+        let Top { file, clusters } = &self.top;
+        read_layer(file, clusters, offset, buf, |offset, buf| self.below.read(offset, buf))
     }
 
     /// Writes `data` at `offset`.
@@ -284,7 +429,7 @@ impl Overlay {
     pub fn discard(&mut self, offset: u64, len: u64) -> Range<u64> {
         let first = offset.next_multiple_of(CLUSTER_BYTES);
         let whole = self.whole_clusters(first, (offset + len).saturating_sub(first));
-        give_back(&self.top, whole.clone());
+        give_back(&self.top.file, whole.clone());
         // Where nothing lies below there is nothing to hide, and nothing to keep a record of.
         let state = if self.below.holds_data(&whole) { Cluster::Zero } else { Cluster::Absent };
         self.note(whole.clone(), state);
@@ -299,17 +444,25 @@ impl Overlay {
 
     /// Makes what was written until now a layer that no longer changes. Returns all layers below the new top.
     pub fn freeze(&mut self) -> io::Result<Stack> {
-        if self.top.clusters != Clusters::new(self.below.size) {
+        if !self.top.clusters.is_empty() {
             if self.below.layers.len() >= MAX_LAYERS {
                 return Err(io::Error::other(
-                    "its overlay has too many layers, which could not be folded; that is tried again now: see whether the \
-                     file system of TMPDIR is full, then repeat the snapshot",
+                    "its overlay has too many layers, which could not be brought together; that is tried again now: see \
+                     whether the file system of TMPDIR is full, then ask again",
                 ));
             }
-            let top = std::mem::replace(&mut self.top, Layer::scratch(&self.dir, self.below.size)?);
-            self.below.layers.push(Arc::new(top));
+            let top = Top::new(&self.below.dir, self.below.size)?;
+            let Top { file, clusters } = std::mem::replace(&mut self.top, top);
+            self.below.layers.push(Layer::new(Arc::new(file), clusters, false));
         }
         Ok(self.below.clone())
+    }
+
+    /// The same, for others to read: nobody writes these layers any more.
+    pub fn share(&mut self) -> io::Result<Stack> {
+        self.freeze()?;
+        self.below.share()?;
+        Ok(self.frozen())
     }
 
     /// Remembers what the disk is now, in place of what was remembered before. With `may_fold`, which nobody else may be doing, it
@@ -318,37 +471,28 @@ impl Overlay {
         self.unmark();
         self.freeze()?;
         let folded = if may_fold { self.below.fold(&AtomicBool::new(false))? } else { None };
-        folded.into_iter().for_each(|folded| self.adopt(folded));
-        // Whoever folds from now on leaves them alone, since the newer layers may go.
-        self.hold(self.held..self.below.layers.len(), false);
-        Ok(OverlayMark { layers: self.below.layers.len(), private: self.private.clone() })
+        folded.into_iter().for_each(|folded| self.adopt(&folded));
+        // Whoever folds or merges from now on keeps to one side, since the newer layers may go.
+        self.below.marked = self.below.layers.len();
+        Ok(OverlayMark { private: self.private.clone() })
     }
 
     /// Nobody comes back to what was remembered.
     pub fn unmark(&mut self) {
-        self.hold(self.held..self.below.layers.len(), true);
+        self.below.marked = 0;
     }
 
     /// Brings the disk back to what it was.
     pub fn rewind(&mut self, mark: &OverlayMark) -> io::Result<()> {
-        let newer = self.below.layers.len() > mark.layers;
+        let newer = self.below.layers.len() > self.below.marked;
         if !newer && self.top.clusters.is_empty() {
             return Ok(());
         }
-        self.below.layers.truncate(mark.layers);
+        self.below.layers.truncate(self.below.marked);
         self.top.file.set_len(0)?;
         self.top.clusters = Clusters::new(self.below.size);
         self.private = mark.private.clone();
         Ok(())
-    }
-
-    fn hold(&mut self, layers: Range<usize>, private: bool) {
-        for layer in &mut self.below.layers[layers] {
-            if layer.private != private {
-                let Layer { file, clusters, private: _ } = &**layer;
-                *layer = Arc::new(Layer { file: file.clone(), clusters: clusters.clone(), private });
-            }
-        }
     }
 
     /// All layers below the top.
@@ -356,15 +500,9 @@ impl Overlay {
         self.below.clone()
     }
 
-    /// Takes over the result of [`Stack::fold`].
-    pub fn adopt(&mut self, folded: Folded) {
-        let Folded { layers, layer } = folded;
-        let same = |pair: (&Arc<Layer>, &Arc<Layer>)| Arc::ptr_eq(pair.0, pair.1);
-        let ours = &mut self.below.layers;
-        // The layers that were folded are still there, if those that came later are on top of them.
-        if let Some(at) = ours.windows(layers.len()).position(|ours| ours.iter().zip(&layers).all(same)) {
-            ours.splice(at..at + layers.len(), [layer]);
-        }
+    /// Takes over the result of [`Stack::fold`] or [`Stack::merge`].
+    pub fn adopt(&mut self, folded: &Folded) {
+        self.below.adopt(folded);
     }
 }
 
@@ -373,20 +511,21 @@ fn bytes(clusters: &Range<u64>, size: u64) -> Range<u64> {
     (clusters.start * CLUSTER_BYTES).min(size)..(clusters.end * CLUSTER_BYTES).min(size)
 }
 
-/// Reads what `layer` holds, and through `below` what it does not.
+/// Reads what a layer holds in its file, and through `below` what it does not.
 fn read_layer(
-    layer: &Layer,
+    file: &File,
+    clusters: &Clusters,
     offset: u64,
     buf: &mut [u8],
     below: impl Fn(u64, &mut [u8]) -> io::Result<()>,
 ) -> io::Result<()> {
     let end = offset + buf.len() as u64;
-    for (run, state) in layer.clusters.runs(offset / CLUSTER_BYTES..end.div_ceil(CLUSTER_BYTES)) {
+    for (run, state) in clusters.runs(offset / CLUSTER_BYTES..end.div_ceil(CLUSTER_BYTES)) {
         let from = (run.start * CLUSTER_BYTES).max(offset);
         let to = (run.end * CLUSTER_BYTES).min(end);
         let part = &mut buf[(from - offset) as usize..(to - offset) as usize];
         match state {
-            Cluster::Data => layer.file.read_exact_at(part, from)?,
+            Cluster::Data => file.read_exact_at(part, from)?,
             Cluster::Zero => part.fill(0),
             Cluster::Absent => below(from, part)?,
         }
@@ -397,12 +536,12 @@ fn read_layer(
 /// Gives back the space of clusters of a private layer. Where the file system cannot, it is lost until the layer goes.
 ///
 /// What the layer does not hold is a hole already, so the whole range is given back at once, however many runs it has.
-fn give_back(layer: &Layer, clusters: Range<u64>) {
+fn give_back(file: &File, clusters: Range<u64>) {
     let (start, len) = (clusters.start * CLUSTER_BYTES, (clusters.end - clusters.start) * CLUSTER_BYTES);
     // The kernel takes no empty range.
     if len > 0 {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let _ = rustix::fs::fallocate(&*layer.file, flags, start, len);
+        let _ = rustix::fs::fallocate(file, flags, start, len);
     }
 }
 
@@ -471,7 +610,7 @@ mod tests {
             let folded = stack.fold(&never).unwrap();
             assert_eq!(folded.is_some(), round > 0);
             assert!(read_all(&overlay) == before, "folding is not seen");
-            folded.into_iter().for_each(|folded| overlay.adopt(folded));
+            folded.into_iter().for_each(|folded| overlay.adopt(&folded));
             assert!(read_all(&overlay) == before, "nor is its result");
             assert_eq!(overlay.below.layers.len(), 1);
         }
@@ -495,8 +634,8 @@ mod tests {
         let mut first = Clusters::new(SIZE);
         first.set(0..1, Cluster::Data);
         assert_eq!(*stack.flattened().clusters(), first);
-        overlay.adopt(stack.fold(&AtomicBool::new(false)).unwrap().unwrap());
-        assert_eq!(overlay.below.layers[0].clusters, first);
+        overlay.adopt(&stack.fold(&AtomicBool::new(false)).unwrap().unwrap());
+        assert_eq!(*overlay.below.layers[0].clusters, first);
     }
 
     #[test]
@@ -517,7 +656,7 @@ mod tests {
         assert_eq!(oldest.file.metadata().unwrap().blocks(), before);
         newer.file.set_len(SIZE).unwrap();
         let shown = read_all(&overlay);
-        overlay.adopt(stack.fold(&never).unwrap().unwrap());
+        overlay.adopt(&stack.fold(&never).unwrap().unwrap());
         assert!(read_all(&overlay) == shown);
     }
 
@@ -535,7 +674,7 @@ mod tests {
         overlay.read(0, &mut first).unwrap();
         assert_eq!(&first, b"y");
         let folded = overlay.frozen().fold(&AtomicBool::new(false)).unwrap().unwrap();
-        overlay.adopt(folded);
+        overlay.adopt(&folded);
         assert_eq!(overlay.freeze().unwrap().layers.len(), 2);
     }
 
@@ -604,7 +743,7 @@ mod tests {
                             let mut bytes = vec![0; SIZE as usize];
                             stack.read(0, &mut bytes).unwrap();
                             prop_assert!(bytes == then, "frozen layers do not change");
-                            stack.fold(&never).unwrap().into_iter().for_each(|folded| overlay.adopt(folded));
+                            stack.fold(&never).unwrap().into_iter().for_each(|folded| overlay.adopt(&folded));
                         }
                     }
                     Step::Mark(may_fold) => {
@@ -613,7 +752,7 @@ mod tests {
                             frozen = None;
                         }
                         marked = Some((overlay.mark(may_fold).unwrap(), model.clone(), overlay.private_clusters()));
-                        let private = overlay.below.layers.len() - overlay.held;
+                        let private = overlay.below.layers.iter().filter(|layer| !layer.is_shared()).count();
                         prop_assert!(!may_fold || private <= 1, "what was written between two marks is folded");
                     }
                     Step::Rewind => {
@@ -639,6 +778,267 @@ mod tests {
                     }
                 }
                 prop_assert!(read_all(&overlay) == model);
+            }
+        }
+    }
+
+    /// What a clone gets of these layers.
+    fn handed_on(stack: &Stack) -> Overlay {
+        let held =
+            stack.layers().map(|(file, clusters)| Held { file: file.try_clone().unwrap(), clusters: clusters.clone() });
+        let mut held: Vec<Held> = held.collect();
+        held.reverse();
+        Overlay::new(SIZE, stack.image.clone(), held, std::env::temp_dir()).unwrap()
+    }
+
+    fn contents(file: &File) -> Vec<u8> {
+        let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn what_clones_read_they_cannot_write() {
+        let mut overlay = overlay(Some(image().0));
+        overlay.write(0, b"parent").unwrap();
+        let stack = overlay.share().unwrap();
+        assert_eq!(stack.layers().len(), 1);
+        for (file, _) in stack.layers() {
+            assert!(file.write_at(b"x", 0).is_err() && file.set_len(0).is_err());
+            give_back(file, 0..1);
+        }
+        let mut clone = handed_on(&stack);
+        assert!(read_all(&clone) == read_all(&overlay));
+        assert_eq!((clone.private_clusters(), overlay.private_clusters()), (0, 1), "what was inherited is not its own");
+        clone.write(0, b"clone!").unwrap();
+        assert_eq!(read_all(&overlay)[..6], *b"parent");
+        assert_eq!(clone.private_clusters(), 1);
+        // Nothing was written since: there is nothing more to share.
+        assert_eq!(overlay.share().unwrap().layers().len(), 1);
+    }
+
+    /// What was begun before a fork comes to nothing, and what it has left behind is hidden.
+    #[test]
+    fn layers_that_are_being_folded_are_shared_all_the_same() {
+        let never = AtomicBool::new(false);
+        let mut overlay = overlay(None);
+        overlay.write(0, &[1; 2 * CLUSTER_BYTES as usize]).unwrap();
+        overlay.freeze().unwrap();
+        overlay.write(CLUSTER_BYTES, &[2; 2 * CLUSTER_BYTES as usize]).unwrap();
+        let before = overlay.freeze().unwrap();
+        let folded = before.fold(&never).unwrap().unwrap();
+        let stack = overlay.share().unwrap();
+        let (clone, shown) = (handed_on(&stack), read_all(&overlay));
+        overlay.adopt(&folded);
+        assert_eq!(overlay.below.layers.len(), 2, "it would be written again, as one of its own");
+        assert!(before.fold(&never).unwrap().is_none() && stack.fold(&never).unwrap().is_none());
+        overlay.write(0, &[3; 3 * CLUSTER_BYTES as usize]).unwrap();
+        overlay.freeze().unwrap();
+        assert!(overlay.frozen().fold(&never).unwrap().is_none(), "there is but one that is not shared");
+        assert!(read_all(&clone) == shown);
+    }
+
+    /// Sizes of layers, the oldest first, after each of many forks; and how much was copied in all.
+    fn forks(written: impl Iterator<Item = u64>, most: usize) -> (Vec<u64>, u64) {
+        let (mut held, mut copied) = (Vec::new(), 0);
+        for size in written {
+            held.push(size);
+            let excess = held.len().saturating_sub(most);
+            if excess > 0 {
+                let merged: u64 = held.drain(to_merge(&held, excess)).sum();
+                copied += merged;
+                held.push(merged);
+            }
+            assert!(held.len() <= most);
+        }
+        (held, copied)
+    }
+
+    #[test]
+    fn a_large_layer_is_not_copied_for_each_few_small_ones() {
+        assert_eq!(to_merge(&[9, 1, 1, 1, 1, 1, 1], 1), 1..7);
+        assert_eq!(to_merge(&[9, 8, 7, 6, 5, 2, 1], 1), 5..7);
+        assert_eq!(to_merge(&[90, 60, 30, 6, 5, 2, 1], 3), 3..7, "as many as it takes, and no more");
+        assert_eq!(to_merge(&[20, 4, 5, 1], 1), 1..4, "all that hold no more than what is newer");
+        assert_eq!(to_merge(&[20, 10, 5, 1], 1), 2..4);
+        let (_, copied) = forks((0..2000).map(|_| 1), 6);
+        assert!(copied < 2000 * 8, "{copied}");
+        let (held, copied) = forks((0..2000).map(|number| if number == 0 { 100_000 } else { 1 }), 6);
+        assert!(held[0] == 100_000 && copied < 2000 * 16, "{held:?} {copied}");
+    }
+
+    proptest! {
+        /// Merging copies nothing that is as large as all that is newer, unless it has to.
+        #[test]
+        fn merging_makes_room(held in prop::collection::vec(0..1000u64, 2..20), excess in 1..18usize) {
+            prop_assume!(excess < held.len());
+            let range = to_merge(&held, excess);
+            prop_assert!(range.end == held.len() && range.len() > excess);
+            prop_assert!(range.start == 0 || held[range.start - 1] > held[range.clone()].iter().sum());
+        }
+    }
+
+    #[test]
+    fn a_guest_that_is_forked_over_and_over_has_few_layers() {
+        let mut overlay = overlay(None);
+        overlay.write(0, &[7; 20 * CLUSTER_BYTES as usize]).unwrap();
+        for round in 0..2000u64 {
+            overlay.write(round % 24 * CLUSTER_BYTES, &round.to_le_bytes()).unwrap();
+            let mut stack = overlay.share().unwrap();
+            assert!(stack.layers().len() <= 7, "{round}");
+            stack.merge(6).unwrap().iter().for_each(|folded| overlay.adopt(folded));
+            assert!(overlay.below.layers.len() <= 6, "{round}");
+            if round % 100 == 0 {
+                assert!(read_all(&handed_on(&stack)) == read_all(&overlay));
+            }
+        }
+    }
+
+    /// What somebody may come back to is merged by itself.
+    #[test]
+    fn merging_keeps_to_one_side_of_a_checkpoint() {
+        let mut overlay = overlay(Some(image().0));
+        let write = |overlay: &mut Overlay, byte: u8| {
+            overlay.write(u64::from(byte) * 3000, &[byte; 5000]).unwrap();
+            overlay.share().unwrap()
+        };
+        (0..4).for_each(|byte| drop(write(&mut overlay, byte)));
+        let mark = overlay.mark(true).unwrap();
+        let then = read_all(&overlay);
+        let mut stack = (4..8).map(|byte| write(&mut overlay, byte)).last().unwrap();
+        let now = read_all(&overlay);
+        let merged = stack.merge(2).unwrap();
+        assert_eq!(merged.len(), 2);
+        merged.iter().for_each(|folded| overlay.adopt(folded));
+        assert_eq!((overlay.below.layers.len(), overlay.below.marked), (2, 1));
+        assert!(read_all(&overlay) == now);
+        overlay.rewind(&mark).unwrap();
+        assert!(read_all(&overlay) == then);
+        // One that spans a checkpoint that was set meanwhile is not taken.
+        let mut stack = write(&mut overlay, 1);
+        let merged = stack.merge(1).unwrap();
+        assert!(merged.is_empty());
+        overlay.unmark();
+        let merged = overlay.frozen().merge(1).unwrap();
+        overlay.below.marked = 1;
+        merged.iter().for_each(|folded| overlay.adopt(folded));
+        assert_eq!(overlay.below.layers.len(), 2);
+        overlay.unmark();
+        merged.iter().for_each(|folded| overlay.adopt(folded));
+        assert_eq!(overlay.below.layers.len(), 1);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Deed {
+        Step(Step),
+        Fork,
+        /// Layers are merged until there are so many.
+        Merge(usize),
+        /// What was merged or folded is taken over.
+        Adopt,
+        Unmark,
+    }
+
+    /// One of several disks, and what it should be.
+    struct Other {
+        overlay: Overlay,
+        model: Vec<u8>,
+        frozen: Option<Stack>,
+        done: Vec<Folded>,
+        marked: Option<(OverlayMark, Vec<u8>)>,
+    }
+
+    impl Other {
+        fn new(overlay: Overlay, model: Vec<u8>) -> Self {
+            Other { overlay, model, frozen: None, done: Vec::new(), marked: None }
+        }
+    }
+
+    fn deeds() -> impl Strategy<Value = Vec<(usize, Deed)>> {
+        let deed = prop_oneof![
+            6 => steps().prop_map(|steps| Deed::Step(steps[0].clone())),
+            3 => Just(Deed::Fork),
+            1 => (1..5usize).prop_map(Deed::Merge),
+            2 => Just(Deed::Adopt),
+            1 => Just(Deed::Unmark),
+        ];
+        prop::collection::vec((0..4usize, deed), 1..60)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+        /// Disks that come from each other are a run of bytes each, whatever is shared, merged, folded or put back in whatever order;
+        /// and no file that two of them have changes any more.
+        #[test]
+        fn forks_are_runs_of_bytes_each(deeds in deeds(), over_image: bool) {
+            let (file, bytes) = image();
+            let image = over_image.then_some(file);
+            let model = if over_image { bytes } else { vec![0; SIZE as usize] };
+            let mut disks = vec![Other::new(overlay(image), model)];
+            let mut shared: Vec<(File, Vec<u8>)> = Vec::new();
+            let never = AtomicBool::new(false);
+            for (number, deed) in deeds {
+                let number = number % disks.len();
+                let Other { overlay, model, frozen, done, marked } = &mut disks[number];
+                match deed {
+                    Deed::Step(Step::Write(at, len, byte)) => {
+                        overlay.write(at, &vec![byte; len]).unwrap();
+                        model[at as usize..at as usize + len].fill(byte);
+                    }
+                    Deed::Step(Step::Zero(at, len)) => {
+                        overlay.zero(at, len).unwrap();
+                        model[at as usize..(at + len) as usize].fill(0);
+                    }
+                    Deed::Step(Step::Discard(at, len)) => {
+                        let Range { start, end } = bytes_of(overlay.discard(at, len));
+                        model[start as usize..end as usize].fill(0);
+                    }
+                    Deed::Step(Step::Freeze | Step::Clone) => *frozen = Some(overlay.freeze().unwrap()),
+                    // What is done in the background is taken over some time, or never.
+                    Deed::Step(Step::Fold) => {
+                        let folded = frozen.take().map(|stack| stack.fold(&never).unwrap());
+                        done.extend(folded.flatten());
+                    }
+                    Deed::Merge(most) => done.extend(overlay.frozen().merge(most).unwrap()),
+                    Deed::Adopt => done.drain(..).for_each(|folded| overlay.adopt(&folded)),
+                    Deed::Step(Step::Mark(may_fold)) => {
+                        if may_fold {
+                            *frozen = None;
+                        }
+                        *marked = Some((overlay.mark(may_fold).unwrap(), model.clone()));
+                    }
+                    Deed::Unmark => {
+                        overlay.unmark();
+                        *marked = None;
+                    }
+                    Deed::Step(Step::Rewind) => {
+                        if let Some((mark, then)) = marked {
+                            overlay.rewind(mark).unwrap();
+                            model.clone_from(then);
+                        }
+                    }
+                    Deed::Fork => {
+                        let mut stack = overlay.share().unwrap();
+                        done.extend(stack.merge(8).unwrap());
+                        for (file, _) in stack.layers() {
+                            prop_assert!(file.write_at(b"x", 0).is_err());
+                            shared.push((file.try_clone().unwrap(), contents(file)));
+                        }
+                        let clone = Other::new(handed_on(&stack), model.clone());
+                        prop_assert_eq!(clone.overlay.private_clusters(), 0);
+                        if disks.len() < 4 {
+                            disks.push(clone);
+                        } else {
+                            disks[(number + 1) % 4] = clone;
+                        }
+                    }
+                }
+                for disk in &disks {
+                    prop_assert!(read_all(&disk.overlay) == disk.model);
+                }
+            }
+            for (file, then) in shared {
+                prop_assert!(contents(&file) == then);
             }
         }
     }

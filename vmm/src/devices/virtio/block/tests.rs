@@ -668,7 +668,7 @@ fn held(rig: &Rig) -> snapshot::disk::Held {
         stack.read(run.start * 4096, &mut bytes).unwrap();
         file.write_all_at(&bytes, run.start * 4096).unwrap();
     }
-    stack.fold(&AtomicBool::new(false)).unwrap().into_iter().for_each(|folded| lock(&rig.block).adopt(folded));
+    stack.fold(&AtomicBool::new(false)).unwrap().into_iter().for_each(|folded| lock(&rig.block).adopt(&folded));
     snapshot::disk::Held { file: File::open(dir.path().join("held")).unwrap(), clusters }
 }
 
