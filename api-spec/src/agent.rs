@@ -190,6 +190,17 @@ pub enum Request {
         /// Which pages.
         pages: Pages,
     },
+    /// Write the chosen pages to the guest's first disk, each 4 KiB times its number from the disk's beginning. Answered with
+    /// [`Response::Done`].
+    DiskWrite {
+        /// Which pages.
+        pages: Pages,
+    },
+    /// Read the chosen pages from there. Answered with [`Response::Done`].
+    DiskRead {
+        /// Which pages.
+        pages: Pages,
+    },
 }
 
 /// Facts about a guest that do not change while it runs.
@@ -488,6 +499,8 @@ mod tests {
         assert_eq!(bytes(Request::Linux), [2, 0, 0, 0, 1, 0, 0, 0, 5, 17]);
         let pages = Pages { first: 1, count: 2, stride: 3 };
         assert_eq!(bytes(Request::GiveBack { pages }), [5, 0, 0, 0, 1, 0, 0, 0, 5, 18, 1, 2, 3]);
+        assert_eq!(bytes(Request::DiskWrite { pages }), [5, 0, 0, 0, 1, 0, 0, 0, 5, 19, 1, 2, 3]);
+        assert_eq!(bytes(Request::DiskRead { pages }), [5, 0, 0, 0, 1, 0, 0, 0, 5, 20, 1, 2, 3]);
         let mut buf = [0; 64];
         let refused = Envelope { id: 1, body: Response::Refused(Refusal::WrongState) };
         assert_eq!(encode(&refused, &mut buf).unwrap()[HEADER_LEN..], [1, 13, 3]);

@@ -106,6 +106,14 @@ impl Agent {
         give_back(pages: Pages) = Request::GiveBack { pages }, Response::Done => (), ()
     );
     question!(
+        /// Writes pages to the guest's disk.
+        disk_write(pages: Pages) = Request::DiskWrite { pages }, Response::Done => (), ()
+    );
+    question!(
+        /// Reads pages from the guest's disk.
+        disk_read(pages: Pages) = Request::DiskRead { pages }, Response::Done => (), ()
+    );
+    question!(
         /// Checksum over pages.
         checksum(pages: Pages) = Request::Checksum { pages }, Response::Sum(sum) => sum, u64
     );

@@ -23,8 +23,19 @@ pub trait Machine {
     fn burn_stop(&mut self, vcpu: u8) -> Result<Burn, Refusal>;
     /// Gives work pages back to the host, through a balloon.
     fn give_back(&mut self, pages: Pages) -> Result<(), Refusal>;
+    /// Writes work pages to the first disk, or reads them from it.
+    fn disk(&mut self, transfer: Transfer, pages: Pages) -> Result<(), Refusal>;
     /// Resets the machine.
     fn reset(&mut self);
+}
+
+/// Which way pages go between memory and a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transfer {
+    /// From the disk.
+    Read,
+    /// To the disk.
+    Write,
 }
 
 /// What becomes of a request.
@@ -127,11 +138,19 @@ impl<M: Machine> Agent<M> {
                 self.machine.burn_start(vcpu).map_or_else(Response::Refused, |()| Response::Done)
             }
             Request::BurnStop { vcpu } => self.machine.burn_stop(vcpu).map_or_else(Response::Refused, Response::Burned),
-            Request::GiveBack { pages } if !pages.fits(self.machine.info().pages) => {
+            Request::GiveBack { pages } | Request::DiskWrite { pages } | Request::DiskRead { pages }
+                if !pages.fits(self.machine.info().pages) =>
+            {
                 Response::Refused(Refusal::NoSuchPages)
             }
             Request::GiveBack { pages } => {
                 self.machine.give_back(pages).map_or_else(Response::Refused, |()| Response::Done)
+            }
+            Request::DiskWrite { pages } => {
+                self.machine.disk(Transfer::Write, pages).map_or_else(Response::Refused, |()| Response::Done)
+            }
+            Request::DiskRead { pages } => {
+                self.machine.disk(Transfer::Read, pages).map_or_else(Response::Refused, |()| Response::Done)
             }
             Request::Reset => {
                 self.machine.reset();
@@ -221,6 +240,9 @@ pub(crate) mod tests {
             pages.numbers().for_each(|number| self.page(number).fill(0));
             Ok(())
         }
+        fn disk(&mut self, _: Transfer, _: Pages) -> Result<(), Refusal> {
+            Err(Refusal::NotHere)
+        }
         fn reset(&mut self) {}
     }
 
@@ -250,6 +272,9 @@ pub(crate) mod tests {
         assert_eq!(answer(&mut agent, Request::Verify { pages, seed: 5 }), Response::Mismatches(1));
         assert_eq!(answer(&mut agent, Request::GiveBack { pages }), Response::Done);
         assert_eq!(answer(&mut agent, Request::Touch { pages }), Response::Sum(0));
+        assert_eq!(answer(&mut agent, Request::DiskRead { pages }), Response::Refused(Refusal::NotHere));
+        let outside = Request::DiskWrite { pages: Pages::run(3, 2) };
+        assert_eq!(answer(&mut agent, outside), Response::Refused(Refusal::NoSuchPages));
         let outside = Request::GiveBack { pages: Pages::run(3, 2) };
         assert_eq!(answer(&mut agent, outside), Response::Refused(Refusal::NoSuchPages));
         let outside = Request::Touch { pages: Pages::run(0, 5) };

@@ -1,13 +1,13 @@
 //! The machine as the agent sees it.
 
 use crate::loader::Boot;
-use crate::virtio::Balloon;
+use crate::virtio::{Balloon, Disk};
 use crate::{hw, smp, stub};
 use api_spec::agent::burn::Burn;
 use api_spec::agent::pattern::WORDS;
 use api_spec::agent::{GuestKind, Info, Pages, Refusal};
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
-use embedded_guest::agent::Machine;
+use embedded_guest::agent::{Machine, Transfer};
 use embedded_guest::ram::{DIRECTORY_SPAN, HIGH, WorkPages};
 
 /// This machine.
@@ -17,6 +17,7 @@ pub struct Hardware {
     generation: Option<u64>,
     cpus: smp::Cpus,
     balloon: Option<Balloon>,
+    disk: Option<Disk>,
 }
 
 impl Hardware {
@@ -33,7 +34,7 @@ impl Hardware {
             pages_base: boot.pages.base,
         };
         let generation = boot.cmdline.generation.filter(|&address| address <= MAPPED - 16);
-        Hardware { info, pages: boot.pages, generation, cpus, balloon: Balloon::find(boot) }
+        Hardware { info, pages: boot.pages, generation, cpus, balloon: Balloon::find(boot), disk: Disk::find(boot) }
     }
 }
 
@@ -101,6 +102,16 @@ impl Machine for Hardware {
             self.balloon = None;
             Err(Refusal::NotHere)
         }
+    }
+
+    fn disk(&mut self, transfer: Transfer, pages: Pages) -> Result<(), Refusal> {
+        let disk = self.disk.as_mut().ok_or(Refusal::NotHere)?;
+        for number in pages.numbers() {
+            if !disk.transfer(transfer, self.pages.address(number), number) {
+                return Err(Refusal::NotHere);
+            }
+        }
+        Ok(())
     }
 
     fn reset(&mut self) {

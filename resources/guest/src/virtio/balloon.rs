@@ -12,9 +12,6 @@ const PAGE: u64 = 4096;
 const NUMBERS: usize = 256;
 /// How many pages the driver says are in the balloon.
 const ACTUAL: u64 = register::CONFIG + 4;
-/// How often to look for an answer before giving up: some seconds' worth at least.
-const LOOKS: u32 = 1 << 27;
-
 static INFLATE_RINGS: Rings<1> = Rings::new();
 static DEFLATE_RINGS: Rings<1> = Rings::new();
 static INFLATE_BUFFER: Buffers<1, { NUMBERS / 2 }> = Buffers::new();
@@ -64,10 +61,7 @@ impl Balloon {
         self.inflate.fill(0, numbers.len());
         self.inflate.put(0);
         self.inflate.show(self.registers);
-        let answered = (0..LOOKS).any(|_| {
-            core::hint::spin_loop();
-            self.inflate.take().is_some()
-        });
+        let answered = self.inflate.wait();
         if answered {
             self.actual = self.actual.wrapping_add(numbers.len() as u32 / 4);
             self.registers.write(ACTUAL, self.actual);

@@ -1,13 +1,15 @@
-//! Devices over virtio-mmio (virtio 1.2, 4.2): the vsock device with its registers and its three queues, and the balloon.
+//! Devices over virtio-mmio (virtio 1.2, 4.2): the vsock device with its registers and its three queues, the balloon, and a disk.
 //!
 //! Memory that the device shares is made of atomics, so there is nothing unsafe about it. It is small and lies
 //! together: each page of it that a restored guest touches is a page that has to be fetched and copied.
 
 mod balloon;
+mod disk;
 mod queue;
 mod registers;
 
 pub use balloon::Balloon;
+pub use disk::Disk;
 
 use crate::apic;
 use crate::loader::Boot;

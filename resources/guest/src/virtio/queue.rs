@@ -3,6 +3,9 @@
 use super::registers::{Registers, register};
 use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
+/// How often to look for an answer before giving up: some seconds' worth at least.
+const LOOKS: u32 = 1 << 27;
+
 /// A descriptor of one buffer.
 #[repr(C, align(16))]
 struct Descriptor {
@@ -111,6 +114,7 @@ pub struct Queue<const N: usize> {
 impl<const N: usize> Queue<N> {
     const WRITTEN_BY_DEVICE: u16 = 2;
     const QUIET: u16 = 1;
+    const GOES_ON: u16 = 1;
 
     /// Gives the device queue `number`, with descriptor `i` for buffer `i`.
     #[cold]
@@ -178,6 +182,31 @@ impl<const N: usize> Queue<N> {
     pub fn fill(&self, buffer: usize, len: usize) {
         self.rings.descriptors[buffer].len.store(len as u32, Ordering::Relaxed);
         self.rings.descriptors[buffer].flags.store(0, Ordering::Relaxed);
+    }
+
+    /// Has a buffer go on with the next one, which is put with it.
+    pub fn chain(&self, buffer: usize) {
+        self.rings.descriptors[buffer].flags.fetch_or(Self::GOES_ON, Ordering::Relaxed);
+        self.rings.descriptors[buffer].next.store(buffer as u16 + 1, Ordering::Relaxed);
+    }
+
+    /// Says how much of a buffer the device is to fill.
+    pub fn expect(&self, buffer: usize, len: usize) {
+        self.rings.descriptors[buffer].len.store(len as u32, Ordering::Relaxed);
+        self.rings.descriptors[buffer].flags.store(Self::WRITTEN_BY_DEVICE, Ordering::Relaxed);
+    }
+
+    /// Has a buffer be this memory instead of its own.
+    pub fn place(&self, buffer: usize, address: u64) {
+        self.rings.descriptors[buffer].address.store(address, Ordering::Relaxed);
+    }
+
+    /// Waits until the device has used a buffer, and takes it back. False if that takes too long.
+    pub fn wait(&mut self) -> bool {
+        (0..LOOKS).any(|_| {
+            core::hint::spin_loop();
+            self.take().is_some()
+        })
     }
 
     /// How many buffers the device has not been shown.
