@@ -1,6 +1,6 @@
 //! REST documents of a VM that is forked: made several while it runs.
 
-use crate::devices::{Balloon, Entropy, NetworkInterface};
+use crate::devices::{Balloon, Drive, Entropy, NetworkInterface};
 use crate::snapshot::{MemBackend, NetworkOverride, VsockOverride};
 use crate::vm::Vsock;
 use schemars::JsonSchema;
@@ -9,6 +9,8 @@ use std::path::PathBuf;
 
 /// Most clones of one fork.
 pub const MAX_CLONES: usize = 64;
+/// Most layers of a disk that are handed on to clones.
+pub const MAX_DISK_LAYERS: usize = 8;
 
 /// Body of `PUT /vm/fork`: each of some other vmms gets a clone of the VM as it is now. The VM itself goes on, whatever becomes of them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -68,8 +70,9 @@ pub struct ForkedClone {
 }
 
 /// Body of `PUT /fork/load`, by which a vmm that forks its VM makes the one that it talks to a clone. It is the only call of its
-/// connection. Descriptors come with its first byte (`SCM_RIGHTS`): a file in memory that holds the state of the machine and then the maps of the layers; each
-/// layer, the uppermost first; and the file that they lie over, unless a page server has it.
+/// connection. Descriptors come with its first byte (`SCM_RIGHTS`): a file in memory that holds the state of the machine and then the
+/// maps of the layers of memory and of the disks; each layer of memory, the uppermost first; the file that they lie over, unless a page
+/// server has it; and for each disk its layers, the uppermost first, and its image, if there is one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ForkLoad {
@@ -82,6 +85,9 @@ pub struct ForkLoad {
     /// The vsock device, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
+    /// The disks, the root disk first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drives: Vec<ForkDrive>,
     /// The network interfaces.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub network_interfaces: Vec<NetworkInterface>,
@@ -122,6 +128,31 @@ pub struct ForkLayer {
     pub map_bytes: u64,
     /// They lie one behind the other in the layer's file, which is sealed. Otherwise each lies at its place in guest memory.
     pub packed: bool,
+}
+
+/// A disk of the VM that is forked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ForkDrive {
+    /// How it is configured. Nothing is opened at its path: that is where snapshots of the clone say that the image is.
+    pub drive: Drive,
+    /// Its size, in bytes.
+    pub size_bytes: u64,
+    /// The image, if a descriptor of one comes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<ForkImage>,
+    /// The length of each layer's map, in bytes, the uppermost first; up to 8. A disk that can be written has an overlay over them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layer_map_bytes: Vec<u64>,
+}
+
+/// The image of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ForkImage {
+    /// When it was last changed, in nanoseconds since the Unix epoch, unless it is a block device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modified_ns: Option<i64>,
 }
 
 /// A page server, and what it serves.

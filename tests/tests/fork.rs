@@ -3,10 +3,13 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use api_spec::agent::Pages;
+use api_spec::client::rest::MAX_DESCRIPTORS;
+use api_spec::devices::Drive;
 use api_spec::fork::{ForkTarget, VmFork, VmForked};
+use api_spec::reset::{VmCheckpoint, VmReset};
 use api_spec::snapshot::VsockOverride;
 use api_spec::stats::{PageServerState, PhaseTrace, TracedOperation};
-use api_spec::vm::InstanceState;
+use api_spec::vm::{InstanceState, VmConfig};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketType, sendmsg,
 };
@@ -17,7 +20,7 @@ use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tests::vm::{balloon, drive, waiting, waiting_with};
 use tests::{Agent, Boot, PageServer, Place, Restore, Template, TemplateOptions, Vm, procfs, require, until};
 
@@ -28,6 +31,9 @@ const ROUNDS: u32 = 100;
 /// Pages that are scattered, and pages in a row.
 const SCATTERED: Pages = Pages { first: 2048, count: 100, stride: 7 };
 const IN_A_ROW: Pages = Pages { first: 4096, count: 512, stride: 1 };
+/// Size of disks, and what is written to them.
+const DISK: u64 = 8 << 20;
+const ON_DISK: Pages = Pages { first: 10, count: 40, stride: 3 };
 
 /// A vmm with a shell that a guest of [`MIB`] fits.
 fn shell(place: &Place, name: &str) -> Vm {
@@ -75,6 +81,36 @@ fn fork(vm: &mut Vm, targets: &[ForkTarget]) -> VmForked {
     let forked = try_fork(vm, &into(targets)).unwrap_or_else(|e| panic!("{}: it is not forked: {e}", vm.name));
     assert!(forked.clones.iter().all(|clone| clone.error.is_none()), "{}: {forked:?}", vm.name);
     forked
+}
+
+/// An image of a disk.
+fn disk_image(place: &Place, name: &str) -> PathBuf {
+    let path = place.join(name);
+    File::create(&path).and_then(|file| file.set_len(DISK)).expect("a file can be made in the test's directory");
+    path
+}
+
+fn overlay(id: &str, image: &Path) -> Drive {
+    Drive { overlay: true, ..drive(id, image) }
+}
+
+/// The guest writes this to its disk.
+fn put_on_disk(agent: &mut Agent, pages: Pages, seed: u64) {
+    agent.fill(pages, seed);
+    agent.disk_write(pages);
+}
+
+/// How much of what is on the guest's disk is not this.
+fn wrong_on_disk(agent: &mut Agent, pages: Pages, seed: u64) -> u64 {
+    agent.fill(pages, !seed);
+    agent.disk_read(pages);
+    agent.mismatches(pages, seed)
+}
+
+/// How many files of overlays a vmm has open.
+fn scratch_files(vm: &Vm) -> usize {
+    let is_scratch = |descriptor: &&String| descriptor.contains("(deleted)") && !descriptor.contains("memfd:");
+    procfs::descriptors(vm.pid()).iter().filter(is_scratch).count()
 }
 
 fn mismatches(agent: &mut Agent, seed: u64) -> [u64; 2] {
@@ -321,6 +357,171 @@ fn many_get_a_clone_each_of_one_moment_and_what_fails_is_told_and_harms_nobody()
     parent.stop();
 }
 
+/// What was on a disk is there, and nobody sees what another one writes.
+#[test]
+fn disks_are_forked_at_the_same_instant_and_all_go_their_own_ways() {
+    require!(Kvm);
+    let place = Place::new();
+    let (image, constant) = (disk_image(&place, "image"), disk_image(&place, "constant"));
+    let read_only = Drive { is_read_only: true, ..drive("constant", &constant) };
+    let boot = Boot::new(&place).memory_mib(MIB).drive(overlay("data", &image)).drive(read_only);
+    let (mut parent, mut agent) = boot.ready("parent");
+    put_on_disk(&mut agent, ON_DISK, SEED);
+    // A shell has no disks, so the clone is built anew.
+    let (mut first, mut second) = (shell(&place, "first"), empty(&place, "second"));
+    fork(&mut parent, &[anew(&first), anew(&second)]);
+    let mut agents = [agent, first.agent(), second.agent()];
+    let half = Pages { count: ON_DISK.count / 2, ..ON_DISK };
+    let rest = Pages { first: ON_DISK.first + half.count * half.stride, ..half };
+    for (number, agent) in agents.iter_mut().enumerate() {
+        assert_eq!(wrong_on_disk(agent, ON_DISK, SEED), 0, "{number}");
+        put_on_disk(agent, half, SEED + 1 + number as u64);
+    }
+    for (number, agent) in agents.iter_mut().enumerate() {
+        assert_eq!(wrong_on_disk(agent, half, SEED + 1 + number as u64), 0, "{number}");
+        assert_eq!(wrong_on_disk(agent, rest, SEED), 0, "{number}");
+    }
+    let bytes = |vm: &mut Vm| vm.client().stats().expect("counters").drives[0].overlay_bytes;
+    assert_eq!(bytes(&mut parent), 40 * 4096, "its own is what it has written");
+    assert_eq!(bytes(&mut first), 20 * 4096, "and not what it has inherited");
+    let config = |vm: &mut Vm| vm.api().get::<VmConfig>("/vm/config").expect("a configuration").drives;
+    assert_eq!(config(&mut second), config(&mut parent));
+
+    // A fork of a fork; and the parent's end is not that of its clones.
+    let mut third = empty(&place, "third");
+    fork(&mut first, &[anew(&third)]);
+    parent.process.kill();
+    let mut thirds = third.agent();
+    assert_eq!(wrong_on_disk(&mut thirds, half, SEED + 2), 0);
+    assert_eq!(wrong_on_disk(&mut thirds, rest, SEED), 0);
+
+    // A clone is reset, also to what it was before it was forked.
+    let mut client = third.client();
+    client.checkpoint(&VmCheckpoint {}).expect("it is remembered");
+    for seed in 20..23 {
+        put_on_disk(&mut thirds, ON_DISK, seed);
+        let fourth = empty(&place, &format!("fourth{seed}"));
+        fork(&mut third, &[anew(&fourth)]);
+        third.client().reset(&VmReset::default()).expect("it is reset");
+        thirds = third.agent();
+        assert_eq!(wrong_on_disk(&mut thirds, half, SEED + 2), 0);
+        let mut fourth = fourth;
+        assert_eq!(wrong_on_disk(&mut fourth.agent(), ON_DISK, seed), 0);
+        fourth.stop();
+    }
+
+    // And snapshotted: all that it has is there, over the image.
+    let snapshot = place.join("snapshot");
+    third.snapshot(&snapshot);
+    let manifest = snapshot::load::open(&snapshot).expect("it is a snapshot").manifest().clone();
+    let named: Vec<&str> =
+        manifest.devices.drives.iter().filter_map(|drive| Some(drive.image.as_ref()?.path.as_str())).collect();
+    assert_eq!(named, [image.to_str().expect("UTF-8"), constant.to_str().expect("UTF-8")]);
+    for vm in [first, second, third] {
+        vm.stop();
+    }
+    let (mut heir, mut heirs) = Restore::new(&place, &snapshot).ready("heir");
+    assert_eq!(wrong_on_disk(&mut heirs, half, SEED + 2), 0);
+    assert_eq!(wrong_on_disk(&mut heirs, rest, SEED), 0);
+    // What was restored is forked in turn, with what the snapshot holds.
+    put_on_disk(&mut heirs, Pages { count: 3, ..half }, 30);
+    let mut last = empty(&place, "last");
+    fork(&mut heir, &[anew(&last)]);
+    let mut lasts = last.agent();
+    assert_eq!(wrong_on_disk(&mut lasts, Pages { count: 3, ..half }, 30), 0);
+    assert_eq!(wrong_on_disk(&mut lasts, rest, SEED), 0);
+    for vm in [heir, last] {
+        vm.stop();
+    }
+    assert!(
+        std::fs::read(&image).expect("it can be read").iter().all(|byte| *byte == 0),
+        "nobody has written to the image"
+    );
+}
+
+/// A clone of a snapshot of a raw disk has no image.
+#[test]
+fn a_disk_without_an_image_is_forked() {
+    require!(Kvm);
+    let place = Place::new();
+    let (mut vm, mut agent) =
+        Boot::new(&place).memory_mib(MIB).drive(drive("data", &disk_image(&place, "image"))).ready("original");
+    put_on_disk(&mut agent, ON_DISK, SEED);
+    vm.snapshot(&place.join("snapshot"));
+    vm.stop();
+    let mut clone = Restore::new(&place, &place.join("snapshot")).start("clone");
+    let mut fork_of_it = empty(&place, "fork");
+    fork(&mut clone, &[anew(&fork_of_it)]);
+    for vm in [&mut clone, &mut fork_of_it] {
+        let mut agent = vm.agent();
+        assert_eq!(wrong_on_disk(&mut agent, ON_DISK, SEED), 0);
+        put_on_disk(&mut agent, ON_DISK, SEED + 1);
+    }
+    fork_of_it.snapshot(&place.join("second"));
+    let (heir, mut agent) = Restore::new(&place, &place.join("second")).ready("heir");
+    assert_eq!(wrong_on_disk(&mut agent, ON_DISK, SEED + 1), 0);
+    for vm in [clone, fork_of_it, heir] {
+        vm.stop();
+    }
+}
+
+#[test]
+fn an_image_that_somebody_has_written_is_not_forked() {
+    require!(Kvm);
+    let place = Place::new();
+    let image = disk_image(&place, "image");
+    let (mut parent, mut agent) = Boot::new(&place).memory_mib(MIB).drive(overlay("data", &image)).ready("parent");
+    put_on_disk(&mut agent, ON_DISK, SEED);
+    let target = empty(&place, "target");
+    File::options().write(true).open(&image).and_then(|file| file.set_len(DISK)).expect("it can be touched");
+    let error = try_fork(&mut parent, &into(&[anew(&target)])).expect_err("it is another image");
+    assert!(error.contains("drive data") && error.contains("somebody has written to its image"), "{error}");
+    assert_eq!(wrong_on_disk(&mut agent, ON_DISK, SEED), 0);
+    for vm in [parent, target] {
+        vm.stop();
+    }
+}
+
+/// Layers are merged in the background, so that neither they nor their descriptors become more; nor do those of forks of forks.
+#[test]
+fn disks_that_are_forked_over_and_over_have_few_layers() {
+    require!(Kvm);
+    const FORKS: u32 = 45;
+    let place = Place::new();
+    let image = disk_image(&place, "image");
+    let (mut parent, mut agent) = Boot::new(&place).memory_mib(16).drive(overlay("data", &image)).ready("parent");
+    let pages = |round: u32| Pages { first: 10 + round * 5, count: 8, stride: 1 };
+    for round in 0..FORKS {
+        put_on_disk(&mut agent, pages(round), round.into());
+        let mut clone = empty(&place, "clone");
+        fork(&mut parent, &[anew(&clone)]);
+        let layers = scratch_files(&clone);
+        assert!(layers <= 9, "fork {round}: {layers} files");
+        if round % 15 == 14 {
+            let mut clones = clone.agent();
+            for earlier in 0..=round {
+                let last = if earlier < round { 5 } else { 8 };
+                assert_eq!(wrong_on_disk(&mut clones, Pages { count: last, ..pages(earlier) }, earlier.into()), 0);
+            }
+        }
+        clone.stop();
+    }
+    until("few are left", || scratch_files(&parent) <= 7);
+    let mut vm = parent;
+    for generation in FORKS..FORKS + 12 {
+        put_on_disk(&mut agent, pages(generation), generation.into());
+        let mut next = empty(&place, &format!("generation{generation}"));
+        fork(&mut vm, &[anew(&next)]);
+        vm.stop();
+        agent = next.agent();
+        vm = next;
+        assert!(scratch_files(&vm) <= 9, "generation {generation}");
+        assert_eq!(wrong_on_disk(&mut agent, pages(generation), generation.into()), 0);
+        assert_eq!(wrong_on_disk(&mut agent, Pages { count: 5, ..pages(3) }, 3), 0);
+    }
+    vm.stop();
+}
+
 #[test]
 fn a_fork_that_cannot_be_is_refused_by_name_and_the_guest_goes_on() {
     require!(Kvm, Userfaultfd);
@@ -332,11 +533,16 @@ fn a_fork_that_cannot_be_is_refused_by_name_and_the_guest_goes_on() {
         assert!(error.contains(why), "{error}");
         assert_eq!(vm.state(), InstanceState::Running);
     };
-    let image = place.join("image");
-    File::create(&image).and_then(|file| file.set_len(1 << 20)).expect("a file can be made in the test's directory");
-    let (mut disks, _) = Boot::new(&place).memory_mib(16).drive(drive("data", &image)).ready("disks");
-    refused(&mut disks, &into(&targets), "a VM with disks is not forked");
-    disks.stop();
+    let (image, own) = (disk_image(&place, "image"), disk_image(&place, "own"));
+    let raw = Boot::new(&place).memory_mib(16).drive(overlay("root", &image)).drive(drive("data", &own));
+    let (mut raw, mut agent) = raw.ready("raw");
+    agent.fill(ON_DISK, SEED);
+    agent.disk_write(ON_DISK);
+    refused(&mut raw, &into(&targets), "drive data: the guest writes its image itself");
+    agent.fill(ON_DISK, SEED + 1);
+    agent.disk_read(ON_DISK);
+    assert_eq!(agent.mismatches(ON_DISK, SEED), 0);
+    raw.stop();
     let server = PageServer::start(&place, &template.snapshot);
     let (mut copied, mut agent) = Restore::new(&place, &template.snapshot).copied_from(&server.socket).ready("copied");
     refused(&mut copied, &into(&targets), "a VM into which a page server copies its pages is not forked");
@@ -360,7 +566,7 @@ fn send(api: &Path, bytes: &[u8], descriptors: usize) -> String {
     let mut stream = UnixStream::connect(api).expect("the API takes connections");
     let null = File::open("/dev/null").expect("there is one");
     let descriptors = vec![null.as_fd(); descriptors];
-    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS + 1))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
     sendmsg(&stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL).expect("it is sent");
@@ -381,9 +587,9 @@ fn descriptors_that_nobody_asked_for_are_closed() {
         .to_string();
     let load = format!("PUT /fork/load HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len());
     for round in 0..3 {
-        assert!(send(&vm.api, b"GET / HTTP/1.1\r\n\r\n", 16).starts_with("HTTP/1.1 200"), "{round}");
+        assert!(send(&vm.api, b"GET / HTTP/1.1\r\n\r\n", MAX_DESCRIPTORS).starts_with("HTTP/1.1 200"), "{round}");
         // More than any call takes: it is not heard.
-        assert_eq!(send(&vm.api, b"GET / HTTP/1.1\r\n\r\n", 17), "", "{round}");
+        assert_eq!(send(&vm.api, b"GET / HTTP/1.1\r\n\r\n", MAX_DESCRIPTORS + 1), "", "{round}");
         for (number, why) in [(0, "0 came"), (2, "2 came"), (16, "16 came"), (3, "descriptor 0 is of no use")] {
             let answer = match number {
                 0 => vm

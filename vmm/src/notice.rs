@@ -1,5 +1,6 @@
 //! What threads and devices tell the owner of the machine.
 
+use crate::devices::virtio::block::overlay::Folded;
 use crate::stats::scan::Scanned;
 use crate::vcpu::GuestEnd;
 use api_spec::agent::{GuestKind, Level};
@@ -83,6 +84,8 @@ pub enum Notice {
     SnapshotWritten,
     /// The background part of a snapshot is over: the disks' layers are folded, as far as that went.
     LayersFolded,
+    /// Layers of disks, each with the number of its disk, have been merged for a fork.
+    LayersMerged(Vec<(usize, Folded)>),
     /// The VM was forked: what became of the clones, or why there are none.
     Forked(Result<VmForked, String>),
     /// The guest's agent was asked to switch the guest off, and has said that it does so, or why it does not.

@@ -2,6 +2,7 @@
 
 use super::unix;
 use crate::error::ErrorBody;
+use crate::fork::MAX_DISK_LAYERS;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -189,8 +190,9 @@ impl RestClient {
 const CONNECTION: Duration = Duration::from_millis(200);
 const LAST_LOOK: Duration = Duration::from_millis(10);
 
-/// Most descriptors that go with a call.
-pub const MAX_DESCRIPTORS: usize = 16;
+/// Most descriptors that go with a call: the state of a VM that is forked, six layers of its memory and what they lie over, and the
+/// layers and the image of each of 18 disks. The kernel passes no more than 253.
+pub const MAX_DESCRIPTORS: usize = 8 + 18 * (MAX_DISK_LAYERS + 1);
 
 /// A call that was made over a connection of its own, with descriptors, and is not answered yet.
 #[derive(Debug)]

@@ -8,6 +8,8 @@
 //!
 //! So no clone writes anything that another can see.
 //!
+//! A fork goes the same way, but for what is not written: clones have what the original has open, read only. A raw disk is not forked.
+//!
 //! A machine that is saved, to go on where it was as the one that it was, is no clone. Its raw disks stay where they are: the
 //! saved state holds size and time of the image and none of its contents, and the machine that goes on writes the image
 //! again, if nobody else has since.
@@ -21,9 +23,11 @@ use crate::devices::virtio::block::disk::{Frozen, Image, ImageFacts};
 use crate::devices::virtio::block::overlay::{Folded, Stack};
 use crate::devices::virtio::block::{Disk, DiskError};
 use api_spec::devices::{CacheType, Drive};
+use api_spec::fork::{ForkDrive, ForkImage};
 use api_spec::snapshot::{DriveOverride, SnapshotLoad};
 use snapshot::clusters::Clusters;
 use snapshot::create::{Cancel, CopiedDisk, CreateError, LayerSource, Staging};
+use snapshot::disk::Held;
 use snapshot::load::Snapshot;
 use snapshot::manifest::{self, DiskImage, DriveDevice, HeldDisk};
 use std::fs::File;
@@ -209,9 +213,10 @@ impl LayerSource for Nothing {
 /// The layers of a disk that do not change.
 pub struct Layers {
     /// Number of the disk.
-    number: usize,
+    pub number: usize,
     drive_id: String,
-    stack: Stack,
+    /// The layers.
+    pub stack: Stack,
 }
 
 /// The frozen layers of disks that have any.
@@ -221,6 +226,61 @@ pub fn layers(devices: &Devices) -> Vec<Layers> {
         Some(Layers { number, drive_id: block.id().to_owned(), stack: block.frozen_layers()? })
     });
     layers.flatten().collect()
+}
+
+/// A disk whose image the guest writes itself, if there is one: clones cannot have it.
+pub fn written_in_place(drives: &[Drive]) -> Option<&str> {
+    drives.iter().find(|drive| !drive.is_read_only && !drive.overlay).map(|drive| drive.drive_id.as_str())
+}
+
+/// Gathers what clones need of the disks of a guest that stands still, whose devices' state has been saved: how each is configured,
+/// but for the maps of its layers, and its image. [`layers`] tells the layers then, which nobody writes any more. A failure names the disk.
+pub fn share(devices: &Devices, drives: &[Drive]) -> Result<Vec<(ForkDrive, Option<Image>)>, (String, io::Error)> {
+    let shared = drives.iter().zip(&devices.drives).map(|(drive, slot)| {
+        let mut block = lock(&slot.device);
+        let image = block.share().map_err(|source| (drive.drive_id.clone(), source))?;
+        // Whoever is told of it may live in another directory.
+        let path_on_host = match &image {
+            Some(image) => image.facts().path.clone(),
+            None => std::path::absolute(&drive.path_on_host).unwrap_or_else(|_| drive.path_on_host.clone()),
+        };
+        let told = ForkDrive {
+            drive: Drive { path_on_host, ..drive.clone() },
+            size_bytes: block.size(),
+            image: image.as_ref().map(|image| ForkImage { modified_ns: image.facts().modified_ns }),
+            layer_map_bytes: Vec::new(),
+        };
+        Ok((told, image))
+    });
+    shared.collect()
+}
+
+/// Copies layers into fewer, until no disk has more than `most`, for the devices to take over: each with the number of its disk. A
+/// failure names the disk.
+pub fn merge(layers: &mut [Layers], most: usize) -> Result<Vec<(usize, Folded)>, (String, io::Error)> {
+    let mut merged = Vec::new();
+    for Layers { number, drive_id, stack } in layers {
+        let folded = stack.merge(most).map_err(|e| (drive_id.clone(), e))?;
+        merged.extend(folded.into_iter().map(|folded| (*number, folded)));
+    }
+    Ok(merged)
+}
+
+/// A disk of a clone, of the files that come with it: the layers, the uppermost first, and the image.
+pub fn handed_on(told: &ForkDrive, mut layers: Vec<Held>, image: Option<File>) -> Result<Disk, DiskError> {
+    let ForkDrive { drive, size_bytes, image: facts, layer_map_bytes: _ } = told;
+    let image = image.map(|file| {
+        let modified_ns = facts.and_then(|facts| facts.modified_ns);
+        let facts = ImageFacts { path: drive.path_on_host.clone(), size: *size_bytes, modified_ns };
+        Image::handed_on(&drive.drive_id, file, facts)
+    });
+    match image.transpose()? {
+        Some(image) if drive.is_read_only => Ok(Disk::raw(image, false)),
+        image => {
+            layers.reverse();
+            Disk::overlay(&drive.drive_id, *size_bytes, image, layers)
+        }
+    }
 }
 
 /// Gathers the disks of a guest that stands still, whose devices' state has been saved. Overlays are frozen; an image that

@@ -1,8 +1,8 @@
 //! Fork: a machine that runs, and goes on, becomes several. Nothing of it is written to a disk.
 //!
 //! ```text
-//!   event loop:  pause -> device, vCPU and VM state -> freeze, or copy of what is the guest's own -> resume
-//!   thread:      seal -> one call to each of the other vmms, with descriptors -> their answers
+//!   event loop:  pause -> device, vCPU and VM state -> disks -> freeze, or copy of what is the guest's own -> resume
+//!   thread:      seal -> one call to each of the other vmms, with descriptors -> their answers -> merge the disks' layers
 //!   other vmm:   check -> shell -> map the lowest file, and the longer runs of the layers; copy the shorter ones -> state -> run
 //! ```
 //!
@@ -10,32 +10,42 @@
 //! a layer over the image that it is a view of, and a fork of a fork has one layer more, until they are copied into one
 //! ([`GuestRam::layers`](crate::memory::GuestRam::layers)). All clones of a fork share these files, which nobody can write. Where a page
 //! server has what the layers lie over, it serves each of them as it serves the machine itself.
+//!
+//! Overlays of disks are frozen, and their layers shared likewise, over the image that is open here; each side goes on in a layer of its
+//! own ([`super::disks`]).
 
 use super::Machine;
 use super::backend::{Backend, BackendError};
-use super::config::{DevicePlan, MAX_VCPUS};
+use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
+use super::disks::{self, RestoreDisksError};
 use super::phases::Phases;
 use super::restore::{HowToLoad, Loadable, RestoreError, lease, load_state, loaded, override_host_side, show};
 use super::shell::{Misfit, Shape, Shell};
 use super::snapshot::{self, Ending, SnapshotError};
 use super::turns::AtWork;
 use super::wiring::Outside;
+use crate::devices::virtio::block::disk::{Disk, Image};
+use crate::devices::virtio::block::request::SECTOR;
 use crate::kvm::state::Clock;
 use crate::memory::changes::CaptureError;
 use crate::memory::freeze::{FreezeError, Frozen};
-use crate::memory::image::LayError;
+use crate::memory::image::{self, LayError};
 use crate::memory::layer::{Copied, Layer, SEALED, Spare, is_sealed};
 use crate::memory::{PAGE_SIZE, layout};
 use crate::notice::{Notice, Notifier};
 use crate::sandbox::{self, Kind};
 use crate::vcpu::state::OtherTsc;
 use crate::vcpu::{self, VcpuError};
-use ::snapshot::clusters::{Clusters, MapError};
+use ::snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters, MapError};
+use ::snapshot::disk::Held;
 use ::snapshot::load;
+use ::snapshot::manifest::MAX_DISK_BYTES;
 use ::snapshot::state::{self, MachineState, StateError};
 use ::snapshot::told;
 use api_spec::client::rest::{MAX_DESCRIPTORS, PassingCall, RestError};
-use api_spec::fork::{ForkLayer, ForkLoad, ForkServed, ForkTarget, ForkedClone, MAX_CLONES, VmFork, VmForked};
+use api_spec::fork::{
+    ForkDrive, ForkLayer, ForkLoad, ForkServed, ForkTarget, ForkedClone, MAX_CLONES, MAX_DISK_LAYERS, VmFork, VmForked,
+};
 use rustix::fs::{MemfdFlags, OFlags, fcntl_add_seals, fcntl_get_seals, fcntl_getfl, memfd_create};
 use std::fs::File;
 use std::io;
@@ -52,6 +62,12 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const BREATHER: Duration = Duration::from_millis(5);
 /// Longest state that is taken, in bytes.
 const MAX_STATE: u64 = 64 << 20;
+/// How many layers of a disk stay apart once its VM was forked.
+const FEW_DISK_LAYERS: usize = 6;
+
+// The state, the layers of memory and what they lie over, and the layers and the image of each disk.
+const _: () =
+    assert!(MAX_DESCRIPTORS == 1 + image::MAX_LAYERS + 1 + layout::MAX_VIRTIO as usize * (MAX_DISK_LAYERS + 1));
 
 /// Why a VM was not forked. It goes on.
 #[derive(Debug, thiserror::Error)]
@@ -70,9 +86,19 @@ pub enum ForkError {
     /// One of them twice.
     #[error("into: {} is named twice", .0.display())]
     Twice(PathBuf),
-    /// It has disks.
-    #[error("a VM with disks is not forked: they are not taken along; use a snapshot (`PUT /snapshot/create`)")]
-    Drives,
+    /// Nobody else can have what its guest writes.
+    #[error(
+        "drive {0}: the guest writes its image itself, so that clones cannot have it: a VM is forked with disks that have an `overlay` or are read only; use a snapshot (`PUT /snapshot/create`), whose clones have overlays"
+    )]
+    Written(String),
+    /// A disk.
+    #[error("drive {id} cannot be forked: {}", told(.source))]
+    Disk {
+        /// Which disk.
+        id: String,
+        /// What is wrong with it.
+        source: io::Error,
+    },
     /// Its memory is not to be had for others.
     #[error(
         "a VM into which a page server copies its pages is not forked, as they cannot be shared; use `UffdShared`, or a snapshot (`PUT /snapshot/create`)"
@@ -157,12 +183,23 @@ pub enum ForkLoadError {
     #[error("the state of the VM that is forked is of {0} vCPUs")]
     Vcpus(usize),
     /// The map of a layer.
-    #[error("the map of layer {layer}: {source}")]
+    #[error("the map of the layer in descriptor {number}: {source}")]
     Map {
         /// Which one.
-        layer: usize,
+        number: usize,
         /// What is wrong with it.
         source: MapError,
+    },
+    /// Disks that cannot be configured.
+    #[error("the disks of the VM that is forked cannot be built: {0}")]
+    Drives(ConfigError),
+    /// A disk that cannot be.
+    #[error("drive {id} of the VM that is forked cannot be built: {problem}")]
+    Drive {
+        /// Which one.
+        id: String,
+        /// What is wrong with it.
+        problem: String,
     },
 }
 
@@ -187,6 +224,8 @@ struct Taken {
     layers: Vec<Layer>,
     /// What they lie over, unless a page server has that.
     lowest: Option<File>,
+    /// Disks, but for their layers.
+    drives: Vec<(ForkDrive, Option<Image>)>,
 }
 
 /// Looks whether a request can be granted, whatever the VM is. Pure.
@@ -204,17 +243,19 @@ pub fn check(request: &VmFork) -> Result<(), ForkError> {
     twice.map_or(Ok(()), |(_, path)| Err(ForkError::Twice(path.to_path_buf())))
 }
 
-/// Takes a machine as it is for clones such as are asked for, whoever gets them. It runs again, if it ran, when this returns.
+/// Takes a machine as it is for clones such as are asked for, and has them given to whoever is to have them. It runs again, if it ran,
+/// when this returns.
 pub fn fork(
     machine: &mut Machine,
     request: &VmFork,
     max_private_mib: Option<u64>,
     signals: &Signals,
     phases: &mut Phases,
-) -> Result<Forked, ForkError> {
+    giver: Giver,
+) -> Result<(), ForkError> {
     let begun = Instant::now();
-    if !machine.plan.drives.is_empty() {
-        return Err(ForkError::Drives);
+    if let Some(id) = disks::written_in_place(&machine.plan.drives) {
+        return Err(ForkError::Written(id.to_owned()));
     }
     if machine.page_server.is_some() && machine.served.is_none() {
         return Err(ForkError::Copied);
@@ -222,13 +263,20 @@ pub fn fork(
     let was_running = machine.is_running();
     machine.pause()?;
     phases.end("pause");
-    let taken = take(machine, signals, phases);
+    let (taken, layers) = take(machine, signals, phases);
     if was_running {
         machine.resume();
     }
     phases.end("resume");
     let pause_us = begun.elapsed().as_micros() as u64;
-    let taken = taken?;
+    let taken = match taken {
+        Ok(taken) => taken,
+        Err(e) => {
+            // What was frozen for it is still to be merged, or there would be more and more.
+            giver.give(None, layers);
+            return Err(e);
+        }
+    };
 
     // From here on the guest runs, and nothing more can fail.
     let DevicePlan { vsock, network, entropy, balloon, drives: _ } = machine.plan.clone();
@@ -237,6 +285,7 @@ pub fn fork(
         vcpu_count: machine.vcpu_count(),
         memory_bytes: machine.memory_bytes(),
         vsock,
+        drives: Vec::new(),
         network_interfaces: network,
         entropy,
         balloon,
@@ -249,15 +298,40 @@ pub fn fork(
         vsock_override: None,
         network_overrides: Vec::new(),
     };
-    Ok(Forked { load, taken, spare: machine.ram.spare(), begun, pause_us })
+    giver.give(Some(Forked { load, taken, spare: machine.ram.spare(), begun, pause_us }), layers);
+    Ok(())
 }
 
-/// Takes everything of a machine that stands still.
-fn take(machine: &mut Machine, signals: &Signals, phases: &mut Phases) -> Result<Taken, ForkError> {
-    let state = snapshot::save(machine)?;
+/// Takes everything of a machine that stands still; and the layers of its disks, whatever comes of that.
+fn take(
+    machine: &mut Machine,
+    signals: &Signals,
+    phases: &mut Phases,
+) -> (Result<Taken, ForkError>, Vec<disks::Layers>) {
+    let saved = snapshot::save(machine);
     phases.end("state");
     let turns = machine.turns().clone();
-    let _turn = turns.take(vcpu::PAUSE_DEADLINE)?;
+    let saved = saved.map_err(ForkError::from).and_then(|state| Ok((state, turns.take(vcpu::PAUSE_DEADLINE)?)));
+    match saved {
+        Ok((state, _turn)) => {
+            let taken = take_contents(machine, state, signals, phases);
+            (taken, disks::layers(&machine.devices))
+        }
+        Err(e) => (Err(e), Vec::new()),
+    }
+}
+
+fn take_contents(
+    machine: &mut Machine,
+    state: MachineState,
+    signals: &Signals,
+    phases: &mut Phases,
+) -> Result<Taken, ForkError> {
+    let drives = disks::share(&machine.devices, &machine.plan.drives);
+    let drives = drives.map_err(|(id, source)| ForkError::Disk { id, source })?;
+    if !drives.is_empty() {
+        phases.end("disks");
+    }
     let lowest = match machine.served {
         Some(_) => None,
         None => Some(machine.ram.store().ok_or(ForkError::Mixed)?.try_clone().map_err(ForkError::Keep)?),
@@ -275,28 +349,33 @@ fn take(machine: &mut Machine, signals: &Signals, phases: &mut Phases) -> Result
         }
     };
     phases.end("copy");
-    Ok(Taken { state, frozen, own, layers, lowest })
+    Ok(Taken { state, frozen, own, layers, lowest, drives })
 }
 
 /// What gives clones to other vmms, on a thread that is there before the VM stands still.
-pub struct Giver(mpsc::Sender<Forked>);
+pub struct Giver(mpsc::Sender<(Option<Forked>, Vec<disks::Layers>)>);
 
 impl Giver {
     /// Starts it, and waits until it is there. It tells when it is done.
     pub fn start(targets: Vec<ForkTarget>, notifier: Notifier) -> Result<Self, ForkError> {
-        let (sender, forked) = mpsc::channel::<Forked>();
+        let (sender, taken) = mpsc::channel::<(Option<Forked>, Vec<disks::Layers>)>();
         let (is_there, there) = mpsc::sync_channel(1);
         let thread = sandbox::spawn("fork", Kind::Peer, move || {
             let _ = is_there.send(()); // Somebody waits for it.
             // If there is none, whoever has asked for it has been told.
-            let Ok(forked) = forked.recv() else { return };
-            let (spare, copied_bytes) = (forked.spare.clone(), forked.taken.own.count() * PAGE_SIZE);
-            let given = forked.give_all(targets).map_err(|e| e.to_string());
-            notifier.send(Notice::Forked(given));
-            // Whoever waits is answered, and whoever has a clone asks it something.
-            std::thread::sleep(BREATHER);
-            if let Err(e) = spare.prepare(copied_bytes) {
-                tracing::debug!("the next fork takes longer, as no memory is ready for it: {e}");
+            let Ok((forked, mut layers)) = taken.recv() else { return };
+            if let Some(forked) = forked {
+                let (spare, copied_bytes) = (forked.spare.clone(), forked.taken.own.count() * PAGE_SIZE);
+                let given = forked.give_all(targets, &mut layers, &notifier).map_err(|e| e.to_string());
+                notifier.send(Notice::Forked(given));
+                // Whoever waits is answered, and whoever has a clone asks it something.
+                std::thread::sleep(BREATHER);
+                if let Err(e) = spare.prepare(copied_bytes) {
+                    tracing::debug!("the next fork takes longer, as no memory is ready for it: {e}");
+                }
+            }
+            if let Err(e) = merge(&mut layers, FEW_DISK_LAYERS, &notifier) {
+                tracing::warn!("the layers of an overlay stay apart: {e}");
             }
         });
         thread.map_err(ForkError::Thread)?;
@@ -304,18 +383,34 @@ impl Giver {
         Ok(Giver(sender))
     }
 
-    /// Gives a clone of this to each of them.
-    pub fn give(self, forked: Forked) {
+    /// Gives a clone of this to each of them, and sees to the layers of the disks.
+    fn give(self, forked: Option<Forked>, layers: Vec<disks::Layers>) {
         // It waits for nothing else.
-        let _ = self.0.send(forked);
+        let _ = self.0.send((forked, layers));
     }
 }
 
+/// Has no disk more than `most` layers, and the machine know of it.
+fn merge(layers: &mut [disks::Layers], most: usize, notifier: &Notifier) -> Result<(), ForkError> {
+    let merged = disks::merge(layers, most).map_err(|(id, source)| ForkError::Disk { id, source })?;
+    if !merged.is_empty() {
+        notifier.send(Notice::LayersMerged(merged));
+    }
+    Ok(())
+}
+
 impl Forked {
-    fn give_all(self, targets: Vec<ForkTarget>) -> Result<VmForked, ForkError> {
+    fn give_all(
+        self,
+        targets: Vec<ForkTarget>,
+        disk_layers: &mut [disks::Layers],
+        notifier: &Notifier,
+    ) -> Result<VmForked, ForkError> {
         let Forked { mut load, taken, spare: _, begun, pause_us } = self;
-        let Taken { state, frozen, own, layers, lowest } = taken;
+        let Taken { state, frozen, own, layers, lowest, drives } = taken;
         frozen.map(Frozen::finish).transpose()?;
+        // Only where forks follow each other faster than this is done afterwards.
+        merge(disk_layers, MAX_DISK_LAYERS, notifier)?;
         let copied_pages = own.count();
         let (own, written) = own.seal().map_err(ForkError::Keep)?;
         let layers: Vec<Layer> = std::iter::once(own).filter(|own| !own.pages.is_empty()).chain(layers).collect();
@@ -326,11 +421,25 @@ impl Forked {
             load.layers.push(ForkLayer { map_bytes: map.len() as u64, packed: layer.packed });
             bytes.extend(map);
         }
+        let mut disk_files = Vec::new();
+        for (number, (drive, image)) in drives.iter().enumerate() {
+            let mut drive = drive.clone();
+            let own = disk_layers.iter().filter(|layers| layers.number == number);
+            for (file, clusters) in own.flat_map(|layers| layers.stack.layers()) {
+                let map = clusters.encode();
+                drive.layer_map_bytes.push(map.len() as u64);
+                bytes.extend(map);
+                disk_files.push(file);
+            }
+            disk_files.extend(image.as_ref().map(Image::file));
+            load.drives.push(drive);
+        }
         let bundle = memfd_create("coppice-fork", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING);
         let bundle = File::from(bundle.map_err(|e| ForkError::Keep(e.into()))?);
         bundle.write_all_at(&bytes, 0).map_err(ForkError::Keep)?;
         fcntl_add_seals(&bundle, SEALED).map_err(|e| ForkError::Keep(e.into()))?;
         let files = std::iter::once(&bundle).chain(layers.iter().map(|layer| &layer.file)).chain(&lowest);
+        let files = files.chain(disk_files);
         let descriptors: Vec<_> = files.map(AsFd::as_fd).collect();
         // All are called before the first is waited for, and have the same time.
         let deadline = Instant::now() + PATIENCE;
@@ -359,6 +468,7 @@ pub struct Offered {
     /// The uppermost first.
     layers: Vec<Layer>,
     lowest: Option<File>,
+    disks: Vec<Disk>,
     load: ForkLoad,
 }
 
@@ -372,54 +482,133 @@ pub fn open(load: &ForkLoad, descriptors: Vec<OwnedFd>) -> Result<Offered, Resto
     if !is_whole || !(1..=MAX_VCPUS).contains(vcpus) {
         return Err(ForkLoadError::Shape { vcpus: *vcpus, bytes: *memory_bytes }.into());
     }
-    // The state, the layers, and what they lie over.
-    let (expected, found) = (told.len() + 1 + usize::from(load.served.is_none()), descriptors.len());
+    let drives = load.drives.iter().map(|drive| drive.layer_map_bytes.len() + usize::from(drive.image.is_some()));
+    // The state, the layers, what they lie over, and the disks.
+    let expected = told.len() + 1 + usize::from(load.served.is_none()) + drives.sum::<usize>();
+    let found = descriptors.len();
     if expected != found || found > MAX_DESCRIPTORS {
         return Err(ForkLoadError::Descriptors { expected, found }.into());
     }
-    let mut files = descriptors.into_iter().map(File::from);
-    let bundle = files.next().ok_or(ForkLoadError::Descriptors { expected, found })?;
-    let longest = Clusters::max_encoded(*memory_bytes);
-    let bad = |problem: &str| ForkLoadError::Descriptor { number: 0, problem: problem.into() };
-    if *state_bytes > MAX_STATE || told.iter().any(|layer| layer.map_bytes > longest) {
-        return Err(bad("what it is said to hold is longer than it can be").into());
-    }
-    let length = state_bytes + told.iter().map(|layer| layer.map_bytes).sum::<u64>();
-    check_file(0, &bundle, length)?;
-    check_sealed(0, &bundle)?;
-    let mut bytes = vec![0; length as usize];
-    bundle.read_exact_at(&mut bytes, 0).map_err(|e| bad(&e.to_string()))?;
-    let (own, mut maps) = bytes.split_at(*state_bytes as usize);
-    let state = state::decode(own).map_err(ForkLoadError::from)?;
+    check_drives(&load.drives)?;
+    let mut files = descriptors.into_iter().map(File::from).enumerate();
+    let (_, bundle) = files.next().ok_or(ForkLoadError::Descriptors { expected, found })?;
+    let mut bundle = Bundle::open(bundle, load)?;
+    let state = state::decode(&bundle.next(*state_bytes)?).map_err(ForkLoadError::from)?;
     if state.vcpus.len() != usize::from(*vcpus) {
         return Err(ForkLoadError::Vcpus(state.vcpus.len()).into());
     }
 
     let mut layers = Vec::new();
-    for (layer, (ForkLayer { map_bytes, packed }, file)) in told.iter().zip(files.by_ref()).enumerate() {
-        let (map, rest) = maps.split_at(*map_bytes as usize);
-        maps = rest;
-        let pages = Clusters::decode(map, *memory_bytes).map_err(|source| ForkLoadError::Map { layer, source })?;
-        check_file(layer + 1, &file, if *packed { pages.data() * PAGE_SIZE } else { *memory_bytes })?;
-        check_memory(layer + 1, &file, *packed)?;
+    for (ForkLayer { map_bytes, packed }, (number, file)) in told.iter().zip(files.by_ref()) {
+        let pages = bundle.map(number, *map_bytes, *memory_bytes)?;
+        check_file(number, &file, if *packed { pages.data() * PAGE_SIZE } else { *memory_bytes })?;
+        check_memory(number, &file, *packed)?;
         layers.push(Layer { file, pages, packed: *packed });
     }
-    let lowest = files.next();
-    if let Some(file) = &lowest {
-        check_file(expected - 1, file, *memory_bytes)?;
-        check_memory(expected - 1, file, false)?;
+    let lowest = if load.served.is_none() { files.next() } else { None };
+    if let Some((number, file)) = &lowest {
+        check_file(*number, file, *memory_bytes)?;
+        check_memory(*number, file, false)?;
     }
+    let lowest = lowest.map(|(_, file)| file);
+    let disks = open_disks(&load.drives, &mut files, &mut bundle)?;
 
     let mut devices = DevicePlan {
         vsock: load.vsock.clone(),
-        drives: Vec::new(),
+        drives: load.drives.iter().map(|drive| drive.drive.clone()).collect(),
         network: load.network_interfaces.clone(),
         entropy: load.entropy,
         balloon: load.balloon,
     };
     override_host_side(&mut devices, load.vsock_override.as_ref(), &load.network_overrides)?;
     let shape = Shape { vcpus: *vcpus, memory_bytes: *memory_bytes, devices };
-    Ok(Offered { shape, state, layers, lowest, load: load.clone() })
+    Ok(Offered { shape, state, layers, lowest, disks, load: load.clone() })
+}
+
+/// Whether there can be such disks, whatever is in them. Pure.
+fn check_drives(drives: &[ForkDrive]) -> Result<(), ForkLoadError> {
+    let configured: Vec<_> = drives.iter().map(|drive| drive.drive.clone()).collect();
+    config::check_drives(&configured).map_err(ForkLoadError::Drives)?;
+    for ForkDrive { drive, size_bytes: size, image, layer_map_bytes: maps } in drives {
+        let problem = if *size == 0 || !size.is_multiple_of(SECTOR) || *size > MAX_DISK_BYTES {
+            format!("no disk has {size} bytes")
+        } else if drive.is_read_only && (image.is_none() || !maps.is_empty()) {
+            "what can only be read is an image, and nothing else".to_owned()
+        } else if drive.is_read_only == drive.overlay {
+            "what can be written has an overlay, and nothing else has".to_owned()
+        } else if maps.len() > MAX_DISK_LAYERS {
+            format!("it has {} layers, and {MAX_DISK_LAYERS} are the most", maps.len())
+        } else {
+            continue;
+        };
+        return Err(ForkLoadError::Drive { id: drive.drive_id.clone(), problem });
+    }
+    Ok(())
+}
+
+/// The disks, of the files that come for them.
+fn open_disks(
+    drives: &[ForkDrive],
+    files: &mut impl Iterator<Item = (usize, File)>,
+    bundle: &mut Bundle,
+) -> Result<Vec<Disk>, RestoreError> {
+    let mut disks = Vec::with_capacity(drives.len());
+    for told in drives {
+        let mut layers = Vec::new();
+        for (map_bytes, (number, file)) in told.layer_map_bytes.iter().zip(files.by_ref()) {
+            let clusters = bundle.map(number, *map_bytes, told.size_bytes)?;
+            let data = clusters.runs(0..clusters.count()).filter(|(_, state)| *state == Cluster::Data);
+            let end = data.map(|(run, _)| run.end * CLUSTER_BYTES).last().unwrap_or(0);
+            check_file(number, &file, end.min(told.size_bytes))?;
+            check_unwritable(number, &file)?;
+            layers.push(Held { file, clusters });
+        }
+        let image = if told.image.is_some() { files.next() } else { None };
+        if let Some((number, file)) = &image {
+            check_unwritable(*number, file)?;
+        }
+        let disk = disks::handed_on(told, layers, image.map(|(_, file)| file));
+        disks.push(disk.map_err(RestoreDisksError::from)?);
+    }
+    Ok(disks)
+}
+
+/// The file of the state and the maps, which are read one after the other.
+struct Bundle {
+    file: File,
+    at: u64,
+}
+
+impl Bundle {
+    /// Whether the file holds what it is said to, and nobody can change that.
+    fn open(file: File, load: &ForkLoad) -> Result<Bundle, ForkLoadError> {
+        let too_long = || ForkLoadError::Descriptor {
+            number: 0,
+            problem: "what it is said to hold is longer than it can be".into(),
+        };
+        let memory = load.layers.iter().map(|layer| (layer.map_bytes, load.memory_bytes));
+        let disks = load.drives.iter().flat_map(|disk| disk.layer_map_bytes.iter().map(|map| (*map, disk.size_bytes)));
+        let maps: Vec<(u64, u64)> = memory.chain(disks).collect();
+        if load.state_bytes > MAX_STATE || maps.iter().any(|(map, size)| *map > Clusters::max_encoded(*size)) {
+            return Err(too_long());
+        }
+        check_file(0, &file, load.state_bytes + maps.iter().map(|(map, _)| map).sum::<u64>())?;
+        check_sealed(0, &file)?;
+        Ok(Bundle { file, at: 0 })
+    }
+
+    fn next(&mut self, bytes: u64) -> Result<Vec<u8>, ForkLoadError> {
+        let mut buf = vec![0; bytes as usize];
+        let read = self.file.read_exact_at(&mut buf, self.at);
+        read.map_err(|e| ForkLoadError::Descriptor { number: 0, problem: e.to_string() })?;
+        self.at += bytes;
+        Ok(buf)
+    }
+
+    /// The map of the layer in a descriptor.
+    fn map(&mut self, number: usize, bytes: u64, size: u64) -> Result<Clusters, ForkLoadError> {
+        Clusters::decode(&self.next(bytes)?, size).map_err(|source| ForkLoadError::Map { number, source })
+    }
 }
 
 /// Whether a descriptor is of a file that can be read and holds so much.
@@ -446,6 +635,16 @@ fn check_memory(number: usize, file: &File, always: bool) -> Result<(), ForkLoad
     if is_on_disk { Ok(()) } else { check_sealed(number, file) }
 }
 
+/// Whether a file cannot be written through its descriptor: others read it, too.
+fn check_unwritable(number: usize, file: &File) -> Result<(), ForkLoadError> {
+    let bad = |problem: String| ForkLoadError::Descriptor { number, problem };
+    let flags = fcntl_getfl(file).map_err(|e| bad(e.to_string()))?;
+    match flags & OFlags::RWMODE {
+        OFlags::RDONLY if !flags.contains(OFlags::PATH) => Ok(()),
+        _ => Err(bad("a file of a disk has to be open for reading, and for nothing else".into())),
+    }
+}
+
 fn check_sealed(number: usize, file: &File) -> Result<(), ForkLoadError> {
     match fcntl_get_seals(file) {
         Ok(seals) if is_sealed(seals) => Ok(()),
@@ -466,7 +665,7 @@ impl Loadable for Offered {
         if self.shape.devices.vsock.is_some() && self.load.vsock_override.is_none() {
             return Err(ForkLoadError::NoSocket.into());
         }
-        Ok(Shell::build(self.shape.clone(), Vec::new(), outside, phases)?)
+        Ok(Shell::build(self.shape.clone(), std::mem::take(&mut self.disks), outside, phases)?)
     }
 
     fn load(
@@ -509,6 +708,8 @@ impl Loadable for Offered {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use api_spec::devices::Drive;
+    use api_spec::fork::ForkImage;
     use rustix::fs::{SealFlags, fcntl_add_seals, ftruncate};
 
     fn request(sockets: &[&str]) -> VmFork {
@@ -548,6 +749,7 @@ mod tests {
             vcpu_count: 1,
             memory_bytes: SIZE,
             vsock: None,
+            drives: Vec::new(),
             network_interfaces: Vec::new(),
             entropy: None,
             balloon: None,
@@ -588,6 +790,115 @@ mod tests {
         let mut socket = files();
         socket[0] = std::os::unix::net::UnixStream::pair().unwrap().0.into();
         assert!(refused(&load, socket).contains("no regular file"));
+    }
+
+    const DISK: u64 = 64 * CLUSTER_BYTES;
+
+    /// A disk with an overlay over two layers over an image, and what comes for it.
+    fn disk(dir: &tempfile::TempDir) -> (ForkDrive, Vec<Vec<u8>>, Vec<File>) {
+        let file = |name: &str, bytes: u64| {
+            let file = File::create(dir.path().join(name)).unwrap();
+            file.set_len(bytes).unwrap();
+            File::open(dir.path().join(name)).unwrap()
+        };
+        let maps = [0..3, 2..64].map(|run| {
+            let mut clusters = Clusters::new(DISK);
+            clusters.set(run, Cluster::Data);
+            clusters.encode()
+        });
+        let files = vec![file("upper", 3 * CLUSTER_BYTES), file("lower", DISK), file("image", DISK)];
+        let path = dir.path().join("image");
+        let image = Image::open("data", &path, false).unwrap();
+        let drive = serde_json::json!({ "drive_id": "data", "path_on_host": path, "overlay": true });
+        let told = ForkDrive {
+            drive: serde_json::from_value(drive).unwrap(),
+            size_bytes: DISK,
+            image: Some(ForkImage { modified_ns: image.facts().modified_ns }),
+            layer_map_bytes: maps.iter().map(|map| map.len() as u64).collect(),
+        };
+        (told, maps.to_vec(), files)
+    }
+
+    /// Opens a disk as it comes.
+    fn received(told: &ForkDrive, maps: &[Vec<u8>], files: Vec<File>) -> Result<Vec<Disk>, String> {
+        let bundle = File::from(memfd_create("t", MemfdFlags::CLOEXEC).unwrap());
+        bundle.write_all_at(&maps.concat(), 0).unwrap();
+        let drives = [told.clone()];
+        check_drives(&drives).map_err(|e| e.to_string())?;
+        let mut files = files.into_iter().enumerate().map(|(number, file)| (number + 3, file));
+        open_disks(&drives, &mut files, &mut Bundle { file: bundle, at: 0 }).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn a_disk_is_what_lies_over_its_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let (told, maps, files) = disk(&dir);
+        for (name, byte) in [("upper", 1), ("lower", 2)] {
+            let file = File::options().write(true).open(dir.path().join(name)).unwrap();
+            file.write_all_at(&vec![byte; file.metadata().unwrap().len() as usize], 0).unwrap();
+        }
+        let mut disks = received(&told, &maps, files).unwrap();
+        let mut bytes = vec![0; DISK as usize];
+        disks[0].read(0, &mut bytes).unwrap();
+        let end = 3 * CLUSTER_BYTES as usize;
+        assert!(bytes[..end].iter().all(|byte| *byte == 1) && bytes[end..].iter().all(|byte| *byte == 2));
+        assert_eq!(disks[0].private_bytes(), 0, "nothing of it is its own");
+        disks[0].write(0, &[3; 8192]).unwrap();
+        assert_eq!(disks[0].private_bytes(), 8192);
+
+        let (told, _, mut files) = disk(&dir);
+        let drive = Drive { is_read_only: true, overlay: false, ..told.drive };
+        let told = ForkDrive { drive, layer_map_bytes: Vec::new(), ..told };
+        assert!(received(&told, &[], files.split_off(2)).unwrap()[0].is_read_only());
+    }
+
+    /// Each thing that can be wrong with a disk is told by its name.
+    #[test]
+    fn a_disk_that_is_not_right_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (good, maps, _) = disk(&dir);
+        let refused = |change: &dyn Fn(&mut ForkDrive, &mut Vec<Vec<u8>>, &mut Vec<File>), why: &str| {
+            let (mut told, mut maps, mut files) = (good.clone(), maps.clone(), disk(&dir).2);
+            change(&mut told, &mut maps, &mut files);
+            let error = received(&told, &maps, files).unwrap_err();
+            assert!(error.contains(why), "{why}: {error}");
+        };
+        let refused_as_told = |change: fn(&mut ForkDrive), why: &str| refused(&|told, _, _| change(told), why);
+        refused_as_told(|told| told.drive.drive_id = "/".into(), "drive_id");
+        refused_as_told(|told| told.drive.max_overlay_mib = Some(0), "max_overlay_mib must be at least 1");
+        for size in [0, 513, u64::MAX - 511] {
+            refused(&|told, _, _| told.size_bytes = size, "no disk has");
+        }
+        refused_as_told(|told| told.drive.overlay = false, "what can be written has an overlay");
+        let read_only = |told: &mut ForkDrive| (told.drive.is_read_only, told.drive.overlay) = (true, false);
+        refused(&|told, _, _| read_only(told), "what can only be read is an image");
+        refused_as_told(|told| told.layer_map_bytes = vec![0; MAX_DISK_LAYERS + 1], "it has 9 layers");
+        refused_as_told(
+            |told| told.size_bytes -= CLUSTER_BYTES,
+            "descriptor 4: its block 0 has clusters that no disk has",
+        );
+        refused(&|_, maps, _| maps[0][0] = 1, "descriptor 3: its block 1 is out of place");
+        refused(&|told, _, _| told.layer_map_bytes[0] -= 1, "is not that of a map");
+        let writable = |name: &str| File::options().read(true).write(true).open(dir.path().join(name)).unwrap();
+        let only_writable = || File::options().write(true).open(dir.path().join("upper")).unwrap();
+        refused(
+            &|_, _, files| files[0] = writable("upper"),
+            "descriptor 3 is of no use: a file of a disk has to be open for reading",
+        );
+        refused(&|_, _, files| files[1] = only_writable(), "descriptor 4 is of no use: it is not open for reading");
+        refused(&|_, _, files| files[2] = writable("image"), "descriptor 5 is of no use");
+        refused(&|_, _, files| files.swap(0, 1), "descriptor 4 is of no use: its file has 12288 bytes");
+        refused(&|_, _, files| files[0] = File::open("/dev/null").unwrap(), "no regular file");
+        refused(&|_, _, files| files[0] = File::open(dir.path()).unwrap(), "no regular file");
+        refused(
+            &|_, _, files| files[2] = File::open("/dev/null").unwrap(),
+            "neither a regular file nor a block device",
+        );
+        refused(&|_, _, files| files[2] = File::open(dir.path().join("upper")).unwrap(), "it has 12288 bytes");
+        refused_as_told(|told| told.image = Some(ForkImage { modified_ns: Some(1) }), "somebody has written to it");
+        refused_as_told(|told| told.image = Some(ForkImage { modified_ns: None }), "somebody has written to it");
+        let twice = [good.clone(), good.clone()];
+        assert!(check_drives(&twice).unwrap_err().to_string().contains("two have the drive_id data"));
     }
 
     #[test]

@@ -317,7 +317,7 @@ impl Machine {
             .is_some_and(|(_, slot)| self.turns().look(LOOK_PATIENCE, || lock(&slot.device).is_full()).unwrap_or(false))
     }
 
-    /// Takes over what the background part of a snapshot has made of the disks' layers.
+    /// Takes over what the background part of a snapshot, or of a fork, has made of the disks' layers.
     pub fn adopt_folded(&mut self, folded: Vec<(usize, Folded)>) {
         self.to_devices(move |devices| {
             for (number, folded) in folded {

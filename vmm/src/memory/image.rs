@@ -28,7 +28,7 @@ const MAX_EMPTIED: usize = 8_000;
 /// How many pages a run has that is worth a mapping: 64 KiB.
 const LONG_RUN: u64 = 16;
 /// Most layers that a guest's memory has over the lowest file before it is forked with one instead of them.
-const MAX_LAYERS: usize = 6;
+pub const MAX_LAYERS: usize = 6;
 /// Most bytes that are copied at a time.
 const PIECE: u64 = 1 << 20;
 

@@ -25,7 +25,7 @@ impl Driver {
         // Before the guest stands still.
         let giver = Giver::start(std::mem::take(&mut request.into), self.notifier.clone())?;
         let mut phases = Phases::of(TracedOperation::Fork);
-        giver.give(fork::fork(machine, &request, limit, &self.signals, &mut phases)?);
+        fork::fork(machine, &request, limit, &self.signals, &mut phases, giver)?;
         self.keep_trace(phases);
         self.forking = Some(from);
         Ok(())
