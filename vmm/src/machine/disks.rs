@@ -233,9 +233,17 @@ pub fn written_in_place(drives: &[Drive]) -> Option<&str> {
     drives.iter().find(|drive| !drive.is_read_only && !drive.overlay).map(|drive| drive.drive_id.as_str())
 }
 
-/// Gathers what clones need of the disks of a guest that stands still, whose devices' state has been saved: how each is configured,
-/// but for the maps of its layers, and its image. [`layers`] tells the layers then, which nobody writes any more. A failure names the disk.
-pub fn share(devices: &Devices, drives: &[Drive]) -> Result<Vec<(ForkDrive, Option<Image>)>, (String, io::Error)> {
+/// A disk as clones get it, but for its layers.
+pub struct Shared {
+    /// How it is configured, without the maps of its layers.
+    pub told: ForkDrive,
+    /// Its image, if it has one.
+    pub image: Option<Image>,
+}
+
+/// Gathers what clones need of the disks of a guest that stands still, whose devices' state has been saved. [`layers`] tells the layers
+/// then, which nobody writes any more. A failure names the disk.
+pub fn share(devices: &Devices, drives: &[Drive]) -> Result<Vec<Shared>, (String, io::Error)> {
     let shared = drives.iter().zip(&devices.drives).map(|(drive, slot)| {
         let mut block = lock(&slot.device);
         let image = block.share().map_err(|source| (drive.drive_id.clone(), source))?;
@@ -250,7 +258,7 @@ pub fn share(devices: &Devices, drives: &[Drive]) -> Result<Vec<(ForkDrive, Opti
             image: image.as_ref().map(|image| ForkImage { modified_ns: image.facts().modified_ns }),
             layer_map_bytes: Vec::new(),
         };
-        Ok((told, image))
+        Ok(Shared { told, image })
     });
     shared.collect()
 }

@@ -225,7 +225,7 @@ struct Taken {
     /// What they lie over, unless a page server has that.
     lowest: Option<File>,
     /// Disks, but for their layers.
-    drives: Vec<(ForkDrive, Option<Image>)>,
+    drives: Vec<disks::Shared>,
 }
 
 /// Looks whether a request can be granted, whatever the VM is. Pure.
@@ -422,8 +422,8 @@ impl Forked {
             bytes.extend(map);
         }
         let mut disk_files = Vec::new();
-        for (number, (drive, image)) in drives.iter().enumerate() {
-            let mut drive = drive.clone();
+        for (number, disks::Shared { told, image }) in drives.iter().enumerate() {
+            let mut drive = told.clone();
             let own = disk_layers.iter().filter(|layers| layers.number == number);
             for (file, clusters) in own.flat_map(|layers| layers.stack.layers()) {
                 let map = clusters.encode();
@@ -857,7 +857,8 @@ mod tests {
     fn a_disk_that_is_not_right_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let (good, maps, _) = disk(&dir);
-        let refused = |change: &dyn Fn(&mut ForkDrive, &mut Vec<Vec<u8>>, &mut Vec<File>), why: &str| {
+        type Change<'a> = &'a dyn Fn(&mut ForkDrive, &mut Vec<Vec<u8>>, &mut Vec<File>);
+        let refused = |change: Change, why: &str| {
             let (mut told, mut maps, mut files) = (good.clone(), maps.clone(), disk(&dir).2);
             change(&mut told, &mut maps, &mut files);
             let error = received(&told, &maps, files).unwrap_err();
