@@ -7,7 +7,7 @@ use api_spec::client::rest::MAX_DESCRIPTORS;
 use api_spec::devices::Drive;
 use api_spec::fork::{ForkTarget, VmFork, VmForked};
 use api_spec::reset::{VmCheckpoint, VmReset};
-use api_spec::snapshot::VsockOverride;
+use api_spec::snapshot::{SnapshotCreate, SnapshotState, VsockOverride};
 use api_spec::stats::{PageServerState, PhaseTrace, TracedOperation};
 use api_spec::vm::{InstanceState, VmConfig};
 use rustix::net::{
@@ -81,6 +81,11 @@ fn fork(vm: &mut Vm, targets: &[ForkTarget]) -> VmForked {
     let forked = try_fork(vm, &into(targets)).unwrap_or_else(|e| panic!("{}: it is not forked: {e}", vm.name));
     assert!(forked.clones.iter().all(|clone| clone.error.is_none()), "{}: {forked:?}", vm.name);
     forked
+}
+
+/// How often something is done over and over.
+fn rounds(usual: u32) -> u32 {
+    std::env::var("COPPICE_FORKS").map_or(usual, |rounds| rounds.parse().expect("a number"))
 }
 
 /// An image of a disk.
@@ -465,6 +470,48 @@ fn a_disk_without_an_image_is_forked() {
     }
 }
 
+/// What a snapshot has frozen and folds is shared meanwhile.
+#[test]
+fn a_guest_with_disks_is_forked_while_its_snapshot_is_written() {
+    require!(Kvm);
+    let place = Place::new();
+    let image = disk_image(&place, "image");
+    let boot = Boot::new(&place).memory_mib(MIB).drive(overlay("data", &image));
+    let (mut parent, mut agent) = boot.ready("parent");
+    // Memory that takes a while to write.
+    agent.fill(Pages::run(4096, 1024), SEED);
+    let pages = |round: u32| Pages { first: 10 + round * 30, ..ON_DISK };
+    for round in 0..6 {
+        put_on_disk(&mut agent, pages(round), round.into());
+        let dir = place.join(&format!("snapshot{round}"));
+        let slow = SnapshotCreate { max_write_mib_s: Some(10), ..SnapshotCreate::of(dir.clone()) };
+        let mut clone = empty(&place, &format!("clone{round}"));
+        let mut client = parent.client();
+        std::thread::scope(|scope| {
+            let written = scope.spawn(move || client.snapshot_create(&slow));
+            let is_written =
+                |vm: &mut Vm| vm.client().snapshot_status().expect("a status").state == SnapshotState::Writing;
+            until("it is being written", || is_written(&mut parent));
+            put_on_disk(&mut agent, Pages { count: 7, ..pages(round) }, 100);
+            fork(&mut parent, &[anew(&clone)]);
+            put_on_disk(&mut agent, Pages { count: 3, ..pages(round) }, 200);
+            written.join().expect("it does not panic").expect("it is written");
+        });
+        let mut clones = clone.agent();
+        let after =
+            |pages: Pages, from: u32, count: u32| Pages { first: pages.first + from * pages.stride, count, ..pages };
+        assert_eq!(wrong_on_disk(&mut clones, Pages { count: 7, ..pages(round) }, 100), 0, "{round}");
+        assert_eq!(wrong_on_disk(&mut clones, after(pages(round), 7, 33), round.into()), 0, "{round}");
+        assert_eq!(wrong_on_disk(&mut agent, Pages { count: 3, ..pages(round) }, 200), 0, "{round}");
+        assert_eq!(wrong_on_disk(&mut agent, after(pages(round), 3, 4), 100), 0, "{round}");
+        clone.stop();
+        let (heir, mut heirs) = Restore::new(&place, &dir).ready(&format!("heir{round}"));
+        assert_eq!(wrong_on_disk(&mut heirs, pages(round), round.into()), 0, "{round}");
+        heir.stop();
+    }
+    parent.stop();
+}
+
 #[test]
 fn an_image_that_somebody_has_written_is_not_forked() {
     require!(Kvm);
@@ -483,15 +530,16 @@ fn an_image_that_somebody_has_written_is_not_forked() {
 }
 
 /// Layers are merged in the background, so that neither they nor their descriptors become more; nor do those of forks of forks.
+/// `COPPICE_FORKS` says how often.
 #[test]
 fn disks_that_are_forked_over_and_over_have_few_layers() {
     require!(Kvm);
-    const FORKS: u32 = 45;
+    let rounds = rounds(45);
     let place = Place::new();
     let image = disk_image(&place, "image");
     let (mut parent, mut agent) = Boot::new(&place).memory_mib(16).drive(overlay("data", &image)).ready("parent");
-    let pages = |round: u32| Pages { first: 10 + round * 5, count: 8, stride: 1 };
-    for round in 0..FORKS {
+    let pages = |round: u32| Pages { first: 10 + round % 300 * 5, count: 8, stride: 1 };
+    for round in 0..rounds {
         put_on_disk(&mut agent, pages(round), round.into());
         let mut clone = empty(&place, "clone");
         fork(&mut parent, &[anew(&clone)]);
@@ -499,7 +547,7 @@ fn disks_that_are_forked_over_and_over_have_few_layers() {
         assert!(layers <= 9, "fork {round}: {layers} files");
         if round % 15 == 14 {
             let mut clones = clone.agent();
-            for earlier in 0..=round {
+            for earlier in round - 14..=round {
                 let last = if earlier < round { 5 } else { 8 };
                 assert_eq!(wrong_on_disk(&mut clones, Pages { count: last, ..pages(earlier) }, earlier.into()), 0);
             }
@@ -508,7 +556,7 @@ fn disks_that_are_forked_over_and_over_have_few_layers() {
     }
     until("few are left", || scratch_files(&parent) <= 7);
     let mut vm = parent;
-    for generation in FORKS..FORKS + 12 {
+    for generation in rounds..rounds + 12 {
         put_on_disk(&mut agent, pages(generation), generation.into());
         let mut next = empty(&place, &format!("generation{generation}"));
         fork(&mut vm, &[anew(&next)]);
@@ -517,7 +565,7 @@ fn disks_that_are_forked_over_and_over_have_few_layers() {
         vm = next;
         assert!(scratch_files(&vm) <= 9, "generation {generation}");
         assert_eq!(wrong_on_disk(&mut agent, pages(generation), generation.into()), 0);
-        assert_eq!(wrong_on_disk(&mut agent, Pages { count: 5, ..pages(3) }, 3), 0);
+        assert_eq!(wrong_on_disk(&mut agent, Pages { count: 5, ..pages(rounds - 3) }, (rounds - 3).into()), 0);
     }
     vm.stop();
 }
@@ -621,7 +669,7 @@ fn descriptors_that_nobody_asked_for_are_closed() {
 #[test]
 fn a_guest_that_is_forked_over_and_over_has_no_more_than_before() {
     require!(Kvm);
-    let rounds = std::env::var("COPPICE_FORKS").map_or(ROUNDS, |rounds| rounds.parse().expect("a number"));
+    let rounds = rounds(ROUNDS);
     let place = Place::new();
     let (mut parent, mut agent) = Boot::new(&place).memory_mib(MIB).ready("parent");
     let mut used = None;
