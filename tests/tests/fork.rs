@@ -372,9 +372,9 @@ fn disks_are_forked_at_the_same_instant_and_all_go_their_own_ways() {
     let boot = Boot::new(&place).memory_mib(MIB).drive(overlay("data", &image)).drive(read_only);
     let (mut parent, mut agent) = boot.ready("parent");
     put_on_disk(&mut agent, ON_DISK, SEED);
-    // A shell has no disks, so the clone is built anew.
+    // A shell has no disks, so the clone is built anew, with the sockets of the shell.
     let (mut first, mut second) = (shell(&place, "first"), empty(&place, "second"));
-    fork(&mut parent, &[anew(&first), anew(&second)]);
+    fork(&mut parent, &[as_it_is(&first), anew(&second)]);
     let mut agents = [agent, first.agent(), second.agent()];
     let half = Pages { count: ON_DISK.count / 2, ..ON_DISK };
     let rest = Pages { first: ON_DISK.first + half.count * half.stride, ..half };
@@ -483,7 +483,7 @@ fn a_guest_with_disks_is_forked_while_its_snapshot_is_written() {
     let pages = |round: u32| Pages { first: 10 + round * 30, ..ON_DISK };
     for round in 0..6 {
         put_on_disk(&mut agent, pages(round), round.into());
-        let dir = place.join(&format!("snapshot{round}"));
+        let dir = place.join(format!("snapshot{round}"));
         let slow = SnapshotCreate { max_write_mib_s: Some(10), ..SnapshotCreate::of(dir.clone()) };
         let mut clone = empty(&place, &format!("clone{round}"));
         let mut client = parent.client();

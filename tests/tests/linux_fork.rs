@@ -1,13 +1,15 @@
-//! A Linux guest is forked while it runs, and reset. Runs in the reference machine: `tests/rig/run` is the runner.
+//! A Linux guest is forked while it runs and writes to its disk, and reset. Runs in the reference machine: `tests/rig/run` is the runner.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
+use api_spec::devices::{CacheType, Drive};
 use api_spec::fork::{ForkTarget, VmFork};
 use api_spec::reset::{VmCheckpoint, VmReset};
 use api_spec::snapshot::VsockOverride;
 use api_spec::vm::Readiness;
+use std::fs::File;
 use tests::linux::{LinuxAgent, PATIENCE, assert_calm};
-use tests::vm::waiting;
+use tests::vm::{drive, waiting};
 use tests::{Boot, Linux, Place, Vm};
 
 /// A guest that is seen to schedule, to have a clock that goes on, and files of its own.
@@ -27,11 +29,15 @@ fn mark(agent: &mut LinuxAgent, marker: &str) {
 fn a_linux_guest_is_forked_while_it_runs_and_reset() {
     let Some(linux) = Linux::guest("6.12") else { return };
     let place = Place::new();
-    let mut parent = Boot::new(&place).linux(&linux.elf(), "").start("parent");
+    let image = place.join("disk.img");
+    File::create(&image).and_then(|file| file.set_len(64 << 20)).expect("a file can be made in the test's directory");
+    let disk = Drive { overlay: true, cache_type: CacheType::Writeback, ..drive("data", &image) };
+    let mut parent = Boot::new(&place).linux(&linux.elf(), "").drive(disk).start("parent");
     parent.becomes(Readiness::Full);
     let mut agent = parent.linux_agent();
     mark(&mut agent, "common");
     agent.leave("while :; do echo >>/run/busy; done");
+    agent.keep_writing();
 
     // One of the booted guest, and one of that.
     let mut clones: Vec<(Vm, LinuxAgent)> = Vec::new();
@@ -61,6 +67,15 @@ fn a_linux_guest_is_forked_while_it_runs_and_reset() {
     }
     assert!(ids[0] != ids[1] && ids[1] != ids[2] && ids[0] != ids[2], "{ids:?}");
     works(&mut agent, "parent");
+    // Each goes on writing where all of them were, and finds what it has written, once.
+    for agent in clones.iter_mut().map(|(_, agent)| agent).chain([&mut agent]) {
+        let written = agent.written();
+        println!("{} blocks", agent.stop_writing(written));
+    }
+    assert!(
+        std::fs::read(&image).expect("it can be read").iter().all(|byte| *byte == 0),
+        "nobody has written to the image"
+    );
 
     // Back to where it is now, each time.
     let mut client = parent.client();

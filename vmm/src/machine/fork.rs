@@ -173,7 +173,7 @@ pub enum ForkLoadError {
     OtherSnapshot(PathBuf),
     /// The parent's socket is not to be had.
     #[error(
-        "this vmm has no shell that the clone fits: say in `into`, by `vsock_override`, where its vsock device is to listen"
+        "this vmm has no shell with a vsock device: say in `into`, by `vsock_override`, where that of the clone is to listen"
     )]
     NoSocket,
     /// The state.
@@ -611,6 +611,21 @@ impl Bundle {
     }
 }
 
+/// Gives a clone the host side of a shell that it did not fit, where nobody has said another: the parent's is in use.
+fn take_host_side(plan: &mut DevicePlan, load: &ForkLoad, shell: DevicePlan) -> Result<(), ForkLoadError> {
+    if let (Some(vsock), None) = (&mut plan.vsock, &load.vsock_override) {
+        vsock.uds_path = shell.vsock.ok_or(ForkLoadError::NoSocket)?.uds_path;
+    }
+    if load.network_overrides.is_empty() {
+        for interface in &mut plan.network {
+            if let Some(own) = shell.network.iter().find(|own| own.iface_id == interface.iface_id) {
+                interface.host_dev_name = own.host_dev_name.clone();
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Whether a descriptor is of a file that can be read and holds so much.
 fn check_file(number: usize, file: &File, bytes: u64) -> Result<(), ForkLoadError> {
     let bad = |problem: String| ForkLoadError::Descriptor { number, problem };
@@ -661,10 +676,9 @@ impl Loadable for Offered {
         shell.shape().fits(&self.shape, vsock_override.as_ref(), !network_overrides.is_empty())
     }
 
-    fn shell(&mut self, outside: Outside, phases: &mut Phases) -> Result<Shell, RestoreError> {
-        if self.shape.devices.vsock.is_some() && self.load.vsock_override.is_none() {
-            return Err(ForkLoadError::NoSocket.into());
-        }
+    fn shell(&mut self, former: Option<Shape>, outside: Outside, phases: &mut Phases) -> Result<Shell, RestoreError> {
+        let former = former.map(|shape| shape.devices).unwrap_or_default();
+        take_host_side(&mut self.shape.devices, &self.load, former)?;
         Ok(Shell::build(self.shape.clone(), std::mem::take(&mut self.disks), outside, phases)?)
     }
 

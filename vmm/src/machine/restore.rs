@@ -187,8 +187,8 @@ pub trait Loadable: Sized {
     /// Whether it can be loaded into this one.
     fn fits(&self, shell: &Shell) -> Result<(), Misfit>;
 
-    /// Builds a shell for it.
-    fn shell(&mut self, outside: Outside, phases: &mut Phases) -> Result<Shell, RestoreError>;
+    /// Builds a shell for it. `former` is one that was there and that it did not fit, if there was one.
+    fn shell(&mut self, former: Option<Shape>, outside: Outside, phases: &mut Phases) -> Result<Shell, RestoreError>;
 
     /// Loads it into a shell that it fits. The machine's vCPUs stand still.
     fn load(
@@ -206,7 +206,7 @@ impl Loadable for Opened<'_> {
         shell.shape().fits(&self.shape, vsock_override.as_ref(), !network_overrides.is_empty())
     }
 
-    fn shell(&mut self, outside: Outside, phases: &mut Phases) -> Result<Shell, RestoreError> {
+    fn shell(&mut self, _former: Option<Shape>, outside: Outside, phases: &mut Phases) -> Result<Shell, RestoreError> {
         Ok(Shell::build(self.shape.clone(), std::mem::take(&mut self.disks), outside, phases)?)
     }
 

@@ -182,12 +182,13 @@ impl Driver {
         mut phases: Phases,
         first: impl FnOnce(&mut Machine) -> Result<(), E>,
     ) -> Result<(), E> {
+        let former = self.shell.as_ref().map(|(shell, _)| shell.shape());
         let (shell, console) = match self.shell_for(&loadable) {
             Some(shell) => shell,
             None => {
                 let (outside, input, pty) = self.outside()?;
                 phases.end("console");
-                (loadable.shell(outside, &mut phases).map_err(RequestError::from)?, (input, pty))
+                (loadable.shell(former, outside, &mut phases).map_err(RequestError::from)?, (input, pty))
             }
         };
         let loaded = loadable.load(shell, &self.notifier, &self.signals, &mut phases);
