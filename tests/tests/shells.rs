@@ -156,7 +156,8 @@ const TO_THE_FIRST_INSTRUCTION: &[(&str, usize)] = &[
     ("flock", 1),
     ("openat", 6), // manifest, memory, its digests (twice: are they there; which are trusted), state, stamp
     ("statx", 7),  // each is what the manifest says, and memory still what the stamp says
-    ("read", 4),   // manifest, stamp, state (twice: it is longer than a buffer)
+    // Manifest, stamp, state (twice: it is longer than a buffer); the devices' thread takes note of being woken.
+    ("read", 6),
     ("close", 10),
     ("newfstatat", 1), // there is no working set
     ("fcntl", 2),      // the memory file for those who map it and those who count it
@@ -178,8 +179,8 @@ const TO_THE_FIRST_INSTRUCTION: &[(&str, usize)] = &[
     ("KVM_SET_CLOCK", 1),
     ("KVM_SET_IRQCHIP", 3),
     ("getrandom", 1), // the generation id
-    ("write", 3),     // it is told to the guest; the devices' thread is woken, twice
-    ("sendto", 1),    // the answer
+    ("write", 4), // the generation is told to the guest; the devices' thread is woken, twice; the guest is told that its streams are gone
+    ("sendto", 1), // the answer
     ("KVM_KVMCLOCK_CTRL", 1),
     ("KVM_RUN", 1),
 ];
