@@ -56,6 +56,8 @@ pub struct Child {
     name: String,
     process: std::process::Child,
     log: PathBuf,
+    /// It is of another program, and is killed.
+    is_other: bool,
 }
 
 /// How long a process may take to end in good order.
@@ -75,15 +77,21 @@ impl Children {
         command.arg("--end-with-parent");
         // Ctrl-C is for us, who then end the children: in the order that leaves nothing behind.
         command.process_group(0);
-        Children::start_other(name, log, command)
+        Children::spawn(name, log, command, false)
     }
 
-    /// Starts another program; its log goes to `log`. It need not end with this process, but Ctrl-C reaches it.
+    /// Starts another program; its log goes to `log`. How to end it in good order is not known, so that it is killed.
     pub fn start_other(name: &str, log: &Path, mut command: Command) -> Result<Child, ChildError> {
+        uffd_handler::process::kill_with_parent(&mut command);
+        command.process_group(0);
+        Children::spawn(name, log, command, true)
+    }
+
+    fn spawn(name: &str, log: &Path, mut command: Command, is_other: bool) -> Result<Child, ChildError> {
         let log_file = File::create(log).map_err(io_error(format!("cannot write {}", log.display())))?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log_file);
         let process = command.spawn().map_err(io_error(format!("cannot start the process of the {name}")))?;
-        Ok(Child { name: name.to_owned(), process, log: log.to_owned() })
+        Ok(Child { name: name.to_owned(), process, log: log.to_owned(), is_other })
     }
 }
 
@@ -141,8 +149,10 @@ impl Child {
     }
 
     fn end(&mut self) -> io::Result<()> {
-        self.ask_to_end();
-        let deadline = Instant::now() + LAST_ORDERS;
+        let deadline = Instant::now() + if self.is_other { Duration::ZERO } else { LAST_ORDERS };
+        if !self.is_other {
+            self.ask_to_end();
+        }
         while Instant::now() < deadline {
             if self.process.try_wait()?.is_some() {
                 return Ok(());

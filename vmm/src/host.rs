@@ -82,6 +82,14 @@ pub struct Host {
     pub ring0_emulated: bool,
 }
 
+impl Host {
+    /// Whether times that were measured on one mean something on the other.
+    pub fn is_like(&self, other: &Host) -> bool {
+        let Host { cpu, cpus, kernel: _, ring0_emulated } = self;
+        (cpu, cpus, ring0_emulated) == (&other.cpu, &other.cpus, &other.ring0_emulated)
+    }
+}
+
 impl fmt::Display for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Host { cpu, cpus, kernel, ring0_emulated } = self;

@@ -1,17 +1,14 @@
 //! How long a call of the REST API takes, and how soon after its start a vmm can be called.
 
 use super::figure::{Figure, Spread, Unit};
-use super::guest::{PATIENCE, connect, write_config};
+use super::guest::{PATIENCE, Workplace, connect, write_config};
 use super::{BenchError, io_error};
-use crate::children::Children;
 use api_spec::vm::{BootSource, InstanceInfo, InstanceState, MachineConfig, VmConfig};
 use serde::Serialize;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::{Duration, Instant};
-use tempfile::TempDir;
 
 /// How often to try whether a vmm can be called.
 const AGAIN: Duration = Duration::from_micros(50);
@@ -94,10 +91,9 @@ impl super::Report for Report {
 
 /// Measures.
 pub fn run(options: &Options) -> Result<Report, BenchError> {
-    let dir = TempDir::new().map_err(io_error("cannot make a temporary directory"))?;
-    let children = Children::new()?;
-    let start_to_connection = measure_starts(&children, dir.path(), options.starts)?;
-    let get_info = measure_calls(&children, dir.path(), options.calls)?;
+    let place = Workplace::new(PATIENCE)?;
+    let start_to_connection = measure_starts(&place, options.starts)?;
+    let get_info = measure_calls(&place, options.calls)?;
     let socket_round_trip = measure_socket(options.calls).map_err(io_error("cannot measure a socket"))?;
     let ratio = get_info.p50_us / socket_round_trip.p50_us.max(0.1);
     let Options { calls, starts } = *options;
@@ -105,12 +101,13 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     Ok(Report { get_info, socket_round_trip, ratio, start_to_connection, calls, starts })
 }
 
-fn measure_starts(children: &Children, dir: &Path, starts: u32) -> Result<Spread, BenchError> {
+fn measure_starts(place: &Workplace, starts: u32) -> Result<Spread, BenchError> {
     let mut durations = Vec::new();
     for number in 0..starts {
-        let api = dir.join(format!("start-{number}.sock"));
+        place.go_on()?;
+        let api = place.path(&format!("start-{number}.sock"));
         let before = Instant::now();
-        let mut child = children.start("vmm", &dir.join("start.log"), |vmm| {
+        let mut child = place.children.start("vmm", &place.path("start.log"), |vmm| {
             vmm.arg("--api-sock").arg(&api);
         })?;
         connect(&mut child, &api)?;
@@ -119,15 +116,15 @@ fn measure_starts(children: &Children, dir: &Path, starts: u32) -> Result<Spread
     Ok(Spread::of(durations))
 }
 
-fn measure_calls(children: &Children, dir: &Path, calls: u32) -> Result<Spread, BenchError> {
-    let (config, api) = (dir.join("vm.json"), dir.join("vm.sock"));
+fn measure_calls(place: &Workplace, calls: u32) -> Result<Spread, BenchError> {
+    let (config, api) = (place.path("vm.json"), place.path("vm.sock"));
     let document = VmConfig {
         boot_source: Some(BootSource { embedded_guest: true, ..Default::default() }),
         machine_config: MachineConfig::default(),
         ..Default::default()
     };
     write_config(&config, &document)?;
-    let mut child = children.start("guest", &dir.join("vm.log"), |vmm| {
+    let mut child = place.children.start("guest", &place.path("vm.log"), |vmm| {
         vmm.arg("--config").arg(&config).arg("--api-sock").arg(&api);
     })?;
     let mut client = connect(&mut child, &api)?;

@@ -10,7 +10,7 @@ use super::BenchError;
 use super::figure::{Figure, Part, Series, Unit};
 use super::sheet::Sheet;
 use plots::{Bar, Chart, Curve};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// Most of a kind in one chart: more cannot be told apart.
@@ -20,8 +20,13 @@ const LEAST: f64 = 0.1;
 
 /// Draws everything into this directory, each chart as SVG and as PNG.
 pub fn write(sheet: &Sheet, dir: &Path) -> Result<(), BenchError> {
+    let mut written = BTreeSet::new();
     for (name, chart) in charts(sheet)? {
+        // Names are made of what a document says, and may be alike once they are short and plain.
+        let others = (2..).map(|number| format!("{name}-{number}"));
+        let name = std::iter::once(name.clone()).chain(others).find(|name| !written.contains(name)).unwrap_or(name);
         chart.write(dir, &name)?;
+        written.insert(name);
     }
     Ok(())
 }

@@ -6,6 +6,10 @@ use std::time::Duration;
 
 /// How often the samples are drawn anew.
 const DRAWS: usize = 1000;
+/// Which share of them is left out at either end.
+const LOW: f64 = 0.025;
+/// What is less than so many microseconds cannot be compared with.
+const LEAST_US: f64 = 1.0;
 
 /// How many times one median is another, and between what that lies in 95 of 100 draws (a percentile bootstrap).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -25,25 +29,29 @@ impl fmt::Display for Interval {
     }
 }
 
+/// Durations with something, and without.
+pub type Both = (Vec<Duration>, Vec<Duration>);
+
 /// The median of some durations divided by that of others.
 pub fn medians(of: &[Duration], to: &[Duration]) -> Interval {
     interval(|numbers| quotient(median(of, numbers), median(to, numbers)))
 }
 
-/// The same of what something adds to the median: durations with it, and without.
-pub fn added(of: &(Vec<Duration>, Vec<Duration>), to: &(Vec<Duration>, Vec<Duration>)) -> Interval {
-    interval(|numbers| {
-        let mut added =
-            |(with, without): &(Vec<Duration>, Vec<Duration>)| median(with, numbers) - median(without, numbers);
-        quotient(added(of), added(to))
-    })
+/// The same of what something adds to the median: durations with it, and without. `None` unless what is compared with is clearly more than
+/// nothing: a quotient would mean nothing.
+pub fn added(of: &Both, to: &Both) -> Option<Interval> {
+    let added = |(with, without): &Both, draw: &mut Draw| median(with, draw) - median(without, draw);
+    let mut draws: Vec<f64> = (0..DRAWS as u64).map(|number| added(to, &mut Draw::Anew(seed(number)))).collect();
+    draws.sort_unstable_by(f64::total_cmp);
+    let least = draws[((DRAWS - 1) as f64 * LOW).round() as usize];
+    (least > LEAST_US).then(|| interval(|draw| quotient(added(of, draw), added(to, draw))))
 }
 
 fn interval(mut ratio: impl FnMut(&mut Draw) -> f64) -> Interval {
     let mut draws: Vec<f64> = (0..DRAWS as u64).map(|number| ratio(&mut Draw::Anew(seed(number)))).collect();
     draws.sort_unstable_by(f64::total_cmp);
     let at = |share: f64| rounded(draws[((DRAWS - 1) as f64 * share).round() as usize]);
-    Interval { ratio: rounded(ratio(&mut Draw::AsTheyAre)), low: at(0.025), high: at(0.975) }
+    Interval { ratio: rounded(ratio(&mut Draw::AsTheyAre)), low: at(LOW), high: at(1.0 - LOW) }
 }
 
 /// Which samples are taken.
@@ -82,8 +90,7 @@ fn median(durations: &[Duration], draw: &mut Draw) -> f64 {
 }
 
 fn quotient(of: f64, to: f64) -> f64 {
-    // What takes no time at all cannot be compared with.
-    of / if to.abs() < 0.1 { 0.1 } else { to }
+    of / to.max(LEAST_US)
 }
 
 fn rounded(number: f64) -> f64 {
@@ -111,7 +118,9 @@ mod tests {
     #[test]
     fn what_is_added_is_compared_without_what_was_there() {
         let with = |us: u64| vec![Duration::from_micros(us)];
-        assert_eq!(added(&(with(150), with(100)), &(with(300), with(200))).ratio, 0.5);
+        assert_eq!(added(&(with(150), with(100)), &(with(300), with(200))).map(|interval| interval.ratio), Some(0.5));
+        assert_eq!(added(&(with(150), with(100)), &(with(200), with(200))), None);
+        assert_eq!(added(&(with(150), with(100)), &(us(1..=199), us(1..=198))), None, "it may well be nothing");
         assert_eq!(medians(&[], &with(1)).ratio, 0.0);
         assert!(medians(&with(1), &[]).ratio.is_finite());
     }

@@ -40,6 +40,30 @@ impl fmt::Display for Unit {
     }
 }
 
+/// A number as it reads best.
+pub fn number(value: f64) -> String {
+    match value.abs() {
+        1000.0.. => grouped(value.round()),
+        100.0.. => format!("{value:.0}"),
+        10.0.. => format!("{value:.1}"),
+        0.01.. | 0.0 => format!("{value:.2}"),
+        _ => format!("{value:.4}"),
+    }
+}
+
+/// With a comma after each three digits.
+fn grouped(value: f64) -> String {
+    let digits = format!("{:.0}", value.abs());
+    let mut text = if value < 0.0 { "-".to_owned() } else { String::new() };
+    for (number, digit) in digits.chars().enumerate() {
+        if number > 0 && (digits.len() - number).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
 /// How some durations are spread, in microseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Spread {
@@ -113,22 +137,25 @@ pub struct Figure {
     /// The quantiles from the least to the most, at even distances, if it was measured more than once.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub quantiles: Vec<f64>,
+    /// Between what the value lies with 95 % confidence, if that was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interval: Option<(f64, f64)>,
     /// What it is made of, in order, as far as that is known.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parts: Vec<Part>,
 }
 
 impl Figure {
-    /// A single value.
+    /// A single value. One that is no number makes no figure in the end.
     pub fn value(name: impl Into<String>, title: impl Into<String>, unit: Unit, value: f64) -> Self {
-        let value = if value.is_finite() { (value * 1000.0).round() / 1000.0 } else { 0.0 };
         Figure {
             name: name.into(),
             title: title.into(),
             unit,
             count: 1,
-            p50: value,
+            p50: (value * 1000.0).round() / 1000.0,
             quantiles: Vec::new(),
+            interval: None,
             parts: Vec::new(),
         }
     }
@@ -164,8 +191,13 @@ impl Figure {
 
     /// The benchmark that it is of.
     pub fn benchmark(&self) -> &str {
-        self.name.split('.').next().unwrap_or_default()
+        benchmark_of(&self.name)
     }
+}
+
+/// The benchmark that a figure of this name is of.
+pub fn benchmark_of(figure: &str) -> &str {
+    figure.split('.').next().unwrap_or_default()
 }
 
 /// How something grew.
@@ -202,9 +234,8 @@ mod tests {
     }
 
     #[test]
-    fn nothing_that_is_no_number_is_a_value() {
-        for bad in [f64::NAN, f64::INFINITY] {
-            assert_eq!(Figure::value("a", "A", Unit::Times, bad).p50, 0.0);
-        }
+    fn numbers_are_as_they_read_best() {
+        let texts = [0.0, 0.004, 0.54, 1.254, 12.0, 999.4, -1234.0, 1e6].map(number);
+        assert_eq!(texts, ["0.00", "0.0040", "0.54", "1.25", "12.0", "999", "-1,234", "1,000,000"]);
     }
 }

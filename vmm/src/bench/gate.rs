@@ -7,21 +7,19 @@
 //! { "budgets": [ { "figure": "restore.warm.file.reply", "p50": 500, "p99": 1500, "note": "why, or why not" } ] }
 //! ```
 
-use super::figure::{Figure, Unit};
+use super::figure::{Figure, Unit, benchmark_of, number};
 use super::sheet::{Sheet, SheetError, read_file};
-use crate::host::Host;
 use serde::Deserialize;
 use std::fmt;
 use std::path::Path;
 
-/// How many times as much as in the baseline is still well: durations and ratios, which are noisy, in half of the cases and in 99 of 100;
+/// By what share of the baseline a figure may be worse: durations and ratios, which are noisy, in half of the cases and in 99 of 100;
 /// and memory, which is not.
-const TIMES: f64 = 1.25;
-const TIMES_P99: f64 = 2.0;
-const TIMES_MEMORY: f64 = 1.05;
-/// By how many microseconds a duration, and by how much anything else, may always be worse: less cannot be told from nothing.
+const SHARE: f64 = 0.25;
+const SHARE_P99: f64 = 1.0;
+const SHARE_MEMORY: f64 = 0.05;
+/// By how many microseconds a duration may be worse besides, but by no more than the same share again: less cannot be told from nothing.
 const SLACK_US: f64 = 20.0;
-const SLACK: f64 = 0.1;
 /// From how many values on one in a hundred means anything.
 const ENOUGH_FOR_P99: usize = 100;
 
@@ -42,12 +40,31 @@ pub struct Budget {
     pub note: Option<String>,
 }
 
+impl Budget {
+    /// Holds it against a figure. One in a hundred is looked at where there are a hundred.
+    pub fn compare(&self, figure: &Figure) -> Vec<Compared> {
+        let p99 = self.p99.filter(|_| figure.count >= ENOUGH_FOR_P99);
+        let of = [("p50", figure.p50, self.p50), ("p99", figure.p99(), p99)];
+        let compared = |(value, measured, at_most): (&'static str, f64, Option<f64>)| {
+            Some(Compared {
+                figure: figure.name.clone(),
+                value,
+                unit: figure.unit,
+                measured,
+                at_most: at_most?,
+                with: "budget",
+            })
+        };
+        of.into_iter().filter_map(compared).collect()
+    }
+}
+
 /// What figures are compared with.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Gate {
     /// How much figures may be at most.
     pub budgets: Vec<Budget>,
-    baseline: Option<(Host, Vec<Figure>)>,
+    baseline: Option<Sheet>,
 }
 
 #[derive(Deserialize)]
@@ -56,7 +73,7 @@ struct Budgets {
     budgets: Vec<Budget>,
     /// Looked at on its own, if it is there.
     #[serde(default)]
-    figures: Option<serde_json::Value>,
+    figures: Option<serde::de::IgnoredAny>,
 }
 
 /// What was compared.
@@ -86,8 +103,32 @@ impl Compared {
 impl fmt::Display for Compared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Compared { figure, value, unit, measured, at_most, with } = self;
-        let verdict = if self.holds() { "holds" } else { "FAILS" };
-        write!(f, "{verdict}  {figure} {value}: {measured:.1} {unit}, at most {at_most:.1} ({with})")
+        let (verdict, measured, at_most) =
+            (if self.holds() { "holds" } else { "FAILS" }, number(*measured), number(*at_most));
+        write!(f, "{verdict}  {figure} {value}: {measured} {unit}, at most {at_most} ({with})")
+    }
+}
+
+/// What a gate says of figures.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Verdict {
+    /// What was compared.
+    pub compared: Vec<Compared>,
+    /// What the gate says of benchmarks that were run, and could not be compared; each with the reason.
+    pub not_compared: Vec<(String, &'static str)>,
+}
+
+impl Verdict {
+    /// How many values are worse than they may be.
+    pub fn failed(&self) -> usize {
+        self.compared.iter().filter(|compared| !compared.holds()).count()
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.compared.iter().try_for_each(|compared| writeln!(f, "{compared}"))?;
+        self.not_compared.iter().try_for_each(|(figure, why)| writeln!(f, "not compared: {figure}: {why}"))
     }
 }
 
@@ -95,18 +136,21 @@ impl Gate {
     /// Reads a gate.
     pub fn read(path: &Path) -> Result<Self, SheetError> {
         let bad = |problem: String| SheetError::Bad { path: path.into(), problem };
-        let Budgets { budgets, figures } = serde_json::from_slice(&read_file(path)?).map_err(|e| bad(e.to_string()))?;
-        let baseline = match figures {
-            Some(_) => Some(Sheet::read(path)?),
-            None if budgets.is_empty() => return Err(bad("it has neither `figures` nor `budgets`".into())),
-            None => None,
-        };
-        for Budget { figure, p50, p99, .. } in &budgets {
+        let text = read_file(path)?;
+        let Budgets { budgets, figures } = serde_json::from_slice(&text).map_err(|e| bad(e.to_string()))?;
+        let baseline = figures.map(|_| Sheet::parse(&text)).transpose().map_err(bad)?;
+        if baseline.is_none() && budgets.is_empty() {
+            return Err(bad("it has neither `figures` nor `budgets`".into()));
+        }
+        for (number, Budget { figure, p50, p99, .. }) in budgets.iter().enumerate() {
             if p50.is_none() && p99.is_none() {
-                return Err(bad(format!("the budget of {figure} has neither `p50` nor `p99`")));
+                return Err(bad(format!("the budget of {figure:?} has neither `p50` nor `p99`")));
+            }
+            if budgets[..number].iter().any(|before| before.figure == *figure) {
+                return Err(bad(format!("there are two budgets of {figure:?}")));
             }
         }
-        Ok(Gate { budgets, baseline: baseline.map(|sheet| (sheet.host, sheet.figures)) })
+        Ok(Gate { budgets, baseline })
     }
 
     /// The budget of a figure.
@@ -114,43 +158,51 @@ impl Gate {
         self.budgets.iter().find(|budget| budget.figure == figure)
     }
 
-    /// Compares every figure that there is something to compare with. A baseline of another kind of host says nothing of this one but
-    /// for its memory and for ratios.
-    pub fn compare(&self, sheet: &Sheet) -> Vec<Compared> {
-        let mut compared = Vec::new();
-        for figure in &sheet.figures {
-            let mut add = |value, measured, at_most, with| {
-                compared.push(Compared {
-                    figure: figure.name.clone(),
-                    value,
-                    unit: figure.unit,
-                    measured,
-                    at_most,
-                    with,
-                });
-            };
-            if let Some(Budget { p50, p99, .. }) = self.budget(&figure.name) {
-                p50.iter().for_each(|at_most| add("p50", figure.p50, *at_most, "budget"));
-                p99.iter().for_each(|at_most| add("p99", figure.p99(), *at_most, "budget"));
-            }
-            let Some(before) = self.baseline(figure, &sheet.host) else { continue };
-            let slack = if figure.unit == Unit::Us { SLACK_US } else { SLACK };
-            let times = if figure.unit == Unit::Kib { TIMES_MEMORY } else { TIMES };
-            add("p50", figure.p50, before.p50 * times + slack, "baseline");
-            if figure.count.min(before.count) >= ENOUGH_FOR_P99 {
-                add("p99", figure.p99(), before.p99() * TIMES_P99 + slack, "baseline");
+    /// Compares whatever the gate says of the benchmarks that were run. Times of another kind of host mean nothing here, nor does what was
+    /// measured otherwise.
+    pub fn compare(&self, sheet: &Sheet) -> Verdict {
+        let mut verdict = Verdict::default();
+        let was_run = |figure: &str| sheet.benchmarks().contains(&benchmark_of(figure));
+        for budget in self.budgets.iter().filter(|budget| was_run(&budget.figure)) {
+            match sheet.figure(&budget.figure) {
+                Some(figure) => verdict.compared.extend(budget.compare(figure)),
+                None => verdict.not_compared.push((budget.figure.clone(), "it was not measured")),
             }
         }
-        compared
+        let Some(baseline) = &self.baseline else { return verdict };
+        let is_alike = baseline.host.is_like(&sheet.host);
+        for before in baseline.figures.iter().filter(|before| was_run(&before.name)) {
+            let setting = |sheet: &Sheet| sheet.settings.get(before.benchmark()).cloned();
+            let travels = matches!(before.unit, Unit::Kib | Unit::Times);
+            let why = match sheet.figure(&before.name).filter(|figure| figure.unit == before.unit) {
+                _ if setting(baseline) != setting(sheet) => "it was measured with other options",
+                None => "it was not measured",
+                Some(_) if !travels && !is_alike => "it is a time of another host",
+                Some(figure) => {
+                    verdict.compared.extend(compare(before, figure));
+                    continue;
+                }
+            };
+            verdict.not_compared.push((before.name.clone(), why));
+        }
+        verdict
     }
+}
 
-    fn baseline(&self, figure: &Figure, host: &Host) -> Option<&Figure> {
-        let (theirs, figures) = self.baseline.as_ref()?;
-        let is_alike = |host: &Host| (host.cpu.clone(), host.cpus, host.ring0_emulated);
-        let travels = matches!(figure.unit, Unit::Kib | Unit::Times);
-        let before = figures.iter().find(|before| before.name == figure.name && before.unit == figure.unit)?;
-        (travels || is_alike(theirs) == is_alike(host)).then_some(before)
+/// Holds a figure against what it was.
+fn compare(before: &Figure, now: &Figure) -> Vec<Compared> {
+    let slack = if now.unit == Unit::Us { SLACK_US } else { 0.0 };
+    let share = if now.unit == Unit::Kib { SHARE_MEMORY } else { SHARE };
+    let compared = |value, measured, before: f64, share: f64| {
+        let more = before.abs() * share;
+        let at_most = before + more + slack.min(more);
+        Compared { figure: now.name.clone(), value, unit: now.unit, measured, at_most, with: "baseline" }
+    };
+    let mut all = vec![compared("p50", now.p50, before.p50, share)];
+    if now.count.min(before.count) >= ENOUGH_FOR_P99 && now.interval.is_none() {
+        all.push(compared("p99", now.p99(), before.p99(), SHARE_P99));
     }
+    all
 }
 
 #[cfg(test)]
@@ -165,7 +217,7 @@ mod tests {
     }
 
     fn verdicts(gate: &Gate, sheet: &Sheet) -> Vec<(&'static str, &'static str, bool)> {
-        gate.compare(sheet).iter().map(|compared| (compared.with, compared.value, compared.holds())).collect()
+        gate.compare(sheet).compared.iter().map(|compared| (compared.with, compared.value, compared.holds())).collect()
     }
 
     #[test]
@@ -176,34 +228,56 @@ mod tests {
         assert_eq!(verdicts(&gate, &of(10.0, 100.0)), [("budget", "p50", true), ("budget", "p99", true)]);
         assert_eq!(verdicts(&gate, &of(10.1, 100.0)), [("budget", "p50", false), ("budget", "p99", true)]);
         assert_eq!(verdicts(&gate, &of(10.0, 101.0)), [("budget", "p50", true), ("budget", "p99", false)]);
-        let text = gate.compare(&of(10.1, 100.0))[0].to_string();
-        assert_eq!(text, "FAILS  a.b p50: 10.1 us, at most 10.0 (budget)");
+        let verdict = gate.compare(&of(10.1, 100.0));
+        assert_eq!(verdict.compared[0].to_string(), "FAILS  a.b p50: 10.1 us, at most 10.0 (budget)");
+        assert_eq!(verdict.failed(), 1);
+        // Another benchmark was not run; a figure of this one that is not there is told.
+        assert!(verdict.not_compared.is_empty(), "{verdict}");
+        let text = gate.compare(&sheet(&[("a.x", Unit::Us, 1.0, 1.0)])).to_string();
+        assert_eq!(text, "not compared: a.b: it was not measured\n");
+        let mut few = of(10.0, 101.0);
+        few.figures[0].count = 99;
+        assert_eq!(verdicts(&gate, &few), [("budget", "p50", true)]);
     }
 
     #[test]
     fn memory_may_be_five_hundredths_more_than_it_was_and_time_a_quarter() {
-        let before =
-            serde_json::to_string(&sheet(&[("k", Unit::Kib, 1000.0, 1000.0), ("t", Unit::Us, 1000.0, 2000.0)]));
-        let gate = gate(&before.unwrap()).unwrap();
-        let holds = |unit, p50, max| {
-            let name = if unit == Unit::Kib { "k" } else { "t" };
-            gate.compare(&sheet(&[(name, unit, p50, max)])).iter().map(Compared::holds).collect::<Vec<_>>()
+        let figures = [
+            ("m.k", Unit::Kib, 1000.0, 1000.0),
+            ("m.t", Unit::Us, 1000.0, 2000.0),
+            ("m.n", Unit::Us, -200.0, 0.0),
+            ("m.s", Unit::Us, 2.0, 2.0),
+        ];
+        let gate = gate(&serde_json::to_string(&sheet(&figures)).unwrap()).unwrap();
+        let holds = |name, unit, p50, max| {
+            let compared = gate.compare(&sheet(&[(name, unit, p50, max)])).compared;
+            compared.iter().map(Compared::holds).collect::<Vec<_>>()
         };
-        assert_eq!(holds(Unit::Kib, 1050.0, 1050.0), [true, true]);
-        assert_eq!(holds(Unit::Kib, 1051.0, 1051.0), [false, true]);
-        assert_eq!(holds(Unit::Us, 1270.0, 4020.0), [true, true]);
-        assert_eq!(holds(Unit::Us, 1271.0, 4021.0), [false, false]);
-        assert!(holds(Unit::Seconds, 1.0, 1.0).is_empty(), "another unit is another figure");
+        assert_eq!(holds("m.k", Unit::Kib, 1050.0, 1050.0), [true, true]);
+        assert_eq!(holds("m.k", Unit::Kib, 1051.0, 1051.0), [false, true]);
+        assert_eq!(holds("m.t", Unit::Us, 1270.0, 4020.0), [true, true]);
+        assert_eq!(holds("m.t", Unit::Us, 1271.0, 4021.0), [false, false]);
+        assert_eq!(holds("m.n", Unit::Us, -200.0, 0.0), [true, true]);
+        assert_eq!(holds("m.n", Unit::Us, -100.0, 0.0), [false, true]);
+        assert_eq!(holds("m.s", Unit::Us, 3.0, 3.0), [true, true]);
+        assert_eq!(holds("m.s", Unit::Us, 3.1, 3.1), [false, true], "what is small has little slack");
+        assert!(holds("m.t", Unit::Seconds, 1.0, 1.0).is_empty(), "another unit is another figure");
     }
 
     #[test]
-    fn times_of_another_host_mean_nothing() {
-        let mut other = sheet(&[("t", Unit::Us, 1.0, 1.0), ("k", Unit::Kib, 1.0, 1.0)]);
+    fn times_of_another_host_and_what_was_measured_otherwise_mean_nothing() {
+        let mut other =
+            sheet(&[("m.t", Unit::Us, 1.0, 1.0), ("m.k", Unit::Kib, 1.0, 1.0), ("o.t", Unit::Kib, 1.0, 1.0)]);
         other.host.cpu = "D".into();
+        other.settings.insert("o".into(), "other".into());
         let gate = gate(&serde_json::to_string(&other).unwrap()).unwrap();
-        let compared = gate.compare(&sheet(&[("t", Unit::Us, 1e6, 1e6), ("k", Unit::Kib, 1.0, 1.0)]));
-        assert!(compared.iter().all(|compared| compared.figure == "k" && compared.holds()), "{compared:?}");
-        assert!(!compared.is_empty());
+        let now = sheet(&[("m.t", Unit::Us, 1e6, 1e6), ("m.k", Unit::Kib, 1.0, 1.0), ("o.t", Unit::Kib, 1.0, 1.0)]);
+        let verdict = gate.compare(&now);
+        assert!(verdict.compared.iter().all(|compared| compared.figure == "m.k" && compared.holds()), "{verdict}");
+        assert!(!verdict.compared.is_empty());
+        let wanted =
+            [("m.t".to_owned(), "it is a time of another host"), ("o.t".into(), "it was measured with other options")];
+        assert_eq!(verdict.not_compared, wanted);
     }
 
     #[test]
@@ -215,6 +289,7 @@ mod tests {
             r#"{"budgets": [{"figure": "a"}]}"#,
             r#"{"figures": 7}"#,
             r#"{"budgets": [{"figure": "a", "p50": "x"}]}"#,
+            r#"{"budgets": [{"figure": "a", "p50": 1}, {"figure": "a", "p50": 2}]}"#,
         ] {
             assert!(matches!(gate(text), Err(SheetError::Bad { .. })), "{text}");
         }

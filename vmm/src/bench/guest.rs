@@ -134,7 +134,7 @@ impl Workplace {
             ..Default::default()
         };
         write_config(&config, &document)?;
-        self.start(name, &vsock, &[Request::Ping { token: 0 }], |vmm| {
+        self.start(name, &vsock, &[], |vmm| {
             vmm.arg("--config").arg(&config);
         })
     }
@@ -151,7 +151,7 @@ impl Workplace {
         snapshot: &Path,
         more: impl FnOnce(&mut Command),
     ) -> Result<Guest, BenchError> {
-        self.restore_and_ask(name, snapshot, &[Request::Ping { token: 0 }], more)
+        self.restore_and_ask(name, snapshot, &[], more)
     }
 
     /// The same of one that is asked something first.
@@ -192,7 +192,22 @@ impl Workplace {
         Ok(Shell { _child: child, api, client, vsock })
     }
 
-    /// Starts a vmm, asks its guest something, and waits for its replies.
+    /// Calls the agent of a guest that listens as soon as it runs.
+    fn call(&self, child: &mut Child, vsock: &Path) -> Result<AgentClient, BenchError> {
+        const SOON: Duration = Duration::from_micros(100);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match AgentClient::connect(vsock, self.patience) {
+                Ok(agent) => return Ok(agent),
+                Err(_) if Instant::now() < deadline => std::thread::sleep(SOON),
+                Err(e) => return Err(BenchError::Agent(e)),
+            }
+            self.go_on()?;
+            child.check_alive()?;
+        }
+    }
+
+    /// Starts a vmm, asks its guest these, or else whether it is there, and waits for its replies.
     fn start(
         &self,
         name: &str,
@@ -208,12 +223,20 @@ impl Workplace {
             arguments(vmm);
             vmm.arg("--api-sock").arg(&api.path);
         })?;
-        let times = (self.patience, Instant::now() + PATIENCE);
-        let (first, others) = requests.split_first().unwrap_or((&Request::Ping { token: 0 }, &[]));
-        let mut agent = child.first_reply(vsock, times, *first, || self.go_on(), BenchError::Agent)?;
-        for request in others {
-            agent.call(*request).map_err(BenchError::Agent)?;
-        }
+        let agent = match requests {
+            [] => {
+                let (times, ping) = ((self.patience, Instant::now() + PATIENCE), Request::Ping { token: 0 });
+                child.first_reply(vsock, times, ping, || self.go_on(), BenchError::Agent)?
+            }
+            // What takes its time is asked once only.
+            requests => {
+                let mut agent = self.call(&mut child, vsock)?;
+                for request in requests {
+                    agent.call(*request).map_err(BenchError::Agent)?;
+                }
+                agent
+            }
+        };
         Ok(Guest { child, api, agent: Some(agent) })
     }
 

@@ -1,7 +1,7 @@
 //! Figures as a page for people, in Markdown. Pure.
 
-use super::figure::{Figure, Unit};
-use super::gate::{Budget, Gate};
+use super::figure::{Figure, number};
+use super::gate::{Budget, Compared, Gate};
 use super::sheet::Sheet;
 use std::fmt::Write;
 
@@ -47,11 +47,12 @@ fn table<'a>(text: &mut String, figures: impl Iterator<Item = &'a Figure>, gate:
         format_args!("| | unit | n | min | p50 | p99 | max |{heading}\n|---|---|---:|---:|---:|---:|---:|{line}\n"),
     );
     for figure in figures {
-        let Figure { title, unit, count, p50, .. } = figure;
-        add(text, format_args!("| {} | {unit} | {count} |", plain(title)));
-        for (number, value) in [figure.min(), *p50, figure.p99(), figure.max()].into_iter().enumerate() {
+        let Figure { title, unit, count, p50, interval, .. } = figure;
+        let interval = interval.map(|(low, high)| format!(" (95 %: {} to {})", number(low), number(high)));
+        add(text, format_args!("| {}{} | {unit} | {count} |", plain(title), interval.unwrap_or_default()));
+        for (at, value) in [figure.min(), *p50, figure.p99(), figure.max()].into_iter().enumerate() {
             // A single value is no distribution.
-            let value = if *count == 1 && number != 1 { String::new() } else { number_of(value, *unit) };
+            let value = if figure.quantiles.is_empty() && at != 1 { String::new() } else { number(value) };
             add(text, format_args!(" {value} |"));
         }
         if let Some(gate) = gate {
@@ -62,18 +63,17 @@ fn table<'a>(text: &mut String, figures: impl Iterator<Item = &'a Figure>, gate:
     }
 }
 
-fn asked(figure: &Figure, Budget { p50, p99, .. }: &Budget) -> String {
-    let told = |value: &Option<f64>| value.map_or_else(|| "-".into(), |value| number_of(value, figure.unit));
-    let of = [(figure.p50, p50), (figure.p99(), p99)];
-    let is_met = of.iter().all(|(measured, at_most)| at_most.is_none_or(|at_most| *measured <= at_most));
-    format!(" {}, {} | {} |", told(p50), told(p99), if is_met { "met" } else { "**missed**" })
+fn asked(figure: &Figure, budget: &Budget) -> String {
+    let told = |value: Option<f64>| value.map_or_else(|| "-".into(), number);
+    let is_met = budget.compare(figure).iter().all(Compared::holds);
+    format!(" {}, {} | {} |", told(budget.p50), told(budget.p99), if is_met { "met" } else { "**missed**" })
 }
 
 fn parts(text: &mut String, figure: &Figure) {
     let parts: Vec<String> =
-        figure.parts.iter().map(|part| format!("{} {}", plain(&part.name), number_of(part.p50, figure.unit))).collect();
+        figure.parts.iter().map(|part| format!("{} {}", plain(&part.name), number(part.p50))).collect();
     let sum: f64 = figure.parts.iter().map(|part| part.p50).sum();
-    let (title, sum) = (plain(&figure.title), number_of(sum, figure.unit));
+    let (title, sum) = (plain(&figure.title), number(sum));
     add(
         text,
         format_args!(
@@ -82,30 +82,6 @@ fn parts(text: &mut String, figure: &Figure) {
             parts.join(", ")
         ),
     );
-}
-
-/// A number as it reads best.
-fn number_of(value: f64, unit: Unit) -> String {
-    match (unit, value.abs()) {
-        (Unit::Times, _) => format!("{value:.2}"),
-        (_, 1000.0..) => grouped(value.round()),
-        (_, 100.0..) => format!("{value:.0}"),
-        (_, 10.0..) => format!("{value:.1}"),
-        _ => format!("{value:.2}"),
-    }
-}
-
-/// With a comma after each three digits.
-fn grouped(value: f64) -> String {
-    let digits = format!("{:.0}", value.abs());
-    let mut text = if value < 0.0 { "-".to_owned() } else { String::new() };
-    for (number, digit) in digits.chars().enumerate() {
-        if number > 0 && (digits.len() - number).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 /// Text that means nothing to Markdown.
@@ -122,6 +98,7 @@ fn plain(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::figure::Unit;
     use super::super::sheet::tests::sheet;
     use super::*;
 
@@ -154,8 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn text_and_numbers_are_what_they_should_be() {
+    fn text_means_nothing_to_markdown() {
         assert_eq!(plain("a|b*\n[x](y)"), "a\\|b\\* \\[x\\](y)");
-        assert_eq!([0.0, 999.4, -1234.0, 1e6].map(|n| number_of(n, Unit::Us)), ["0.00", "999", "-1,234", "1,000,000"]);
     }
 }

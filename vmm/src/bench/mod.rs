@@ -28,7 +28,7 @@ pub mod snapshot;
 
 use self::conditions::Watch;
 use self::figure::{Figure, Series};
-use self::gate::{Compared, Gate};
+use self::gate::{Gate, Verdict};
 use self::peer::Peer;
 use self::sheet::{Sheet, SheetError};
 use crate::children::ChildError;
@@ -82,7 +82,7 @@ Of `restore`:
   --working-set PAGES     measure also clones whose guests touch so many pages at once, which are got ready for them
   --write-fraction F      the share of these that they write, 0 to 1 (default 1)
   --concurrency N         how many clones are asked for at once, 1 to 64 (default 1)
-  --cold                  throw the snapshot's files out of the page cache each time
+  --cold                  with memory from the file, throw that out of the page cache each time; a page server keeps it
 
 Of `all` and `restore`:
   --peer firecracker=PROGRAM
@@ -213,6 +213,19 @@ impl Benchmark {
         }
     }
 
+    /// What its figures depend on, but for how often it is measured.
+    fn setting(&self) -> String {
+        match self {
+            Benchmark::Api(_) | Benchmark::Fork(_) | Benchmark::Reset(_) => "always the same".into(),
+            Benchmark::Density(density::Options { clones, memory_mib }) => {
+                format!("{clones} clones of {memory_mib} MiB")
+            }
+            Benchmark::Faults(faults::Options { pages, .. }) => format!("{pages} pages at once"),
+            Benchmark::Restore(options) => options.setting(),
+            Benchmark::Snapshot(snapshot::Options { resident_mib, .. }) => format!("{resident_mib} MiB in use"),
+        }
+    }
+
     fn run(&self) -> Result<Box<dyn ErasedReport>, BenchError> {
         Ok(match self {
             Benchmark::Api(options) => Box::new(api::run(options)?),
@@ -275,16 +288,15 @@ pub struct Kept {
 pub struct Printed {
     /// For standard output.
     pub text: String,
-    /// What was compared, if something was to be.
-    pub compared: Option<Vec<Compared>>,
+    /// What the gate says, if there is one.
+    pub verdict: Option<Verdict>,
 }
 
 impl Printed {
     /// Whether everything is as good as it has to be.
-    pub fn verdict(&self) -> Result<(), BenchError> {
-        let Some(compared) = &self.compared else { return Ok(()) };
-        let failed = compared.iter().filter(|compared| !compared.holds()).count();
-        match (compared.len(), failed) {
+    pub fn check(&self) -> Result<(), BenchError> {
+        let Some(verdict) = &self.verdict else { return Ok(()) };
+        match (verdict.compared.len(), verdict.failed()) {
             (0, _) => Err(BenchError::NothingToCompare),
             (_, 0) => Ok(()),
             (compared, failed) => Err(BenchError::Gate { failed, compared }),
@@ -304,7 +316,8 @@ pub fn run(request: &Request) -> Result<Printed, BenchError> {
             let _ = writeln!(text, "\n{0}\n{1}", benchmark.name(), "=".repeat(benchmark.name().len())); // A String takes all.
         }
         let _ = write!(text, "\n{report}");
-        figures.extend(report.figures());
+        // What is no number is not told at all, rather than as one.
+        figures.extend(report.figures().into_iter().filter(|figure| figure.p50.is_finite()));
         series.extend(report.series());
         reports.insert(benchmark.name().into(), report.document());
     }
@@ -315,6 +328,7 @@ pub fn run(request: &Request) -> Result<Printed, BenchError> {
         taken: uffd_handler::logging::timestamp(taken),
         host: host::summary(),
         conditions: watch.end()?,
+        settings: benchmarks.iter().map(|benchmark| (benchmark.name().into(), benchmark.setting())).collect(),
         figures,
         series,
         reports,
@@ -352,9 +366,9 @@ impl<'a> Finishing<'a> {
         if let Some(dir) = &self.output.plot {
             charts::write(sheet, dir)?;
         }
-        let compared = self.gate.as_ref().map(|gate| gate.compare(sheet));
+        let verdict = self.gate.as_ref().map(|gate| gate.compare(sheet));
         let text = if self.output.json { crate::cli::to_json(sheet) } else { text() };
-        Ok(Printed { text, compared })
+        Ok(Printed { text, verdict })
     }
 }
 

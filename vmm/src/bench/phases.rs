@@ -20,9 +20,9 @@ pub fn of(stats: VmStats, operation: TracedOperation) -> Phases {
 /// The median of each phase, in order.
 pub fn medians<'a>(all: impl Iterator<Item = &'a Phases> + Clone) -> Vec<Median> {
     let names = all.clone().next().map_or(&[][..], Vec::as_slice);
-    let median = |(number, (name, _)): (usize, &(String, Duration))| {
-        let times = all.clone().filter_map(|phases| phases.get(number)).map(|(_, time)| *time);
-        (name.clone(), Spread::of(times.collect()).p50_us)
+    let median = |(name, _): &(String, Duration)| {
+        let of_name = |phases: &Phases| phases.iter().find(|(other, _)| other == name).map(|(_, time)| *time);
+        (name.clone(), Spread::of(all.clone().filter_map(of_name).collect()).p50_us)
     };
-    names.iter().enumerate().map(median).collect()
+    names.iter().map(median).collect()
 }

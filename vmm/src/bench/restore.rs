@@ -12,13 +12,13 @@
 
 use super::compare::{self, Interval};
 use super::figure::{Figure, Spread, Unit};
-use super::guest::{Guest, PATIENCE, Workplace};
-use super::peer::{Peer, Prepared};
+use super::guest::{self, Guest, PATIENCE, Workplace};
+use super::peer::{Peer, Prepared, Process};
 use super::phases::{self, Median, Phases};
 use super::{BenchError, io_error};
 use crate::machine::config;
 use crate::memory::layout;
-use api_spec::agent::{Pages, Request, Response};
+use api_spec::agent::{Pages, Request, Response, pattern};
 use api_spec::client::{AgentClient, RestClient};
 use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotCreate, SnapshotLoad};
 use api_spec::stats::{TracedOperation, VmStats};
@@ -85,7 +85,7 @@ impl Options {
     /// Whether the values make sense.
     pub fn check(&self) -> Result<(), String> {
         let Options { runs, memory_mib, vcpus, working_set, write_fraction, concurrency, .. } = *self;
-        let most = memory_mib.saturating_sub(GUEST_OWN_MIB) * 256;
+        let most = (memory_mib.saturating_sub(GUEST_OWN_MIB) * 256).saturating_sub(1);
         match self {
             Options { runs: 0 | 10_001.., .. } => Err(format!("--n {runs}: must be 1 to 10000")),
             _ if !(1..=config::MAX_VCPUS).contains(&vcpus) => {
@@ -105,6 +105,21 @@ impl Options {
             }
             _ => Ok(()),
         }
+    }
+
+    /// What figures depend on, but for how often they are measured.
+    pub fn setting(&self) -> String {
+        let Options { memory_mib, vcpus, working_set, write_fraction, concurrency, cold, .. } = self;
+        let cold = if *cold { ", memory file not in the page cache" } else { "" };
+        format!(
+            "{memory_mib} MiB, {vcpus} vCPUs, {working_set} pages touched, {write_fraction} of them written, {concurrency} clones at \
+             once{cold}"
+        )
+    }
+
+    /// How many clones there are of each kind, which come so many at once.
+    fn clones(&self) -> u32 {
+        self.runs.next_multiple_of(self.concurrency)
     }
 
     fn touches(&self) -> Vec<Touch> {
@@ -136,7 +151,8 @@ impl Options {
             Touch::Nothing => Pages::run(0, 0),
             Touch::Contiguous => Pages::run(0, count),
             Touch::Scattered => {
-                let room = self.memory_mib.saturating_sub(GUEST_OWN_MIB) * 256 / u64::from(count.max(1));
+                // One more than is touched, which is looked at in the end.
+                let room = self.memory_mib.saturating_sub(GUEST_OWN_MIB) * 256 / u64::from(count + 1);
                 Pages { first: 0, count, stride: room.clamp(1, STRIDE) as u32 }
             }
         }
@@ -323,7 +339,7 @@ pub struct Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Report { memory_mib, vcpus, runs, concurrency, cold, cases, .. } = self;
-        let cold = if *cold { ", files not in the page cache" } else { "" };
+        let cold = if *cold { ", memory file not in the page cache" } else { "" };
         let plural = if *vcpus == 1 { "" } else { "s" };
         writeln!(
             f,
@@ -366,8 +382,8 @@ impl super::Report for Report {
         let added = self.added_us.iter().map(|(name, what, us)| Figure::value(name, what, Unit::Us, *us));
         let compared = self.compared.iter().map(|Compared { name, what, ratio }| Figure {
             count: self.runs as usize,
-            quantiles: vec![ratio.low, ratio.ratio, ratio.high],
-            ..Figure::value(name, format!("{what} (95 % interval)"), Unit::Times, ratio.ratio)
+            interval: Some((ratio.low, ratio.high)),
+            ..Figure::value(name, what, Unit::Times, ratio.ratio)
         });
         self.cases.iter().flat_map(of_case).chain(added).chain(compared).collect()
     }
@@ -387,12 +403,12 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     };
     let cases = options.cases();
     let _servers = bench.start_servers(&cases)?;
-    // The first clone of each kind finds nothing in any cache.
+    // The first clones of each kind find nothing in any cache.
     for case in &cases {
-        bench.measure(*case, 0, peer.as_ref())?;
+        bench.measure_at_once(*case, peer.as_ref())?;
     }
     let mut samples: Vec<Vec<Sample>> = cases.iter().map(|_| Vec::new()).collect();
-    for _ in 0..options.runs.div_ceil(options.concurrency) {
+    for _ in 0..options.clones() / options.concurrency {
         for (case, samples) in cases.iter().zip(&mut samples) {
             samples.extend(bench.measure_at_once(*case, peer.as_ref())?);
         }
@@ -404,6 +420,16 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
 struct Bench {
     place: Workplace,
     options: Options,
+}
+
+/// What is there before a clone is asked for.
+enum Ready {
+    /// Nothing but what it is going to be called.
+    Name(String),
+    /// A shell.
+    Shell(guest::Shell),
+    /// A process of another VMM that waits.
+    Peer(Process),
 }
 
 impl Bench {
@@ -421,10 +447,11 @@ impl Bench {
         self.place.path(&format!("uffd-{}.sock", touch.name()))
     }
 
-    /// Has a guest fill every page that is going to be touched: one that was never written would cost less.
+    /// Has a guest fill every page that is going to be touched, since one that was never written would cost less, and the one after them.
     fn fill(&self, mut ask: impl FnMut(Request) -> Result<Response, BenchError>) -> Result<(), BenchError> {
-        for touch in self.options.touches() {
-            ask(Request::Fill { pages: self.options.pages(touch), seed: SEED })?;
+        for touch in self.options.touches().into_iter().filter(|touch| *touch != Touch::Nothing) {
+            let pages = self.options.pages(touch);
+            ask(Request::Fill { pages: Pages { count: pages.count + 1, ..pages }, seed: SEED })?;
         }
         Ok(())
     }
@@ -459,23 +486,41 @@ impl Bench {
                 if case.is_peer { peer.map(|peer| peer.snapshot.clone()) } else { Some(self.snapshot(case.touch)) };
             forget(&dir.unwrap_or_default())?;
         }
-        if self.options.concurrency == 1 {
-            return Ok(vec![self.measure(case, 0, peer)?]);
+        // Everything is there that is there before a clone is asked for, and stays until the last has replied.
+        let mut ready = Vec::new();
+        for number in 0..self.options.concurrency {
+            ready.push(self.get_ready(case, number, peer)?);
+        }
+        if let [only] = &mut ready[..] {
+            return Ok(vec![self.measure(case, only, peer)?]);
         }
         std::thread::scope(|scope| {
-            // All of them are started before the first is waited for.
-            let all: Vec<_> = (0..self.options.concurrency)
-                .map(|number| scope.spawn(move || self.measure(case, number, peer)))
-                .collect();
-            all.into_iter().map(|one| one.join().unwrap_or(Err(BenchError::Interrupted))).collect()
+            let start = |ready| scope.spawn(move || self.measure(case, ready, peer));
+            let all: Vec<_> = ready.iter_mut().map(start).collect();
+            all.into_iter().map(|one| one.join().unwrap_or_else(|e| std::panic::resume_unwind(e))).collect()
         })
     }
 
-    fn measure(&self, case: Case, number: u32, peer: Option<&Prepared>) -> Result<Sample, BenchError> {
-        match (peer.filter(|_| case.is_peer), case.shell) {
-            (Some(peer), shell) => self.measure_peer(case, number, peer, shell),
-            (None, Shell::None) => self.measure_process(case, number),
-            (None, Shell::Warm) => self.measure_shell(case, number),
+    fn get_ready(&self, case: Case, number: u32, peer: Option<&Prepared>) -> Result<Ready, BenchError> {
+        Ok(match (peer.filter(|_| case.is_peer), case.shell) {
+            (None, Shell::None) => Ready::Name(format!("clone{number}")),
+            (None, Shell::Warm) => Ready::Shell(self.place.shell(&format!("shell{number}"), self.machine())?),
+            (Some(_), Shell::None) => Ready::Name(format!("peer{number}")),
+            (Some(peer), Shell::Warm) => Ready::Peer(peer.start(&self.place, &format!("peer{number}"))?),
+        })
+    }
+
+    fn measure(&self, case: Case, ready: &mut Ready, peer: Option<&Prepared>) -> Result<Sample, BenchError> {
+        match (ready, peer.filter(|_| case.is_peer)) {
+            (Ready::Name(name), None) => self.measure_process(case, name),
+            (Ready::Name(name), Some(peer)) => {
+                let before = Instant::now();
+                let mut process = peer.start(&self.place, name)?;
+                self.measure_peer(case, &mut process, peer, before)
+            }
+            (Ready::Shell(shell), _) => self.measure_shell(case, shell),
+            (Ready::Peer(process), Some(peer)) => self.measure_peer(case, process, peer, Instant::now()),
+            (Ready::Peer(_), None) => Err(BenchError::WrongPages("restore")),
         }
     }
 
@@ -486,18 +531,17 @@ impl Bench {
         Ok(())
     }
 
-    fn measure_process(&self, case: Case, number: u32) -> Result<Sample, BenchError> {
+    fn measure_process(&self, case: Case, name: &str) -> Result<Sample, BenchError> {
         let before = Instant::now();
         let first = self.options.requests(case.touch);
-        let mut guest =
-            self.place.restore_and_ask(&format!("clone{number}"), &self.snapshot(case.touch), &first, |vmm| {
-                if case.backend != Backend::File {
-                    vmm.arg("--uffd").arg(self.socket(case.touch));
-                }
-                if case.backend == Backend::Copy {
-                    vmm.arg("--uffd-mode").arg("copy");
-                }
-            })?;
+        let mut guest = self.place.restore_and_ask(name, &self.snapshot(case.touch), &first, |vmm| {
+            if case.backend != Backend::File {
+                vmm.arg("--uffd").arg(self.socket(case.touch));
+            }
+            if case.backend == Backend::Copy {
+                vmm.arg("--uffd-mode").arg("copy");
+            }
+        })?;
         let to_reply = before.elapsed();
         self.check(case, |request| guest.ask(request))?;
         let Guest { child: _child, api, .. } = guest;
@@ -506,8 +550,7 @@ impl Bench {
         Ok(Sample { to_reply, to_answer: None, phases: load_phases(&mut client)? })
     }
 
-    fn measure_shell(&self, case: Case, number: u32) -> Result<Sample, BenchError> {
-        let mut shell = self.place.shell(&format!("shell{number}"), self.machine())?;
+    fn measure_shell(&self, case: Case, shell: &mut guest::Shell) -> Result<Sample, BenchError> {
         let failed = |source| BenchError::Api { what: "cannot load a snapshot into a shell", source };
         let backend_type = match case.backend {
             Backend::File => None,
@@ -530,13 +573,15 @@ impl Bench {
         Ok(Sample { to_reply, to_answer, phases: load_phases(&mut shell.client)? })
     }
 
-    fn measure_peer(&self, case: Case, number: u32, peer: &Prepared, shell: Shell) -> Result<Sample, BenchError> {
-        let name = format!("peer{number}");
-        let start = Instant::now();
-        let mut process = peer.start(&self.place, &name)?;
-        let before = if shell == Shell::Warm { Instant::now() } else { start };
+    fn measure_peer(
+        &self,
+        case: Case,
+        process: &mut Process,
+        peer: &Prepared,
+        before: Instant,
+    ) -> Result<Sample, BenchError> {
         process.load(peer)?;
-        let to_answer = (shell == Shell::Warm).then(|| before.elapsed());
+        let to_answer = (case.shell == Shell::Warm).then(|| before.elapsed());
         let mut agent = AgentClient::connect(&process.vsock, PATIENCE).map_err(BenchError::Agent)?;
         self.ask(case, &mut agent)?;
         let to_reply = before.elapsed();
@@ -544,18 +589,29 @@ impl Bench {
         Ok(Sample { to_reply, to_answer, phases: Phases::new() })
     }
 
-    /// Whether the guest has the pages that it is to have, the first that it has not written.
+    /// Whether the guest has the pages that it is to have: what it has written, what it has read, and the one after them.
     fn check(
         &self,
         case: Case,
         mut ask: impl FnMut(Request) -> Result<Response, BenchError>,
     ) -> Result<(), BenchError> {
-        let requests = self.options.requests(case.touch);
-        let Some(Request::Touch { pages }) = requests.last() else { return Ok(()) };
-        match ask(Request::Verify { pages: *pages, seed: SEED })? {
-            Response::Mismatches(0) => Ok(()),
-            _ => Err(BenchError::WrongPages("restore")),
+        let pages = self.options.pages(case.touch);
+        if pages.count == 0 {
+            return Ok(());
         }
+        let word = |page| pattern::word(SEED, page, 0);
+        let of_request = |request: Request| -> u64 {
+            match request {
+                Request::Write { pages, value } => value.wrapping_mul(u64::from(pages.count)),
+                Request::Touch { pages } => pages.numbers().map(word).fold(0, u64::wrapping_add),
+                _ => 0,
+            }
+        };
+        let sum = self.options.requests(case.touch).into_iter().map(of_request).fold(0, u64::wrapping_add);
+        let after = Pages::run(pages.first + pages.count * pages.stride, 1);
+        let is_right = ask(Request::Touch { pages })? == Response::Sum(sum)
+            && ask(Request::Verify { pages: after, seed: SEED })? == Response::Mismatches(0);
+        if is_right { Ok(()) } else { Err(BenchError::WrongPages("restore")) }
     }
 
     fn title(&self, case: &Case) -> String {
@@ -603,15 +659,15 @@ impl Bench {
             if ours.touch != Touch::Nothing {
                 let what = format!("{}: added, beside {peer_name}", self.title(ours));
                 let of = |case: &Case| (times(case), times(&plain(case)));
-                let ratio = compare::added(&of(ours), &of(theirs));
+                let Some(ratio) = compare::added(&of(ours), &of(theirs)) else { continue };
                 compared.push(Compared { name: format!("{}-added-to-peer", ours.name()), what, ratio });
             }
         }
-        let Options { memory_mib, vcpus, runs, concurrency, cold, working_set, write_fraction, .. } = self.options;
+        let Options { memory_mib, vcpus, concurrency, cold, working_set, write_fraction, .. } = self.options;
         Report {
             memory_mib,
             vcpus,
-            runs,
+            runs: self.options.clones(),
             concurrency,
             cold,
             working_set,

@@ -5,7 +5,7 @@ use super::figure::{Figure, Series};
 use crate::host::Host;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -31,7 +31,7 @@ pub enum SheetError {
         source: io::Error,
     },
     /// It is no such document.
-    #[error("{}: not what `vmm bench --json` prints: {problem}", path.display())]
+    #[error("{}: neither what `vmm bench --json` prints, nor budgets: {problem}", path.display())]
     Bad {
         /// Which.
         path: PathBuf,
@@ -53,6 +53,8 @@ pub struct Sheet {
     pub host: Host,
     /// What else was seen of it.
     pub conditions: Conditions,
+    /// What each benchmark was told that its figures depend on, by its name.
+    pub settings: BTreeMap<String, String>,
     /// Every figure.
     pub figures: Vec<Figure>,
     /// How some of them grew.
@@ -66,9 +68,13 @@ pub struct Sheet {
 impl Sheet {
     /// Reads a document, and looks whether it makes sense.
     pub fn read(path: &Path) -> Result<Self, SheetError> {
-        let bad = |problem: String| SheetError::Bad { path: path.into(), problem };
-        let sheet: Sheet = serde_json::from_slice(&read_file(path)?).map_err(|e| bad(e.to_string()))?;
-        sheet.check().map_err(bad)?;
+        Sheet::parse(&read_file(path)?).map_err(|problem| SheetError::Bad { path: path.into(), problem })
+    }
+
+    /// The document that a text is.
+    pub fn parse(text: &[u8]) -> Result<Self, String> {
+        let sheet: Sheet = serde_json::from_slice(text).map_err(|e| e.to_string())?;
+        sheet.check()?;
         Ok(sheet)
     }
 
@@ -79,9 +85,8 @@ impl Sheet {
 
     /// The benchmarks that there are figures of, in order.
     pub fn benchmarks(&self) -> Vec<&str> {
-        let mut names: Vec<&str> = self.figures.iter().map(Figure::benchmark).collect();
-        names.dedup();
-        names
+        let mut known = BTreeSet::new();
+        self.figures.iter().map(Figure::benchmark).filter(|name| known.insert(*name)).collect()
     }
 
     fn check(&self) -> Result<(), String> {
@@ -93,13 +98,14 @@ impl Sheet {
         }
         let mut names = BTreeSet::new();
         for figure in &self.figures {
-            let Figure { name, title, p50, quantiles, parts, .. } = figure;
+            let Figure { name, title, unit: _, count: _, p50, quantiles, interval, parts } = figure;
             let texts = [name, title].into_iter().chain(parts.iter().map(|part| &part.name));
             check_texts(texts.map(String::as_str))?;
             if !names.insert(name) {
                 return Err(format!("figure {name} is there twice"));
             }
-            let numbers = quantiles.iter().chain([p50]).chain(parts.iter().map(|part| &part.p50));
+            let ends = interval.iter().flat_map(|(low, high)| [low, high]);
+            let numbers = quantiles.iter().chain([p50]).chain(ends).chain(parts.iter().map(|part| &part.p50));
             if quantiles.len() > MAX_NUMBERS || parts.len() > MAX_NUMBERS || numbers.clone().any(|n| !is_number(*n)) {
                 return Err(format!("figure {name} has too many numbers, or one that is none"));
             }
@@ -113,8 +119,10 @@ impl Sheet {
                 return Err(format!("series {name} has too many points, or one that is none"));
             }
         }
-        let texts = [&self.vmm_version, &self.taken, &self.host.cpu, &self.host.kernel];
-        check_texts(texts.into_iter().map(String::as_str))
+        let Conditions { ksm, governor, transparent_huge_pages, noisy, .. } = &self.conditions;
+        let of_host = [&self.vmm_version, &self.taken, &self.host.cpu, &self.host.kernel, ksm];
+        let texts = of_host.into_iter().chain(governor).chain(transparent_huge_pages).chain(noisy);
+        check_texts(texts.chain(self.settings.keys()).chain(self.settings.values()).map(String::as_str))
     }
 }
 
@@ -136,6 +144,10 @@ fn is_number(number: f64) -> bool {
 /// A file that is not too long.
 pub fn read_file(path: &Path) -> Result<Vec<u8>, SheetError> {
     let failed = |source| SheetError::Io { path: path.into(), source };
+    // A FIFO would have whoever opens it wait.
+    if !std::fs::metadata(path).map_err(failed)?.is_file() {
+        return Err(SheetError::Bad { path: path.into(), problem: "it is no regular file".into() });
+    }
     let mut text = Vec::new();
     File::open(path).map_err(failed)?.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(failed)?;
     match text.len() as u64 > MAX_BYTES {
@@ -153,7 +165,7 @@ pub(super) mod tests {
     pub fn sheet(figures: &[(&str, Unit, f64, f64)]) -> Sheet {
         let figure = |(name, unit, p50, max): &(&str, Unit, f64, f64)| Figure {
             count: 200,
-            quantiles: vec![*p50 / 2.0, *p50, *max],
+            quantiles: vec![*p50 - p50.abs() / 2.0, *p50, *max],
             parts: vec![Part { name: "part".into(), p50: *p50 / 2.0 }],
             ..Figure::value(*name, format!("what {name} is"), *unit, *p50)
         };
@@ -171,6 +183,7 @@ pub(super) mod tests {
                 jitter: 1.0,
                 noisy: Vec::new(),
             },
+            settings: BTreeMap::new(),
             figures: figures.iter().map(figure).collect(),
             series: Vec::new(),
             reports: Map::new(),
@@ -188,6 +201,8 @@ pub(super) mod tests {
         let one = sheet(&[("a.b", Unit::Us, 2.0, 9.0), ("c.d", Unit::Kib, 1.0, 1.0)]);
         assert_eq!(read(&serde_json::to_string(&one).unwrap()).unwrap(), one);
         assert_eq!(one.benchmarks(), ["a", "c"]);
+        let mixed = sheet(&[("a.b", Unit::Us, 2.0, 9.0), ("c.d", Unit::Us, 1.0, 1.0), ("a.e", Unit::Us, 1.0, 1.0)]);
+        assert_eq!(mixed.benchmarks(), ["a", "c"]);
     }
 
     #[test]
@@ -203,6 +218,7 @@ pub(super) mod tests {
         add(&|sheet| sheet.figures[0].name = String::new(), "is no name");
         add(&|sheet| sheet.figures[0].title = "x".repeat(301), "is no name");
         add(&|sheet| sheet.figures[0].title = "a\nb".into(), "is no name");
+        add(&|sheet| sheet.conditions.noisy = vec!["a\u{7}".into()], "is no name");
         add(&|sheet| sheet.host.cpu = "\u{1b}[2J".into(), "is no name");
         add(&|sheet| sheet.figures[0].quantiles = vec![2.0, 1.0], "do not ascend");
         add(&|sheet| sheet.figures[0].quantiles = vec![1.0; 5000], "too many");

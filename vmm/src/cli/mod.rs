@@ -213,13 +213,12 @@ fn print_report(report: &(impl serde::Serialize + std::fmt::Display), json: bool
 /// Prints figures, and then what a gate says of them: beside a document, so that that stays one.
 fn print_figures(printed: bench::Printed, is_document: bool) -> Result<i32, CliError> {
     print(&printed.text)?;
-    for compared in printed.compared.iter().flatten() {
-        match is_document {
-            true => eprintln!("{compared}"),
-            false => print(&format!("{compared}\n")).map(drop)?,
-        }
+    match &printed.verdict {
+        Some(verdict) if is_document => eprint!("{verdict}"),
+        Some(verdict) => print(&verdict.to_string()).map(drop)?,
+        None => {}
     }
-    printed.verdict()?;
+    printed.check()?;
     Ok(DONE)
 }
 
