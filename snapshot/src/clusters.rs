@@ -106,6 +106,15 @@ impl Clusters {
         self.data
     }
 
+    /// End of the last cluster whose bytes the layer holds, 0 if it holds none: its file is no shorter, but for a last cluster that is.
+    pub fn end_of_data(&self) -> u64 {
+        let last = self.blocks.iter().rev().find_map(|(number, block)| {
+            let word = block.data.iter().rposition(|word| *word != 0)?;
+            Some(number * BLOCK + word as u64 * 64 + 64 - u64::from(block.data[word].leading_zeros()))
+        });
+        last.unwrap_or(0)
+    }
+
     /// Whether all clusters are absent.
     pub fn is_empty(&self) -> bool {
         self.blocks.is_empty()
@@ -293,6 +302,8 @@ mod tests {
                 (at, last) = (run.end, Some(state));
             }
             prop_assert_eq!(at, (from + len).min(3 * BLOCK).max(from));
+            let end = model.iter().rposition(|state| *state == Cluster::Data).map_or(0, |last| last as u64 + 1);
+            prop_assert_eq!(map.end_of_data(), end);
         }
 
         #[test]

@@ -36,7 +36,7 @@ use crate::notice::{Notice, Notifier};
 use crate::sandbox::{self, Kind};
 use crate::vcpu::state::OtherTsc;
 use crate::vcpu::{self, VcpuError};
-use ::snapshot::clusters::{CLUSTER_BYTES, Cluster, Clusters, MapError};
+use ::snapshot::clusters::{CLUSTER_BYTES, Clusters, MapError};
 use ::snapshot::disk::Held;
 use ::snapshot::load;
 use ::snapshot::manifest::MAX_DISK_BYTES;
@@ -557,9 +557,7 @@ fn open_disks(
         let mut layers = Vec::new();
         for (map_bytes, (number, file)) in told.layer_map_bytes.iter().zip(files.by_ref()) {
             let clusters = bundle.map(number, *map_bytes, told.size_bytes)?;
-            let data = clusters.runs(0..clusters.count()).filter(|(_, state)| *state == Cluster::Data);
-            let end = data.map(|(run, _)| run.end * CLUSTER_BYTES).last().unwrap_or(0);
-            check_file(number, &file, end.min(told.size_bytes))?;
+            check_file(number, &file, (clusters.end_of_data() * CLUSTER_BYTES).min(told.size_bytes))?;
             check_unwritable(number, &file)?;
             layers.push(Held { file, clusters });
         }
@@ -722,6 +720,7 @@ impl Loadable for Offered {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ::snapshot::clusters::Cluster;
     use api_spec::devices::Drive;
     use api_spec::fork::ForkImage;
     use rustix::fs::{SealFlags, fcntl_add_seals, ftruncate};
