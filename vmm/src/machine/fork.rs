@@ -527,6 +527,11 @@ pub fn open(load: &ForkLoad, descriptors: Vec<OwnedFd>) -> Result<Offered, Resto
 
 /// Whether there can be such disks, whatever is in them. Pure.
 fn check_drives(drives: &[ForkDrive]) -> Result<(), ForkLoadError> {
+    // Before anything is made for any of them.
+    let count = drives.len().try_into().unwrap_or(u32::MAX);
+    if count > layout::MAX_VIRTIO {
+        return Err(ForkLoadError::Drives(ConfigError::TooMany(count)));
+    }
     let configured: Vec<_> = drives.iter().map(|drive| drive.drive.clone()).collect();
     config::check_drives(&configured).map_err(ForkLoadError::Drives)?;
     for ForkDrive { drive, size_bytes: size, image, layer_map_bytes: maps } in drives {
@@ -913,6 +918,14 @@ mod tests {
         refused_as_told(|told| told.image = Some(ForkImage { modified_ns: None }), "somebody has written to it");
         let twice = [good.clone(), good.clone()];
         assert!(check_drives(&twice).unwrap_err().to_string().contains("two have the drive_id data"));
+        let named = |number| {
+            let mut told = good.clone();
+            told.drive.drive_id = format!("data{number}");
+            told
+        };
+        let many: Vec<_> = (0..=layout::MAX_VIRTIO).map(named).collect();
+        assert!(check_drives(&many[1..]).is_ok());
+        assert!(check_drives(&many).unwrap_err().to_string().contains("virtio devices are configured; there may be"));
     }
 
     #[test]
