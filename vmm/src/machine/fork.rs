@@ -619,11 +619,10 @@ fn take_host_side(plan: &mut DevicePlan, load: &ForkLoad, shell: DevicePlan) -> 
     if let (Some(vsock), None) = (&mut plan.vsock, &load.vsock_override) {
         vsock.uds_path = shell.vsock.ok_or(ForkLoadError::NoSocket)?.uds_path;
     }
-    if load.network_overrides.is_empty() {
-        for interface in &mut plan.network {
-            if let Some(own) = shell.network.iter().find(|own| own.iface_id == interface.iface_id) {
-                interface.host_dev_name = own.host_dev_name.clone();
-            }
+    let is_said = |id: &str| load.network_overrides.iter().any(|other| other.iface_id == *id);
+    for interface in plan.network.iter_mut().filter(|interface| !is_said(&interface.iface_id)) {
+        if let Some(own) = shell.network.iter().find(|own| own.iface_id == interface.iface_id) {
+            interface.host_dev_name = own.host_dev_name.clone();
         }
     }
     Ok(())
@@ -758,11 +757,10 @@ mod tests {
         file
     }
 
-    /// Each thing that can be wrong with an offer is told by its name, and none of it is used.
-    #[test]
-    fn an_offer_that_is_not_right_is_refused() {
-        const SIZE: u64 = 8 << 20;
-        let load = ForkLoad {
+    const SIZE: u64 = 8 << 20;
+
+    fn load() -> ForkLoad {
+        ForkLoad {
             vmm_version: env!("CARGO_PKG_VERSION").into(),
             vcpu_count: 1,
             memory_bytes: SIZE,
@@ -779,7 +777,32 @@ mod tests {
             new_generation: true,
             vsock_override: None,
             network_overrides: Vec::new(),
+        }
+    }
+
+    /// Each tap is that of the shell, but for those that somebody has named.
+    #[test]
+    fn a_clone_has_the_taps_of_a_shell_but_for_those_that_are_named() {
+        let plan = |taps: [&str; 2]| {
+            let interface = |(id, tap)| serde_json::json!({ "iface_id": id, "host_dev_name": tap });
+            let interfaces = serde_json::Value::from_iter(["a", "b"].into_iter().zip(taps).map(interface));
+            DevicePlan { network: serde_json::from_value(interfaces).unwrap(), ..Default::default() }
         };
+        let taps = |named: serde_json::Value| {
+            let load = ForkLoad { network_overrides: serde_json::from_value(named).unwrap(), ..load() };
+            let mut plan_of_clone = plan(["parent0", "parent1"]);
+            override_host_side(&mut plan_of_clone, None, &load.network_overrides).unwrap();
+            take_host_side(&mut plan_of_clone, &load, plan(["shell0", "shell1"])).unwrap();
+            plan_of_clone.network.into_iter().map(|interface| interface.host_dev_name).collect::<Vec<_>>()
+        };
+        assert_eq!(taps(serde_json::json!([])), ["shell0", "shell1"]);
+        assert_eq!(taps(serde_json::json!([{ "iface_id": "a", "host_dev_name": "named" }])), ["named", "shell1"]);
+    }
+
+    /// Each thing that can be wrong with an offer is told by its name, and none of it is used.
+    #[test]
+    fn an_offer_that_is_not_right_is_refused() {
+        let load = load();
         let files = || vec![memory_file(100, SEALED), memory_file(SIZE, SEALED), memory_file(SIZE, SEALED)];
         let refused = |load: &ForkLoad, files: Vec<OwnedFd>| open(load, files).unwrap_err().to_string();
         let with = |change: fn(&mut ForkLoad)| {
