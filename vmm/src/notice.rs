@@ -84,7 +84,7 @@ pub enum Notice {
     SnapshotWritten,
     /// The background part of a snapshot is over: the disks' layers are folded, as far as that went.
     LayersFolded,
-    /// Layers of disks, each with the number of its disk, have been merged for a fork.
+    /// Layers of disks are merged, as far as that went: each with the number of its disk.
     LayersMerged(Vec<(usize, Folded)>),
     /// The VM was forked: what became of the clones, or why there are none.
     Forked(Result<VmForked, String>),

@@ -263,15 +263,34 @@ pub fn share(devices: &Devices, drives: &[Drive]) -> Result<Vec<Shared>, (String
     shared.collect()
 }
 
-/// Copies layers into fewer, until no disk has more than `most`, for the devices to take over: each with the number of its disk. A
-/// failure names the disk.
-pub fn merge(layers: &mut [Layers], most: usize) -> Result<Vec<(usize, Folded)>, (String, io::Error)> {
-    let mut merged = Vec::new();
+/// What has come of merging.
+pub struct Merged {
+    /// Layers for the devices to take over, each with the number of its disk.
+    pub layers: Vec<(usize, Folded)>,
+    /// The first disk for which something failed, and what.
+    pub failed: Option<(String, io::Error)>,
+}
+
+/// Copies layers into fewer, until no disk has more than `most` or it is over. A failure keeps none of the other disks from it.
+pub fn merge(layers: &mut [Layers], most: usize, is_over: &dyn Fn() -> bool) -> Merged {
+    let mut merged = Merged { layers: Vec::new(), failed: None };
     for Layers { number, drive_id, stack } in layers {
-        let folded = stack.merge(most).map_err(|e| (drive_id.clone(), e))?;
-        merged.extend(folded.into_iter().map(|folded| (*number, folded)));
+        let (folded, result) = stack.merge(most, is_over);
+        merged.layers.extend(folded.into_iter().map(|folded| (*number, folded)));
+        if let Err(e) = result {
+            merged.failed.get_or_insert_with(|| (drive_id.clone(), e));
+        }
     }
-    Ok(merged)
+    merged
+}
+
+/// Puts what was merged in its place.
+pub fn adopt(layers: &mut [Layers], merged: &[(usize, Folded)]) {
+    for (number, folded) in merged {
+        for layers in layers.iter_mut().filter(|layers| layers.number == *number) {
+            layers.stack.adopt(folded);
+        }
+    }
 }
 
 /// A disk of a clone, of the files that come with it: the layers, the uppermost first, and the image.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   event loop:  pause -> device, vCPU and VM state -> disks -> freeze, or copy of what is the guest's own -> resume
-//!   thread:      seal -> one call to each of the other vmms, with descriptors -> their answers -> merge the disks' layers
+//!   thread:      seal -> one call to each of the other vmms, with descriptors -> their answers
 //!   other vmm:   check -> shell -> map the lowest file, and the longer runs of the layers; copy the shorter ones -> state -> run
 //! ```
 //!
@@ -17,7 +17,8 @@
 use super::Machine;
 use super::backend::{Backend, BackendError};
 use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
-use super::disks::{self, RestoreDisksError};
+use super::disks::{self, Merged, RestoreDisksError};
+use super::merges::Merge;
 use super::phases::Phases;
 use super::restore::{HowToLoad, Loadable, RestoreError, lease, load_state, loaded, override_host_side, show};
 use super::shell::{Misfit, Shape, Shell};
@@ -52,6 +53,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use uffd_handler::process::Signals;
@@ -62,8 +64,6 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const BREATHER: Duration = Duration::from_millis(5);
 /// Longest state that is taken, in bytes.
 const MAX_STATE: u64 = 64 << 20;
-/// How many layers of a disk stay apart once its VM was forked.
-const FEW_DISK_LAYERS: usize = 6;
 
 // The state, the layers of memory and what they lie over, and the layers and the image of each disk.
 const _: () =
@@ -99,6 +99,12 @@ pub enum ForkError {
         /// What is wrong with it.
         source: io::Error,
     },
+    /// Layers of disks that are still being copied.
+    #[error(
+        "the VM was forked so often that layers of its overlays have to be copied into fewer first, which takes longer than {} s: fork it again later",
+        PATIENCE.as_secs()
+    )]
+    Merging,
     /// Its memory is not to be had for others.
     #[error(
         "a VM into which a page server copies its pages is not forked, as they cannot be shared; use `UffdShared`, or a snapshot (`PUT /snapshot/create`)"
@@ -210,6 +216,8 @@ pub struct Forked {
     taken: Taken,
     /// For the next time.
     spare: Spare,
+    merging: Option<Arc<Merge>>,
+    is_over: Arc<AtomicBool>,
     begun: Instant,
     pause_us: u64,
 }
@@ -226,6 +234,7 @@ struct Taken {
     lowest: Option<File>,
     /// Disks, but for their layers.
     drives: Vec<disks::Shared>,
+    disk_layers: Vec<disks::Layers>,
 }
 
 /// Looks whether a request can be granted, whatever the VM is. Pure.
@@ -251,6 +260,7 @@ pub fn fork(
     max_private_mib: Option<u64>,
     signals: &Signals,
     phases: &mut Phases,
+    notifier: &Notifier,
     giver: Giver,
 ) -> Result<(), ForkError> {
     let begun = Instant::now();
@@ -263,7 +273,7 @@ pub fn fork(
     let was_running = machine.is_running();
     machine.pause()?;
     phases.end("pause");
-    let (taken, layers) = take(machine, signals, phases);
+    let taken = take(machine, signals, phases);
     if was_running {
         machine.resume();
     }
@@ -273,7 +283,7 @@ pub fn fork(
         Ok(taken) => taken,
         Err(e) => {
             // What was frozen for it is still to be merged, or there would be more and more.
-            giver.give(None, layers);
+            machine.merge_layers(notifier);
             return Err(e);
         }
     };
@@ -298,27 +308,19 @@ pub fn fork(
         vsock_override: None,
         network_overrides: Vec::new(),
     };
-    giver.give(Some(Forked { load, taken, spare: machine.ram.spare(), begun, pause_us }), layers);
+    let (merging, is_over) = (machine.merges.now(), machine.merges.is_over());
+    giver.give(Forked { load, taken, spare: machine.ram.spare(), merging, is_over, begun, pause_us });
     Ok(())
 }
 
-/// Takes everything of a machine that stands still; and the layers of its disks, whatever comes of that.
-fn take(
-    machine: &mut Machine,
-    signals: &Signals,
-    phases: &mut Phases,
-) -> (Result<Taken, ForkError>, Vec<disks::Layers>) {
+/// Takes everything of a machine that stands still.
+fn take(machine: &mut Machine, signals: &Signals, phases: &mut Phases) -> Result<Taken, ForkError> {
     let saved = snapshot::save(machine);
     phases.end("state");
     let turns = machine.turns().clone();
-    let saved = saved.map_err(ForkError::from).and_then(|state| Ok((state, turns.take(vcpu::PAUSE_DEADLINE)?)));
-    match saved {
-        Ok((state, _turn)) => {
-            let taken = take_contents(machine, state, signals, phases);
-            (taken, disks::layers(&machine.devices))
-        }
-        Err(e) => (Err(e), Vec::new()),
-    }
+    let state = saved?;
+    let _turn = turns.take(vcpu::PAUSE_DEADLINE)?;
+    take_contents(machine, state, signals, phases)
 }
 
 fn take_contents(
@@ -329,6 +331,7 @@ fn take_contents(
 ) -> Result<Taken, ForkError> {
     let drives = disks::share(&machine.devices, &machine.plan.drives);
     let drives = drives.map_err(|(id, source)| ForkError::Disk { id, source })?;
+    let disk_layers = disks::layers(&machine.devices);
     if !drives.is_empty() {
         phases.end("disks");
     }
@@ -349,33 +352,28 @@ fn take_contents(
         }
     };
     phases.end("copy");
-    Ok(Taken { state, frozen, own, layers, lowest, drives })
+    Ok(Taken { state, frozen, own, layers, lowest, drives, disk_layers })
 }
 
 /// What gives clones to other vmms, on a thread that is there before the VM stands still.
-pub struct Giver(mpsc::Sender<(Option<Forked>, Vec<disks::Layers>)>);
+pub struct Giver(mpsc::Sender<Forked>);
 
 impl Giver {
     /// Starts it, and waits until it is there. It tells when it is done.
     pub fn start(targets: Vec<ForkTarget>, notifier: Notifier) -> Result<Self, ForkError> {
-        let (sender, taken) = mpsc::channel::<(Option<Forked>, Vec<disks::Layers>)>();
+        let (sender, taken) = mpsc::channel::<Forked>();
         let (is_there, there) = mpsc::sync_channel(1);
         let thread = sandbox::spawn("fork", Kind::Peer, move || {
             let _ = is_there.send(()); // Somebody waits for it.
             // If there is none, whoever has asked for it has been told.
-            let Ok((forked, mut layers)) = taken.recv() else { return };
-            if let Some(forked) = forked {
-                let (spare, copied_bytes) = (forked.spare.clone(), forked.taken.own.count() * PAGE_SIZE);
-                let given = forked.give_all(targets, &mut layers, &notifier).map_err(|e| e.to_string());
-                notifier.send(Notice::Forked(given));
-                // Whoever waits is answered, and whoever has a clone asks it something.
-                std::thread::sleep(BREATHER);
-                if let Err(e) = spare.prepare(copied_bytes) {
-                    tracing::debug!("the next fork takes longer, as no memory is ready for it: {e}");
-                }
-            }
-            if let Err(e) = merge(&mut layers, FEW_DISK_LAYERS, &notifier) {
-                tracing::warn!("the layers of an overlay stay apart: {e}");
+            let Ok(forked) = taken.recv() else { return };
+            let (spare, copied_bytes) = (forked.spare.clone(), forked.taken.own.count() * PAGE_SIZE);
+            let given = forked.give_all(targets, &notifier).map_err(|e| e.to_string());
+            notifier.send(Notice::Forked(given));
+            // Whoever waits is answered, and whoever has a clone asks it something.
+            std::thread::sleep(BREATHER);
+            if let Err(e) = spare.prepare(copied_bytes) {
+                tracing::debug!("the next fork takes longer, as no memory is ready for it: {e}");
             }
         });
         thread.map_err(ForkError::Thread)?;
@@ -383,34 +381,48 @@ impl Giver {
         Ok(Giver(sender))
     }
 
-    /// Gives a clone of this to each of them, and sees to the layers of the disks.
-    fn give(self, forked: Option<Forked>, layers: Vec<disks::Layers>) {
+    /// Gives a clone of this to each of them.
+    fn give(self, forked: Forked) {
         // It waits for nothing else.
-        let _ = self.0.send((forked, layers));
+        let _ = self.0.send(forked);
     }
 }
 
-/// Has no disk more than `most` layers, and the machine know of it.
-fn merge(layers: &mut [disks::Layers], most: usize, notifier: &Notifier) -> Result<(), ForkError> {
-    let merged = disks::merge(layers, most).map_err(|(id, source)| ForkError::Disk { id, source })?;
+/// Has no disk more layers than clones can have, and the machine know of it. Only where forks follow each other faster than layers are
+/// merged afterwards is there anything to be done; the copy that is under way then has to end first, and is what this goes on from.
+fn bound(
+    layers: &mut [disks::Layers],
+    merging: Option<Arc<Merge>>,
+    is_over: &AtomicBool,
+    notifier: &Notifier,
+) -> Result<(), ForkError> {
+    let are_too_many =
+        |layers: &[disks::Layers]| layers.iter().any(|layers| layers.stack.layers().len() > MAX_DISK_LAYERS);
+    if !are_too_many(layers) {
+        return Ok(());
+    }
+    let deadline = Instant::now() + PATIENCE;
+    if let Some(merging) = merging {
+        disks::adopt(layers, &merging.wait(deadline).ok_or(ForkError::Merging)?);
+    }
+    let is_over = || is_over.load(Ordering::Relaxed) || Instant::now() >= deadline;
+    let Merged { layers: merged, failed } = disks::merge(layers, MAX_DISK_LAYERS, &is_over);
     if !merged.is_empty() {
         notifier.send(Notice::LayersMerged(merged));
     }
-    Ok(())
+    match failed {
+        Some((id, source)) => Err(ForkError::Disk { id, source }),
+        None if are_too_many(layers) => Err(ForkError::Merging),
+        None => Ok(()),
+    }
 }
 
 impl Forked {
-    fn give_all(
-        self,
-        targets: Vec<ForkTarget>,
-        disk_layers: &mut [disks::Layers],
-        notifier: &Notifier,
-    ) -> Result<VmForked, ForkError> {
-        let Forked { mut load, taken, spare: _, begun, pause_us } = self;
-        let Taken { state, frozen, own, layers, lowest, drives } = taken;
+    fn give_all(self, targets: Vec<ForkTarget>, notifier: &Notifier) -> Result<VmForked, ForkError> {
+        let Forked { mut load, taken, spare: _, merging, is_over, begun, pause_us } = self;
+        let Taken { state, frozen, own, layers, lowest, drives, mut disk_layers } = taken;
         frozen.map(Frozen::finish).transpose()?;
-        // Only where forks follow each other faster than this is done afterwards.
-        merge(disk_layers, MAX_DISK_LAYERS, notifier)?;
+        bound(&mut disk_layers, merging, &is_over, notifier)?;
         let copied_pages = own.count();
         let (own, written) = own.seal().map_err(ForkError::Keep)?;
         let layers: Vec<Layer> = std::iter::once(own).filter(|own| !own.pages.is_empty()).chain(layers).collect();

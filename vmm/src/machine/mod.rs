@@ -33,6 +33,7 @@ pub mod disks;
 pub mod driver;
 pub mod fork;
 pub mod keeper;
+mod merges;
 pub mod phases;
 mod private;
 mod record;
@@ -65,6 +66,7 @@ use config::DevicePlan;
 use device_thread::DeviceThread;
 use keeper::Keeper;
 use kvm_ioctls::{VcpuFd, VmFd};
+use merges::Merges;
 use report::Report;
 use reset::Resets;
 use std::path::Path;
@@ -107,6 +109,8 @@ pub struct Machine {
     lease: Option<Lease>,
     /// The checkpoint that it can be reset to, and what that takes.
     resets: Resets,
+    /// The copies that are made of its disks' layers.
+    merges: Merges,
     /// Whether vCPUs run, or one of them may.
     running: bool,
     /// The vCPUs are to stand still, whoever else lets them run: see [`Machine::halt`].
@@ -139,6 +143,7 @@ impl Machine {
             bases: Bases::default(),
             lease: None,
             resets: Resets::default(),
+            merges: Merges::default(),
             running: false,
             halting: false,
         }

@@ -3,6 +3,7 @@
 use super::{Asker, Driver, RequestError};
 use crate::api::Response;
 use crate::api::server::Pending;
+use crate::devices::virtio::block::overlay::Folded;
 use crate::machine::Machine;
 use crate::machine::config;
 use crate::machine::fork::{self, Giver};
@@ -25,7 +26,7 @@ impl Driver {
         // Before the guest stands still.
         let giver = Giver::start(std::mem::take(&mut request.into), self.notifier.clone())?;
         let mut phases = Phases::of(TracedOperation::Fork);
-        fork::fork(machine, &request, limit, &self.signals, &mut phases, giver)?;
+        fork::fork(machine, &request, limit, &self.signals, &mut phases, &self.notifier, giver)?;
         self.keep_trace(phases);
         self.forking = Some(from);
         Ok(())
@@ -54,6 +55,20 @@ impl Driver {
             Err(reason) => Response::fault(400, &reason),
         };
         self.respond(Asker::Client(from), &response, ops);
+        if let Some(machine) = &mut self.machine {
+            machine.merge_layers(&self.notifier);
+        }
+    }
+
+    /// Layers of disks are copied: there may have come more meanwhile.
+    pub(super) fn on_layers_merged(&mut self, merged: Vec<(usize, Folded)>) {
+        let Some(machine) = &mut self.machine else { return };
+        let has_gone_on = !merged.is_empty();
+        machine.adopt_merged(merged);
+        // A fork may be copying layers itself, and has them looked after when it is over.
+        if has_gone_on && self.forking.is_none() {
+            machine.merge_layers(&self.notifier);
+        }
     }
 
     /// Becomes a clone of a VM that another vmm forks.

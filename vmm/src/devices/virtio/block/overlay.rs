@@ -209,9 +209,9 @@ impl Stack {
         Ok(Some(Folded { layers: self.layers[private..].to_vec(), layer }))
     }
 
-    /// Copies layers into fewer, until there are no more than `most`, as far as that can be. Nothing that is there is written. May take
-    /// long.
-    pub fn merge(&mut self, most: usize) -> io::Result<Vec<Folded>> {
+    /// Copies layers into fewer, until there are no more than `most`, as far as that can be or until it is over. Nothing that is there is
+    /// written. What was done is returned even if something fails then. May take long.
+    pub fn merge(&mut self, most: usize, is_over: &dyn Fn() -> bool) -> (Vec<Folded>, io::Result<()>) {
         let mut merged = Vec::new();
         // What somebody may come back to last: the others are newer.
         for zone in [self.marked..self.layers.len(), 0..self.marked] {
@@ -219,29 +219,36 @@ impl Stack {
             if excess > 0 {
                 let held: Vec<u64> = self.layers[zone.clone()].iter().map(|layer| layer.clusters.data()).collect();
                 let range = to_merge(&held, excess);
-                let folded = self.merged(zone.start + range.start..zone.start + range.end)?;
-                self.adopt(&folded);
-                merged.push(folded);
+                match self.merged(zone.start + range.start..zone.start + range.end, is_over) {
+                    Ok(Some(folded)) => {
+                        self.adopt(&folded);
+                        merged.push(folded);
+                    }
+                    Ok(None) => break,
+                    Err(e) => return (merged, Err(e)),
+                }
             }
         }
-        Ok(merged)
+        (merged, Ok(()))
     }
 
-    /// A new layer that shows what some of these show.
-    fn merged(&self, range: Range<usize>) -> io::Result<Folded> {
+    /// A new layer that shows what some of these show. `None` if it is over before that.
+    fn merged(&self, range: Range<usize>, is_over: &dyn Fn() -> bool) -> io::Result<Option<Folded>> {
         let layers = self.layers[range.clone()].to_vec();
         let mut clusters = Clusters::new(self.size);
         layers.iter().for_each(|layer| clusters.lay(&layer.clusters));
         let file = tempfile::tempfile_in(&self.dir)?;
-        self.bring_into(&file, range.end, &clusters, || false)?;
+        if !self.bring_into(&file, range.end, &clusters, is_over)? {
+            return Ok(None);
+        }
         if self.image.is_none() && range.start == 0 {
             clusters.forget_zeros();
         }
-        Ok(Folded { layers, layer: Layer::new(read_only(&file)?, clusters, true) })
+        Ok(Some(Folded { layers, layer: Layer::new(read_only(&file)?, clusters, true) }))
     }
 
     /// Puts one layer in the place of several. Says whether they are there.
-    fn adopt(&mut self, folded: &Folded) -> bool {
+    pub fn adopt(&mut self, folded: &Folded) -> bool {
         let Folded { layers, layer } = folded;
         let same = |pair: (&Arc<Layer>, &Arc<Layer>)| Arc::ptr_eq(pair.0, pair.1);
         // The layers that were folded are still there, if those that came later are on top of them.
@@ -782,6 +789,12 @@ mod tests {
         }
     }
 
+    fn merge(stack: &mut Stack, most: usize) -> Vec<Folded> {
+        let (merged, result) = stack.merge(most, &|| false);
+        result.unwrap();
+        merged
+    }
+
     /// What a clone gets of these layers.
     fn handed_on(stack: &Stack) -> Overlay {
         let held =
@@ -886,12 +899,48 @@ mod tests {
             overlay.write(round % 24 * CLUSTER_BYTES, &round.to_le_bytes()).unwrap();
             let mut stack = overlay.share().unwrap();
             assert!(stack.layers().len() <= 7, "{round}");
-            stack.merge(6).unwrap().iter().for_each(|folded| overlay.adopt(folded));
+            merge(&mut stack, 6).iter().for_each(|folded| overlay.adopt(folded));
             assert!(overlay.below.layers.len() <= 6, "{round}");
             if round % 100 == 0 {
                 assert!(read_all(&handed_on(&stack)) == read_all(&overlay));
             }
         }
+    }
+
+    /// A stack of four layers below a checkpoint and four above it.
+    fn stack_with_mark(overlay: &mut Overlay) -> Stack {
+        for byte in 0..8u8 {
+            overlay.write(u64::from(byte) * 3000, &[byte; 5000]).unwrap();
+            overlay.share().unwrap();
+            if byte == 3 {
+                overlay.mark(false).unwrap();
+            }
+        }
+        overlay.frozen()
+    }
+
+    #[test]
+    fn what_was_merged_before_a_failure_is_handed_on() {
+        let mut overlay = overlay(None);
+        let mut stack = stack_with_mark(&mut overlay);
+        // The newer ones can be read, and one of the older cannot.
+        let broken = Layer::new(Arc::new(tempfile::tempfile().unwrap()), (*stack.layers[1].clusters).clone(), true);
+        (stack.layers[1], overlay.below.layers[1]) = (broken.clone(), broken);
+        let (merged, result) = stack.merge(2, &|| false);
+        result.unwrap_err();
+        assert_eq!(merged.len(), 1);
+        merged.iter().for_each(|folded| overlay.adopt(folded));
+        assert_eq!((overlay.below.layers.len(), stack.layers.len()), (5, 5));
+    }
+
+    #[test]
+    fn a_merge_that_nobody_wants_any_more_stops() {
+        let mut stack = stack_with_mark(&mut overlay(None));
+        let pieces = std::cell::Cell::new(0);
+        let after_the_first = || pieces.replace(pieces.get() + 1) > 0;
+        let (merged, result) = stack.merge(2, &after_the_first);
+        assert!(result.is_ok() && merged.len() <= 1);
+        assert!(stack.layers.len() >= 5);
     }
 
     /// What somebody may come back to is merged by itself.
@@ -907,7 +956,7 @@ mod tests {
         let then = read_all(&overlay);
         let mut stack = (4..8).map(|byte| write(&mut overlay, byte)).last().unwrap();
         let now = read_all(&overlay);
-        let merged = stack.merge(2).unwrap();
+        let merged = merge(&mut stack, 2);
         assert_eq!(merged.len(), 2);
         merged.iter().for_each(|folded| overlay.adopt(folded));
         assert_eq!((overlay.below.layers.len(), overlay.below.marked), (2, 1));
@@ -916,10 +965,10 @@ mod tests {
         assert!(read_all(&overlay) == then);
         // One that spans a checkpoint that was set meanwhile is not taken.
         let mut stack = write(&mut overlay, 1);
-        let merged = stack.merge(1).unwrap();
+        let merged = merge(&mut stack, 1);
         assert!(merged.is_empty());
         overlay.unmark();
-        let merged = overlay.frozen().merge(1).unwrap();
+        let merged = merge(&mut overlay.frozen(), 1);
         overlay.below.marked = 1;
         merged.iter().for_each(|folded| overlay.adopt(folded));
         assert_eq!(overlay.below.layers.len(), 2);
@@ -999,7 +1048,7 @@ mod tests {
                         let folded = frozen.take().map(|stack| stack.fold(&never).unwrap());
                         done.extend(folded.flatten());
                     }
-                    Deed::Merge(most) => done.extend(overlay.frozen().merge(most).unwrap()),
+                    Deed::Merge(most) => done.extend(merge(&mut overlay.frozen(), most)),
                     Deed::Adopt => done.drain(..).for_each(|folded| overlay.adopt(&folded)),
                     Deed::Step(Step::Mark(may_fold)) => {
                         if may_fold {
@@ -1019,7 +1068,7 @@ mod tests {
                     }
                     Deed::Fork => {
                         let mut stack = overlay.share().unwrap();
-                        done.extend(stack.merge(8).unwrap());
+                        done.extend(merge(&mut stack, 8));
                         for (file, _) in stack.layers() {
                             prop_assert!(file.write_at(b"x", 0).is_err());
                             shared.push((file.try_clone().unwrap(), contents(file)));
