@@ -85,7 +85,12 @@ pub enum Notice {
     /// The background part of a snapshot is over: the disks' layers are folded, as far as that went.
     LayersFolded,
     /// Layers of disks are merged, as far as that went: each with the number of its disk.
-    LayersMerged(Vec<(usize, Folded)>),
+    LayersMerged {
+        /// What each disk is to take over.
+        merged: Vec<(usize, Folded)>,
+        /// This is the end of the copy that was under way, and not of one beside it.
+        ends: bool,
+    },
     /// The VM was forked: what became of the clones, or why there are none.
     Forked(Result<VmForked, String>),
     /// The guest's agent was asked to switch the guest off, and has said that it does so, or why it does not.

@@ -211,6 +211,7 @@ impl LayerSource for Nothing {
 }
 
 /// The layers of a disk that do not change.
+#[derive(Clone, Debug)]
 pub struct Layers {
     /// Number of the disk.
     pub number: usize,
@@ -271,17 +272,31 @@ pub struct Merged {
     pub failed: Option<(String, io::Error)>,
 }
 
-/// Copies layers into fewer, until no disk has more than `most` or it is over. A failure keeps none of the other disks from it.
-pub fn merge(layers: &mut [Layers], most: usize, is_over: &dyn Fn() -> bool) -> Merged {
+/// Copies layers into fewer, until no disk has more than `most` or it is over; the oldest of each, as many as `kept` says, are left alone. A
+/// failure keeps none of the other disks from it.
+pub fn merge(
+    layers: &mut [Layers],
+    most: usize,
+    kept: impl Fn(&Layers) -> usize,
+    is_over: &dyn Fn() -> bool,
+) -> Merged {
     let mut merged = Merged { layers: Vec::new(), failed: None };
-    for Layers { number, drive_id, stack } in layers {
-        let (folded, result) = stack.merge(most, is_over);
+    for layers in layers {
+        let kept = kept(layers);
+        let Layers { number, drive_id, stack } = layers;
+        let (folded, result) = stack.merge(kept, most, is_over);
         merged.layers.extend(folded.into_iter().map(|folded| (*number, folded)));
         if let Err(e) = result {
             merged.failed.get_or_insert_with(|| (drive_id.clone(), e));
         }
     }
     merged
+}
+
+/// How many of the oldest layers of a disk are those that were taken before, or older than such.
+pub fn known(layers: &Layers, taken: &[Layers]) -> usize {
+    let of_it = taken.iter().find(|taken| taken.number == layers.number);
+    of_it.map_or(0, |taken| layers.stack.known_to(&taken.stack))
 }
 
 /// Puts what was merged in its place.

@@ -389,7 +389,7 @@ impl Giver {
 }
 
 /// Has no disk more layers than clones can have, and the machine know of it. Only where forks follow each other faster than layers are
-/// merged afterwards is there anything to be done; the copy that is under way then has to end first, and is what this goes on from.
+/// merged afterwards is there anything to be done.
 fn bound(
     layers: &mut [disks::Layers],
     merging: Option<Arc<Merge>>,
@@ -402,19 +402,25 @@ fn bound(
         return Ok(());
     }
     let deadline = Instant::now() + PATIENCE;
+    let is_over = || is_over.load(Ordering::Relaxed) || Instant::now() >= deadline;
+    let merge = |layers: &mut [disks::Layers], merging: Option<&Merge>| {
+        let kept = |layers: &disks::Layers| merging.map_or(0, |merging| merging.holds(layers));
+        let Merged { layers: merged, failed } = disks::merge(layers, MAX_DISK_LAYERS, kept, &is_over);
+        if !merged.is_empty() {
+            notifier.send(Notice::LayersMerged { merged, ends: false });
+        }
+        failed.map_or(Ok(()), |(id, source)| Err(ForkError::Disk { id, source }))
+    };
     if let Some(merging) = merging {
+        // Those that have come since it began are copied beside it. It is waited for if they are not enough.
+        merge(layers, Some(&merging))?;
+        if !are_too_many(layers) {
+            return Ok(());
+        }
         disks::adopt(layers, &merging.wait(deadline).ok_or(ForkError::Merging)?);
     }
-    let is_over = || is_over.load(Ordering::Relaxed) || Instant::now() >= deadline;
-    let Merged { layers: merged, failed } = disks::merge(layers, MAX_DISK_LAYERS, &is_over);
-    if !merged.is_empty() {
-        notifier.send(Notice::LayersMerged(merged));
-    }
-    match failed {
-        Some((id, source)) => Err(ForkError::Disk { id, source }),
-        None if are_too_many(layers) => Err(ForkError::Merging),
-        None => Ok(()),
-    }
+    merge(layers, None)?;
+    if are_too_many(layers) { Err(ForkError::Merging) } else { Ok(()) }
 }
 
 impl Forked {

@@ -27,6 +27,8 @@ const BREATHER: Duration = Duration::from_millis(5);
 #[derive(Debug, Default)]
 pub struct Merges {
     now: Option<Arc<Merge>>,
+    /// Somebody has asked for another one meanwhile.
+    again: bool,
     /// Nobody takes anything over any more.
     is_over: Arc<AtomicBool>,
 }
@@ -52,6 +54,8 @@ impl Drop for Merges {
 /// A copy that is under way, or over.
 #[derive(Debug, Default)]
 pub struct Merge {
+    /// The layers that are copied, or stay because of that.
+    taken: Mutex<Vec<Layers>>,
     merged: Mutex<Option<Vec<(usize, Folded)>>>,
     done: Condvar,
 }
@@ -68,18 +72,24 @@ impl Merge {
         sandbox::spawn("merge", Kind::Peer, move || {
             // None come if the devices' thread is over.
             let mut layers = layers.recv().unwrap_or_default();
+            *lock(&shared.taken) = layers.clone();
             std::thread::sleep(BREATHER);
             let is_over = || is_over.load(Ordering::Relaxed);
-            let Merged { layers: merged, failed } = disks::merge(&mut layers, FEW_LAYERS, &is_over);
+            let Merged { layers: merged, failed } = disks::merge(&mut layers, FEW_LAYERS, |_| 0, &is_over);
             if let Some((id, e)) = failed {
                 tracing::warn!("drive {id}: the overlay's layers stay apart: {e}");
             }
             // The owner first: what a waiter goes on to make comes later.
-            notifier.send(Notice::LayersMerged(merged.clone()));
+            notifier.send(Notice::LayersMerged { merged: merged.clone(), ends: true });
             *lock(&shared.merged) = Some(merged);
             shared.done.notify_all();
         })?;
         Ok(merge)
+    }
+
+    /// How many of the oldest layers of a disk it has to do with.
+    pub fn holds(&self, layers: &Layers) -> usize {
+        disks::known(layers, &lock(&self.taken))
     }
 
     /// What has come of it, unless that takes until after the deadline.
@@ -93,7 +103,11 @@ impl Merge {
 impl Machine {
     /// Has layers of its disks copied into fewer where there are many, unless that is being done.
     pub fn merge_layers(&mut self, notifier: &Notifier) {
-        if self.merges.now.is_some() || !self.plan.drives.iter().any(|drive| drive.overlay) {
+        if !self.plan.drives.iter().any(|drive| drive.overlay) {
+            return;
+        }
+        if self.merges.now.is_some() {
+            self.merges.again = true;
             return;
         }
         let (sender, layers) = mpsc::channel();
@@ -108,11 +122,15 @@ impl Machine {
         }
     }
 
-    /// Takes over what was merged, which ends the copy that was under way. A fork that copies layers waits for that one first, and no
-    /// other begins meanwhile.
-    pub fn adopt_merged(&mut self, merged: Vec<(usize, Folded)>) {
-        self.merges.now = None;
+    /// Takes over what was merged. A fork that copies layers itself leaves those alone that are being copied. Says whether there may be
+    /// more to be done, if this `ends` the copy that was under way.
+    pub fn adopt_merged(&mut self, merged: Vec<(usize, Folded)>, ends: bool) -> bool {
+        let may_be_more = ends && (!merged.is_empty() || std::mem::take(&mut self.merges.again));
+        if ends {
+            self.merges.now = None;
+        }
         self.adopt_folded(merged);
+        may_be_more
     }
 }
 

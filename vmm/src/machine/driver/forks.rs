@@ -61,12 +61,11 @@ impl Driver {
     }
 
     /// Layers of disks are copied: there may have come more meanwhile.
-    pub(super) fn on_layers_merged(&mut self, merged: Vec<(usize, Folded)>) {
+    pub(super) fn on_layers_merged(&mut self, merged: Vec<(usize, Folded)>, ends: bool) {
         let Some(machine) = &mut self.machine else { return };
-        let has_gone_on = !merged.is_empty();
-        machine.adopt_merged(merged);
+        let may_be_more = machine.adopt_merged(merged, ends);
         // A fork may be copying layers itself, and has them looked after when it is over.
-        if has_gone_on && self.forking.is_none() {
+        if may_be_more && self.forking.is_none() {
             machine.merge_layers(&self.notifier);
         }
     }

@@ -652,7 +652,7 @@ impl Driver {
             }
             Notice::SnapshotWritten => self.on_snapshot_written(ops),
             Notice::LayersFolded => self.on_layers_folded(ops),
-            Notice::LayersMerged(merged) => self.on_layers_merged(merged),
+            Notice::LayersMerged { merged, ends } => self.on_layers_merged(merged, ends),
             Notice::Forked(forked) => self.on_forked(forked, ops),
             Notice::AskedToPowerOff(answer) => self.on_asked_to_power_off(answer),
             Notice::AskedToPrepare(asked) => self.on_asked_to_prepare(asked, ops),

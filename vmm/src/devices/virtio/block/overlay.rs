@@ -209,12 +209,15 @@ impl Stack {
         Ok(Some(Folded { layers: self.layers[private..].to_vec(), layer }))
     }
 
-    /// Copies layers into fewer, until there are no more than `most`, as far as that can be or until it is over. Nothing that is there is
-    /// written. What was done is returned even if something fails then. May take long.
-    pub fn merge(&mut self, most: usize, is_over: &dyn Fn() -> bool) -> (Vec<Folded>, io::Result<()>) {
+    /// Copies layers that others share into fewer, until there are no more than `most`, as far as that can be or until it is over. The
+    /// `kept` oldest stay what they are. Nothing that is there is written. What was done is returned even if something fails then. May
+    /// take long.
+    pub fn merge(&mut self, kept: usize, most: usize, is_over: &dyn Fn() -> bool) -> (Vec<Folded>, io::Result<()>) {
         let mut merged = Vec::new();
+        // Those that nobody shares are folded, and would be copied twice.
+        let end = self.layers.iter().rposition(|layer| layer.is_shared()).map_or(0, |last| last + 1);
         // What somebody may come back to last: the others are newer.
-        for zone in [self.marked..self.layers.len(), 0..self.marked] {
+        for zone in [self.marked.max(kept)..end, kept..self.marked.min(end)] {
             let excess = self.layers.len().saturating_sub(most).min(zone.len().saturating_sub(1));
             if excess > 0 {
                 let held: Vec<u64> = self.layers[zone.clone()].iter().map(|layer| layer.clusters.data()).collect();
@@ -230,6 +233,12 @@ impl Stack {
             }
         }
         (merged, Ok(()))
+    }
+
+    /// How many of the oldest layers are those of another stack, which was this one before, or older than such.
+    pub fn known_to(&self, other: &Stack) -> usize {
+        let is_there = |layer: &Arc<Layer>| other.layers.iter().any(|other| Arc::ptr_eq(layer, other));
+        self.layers.iter().rposition(is_there).map_or(0, |last| last + 1)
     }
 
     /// A new layer that shows what some of these show. `None` if it is over before that.
@@ -790,7 +799,7 @@ mod tests {
     }
 
     fn merge(stack: &mut Stack, most: usize) -> Vec<Folded> {
-        let (merged, result) = stack.merge(most, &|| false);
+        let (merged, result) = stack.merge(0, most, &|| false);
         result.unwrap();
         merged
     }
@@ -926,7 +935,7 @@ mod tests {
         // The newer ones can be read, and one of the older cannot.
         let broken = Layer::new(Arc::new(tempfile::tempfile().unwrap()), (*stack.layers[1].clusters).clone(), true);
         (stack.layers[1], overlay.below.layers[1]) = (broken.clone(), broken);
-        let (merged, result) = stack.merge(2, &|| false);
+        let (merged, result) = stack.merge(0, 2, &|| false);
         result.unwrap_err();
         assert_eq!(merged.len(), 1);
         merged.iter().for_each(|folded| overlay.adopt(folded));
@@ -938,7 +947,7 @@ mod tests {
         let mut stack = stack_with_mark(&mut overlay(None));
         let pieces = std::cell::Cell::new(0);
         let after_the_first = || pieces.replace(pieces.get() + 1) > 0;
-        let (merged, result) = stack.merge(2, &after_the_first);
+        let (merged, result) = stack.merge(0, 2, &after_the_first);
         assert!(result.is_ok() && merged.len() <= 1);
         assert!(stack.layers.len() >= 5);
     }
