@@ -2,6 +2,7 @@
 #![allow(missing_docs)]
 
 use std::path::Path;
+use tests::process::run_vmm;
 use tests::{Place, Process, binaries, require};
 
 /// The contents of the blocks marked `sh`.
@@ -59,7 +60,7 @@ fn the_readme_does_what_it_says() {
 
 #[test]
 fn the_guide_to_operations_does_what_it_says() {
-    require!(Kvm);
+    require!(Kvm, Userfaultfd);
     match has_curl() {
         true => run_blocks("docs/operations.md"),
         false => test_skip::skip("the commands in docs/operations.md need curl"),
@@ -76,4 +77,18 @@ fn the_page_on_the_api_does_what_it_says() {
 fn the_page_on_forks_does_what_it_says() {
     require!(Kvm);
     run_blocks("docs/fork.md");
+}
+
+#[test]
+fn the_page_of_benchmarks_is_made_of_the_figures_beside_it() {
+    let place = Place::new();
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+    let path = |name: &str| docs.join(name).to_str().expect("the path is text").to_owned();
+    let arguments = ["bench", "report", &path("benchmarks.json"), "--gate", &path("budgets.json")];
+    let made = run_vmm(&place, "report", &arguments);
+    // Some figures are worse than was asked, and the page says so.
+    assert!([0, 1].contains(&made.code()), "{}", made.stderr);
+    let page = std::fs::read_to_string(path("benchmarks.md")).expect("it is there");
+    assert!(page == made.stdout, "make it anew: vmm bench report docs/benchmarks.json --gate docs/budgets.json");
+    assert!(!made.stderr.contains("not compared"), "a budget is of no figure:\n{}", made.stderr);
 }

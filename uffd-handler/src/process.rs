@@ -1,14 +1,12 @@
 //! What the operating system tells the server about itself and its peers: signals, credentials, inherited descriptors.
 
-// UNSAFETY: signalfd, getsockopt, the adoption of an inherited descriptor, and what a child does before it is another program have no safe form in the crates we use.
+// UNSAFETY: signalfd, getsockopt and the adoption of an inherited descriptor have no safe form in the crates we use.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::process::CommandExt;
-use std::process::Command;
 use vmm_sys_util::signal::{Error as SignalError, block_signal, create_sigset};
 
 /// SIGTERM, SIGINT and SIGHUP, as something to poll instead of something that strikes.
@@ -77,22 +75,6 @@ impl AsRawFd for Signals {
 /// Arranges that this process gets SIGTERM when the thread that started it ends.
 pub fn end_with_parent() -> io::Result<()> {
     Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?)
-}
-
-/// Arranges that a process, of whatever program, is killed when the thread that starts it ends, and has no signals blocked.
-pub fn kill_with_parent(command: &mut Command) {
-    let prepare = || {
-        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
-        // SAFETY: a signal set is plain integers, for which zero is a value; both calls are given a live set.
-        let error = unsafe {
-            let mut none: libc::sigset_t = std::mem::zeroed();
-            libc::sigemptyset(&mut none);
-            libc::pthread_sigmask(libc::SIG_SETMASK, &none, std::ptr::null_mut())
-        };
-        if error == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(error)) }
-    };
-    // SAFETY: between fork and exec this makes system calls and nothing else: it takes no lock and allocates nothing.
-    unsafe { command.pre_exec(prepare) };
 }
 
 /// Takes the descriptor that a call has returned, or the error that it left.

@@ -1,4 +1,4 @@
-//! Processes of this same program that a demonstration or a benchmark starts. None of them outlives it, however it ends.
+//! Processes that a demonstration or a benchmark starts. None of this same program outlives it, however it ends.
 
 use api_spec::agent::Request;
 use api_spec::client::AgentClient;
@@ -80,9 +80,9 @@ impl Children {
         Children::spawn(name, log, command, false)
     }
 
-    /// Starts another program; its log goes to `log`. How to end it in good order is not known, so that it is killed.
+    /// Starts another program; its log goes to `log`. How to end it in good order is not known, so that it is killed; it outlives this process
+    /// if that is killed itself.
     pub fn start_other(name: &str, log: &Path, mut command: Command) -> Result<Child, ChildError> {
-        uffd_handler::process::kill_with_parent(&mut command);
         command.process_group(0);
         Children::spawn(name, log, command, true)
     }

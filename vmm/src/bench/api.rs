@@ -94,7 +94,7 @@ pub fn run(options: &Options) -> Result<Report, BenchError> {
     let place = Workplace::new(PATIENCE)?;
     let start_to_connection = measure_starts(&place, options.starts)?;
     let get_info = measure_calls(&place, options.calls)?;
-    let socket_round_trip = measure_socket(options.calls).map_err(io_error("cannot measure a socket"))?;
+    let socket_round_trip = measure_socket(&place, options.calls)?;
     let ratio = get_info.p50_us / socket_round_trip.p50_us.max(0.1);
     let Options { calls, starts } = *options;
     let ratio = (ratio * 10.0).round() / 10.0;
@@ -131,36 +131,47 @@ fn measure_calls(place: &Workplace, calls: u32) -> Result<Spread, BenchError> {
     let mut ask = || client.get::<InstanceInfo>("/").map_err(|source| BenchError::Api { what: "GET /", source });
     let deadline = Instant::now() + PATIENCE;
     while ask()?.state != InstanceState::Running {
+        place.go_on()?;
         if Instant::now() > deadline {
             return Err(BenchError::Late("the guest does not run", PATIENCE));
         }
         std::thread::sleep(AGAIN);
     }
-    measure(calls, || ask().map(drop))
+    measure(place, calls, || ask().map(drop))
 }
 
 /// Two threads, one of which answers what the other asks.
-fn measure_socket(calls: u32) -> io::Result<Spread> {
-    let (mut here, mut there) = UnixStream::pair()?;
+fn measure_socket(place: &Workplace, calls: u32) -> Result<Spread, BenchError> {
+    let failed = |e: io::Error| io_error("cannot measure a socket")(e);
+    let (mut here, mut there) = UnixStream::pair().map_err(failed)?;
     let answering = std::thread::Builder::new().name("echo".into()).spawn(move || {
         let mut request = [0; REQUEST];
         while there.read_exact(&mut request).is_ok() && there.write_all(&[0; ANSWER]).is_ok() {}
-    })?;
-    let spread = measure(calls, || {
-        here.write_all(&[0; REQUEST])?;
-        here.read_exact(&mut [0; ANSWER])
+    });
+    let answering = answering.map_err(failed)?;
+    let spread = measure(place, calls, || {
+        here.write_all(&[0; REQUEST]).and_then(|()| here.read_exact(&mut [0; ANSWER])).map_err(failed)
     });
     drop(here);
     let _ = answering.join();
     spread
 }
 
-fn measure<E>(times: u32, mut call: impl FnMut() -> Result<(), E>) -> Result<Spread, E> {
+fn measure(
+    place: &Workplace,
+    times: u32,
+    mut call: impl FnMut() -> Result<(), BenchError>,
+) -> Result<Spread, BenchError> {
+    /// How often to look whether a signal has come, which costs a system call.
+    const LOOK: u32 = 1000;
     for _ in 0..WARM_UP {
         call()?;
     }
     let mut durations = Vec::new();
-    for _ in 0..times {
+    for number in 0..times {
+        if number % LOOK == 0 {
+            place.go_on()?;
+        }
         let before = Instant::now();
         call()?;
         durations.push(before.elapsed());

@@ -189,6 +189,11 @@ impl Figure {
         self.quantiles.last().copied().unwrap_or(self.p50)
     }
 
+    /// Whether it is the difference of others, and may be small where those are not.
+    pub fn is_difference(&self) -> bool {
+        self.name.ends_with("added") || self.name.ends_with("per-resident-gib")
+    }
+
     /// The benchmark that it is of.
     pub fn benchmark(&self) -> &str {
         benchmark_of(&self.name)

@@ -18,8 +18,11 @@ use std::path::Path;
 const SHARE: f64 = 0.25;
 const SHARE_P99: f64 = 1.0;
 const SHARE_MEMORY: f64 = 0.05;
-/// By how many microseconds a duration may be worse besides, but by no more than the same share again: less cannot be told from nothing.
+/// By how many microseconds a duration may be worse besides, but by no more than the same share again unless it is a difference of others: less
+/// cannot be told from nothing.
 const SLACK_US: f64 = 20.0;
+/// The same of hundredths of a processor, which are told in steps of a half.
+const SLACK_PERCENT: f64 = 2.0;
 /// From how many values on one in a hundred means anything.
 const ENOUGH_FOR_P99: usize = 100;
 
@@ -41,9 +44,14 @@ pub struct Budget {
 }
 
 impl Budget {
+    /// Whether there are too few values to tell one in a hundred, which is asked.
+    fn is_of_too_many(&self, figure: &Figure) -> bool {
+        self.p99.is_some() && figure.count < ENOUGH_FOR_P99
+    }
+
     /// Holds it against a figure. One in a hundred is looked at where there are a hundred.
     pub fn compare(&self, figure: &Figure) -> Vec<Compared> {
-        let p99 = self.p99.filter(|_| figure.count >= ENOUGH_FOR_P99);
+        let p99 = self.p99.filter(|_| !self.is_of_too_many(figure));
         let of = [("p50", figure.p50, self.p50), ("p99", figure.p99(), p99)];
         let compared = |(value, measured, at_most): (&'static str, f64, Option<f64>)| {
             Some(Compared {
@@ -162,10 +170,22 @@ impl Gate {
     /// measured otherwise.
     pub fn compare(&self, sheet: &Sheet) -> Verdict {
         let mut verdict = Verdict::default();
-        let was_run = |figure: &str| sheet.benchmarks().contains(&benchmark_of(figure));
+        // One that was run and has no figure at all has none that was asked for.
+        let was_run = |figure: &str| {
+            let benchmark = benchmark_of(figure);
+            sheet.settings.contains_key(benchmark) || sheet.benchmarks().contains(&benchmark)
+        };
+        let unknown = self.budgets.iter().filter(|budget| !super::NAMES.contains(&benchmark_of(&budget.figure)));
+        verdict.not_compared.extend(unknown.map(|budget| (budget.figure.clone(), "there is no such benchmark")));
         for budget in self.budgets.iter().filter(|budget| was_run(&budget.figure)) {
             match sheet.figure(&budget.figure) {
-                Some(figure) => verdict.compared.extend(budget.compare(figure)),
+                Some(figure) => {
+                    verdict.compared.extend(budget.compare(figure));
+                    if budget.is_of_too_many(figure) {
+                        let name = format!("{} p99", budget.figure);
+                        verdict.not_compared.push((name, "there are fewer than a hundred values"));
+                    }
+                }
                 None => verdict.not_compared.push((budget.figure.clone(), "it was not measured")),
             }
         }
@@ -191,11 +211,16 @@ impl Gate {
 
 /// Holds a figure against what it was.
 fn compare(before: &Figure, now: &Figure) -> Vec<Compared> {
-    let slack = if now.unit == Unit::Us { SLACK_US } else { 0.0 };
     let share = if now.unit == Unit::Kib { SHARE_MEMORY } else { SHARE };
     let compared = |value, measured, before: f64, share: f64| {
         let more = before.abs() * share;
-        let at_most = before + more + slack.min(more);
+        let slack = match now.unit {
+            Unit::Us if now.is_difference() => SLACK_US,
+            Unit::Us => SLACK_US.min(more),
+            Unit::Percent => SLACK_PERCENT,
+            Unit::Seconds | Unit::Kib | Unit::Times => 0.0,
+        };
+        let at_most = before + more + slack;
         Compared { figure: now.name.clone(), value, unit: now.unit, measured, at_most, with: "baseline" }
     };
     let mut all = vec![compared("p50", now.p50, before.p50, share)];
@@ -222,61 +247,72 @@ mod tests {
 
     #[test]
     fn budgets_hold_or_fail_in_the_median_and_in_one_of_a_hundred() {
-        let gate =
-            gate(r#"{"budgets": [{"figure": "a.b", "p50": 10, "p99": 100}, {"figure": "c.d", "p50": 1}]}"#).unwrap();
-        let of = |p50, max| sheet(&[("a.b", Unit::Us, p50, max), ("other", Unit::Us, 1e9, 1e9)]);
+        let gate = gate(r#"{"budgets": [{"figure": "api.b", "p50": 10, "p99": 100}, {"figure": "fork.d", "p50": 1}]}"#)
+            .unwrap();
+        let of = |p50, max| sheet(&[("api.b", Unit::Us, p50, max), ("other", Unit::Us, 1e9, 1e9)]);
         assert_eq!(verdicts(&gate, &of(10.0, 100.0)), [("budget", "p50", true), ("budget", "p99", true)]);
         assert_eq!(verdicts(&gate, &of(10.1, 100.0)), [("budget", "p50", false), ("budget", "p99", true)]);
         assert_eq!(verdicts(&gate, &of(10.0, 101.0)), [("budget", "p50", true), ("budget", "p99", false)]);
         let verdict = gate.compare(&of(10.1, 100.0));
-        assert_eq!(verdict.compared[0].to_string(), "FAILS  a.b p50: 10.1 us, at most 10.0 (budget)");
+        assert_eq!(verdict.compared[0].to_string(), "FAILS  api.b p50: 10.1 us, at most 10.0 (budget)");
         assert_eq!(verdict.failed(), 1);
         // Another benchmark was not run; a figure of this one that is not there is told.
         assert!(verdict.not_compared.is_empty(), "{verdict}");
-        let text = gate.compare(&sheet(&[("a.x", Unit::Us, 1.0, 1.0)])).to_string();
-        assert_eq!(text, "not compared: a.b: it was not measured\n");
+        let text = gate.compare(&sheet(&[("api.x", Unit::Us, 1.0, 1.0)])).to_string();
+        assert_eq!(text, "not compared: api.b: it was not measured\n");
         let mut few = of(10.0, 101.0);
         few.figures[0].count = 99;
         assert_eq!(verdicts(&gate, &few), [("budget", "p50", true)]);
+        let text = gate.compare(&few).not_compared.last().unwrap().0.clone();
+        assert_eq!(text, "api.b p99");
     }
 
     #[test]
     fn memory_may_be_five_hundredths_more_than_it_was_and_time_a_quarter() {
         let figures = [
-            ("m.k", Unit::Kib, 1000.0, 1000.0),
-            ("m.t", Unit::Us, 1000.0, 2000.0),
-            ("m.n", Unit::Us, -200.0, 0.0),
-            ("m.s", Unit::Us, 2.0, 2.0),
+            ("reset.k", Unit::Kib, 1000.0, 1000.0),
+            ("reset.t", Unit::Us, 1000.0, 2000.0),
+            ("reset.n-added", Unit::Us, -200.0, 0.0),
+            ("reset.s", Unit::Us, 2.0, 2.0),
         ];
         let gate = gate(&serde_json::to_string(&sheet(&figures)).unwrap()).unwrap();
         let holds = |name, unit, p50, max| {
             let compared = gate.compare(&sheet(&[(name, unit, p50, max)])).compared;
             compared.iter().map(Compared::holds).collect::<Vec<_>>()
         };
-        assert_eq!(holds("m.k", Unit::Kib, 1050.0, 1050.0), [true, true]);
-        assert_eq!(holds("m.k", Unit::Kib, 1051.0, 1051.0), [false, true]);
-        assert_eq!(holds("m.t", Unit::Us, 1270.0, 4020.0), [true, true]);
-        assert_eq!(holds("m.t", Unit::Us, 1271.0, 4021.0), [false, false]);
-        assert_eq!(holds("m.n", Unit::Us, -200.0, 0.0), [true, true]);
-        assert_eq!(holds("m.n", Unit::Us, -100.0, 0.0), [false, true]);
-        assert_eq!(holds("m.s", Unit::Us, 3.0, 3.0), [true, true]);
-        assert_eq!(holds("m.s", Unit::Us, 3.1, 3.1), [false, true], "what is small has little slack");
-        assert!(holds("m.t", Unit::Seconds, 1.0, 1.0).is_empty(), "another unit is another figure");
+        assert_eq!(holds("reset.k", Unit::Kib, 1050.0, 1050.0), [true, true]);
+        assert_eq!(holds("reset.k", Unit::Kib, 1051.0, 1051.0), [false, true]);
+        assert_eq!(holds("reset.t", Unit::Us, 1270.0, 4020.0), [true, true]);
+        assert_eq!(holds("reset.t", Unit::Us, 1271.0, 4021.0), [false, false]);
+        assert_eq!(holds("reset.n-added", Unit::Us, -200.0, 0.0), [true, true]);
+        assert_eq!(holds("reset.n-added", Unit::Us, -100.0, 0.0), [false, true]);
+        assert_eq!(holds("reset.s", Unit::Us, 3.0, 3.0), [true, true]);
+        assert_eq!(holds("reset.s", Unit::Us, 3.1, 3.1), [false, true], "what is small has little slack");
+        assert!(holds("reset.t", Unit::Seconds, 1.0, 1.0).is_empty(), "another unit is another figure");
     }
 
     #[test]
     fn times_of_another_host_and_what_was_measured_otherwise_mean_nothing() {
-        let mut other =
-            sheet(&[("m.t", Unit::Us, 1.0, 1.0), ("m.k", Unit::Kib, 1.0, 1.0), ("o.t", Unit::Kib, 1.0, 1.0)]);
+        let mut other = sheet(&[
+            ("reset.t", Unit::Us, 1.0, 1.0),
+            ("reset.k", Unit::Kib, 1.0, 1.0),
+            ("fork.t", Unit::Kib, 1.0, 1.0),
+        ]);
         other.host.cpu = "D".into();
-        other.settings.insert("o".into(), "other".into());
+        other.settings.insert("fork".into(), "other".into());
         let gate = gate(&serde_json::to_string(&other).unwrap()).unwrap();
-        let now = sheet(&[("m.t", Unit::Us, 1e6, 1e6), ("m.k", Unit::Kib, 1.0, 1.0), ("o.t", Unit::Kib, 1.0, 1.0)]);
+        let now = sheet(&[
+            ("reset.t", Unit::Us, 1e6, 1e6),
+            ("reset.k", Unit::Kib, 1.0, 1.0),
+            ("fork.t", Unit::Kib, 1.0, 1.0),
+        ]);
         let verdict = gate.compare(&now);
-        assert!(verdict.compared.iter().all(|compared| compared.figure == "m.k" && compared.holds()), "{verdict}");
+        assert!(verdict.compared.iter().all(|compared| compared.figure == "reset.k" && compared.holds()), "{verdict}");
         assert!(!verdict.compared.is_empty());
-        let wanted =
-            [("m.t".to_owned(), "it is a time of another host"), ("o.t".into(), "it was measured with other options")];
+        let wanted = [
+            ("reset.t".to_owned(), "it is a time of another host"),
+            ("fork.t".into(), "it was measured with other options"),
+        ];
         assert_eq!(verdict.not_compared, wanted);
     }
 

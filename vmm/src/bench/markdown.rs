@@ -65,8 +65,13 @@ fn table<'a>(text: &mut String, figures: impl Iterator<Item = &'a Figure>, gate:
 
 fn asked(figure: &Figure, budget: &Budget) -> String {
     let told = |value: Option<f64>| value.map_or_else(|| "-".into(), number);
-    let is_met = budget.compare(figure).iter().all(Compared::holds);
-    format!(" {}, {} | {} |", told(budget.p50), told(budget.p99), if is_met { "met" } else { "**missed**" })
+    let compared = budget.compare(figure);
+    let verdict = match compared.iter().all(Compared::holds) {
+        _ if compared.is_empty() => "-",
+        true => "met",
+        false => "**missed**",
+    };
+    format!(" {}, {} | {verdict} |", told(budget.p50), told(budget.p99))
 }
 
 fn parts(text: &mut String, figure: &Figure) {

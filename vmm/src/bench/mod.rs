@@ -181,6 +181,9 @@ trait Report: fmt::Display + Serialize {
     }
 }
 
+/// The names of all benchmarks.
+const NAMES: [&str; 7] = ["api", "density", "faults", "fork", "reset", "restore", "snapshot"];
+
 /// A benchmark, and what it is to measure.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Benchmark {

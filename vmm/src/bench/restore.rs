@@ -16,6 +16,7 @@ use super::guest::{self, Guest, PATIENCE, Workplace};
 use super::peer::{Peer, Prepared, Process};
 use super::phases::{self, Median, Phases};
 use super::{BenchError, io_error};
+use crate::devices::lock;
 use crate::machine::config;
 use crate::memory::layout;
 use api_spec::agent::{Pages, Request, Response, pattern};
@@ -28,6 +29,7 @@ use serde::Serialize;
 use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 /// Memory of the guest that it needs itself, in MiB.
@@ -491,13 +493,15 @@ impl Bench {
         for number in 0..self.options.concurrency {
             ready.push(self.get_ready(case, number, peer)?);
         }
+        let all = Together::new(ready.len());
         if let [only] = &mut ready[..] {
-            return Ok(vec![self.measure(case, only, peer)?]);
+            return Ok(vec![self.measure(case, only, peer, &mut all.member())?]);
         }
         std::thread::scope(|scope| {
-            let start = |ready| scope.spawn(move || self.measure(case, ready, peer));
-            let all: Vec<_> = ready.iter_mut().map(start).collect();
-            all.into_iter().map(|one| one.join().unwrap_or_else(|e| std::panic::resume_unwind(e))).collect()
+            let all = &all;
+            let start = |ready| scope.spawn(move || self.measure(case, ready, peer, &mut all.member()));
+            let threads: Vec<_> = ready.iter_mut().map(start).collect();
+            threads.into_iter().map(|one| one.join().unwrap_or_else(|e| std::panic::resume_unwind(e))).collect()
         })
     }
 
@@ -510,16 +514,23 @@ impl Bench {
         })
     }
 
-    fn measure(&self, case: Case, ready: &mut Ready, peer: Option<&Prepared>) -> Result<Sample, BenchError> {
+    fn measure(
+        &self,
+        case: Case,
+        ready: &mut Ready,
+        peer: Option<&Prepared>,
+        all: &mut Member<'_>,
+    ) -> Result<Sample, BenchError> {
+        all.wait_at(Gate::Start);
         match (ready, peer.filter(|_| case.is_peer)) {
-            (Ready::Name(name), None) => self.measure_process(case, name),
+            (Ready::Name(name), None) => self.measure_process(case, name, all),
             (Ready::Name(name), Some(peer)) => {
                 let before = Instant::now();
                 let mut process = peer.start(&self.place, name)?;
-                self.measure_peer(case, &mut process, peer, before)
+                self.measure_peer(case, &mut process, peer, before, all)
             }
-            (Ready::Shell(shell), _) => self.measure_shell(case, shell),
-            (Ready::Peer(process), Some(peer)) => self.measure_peer(case, process, peer, Instant::now()),
+            (Ready::Shell(shell), _) => self.measure_shell(case, shell, all),
+            (Ready::Peer(process), Some(peer)) => self.measure_peer(case, process, peer, Instant::now(), all),
             (Ready::Peer(_), None) => Err(BenchError::WrongPages("restore")),
         }
     }
@@ -531,7 +542,7 @@ impl Bench {
         Ok(())
     }
 
-    fn measure_process(&self, case: Case, name: &str) -> Result<Sample, BenchError> {
+    fn measure_process(&self, case: Case, name: &str, all: &mut Member<'_>) -> Result<Sample, BenchError> {
         let before = Instant::now();
         let first = self.options.requests(case.touch);
         let mut guest = self.place.restore_and_ask(name, &self.snapshot(case.touch), &first, |vmm| {
@@ -543,6 +554,7 @@ impl Bench {
             }
         })?;
         let to_reply = before.elapsed();
+        all.wait_at(Gate::Reply);
         self.check(case, |request| guest.ask(request))?;
         let Guest { child: _child, api, .. } = guest;
         let failed = |source| BenchError::Api { what: "cannot ask a clone", source };
@@ -550,7 +562,7 @@ impl Bench {
         Ok(Sample { to_reply, to_answer: None, phases: load_phases(&mut client)? })
     }
 
-    fn measure_shell(&self, case: Case, shell: &mut guest::Shell) -> Result<Sample, BenchError> {
+    fn measure_shell(&self, case: Case, shell: &mut guest::Shell, all: &mut Member<'_>) -> Result<Sample, BenchError> {
         let failed = |source| BenchError::Api { what: "cannot load a snapshot into a shell", source };
         let backend_type = match case.backend {
             Backend::File => None,
@@ -569,6 +581,7 @@ impl Bench {
         let mut agent = AgentClient::connect(&shell.vsock, PATIENCE).map_err(BenchError::Agent)?;
         self.ask(case, &mut agent)?;
         let to_reply = before.elapsed();
+        all.wait_at(Gate::Reply);
         self.check(case, |request| agent.call(request).map_err(BenchError::Agent))?;
         Ok(Sample { to_reply, to_answer, phases: load_phases(&mut shell.client)? })
     }
@@ -579,12 +592,14 @@ impl Bench {
         process: &mut Process,
         peer: &Prepared,
         before: Instant,
+        all: &mut Member<'_>,
     ) -> Result<Sample, BenchError> {
         process.load(peer)?;
         let to_answer = (case.shell == Shell::Warm).then(|| before.elapsed());
         let mut agent = AgentClient::connect(&process.vsock, PATIENCE).map_err(BenchError::Agent)?;
         self.ask(case, &mut agent)?;
         let to_reply = before.elapsed();
+        all.wait_at(Gate::Reply);
         self.check(case, |request| agent.call(request).map_err(BenchError::Agent))?;
         Ok(Sample { to_reply, to_answer, phases: Phases::new() })
     }
@@ -659,7 +674,7 @@ impl Bench {
             if ours.touch != Touch::Nothing {
                 let what = format!("{}: added, beside {peer_name}", self.title(ours));
                 let of = |case: &Case| (times(case), times(&plain(case)));
-                let Some(ratio) = compare::added(&of(ours), &of(theirs)) else { continue };
+                let ratio = compare::added(&of(ours), &of(theirs));
                 compared.push(Compared { name: format!("{}-added-to-peer", ours.name()), what, ratio });
             }
         }
@@ -677,6 +692,60 @@ impl Bench {
             peer,
             compared,
         }
+    }
+}
+
+/// Where clones that are asked for at once wait for each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gate {
+    /// Before any is asked for.
+    Start,
+    /// Until all have replied, or cannot.
+    Reply,
+}
+
+/// Clones that are asked for at once.
+struct Together {
+    /// How many have not come to each gate yet.
+    missing: Mutex<[usize; 2]>,
+    came: Condvar,
+}
+
+/// One of them. Whatever becomes of it, nobody waits for it for ever.
+struct Member<'a> {
+    all: &'a Together,
+    came: [bool; 2],
+}
+
+impl Together {
+    fn new(count: usize) -> Self {
+        Together { missing: Mutex::new([count; 2]), came: Condvar::new() }
+    }
+
+    fn member(&self) -> Member<'_> {
+        Member { all: self, came: [false; 2] }
+    }
+}
+
+impl Member<'_> {
+    fn come_to(&mut self, gate: Gate) {
+        if !std::mem::replace(&mut self.came[gate as usize], true) {
+            lock(&self.all.missing)[gate as usize] -= 1;
+            self.all.came.notify_all();
+        }
+    }
+
+    fn wait_at(&mut self, gate: Gate) {
+        self.come_to(gate);
+        let missing = lock(&self.all.missing);
+        drop(self.all.came.wait_timeout_while(missing, PATIENCE, |missing| missing[gate as usize] > 0));
+    }
+}
+
+impl Drop for Member<'_> {
+    fn drop(&mut self) {
+        self.come_to(Gate::Start);
+        self.come_to(Gate::Reply);
     }
 }
 
@@ -749,6 +818,28 @@ mod tests {
                 assert!(options.pages(touch).fits((128 - GUEST_OWN_MIB as u32) * 256));
             }
         }
+    }
+
+    #[test]
+    fn whoever_fails_keeps_nobody_waiting() {
+        let all = Together::new(3);
+        let replied = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for number in 0..3 {
+                let (all, replied) = (&all, &replied);
+                scope.spawn(move || {
+                    let mut member = all.member();
+                    member.wait_at(Gate::Start);
+                    if number == 0 {
+                        return;
+                    }
+                    replied.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                    member.wait_at(Gate::Reply);
+                    assert_eq!(replied.load(std::sync::atomic::Ordering::SeqCst), 2);
+                });
+            }
+        });
+        assert_eq!(*lock(&all.missing), [0, 0]);
     }
 
     #[test]

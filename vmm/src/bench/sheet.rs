@@ -54,6 +54,7 @@ pub struct Sheet {
     /// What else was seen of it.
     pub conditions: Conditions,
     /// What each benchmark was told that its figures depend on, by its name.
+    #[serde(default)]
     pub settings: BTreeMap<String, String>,
     /// Every figure.
     pub figures: Vec<Figure>,
