@@ -1,5 +1,6 @@
 //! One figure beside another, and how sure that is. Pure.
 
+use super::figure::rounded;
 use serde::Serialize;
 use std::fmt;
 use std::time::Duration;
@@ -88,10 +89,6 @@ fn median(durations: &[Duration], draw: &mut Draw) -> f64 {
 
 fn quotient(of: f64, to: f64) -> f64 {
     of / to.max(LEAST_US)
-}
-
-fn rounded(number: f64) -> f64 {
-    (number * 1000.0).round() / 1000.0
 }
 
 #[cfg(test)]

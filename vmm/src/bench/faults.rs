@@ -4,8 +4,9 @@
 //! The guest is asked to touch many pages at once, and the clock of whoever asks runs meanwhile. The same request, made
 //! again when all pages are there, is taken off. What remains, by page, is what the page faults cost.
 
-use super::figure::{Figure, Unit};
+use super::figure::{Figure, Unit, rounded};
 use super::guest::{Guest, PATIENCE, Workplace, wait_for_listener};
+use super::pattern::Pattern;
 use super::{BenchError, io_error};
 use crate::children::{Child, Children};
 use api_spec::agent::{Pages, Request, Response, pattern};
@@ -148,32 +149,6 @@ impl Case {
     }
 }
 
-/// How pages lie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Pattern {
-    /// One in each block of 64 KiB.
-    Scattered,
-    /// One after the other.
-    Contiguous,
-}
-
-impl Pattern {
-    fn title(self) -> &'static str {
-        match self {
-            Pattern::Scattered => "one of each 64 KiB",
-            Pattern::Contiguous => "neighbouring",
-        }
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Pattern::Scattered => "scattered",
-            Pattern::Contiguous => "contiguous",
-        }
-    }
-}
-
 const PATTERNS: [Pattern; 2] = [Pattern::Scattered, Pattern::Contiguous];
 /// Whose medians are compared: the first of each pair, divided by the second.
 const COMPARED: [(Case, Case); 7] = [
@@ -208,11 +183,6 @@ impl PerPage {
         let last = durations.len().saturating_sub(1);
         PerPage { min_us: us(0), p50_us: us(last / 2), max_us: us(last) }
     }
-}
-
-/// To a thousandth.
-fn rounded(number: f64) -> f64 {
-    (number * 1000.0).round() / 1000.0
 }
 
 /// One case with one pattern.

@@ -40,6 +40,11 @@ impl fmt::Display for Unit {
     }
 }
 
+/// To a thousandth.
+pub fn rounded(number: f64) -> f64 {
+    (number * 1000.0).round() / 1000.0
+}
+
 /// A number as it reads best.
 pub fn number(value: f64) -> String {
     match value.abs() {
@@ -153,7 +158,7 @@ impl Figure {
             title: title.into(),
             unit,
             count: 1,
-            p50: (value * 1000.0).round() / 1000.0,
+            p50: rounded(value),
             quantiles: Vec::new(),
             interval: None,
             parts: Vec::new(),

@@ -99,8 +99,7 @@ impl fmt::Display for Report {
                 writeln!(f, "  {name:<26} {}", spread.columns())?;
             }
             for (what, phases) in [("pause", &row.phases_us), ("load", &row.load_us)] {
-                let phases: Vec<String> = phases.iter().map(|(name, us)| format!("{name} {us:.0}")).collect();
-                writeln!(f, "  p50 of each phase of the {what}: {}", phases.join(", "))?;
+                writeln!(f, "  p50 of each phase of the {what}: {}", phases::line(phases))?;
             }
         }
         Ok(())

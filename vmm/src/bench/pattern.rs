@@ -13,13 +13,31 @@ const WRITTEN: [u32; 2] = [64, 2048];
 const STRIDE: u32 = 16;
 
 /// Where the pages lie that are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Pattern {
-    /// Beside each other.
-    Contiguous,
     /// One of each 64 KiB.
     Scattered,
+    /// Beside each other.
+    Contiguous,
+}
+
+impl Pattern {
+    /// What a report calls it.
+    pub fn title(self) -> &'static str {
+        match self {
+            Pattern::Scattered => "one of each 64 KiB",
+            Pattern::Contiguous => "neighbouring",
+        }
+    }
+
+    /// What programs call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Pattern::Scattered => "scattered",
+            Pattern::Contiguous => "contiguous",
+        }
+    }
 }
 
 /// Which pages a guest writes.
@@ -40,8 +58,7 @@ impl Case {
 
     /// What programs call it.
     pub fn name(&self) -> String {
-        let pattern = if self.pattern == Pattern::Scattered { "scattered" } else { "contiguous" };
-        format!("{}-{pattern}", self.pages)
+        format!("{}-{}", self.pages, self.pattern.name())
     }
 
     /// The pages.
@@ -59,8 +76,7 @@ impl Case {
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let place = if self.pattern == Pattern::Scattered { "one of each 64 KiB" } else { "neighbouring" };
-        write!(f, "{} pages, {place}", self.pages)
+        write!(f, "{} pages, {}", self.pages, self.pattern.title())
     }
 }
 

@@ -17,6 +17,11 @@ pub fn of(stats: VmStats, operation: TracedOperation) -> Phases {
     phases.map(|phase| (phase.name, Duration::from_nanos(phase.ns))).collect()
 }
 
+/// Each phase with its median, as a report tells them.
+pub fn line(medians: &[Median]) -> String {
+    medians.iter().map(|(name, us)| format!("{name} {us:.0}")).collect::<Vec<_>>().join(", ")
+}
+
 /// The median of each phase, in order.
 pub fn medians<'a>(all: impl Iterator<Item = &'a Phases> + Clone) -> Vec<Median> {
     let names = all.clone().next().map_or(&[][..], Vec::as_slice);

@@ -364,8 +364,7 @@ impl fmt::Display for Report {
         }
         for Measured { title, phases_us, .. } in cases.iter().filter(|measured| !measured.phases_us.is_empty()) {
             let total: f64 = phases_us.iter().map(|(_, us)| us).sum();
-            let phases: Vec<String> = phases_us.iter().map(|(name, us)| format!("{name} {us:.0}")).collect();
-            writeln!(f, "\n{title}: {total:.0} us within the vmm, p50 of each phase\n  {}", phases.join(", "))?;
+            writeln!(f, "\n{title}: {total:.0} us within the vmm, p50 of each phase\n  {}", phases::line(phases_us))?;
         }
         Ok(())
     }

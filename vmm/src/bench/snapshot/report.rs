@@ -1,7 +1,7 @@
 //! What was found out of snapshots, in figures: a document, and tables for people. Pure.
 
 use super::{Case, Found, LARGE_MIB, Options, Origin, SMALL_MIB, USED_MIB};
-use crate::bench::figure::{Figure as Named, Unit};
+use crate::bench::figure::{Figure as Named, Unit, rounded};
 use api_spec::snapshot::SnapshotType;
 use serde::Serialize;
 use std::fmt;
@@ -27,11 +27,6 @@ impl Figure {
         let at = |index: usize| rounded(numbers.get(index).copied().unwrap_or_default());
         Figure { min: at(0), p50: at(last / 2), max: at(last) }
     }
-}
-
-/// To a thousandth.
-fn rounded(number: f64) -> f64 {
-    (number * 1000.0).round() / 1000.0
 }
 
 /// One median divided by another, if that can be done.
