@@ -31,6 +31,14 @@ pub enum AgentError {
     Unexpected(AnyResponse),
 }
 
+/// A request that is not yet answered.
+#[derive(Debug)]
+#[must_use]
+pub struct Asked {
+    id: u32,
+    deadline: Instant,
+}
+
 /// A connection to an agent.
 #[derive(Debug)]
 pub struct AgentClient {
@@ -86,9 +94,20 @@ impl AgentClient {
 
     /// Asks and waits for the answer.
     pub fn call(&mut self, request: Request) -> Result<Response, AgentError> {
+        let asked = self.begin(request)?;
+        self.finish(asked)
+    }
+
+    /// Asks. Others can be asked before the answer is waited for.
+    pub fn begin(&mut self, request: Request) -> Result<Asked, AgentError> {
         let deadline = Instant::now() + self.patience;
-        let id = self.post(&Either::Common(request), deadline)?;
-        let answer = self.answer_to(id, deadline).map_err(|e| match e {
+        let id = self.number(&Either::Common(request), deadline)?;
+        Ok(Asked { id, deadline })
+    }
+
+    /// Waits for the answer to what was asked last.
+    pub fn finish(&mut self, Asked { id, deadline }: Asked) -> Result<Response, AgentError> {
+        let answer = self.greet(deadline).and_then(|()| self.answer_to(id, deadline)).map_err(|e| match e {
             AgentError::Io(e) if e.kind() == io::ErrorKind::TimedOut => AgentError::Slow(self.patience),
             other => other,
         })?;
@@ -104,15 +123,24 @@ impl AgentClient {
         self.answer_to(id, deadline)
     }
 
-    /// Asks; the number of the request.
+    /// Asks, once there is a connection; the number of the request.
     fn post(&mut self, request: &AnyRequest, deadline: Instant) -> Result<u32, AgentError> {
+        let id = self.number(request, deadline)?;
+        self.greet(deadline)?;
+        Ok(id)
+    }
+
+    /// Sends a request with the next number.
+    fn number(&mut self, request: &AnyRequest, deadline: Instant) -> Result<u32, AgentError> {
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1).max(1);
         self.send(id, request, deadline)?;
-        if std::mem::take(&mut self.greeting_due) {
-            self.receive_greeting(deadline)?;
-        }
         Ok(id)
+    }
+
+    /// Reads what the vmm says of the connection itself, if it has not yet.
+    fn greet(&mut self, deadline: Instant) -> Result<(), AgentError> {
+        if std::mem::take(&mut self.greeting_due) { self.receive_greeting(deadline) } else { Ok(()) }
     }
 
     /// Waits for the next answer to the request `id`; a refusal or a failure is an error.

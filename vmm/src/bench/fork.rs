@@ -204,12 +204,15 @@ fn fork(guest: &Guest, mut shells: Vec<Shell>, case: Case, seed: u64) -> Result<
     if let Some(error) = forked.clones.iter().find_map(|clone| clone.error.clone()) {
         return Err(failed("a clone is not there")(RestError::Answer(error)));
     }
-    let mut agents = Vec::new();
-    for shell in &shells {
-        let mut agent = AgentClient::connect(&shell.vsock, PATIENCE).map_err(BenchError::Agent)?;
-        agent.call(Request::Ping { token: 0 }).map_err(BenchError::Agent)?;
-        agents.push(agent);
-    }
+    // All are asked before the first is waited for.
+    let ask = |shell: &Shell| {
+        let mut agent = AgentClient::connect(&shell.vsock, PATIENCE)?;
+        let asked = agent.begin(Request::Ping { token: 0 })?;
+        Ok((agent, asked))
+    };
+    let asked: Vec<_> = shells.iter().map(ask).collect::<Result<_, _>>().map_err(BenchError::Agent)?;
+    let reply = |(mut agent, asked): (AgentClient, _)| agent.finish(asked).map(|_| agent);
+    let mut agents: Vec<_> = asked.into_iter().map(reply).collect::<Result<_, _>>().map_err(BenchError::Agent)?;
     let to_reply = before.elapsed();
     for agent in &mut agents {
         let verify = Request::Verify { pages: case.written(), seed };

@@ -31,7 +31,7 @@ use crate::kvm::state::Clock;
 use crate::memory::changes::CaptureError;
 use crate::memory::freeze::{FreezeError, Frozen};
 use crate::memory::image::{self, LayError};
-use crate::memory::layer::{Copied, Layer, SEALED, Spare, is_sealed};
+use crate::memory::layer::{Copied, Layer, SEALED, Spare, Written, is_sealed};
 use crate::memory::{PAGE_SIZE, layout};
 use crate::notice::{Notice, Notifier};
 use crate::sandbox::{self, Kind};
@@ -211,6 +211,8 @@ pub enum ForkLoadError {
 
 /// A VM as it was, for clones.
 pub struct Forked {
+    /// Who is to have them.
+    targets: Vec<ForkTarget>,
     /// But for what is still to be encoded.
     load: ForkLoad,
     taken: Taken,
@@ -256,12 +258,12 @@ pub fn check(request: &VmFork) -> Result<(), ForkError> {
 /// when this returns.
 pub fn fork(
     machine: &mut Machine,
-    request: &VmFork,
+    request: VmFork,
     max_private_mib: Option<u64>,
     signals: &Signals,
     phases: &mut Phases,
     notifier: &Notifier,
-    giver: Giver,
+    giver: &Giver,
 ) -> Result<(), ForkError> {
     let begun = Instant::now();
     if let Some(id) = disks::written_in_place(&machine.plan.drives) {
@@ -309,7 +311,16 @@ pub fn fork(
         network_overrides: Vec::new(),
     };
     let (merging, is_over) = (machine.merges.now(), machine.merges.is_over());
-    giver.give(Forked { load, taken, spare: machine.ram.spare(), merging, is_over, begun, pause_us });
+    giver.give(Forked {
+        targets: request.into,
+        load,
+        taken,
+        spare: machine.ram.spare(),
+        merging,
+        is_over,
+        begun,
+        pause_us,
+    });
     Ok(())
 }
 
@@ -355,25 +366,34 @@ fn take_contents(
     Ok(Taken { state, frozen, own, layers, lowest, drives, disk_layers })
 }
 
-/// What gives clones to other vmms, on a thread that is there before the VM stands still.
+/// What gives clones to other vmms, on a thread that is there before the VM stands still, and stays: a VM that was forked is forked again.
 pub struct Giver(mpsc::Sender<Forked>);
 
 impl Giver {
-    /// Starts it, and waits until it is there. It tells when it is done.
-    pub fn start(targets: Vec<ForkTarget>, notifier: Notifier) -> Result<Self, ForkError> {
+    /// Starts it, and waits until it is there. It tells of each fork when that is done, and ends with this value.
+    pub fn start(notifier: Notifier) -> Result<Self, ForkError> {
         let (sender, taken) = mpsc::channel::<Forked>();
         let (is_there, there) = mpsc::sync_channel(1);
         let thread = sandbox::spawn("fork", Kind::Peer, move || {
             let _ = is_there.send(()); // Somebody waits for it.
-            // If there is none, whoever has asked for it has been told.
-            let Ok(forked) = taken.recv() else { return };
-            let (spare, copied_bytes) = (forked.spare.clone(), forked.taken.own.count() * PAGE_SIZE);
-            let given = forked.give_all(targets, &notifier).map_err(|e| e.to_string());
-            notifier.send(Notice::Forked(given));
-            // Whoever waits is answered, and whoever has a clone asks it something.
-            std::thread::sleep(BREATHER);
-            if let Err(e) = spare.prepare(copied_bytes) {
-                tracing::debug!("the next fork takes longer, as no memory is ready for it: {e}");
+            let mut next = None;
+            while let Some(forked) = next.take().or_else(|| taken.recv().ok()) {
+                let (spare, copied_bytes) = (forked.spare.clone(), forked.taken.own.count() * PAGE_SIZE);
+                let (given, kept) = match forked.give_all(&notifier) {
+                    Ok((given, kept)) => (Ok(given), Some(kept)),
+                    Err(e) => (Err(e.to_string()), None),
+                };
+                notifier.send(Notice::Forked(given));
+                // Whoever waits is answered, and whoever has a clone asks it something.
+                next = taken.recv_timeout(BREATHER).ok();
+                drop(kept);
+                let idle = || {
+                    next = next.take().or_else(|| taken.try_recv().ok());
+                    next.is_none()
+                };
+                if let Err(e) = spare.prepare(copied_bytes, idle) {
+                    tracing::debug!("the next fork takes longer, as no memory is ready for it: {e}");
+                }
             }
         });
         thread.map_err(ForkError::Thread)?;
@@ -381,8 +401,8 @@ impl Giver {
         Ok(Giver(sender))
     }
 
-    /// Gives a clone of this to each of them.
-    fn give(self, forked: Forked) {
+    /// Gives a clone of this to each of those that are to have one.
+    fn give(&self, forked: Forked) {
         // It waits for nothing else.
         let _ = self.0.send(forked);
     }
@@ -423,9 +443,15 @@ fn bound(
     if are_too_many(layers) { Err(ForkError::Merging) } else { Ok(()) }
 }
 
+/// What was shared with clones, and takes a while to drop.
+struct Shared {
+    _layers: Vec<Layer>,
+    _written: Written,
+}
+
 impl Forked {
-    fn give_all(self, targets: Vec<ForkTarget>, notifier: &Notifier) -> Result<VmForked, ForkError> {
-        let Forked { mut load, taken, spare: _, merging, is_over, begun, pause_us } = self;
+    fn give_all(self, notifier: &Notifier) -> Result<(VmForked, Shared), ForkError> {
+        let Forked { targets, mut load, taken, spare: _, merging, is_over, begun, pause_us } = self;
         let Taken { state, frozen, own, layers, lowest, drives, mut disk_layers } = taken;
         frozen.map(Frozen::finish).transpose()?;
         bound(&mut disk_layers, merging, &is_over, notifier)?;
@@ -467,14 +493,14 @@ impl Forked {
             (api_sock, call)
         };
         let called: Vec<_> = targets.into_iter().map(call).collect();
-        drop(written);
         let answer = |call: Result<PassingCall, RestError>| call?.answer()?.body();
         let clones = called
             .into_iter()
             .map(|(api_sock, call)| ForkedClone { api_sock, error: answer(call).err().map(|e| e.to_string()) })
             .collect();
         let total_us = begun.elapsed().as_micros() as u64;
-        Ok(VmForked { pause_us, total_us, copied_pages, clones })
+        let forked = VmForked { pause_us, total_us, copied_pages, clones };
+        Ok((forked, Shared { _layers: layers, _written: written }))
     }
 }
 

@@ -146,19 +146,43 @@ impl GuestRam {
         mut copy: &File,
         cancel: &dyn Cancel,
     ) -> Result<Vec<(Range<u64>, u64)>, CaptureError> {
-        let (mut placed, mut end_of_copy) = (Vec::new(), 0);
+        let (mut placed, mut end_of_copy, mut asks) = (Vec::new(), 0, Asks::new(cancel));
         for run in runs {
             placed.push((run.clone(), end_of_copy));
             for Part { offset, from, len } in self.parts(run) {
-                if cancel.is_cancelled() {
-                    return Err(CaptureError::Cancelled);
-                }
+                asks.go_on(len)?;
                 let written = self.memory.write_all_volatile_to(from, &mut copy, len);
                 written.map_err(|source| CaptureError::Read { offset, source })?;
                 end_of_copy += len as u64;
             }
         }
         Ok(placed)
+    }
+}
+
+/// Asks whether to go on: as each answer takes a system call, not before each of many short copies.
+pub(super) struct Asks<'a> {
+    cancel: &'a dyn Cancel,
+    /// How many bytes may be copied before it asks again.
+    left: u64,
+}
+
+impl<'a> Asks<'a> {
+    pub(super) fn new(cancel: &'a dyn Cancel) -> Self {
+        Asks { cancel, left: 0 }
+    }
+
+    /// Whether so many bytes are to be copied.
+    pub(super) fn go_on(&mut self, bytes: usize) -> Result<(), CaptureError> {
+        let bytes = bytes as u64;
+        if self.left < bytes {
+            if self.cancel.is_cancelled() {
+                return Err(CaptureError::Cancelled);
+            }
+            self.left = PIECE;
+        }
+        self.left -= bytes.min(self.left);
+        Ok(())
     }
 }
 
@@ -209,7 +233,7 @@ impl LayerSource for Changes {
 mod tests {
     use super::*;
     use crate::memory::layout;
-    use std::sync::atomic::AtomicBool;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
     const SIZE: u64 = 4 << 20;
 
@@ -217,6 +241,25 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&vec![7; SIZE as usize], 0).unwrap();
         GuestRam::private_view(&file, layout::ram_regions(SIZE)).unwrap()
+    }
+
+    #[test]
+    fn it_is_asked_before_the_first_copy_and_then_as_often_as_a_piece_was_copied() {
+        struct Asked(AtomicU64);
+        impl Cancel for Asked {
+            fn is_cancelled(&self) -> bool {
+                self.0.fetch_add(1, Ordering::Relaxed) == 3
+            }
+        }
+        let asked = Asked(AtomicU64::new(0));
+        let (mut asks, mut copied) = (Asks::new(&asked), 0);
+        while asks.go_on(PAGE_SIZE as usize).is_ok() {
+            copied += PAGE_SIZE;
+        }
+        assert_eq!(copied, 3 * PIECE);
+        let mut asks = Asks::new(&asked);
+        (0..5).for_each(|_| asks.go_on(PIECE as usize).unwrap());
+        assert_eq!(asked.0.load(Ordering::Relaxed), 4 + 5);
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! | packed | it is unpacked into memory that is this guest's alone, which is mapped privately as a file is |
 
 use super::changes::CaptureError;
-use super::layer::{Copied, Layer, Places};
+use super::layer::{Copied, Layer, Places, View};
 use super::{GuestRam, MemoryError, PAGE_SIZE, mmap};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use snapshot::clusters::{Cluster, Clusters};
@@ -34,6 +34,8 @@ const PIECE: u64 = 1 << 20;
 
 /// Fewest runs to be copied for which a thread is worth its start.
 const RUNS_PER_THREAD: u64 = 64;
+/// Fewest runs of a layer to be copied for which it is worth a view of its own.
+const RUNS_PER_VIEW: u64 = 32;
 /// Fewest chunks for which a thread is worth its start.
 const CHUNKS_PER_THREAD: u64 = 16;
 
@@ -173,13 +175,34 @@ impl GuestRam {
         }
         // What the guest gives back is bounded by itself.
         discarder.begin_anew();
+        let view = |(number, layer): (usize, &Layer)| {
+            let runs = short.iter().filter(|(_, _, of)| *of == number).count() as u64;
+            if runs < RUNS_PER_VIEW { Ok(None) } else { layer.view() }
+        };
+        let views: Vec<Option<View>> =
+            layers.iter().enumerate().map(view).collect::<Result<_, _>>().map_err(LayError::Lay)?;
         threads::split(short.len() as u64, RUNS_PER_THREAD, |some| {
             short[some.start as usize..some.end as usize].iter().try_for_each(|(region, pages, layer)| {
-                let (file, place) = (&layers[*layer].file, places[*layer].of(pages.start));
-                self.write(*region, pages, |offset, buf| file.read_exact_at(buf, place + offset))
+                let place = places[*layer].of(pages.start);
+                match &views[*layer] {
+                    Some(view) => self.copy_in(*region, pages, view, place),
+                    None => {
+                        self.write(*region, pages, |offset, buf| layers[*layer].file.read_exact_at(buf, place + offset))
+                    }
+                }
             })
         })?;
         Ok(ends)
+    }
+
+    /// Copies pages that are in a file from `place` on.
+    fn copy_in(&self, region: usize, pages: &Range<u64>, view: &View, place: u64) -> Result<(), LayError> {
+        let failed = |e| LayError::Lay(io::Error::other(e));
+        let len = ((pages.end - pages.start) * PAGE_BYTES) as usize;
+        let from = view.bytes(place, len).map_err(LayError::Lay)?;
+        let to = self.memory.get_slice(GuestAddress(self.guest_addr(region, pages.start)), len).map_err(failed)?;
+        from.copy_to_volatile_slice(to);
+        Ok(())
     }
 
     fn guest_addr(&self, region: usize, page: u64) -> u64 {

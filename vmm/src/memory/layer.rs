@@ -1,10 +1,10 @@
 //! Layers: pages of an image in files of their own, which are mapped over it; and the copy of a guest's own pages that becomes one.
 
-use super::changes::{CaptureError, Part, data_runs};
+use super::changes::{Asks, CaptureError, Part, data_runs};
 use super::mmap::{self, Mapping, Populate};
 use super::{GuestRam, PAGE_SIZE};
 use crate::devices::lock;
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, ftruncate, memfd_create};
 use snapshot::clusters::{Cluster, Clusters};
 use snapshot::create::Cancel;
 use std::fs::File;
@@ -12,10 +12,12 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use vm_memory::mmap::MmapRegionError;
-use vm_memory::{FileOffset, GuestMemoryBackend, VolatileMemory};
+use vm_memory::{FileOffset, GuestMemoryBackend, VolatileMemory, VolatileSlice};
 
 /// Most room that is kept for the next copy, in bytes.
 const MAX_SPARE: u64 = 64 << 20;
+/// How much of it is got ready at a time: for less than a millisecond, since whoever has something to do waits so long.
+const PREPARED: u64 = 512 << 10;
 /// By how much it grows.
 const STEP: u64 = 256 << 10;
 /// What nobody can begin to do to a layer that was copied here: whoever has copied it may have it mapped for a moment longer.
@@ -49,9 +51,33 @@ impl Layer {
         Places(self.packed.then(|| data_runs(&self.pages).map(place).collect()))
     }
 
+    /// All of it, if it cannot become shorter meanwhile: whoever reads what is there no more dies of that.
+    pub fn view(&self) -> io::Result<Option<View>> {
+        if !fcntl_get_seals(&self.file).is_ok_and(is_sealed) {
+            return Ok(None);
+        }
+        let len = self.file.metadata()?.len();
+        let place = FileOffset::new(self.file.try_clone()?, 0);
+        let mapping =
+            Mapping::new(place, len as usize, libc::MAP_PRIVATE | libc::MAP_NORESERVE).map_err(mapping_error)?;
+        Ok(Some(View(mapping)))
+    }
+
     /// The same for another owner.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Layer { file: self.file.try_clone()?, pages: self.pages.clone(), packed: self.packed })
+    }
+}
+
+/// A layer as a whole, to be read without a system call for each of its runs.
+#[derive(Debug)]
+pub struct View(Mapping);
+
+impl View {
+    /// So many bytes of it, from an offset on.
+    pub fn bytes(&self, at: u64, len: usize) -> io::Result<VolatileSlice<'_>> {
+        let at = at.try_into().map_err(io::Error::other)?;
+        self.0.region().get_slice(at, len).map_err(io::Error::other)
     }
 }
 
@@ -75,6 +101,8 @@ pub struct Room {
     file: File,
     mapping: Mapping,
     size: u64,
+    /// How many bytes have their memory, from the start.
+    ready: u64,
 }
 
 impl Room {
@@ -85,11 +113,15 @@ impl Room {
         let file = File::from(memfd_create("coppice-layer", flags)?);
         ftruncate(&file, size)?;
         let place = FileOffset::new(file.try_clone()?, 0);
-        let mapping = Mapping::new(place, size as usize, libc::MAP_SHARED).map_err(|e| match e {
-            MmapRegionError::Mmap(e) => e,
-            other => io::Error::other(other),
-        })?;
-        Ok(Room { file, mapping, size })
+        let mapping = Mapping::new(place, size as usize, libc::MAP_SHARED).map_err(mapping_error)?;
+        Ok(Room { file, mapping, size, ready: 0 })
+    }
+}
+
+fn mapping_error(e: MmapRegionError) -> io::Error {
+    match e {
+        MmapRegionError::Mmap(e) => e,
+        other => io::Error::other(other),
     }
 }
 
@@ -98,14 +130,16 @@ impl Room {
 pub struct Spare(Arc<Mutex<Option<Room>>>);
 
 impl Spare {
-    /// Gets room ready for somewhat more than `bytes`, unless there is, in memory that is taken now.
-    pub fn prepare(&self, bytes: u64) -> io::Result<()> {
+    /// Gets room ready for somewhat more than `bytes`, unless there is, in memory that is taken now, for as long as it is to go on.
+    pub fn prepare(&self, bytes: u64, mut goes_on: impl FnMut() -> bool) -> io::Result<()> {
         let wanted = (bytes + bytes / 4).clamp(1, MAX_SPARE);
-        if lock(&self.0).as_ref().is_some_and(|room| room.size >= wanted) {
-            return Ok(());
+        let there = lock(&self.0).take_if(|room| room.size >= wanted);
+        let mut room = there.map_or_else(|| Room::new(wanted), Ok)?;
+        while room.ready < room.size && goes_on() {
+            let end = (room.ready + PREPARED).min(room.size);
+            mmap::populate(room.mapping.region(), room.ready..end, Populate::Write)?;
+            room.ready = end;
         }
-        let room = Room::new(wanted)?;
-        mmap::populate(room.mapping.region(), 0..room.size, Populate::Write)?;
         *lock(&self.0) = Some(room);
         Ok(())
     }
@@ -129,10 +163,10 @@ impl Copied {
         self.pages.data()
     }
 
-    /// Makes a layer of it that nobody can begin to write, and gives back what it has too much of, if that is much. The other part of the
-    /// result takes a while to drop, and has to be before long.
+    /// Makes a layer of it that nobody can begin to write, and gives back what it has too much of, if that is much. Both parts of the
+    /// result take a while to drop.
     pub fn seal(self) -> io::Result<(Layer, Written)> {
-        let Copied { room: Room { file, mapping, size }, pages } = self;
+        let Copied { room: Room { file, mapping, size, .. }, pages } = self;
         let used = pages.data() * PAGE_SIZE;
         if size - used > used / 2 + STEP {
             ftruncate(&file, used)?;
@@ -161,12 +195,10 @@ impl GuestRam {
             unchanged.into_iter().for_each(|(run, _)| pages.set(run, Cluster::Data));
         }
         let room = self.spare.take(pages.data() * PAGE_SIZE).map_err(CaptureError::Keep)?;
-        let mut to = 0;
+        let (mut to, mut asks) = (0, Asks::new(cancel));
         for run in data_runs(&pages) {
             for Part { offset, from, len } in self.parts(run) {
-                if cancel.is_cancelled() {
-                    return Err(CaptureError::Cancelled);
-                }
+                asks.go_on(len)?;
                 let from = self.memory.get_slice(from, len).map_err(|source| CaptureError::Read { offset, source })?;
                 let room = room.mapping.region().get_slice(to, len);
                 from.copy_to_volatile_slice(room.map_err(|e| CaptureError::Keep(io::Error::other(e)))?);
@@ -228,8 +260,56 @@ mod tests {
             assert!((10 * PAGE_SIZE..=15 * PAGE_SIZE + STEP).contains(&length), "little more than is in it: {length}");
             assert!(layer.file.write_at(b"x", 0).is_err() && ftruncate(&layer.file, 0).is_err(), "it is sealed");
             // With room that is ready, and without.
-            ram.spare().prepare(u64::from(round) * 200 * PAGE_SIZE).unwrap();
+            ram.spare().prepare(u64::from(round) * 200 * PAGE_SIZE, || true).unwrap();
         }
+    }
+
+    #[test]
+    fn many_scattered_pages_come_to_a_clone_as_they_were() {
+        const STEP: usize = 5;
+        let ram = view();
+        let written = (0..PAGES).step_by(STEP);
+        for page in written {
+            ram.memory().write_slice(&page.to_le_bytes().repeat(512), GuestAddress(page * PAGE_SIZE)).unwrap();
+        }
+        let (layer, _) = ram.copy_own(&[], &go_on()).unwrap().unwrap().seal().unwrap();
+        let unsealed = tempfile::tempfile().unwrap();
+        std::io::copy(&mut layer.file.try_clone().unwrap(), &mut unsealed.try_clone().unwrap()).unwrap();
+        let other = Layer { file: unsealed, pages: layer.pages.clone(), packed: true };
+        assert!(layer.view().unwrap().is_some() && other.view().unwrap().is_none());
+        for layer in [layer, other] {
+            let mut clone = view();
+            clone.show_above(vec![layer]).unwrap();
+            for page in 0..PAGES {
+                let mut bytes = [0; PAGE_SIZE as usize];
+                clone.memory().read_slice(&mut bytes, GuestAddress(page * PAGE_SIZE)).unwrap();
+                let is_written = page % STEP as u64 == 0;
+                let as_it_should_be = if is_written { page.to_le_bytes() } else { [7; 8] }.repeat(512);
+                assert!(bytes == as_it_should_be[..], "page {page}");
+            }
+        }
+    }
+
+    #[test]
+    fn room_that_is_not_all_ready_is_got_ready_further_or_taken_as_it_is() {
+        let (ram, bytes) = (view(), 3 * PREPARED);
+        let mut left = 2;
+        let mut for_a_while = || {
+            left -= 1;
+            left >= 0
+        };
+        ram.spare().prepare(bytes, &mut for_a_while).unwrap();
+        let ready = |ram: &GuestRam| lock(&ram.spare.0).as_ref().map(|room| (room.ready, room.size));
+        let (first, size) = ready(&ram).unwrap();
+        assert_eq!(first, 2 * PREPARED);
+        ram.spare().prepare(bytes, || true).unwrap();
+        assert_eq!(ready(&ram), Some((size, size)));
+        // More than there is.
+        ram.spare().prepare(2 * bytes, || false).unwrap();
+        assert!(ready(&ram).is_some_and(|(ready, size)| ready == 0 && size >= 2 * bytes));
+        ram.memory().write_slice(&[3; 16], GuestAddress(5 * PAGE_SIZE)).unwrap();
+        let (layer, _) = ram.copy_own(&[], &go_on()).unwrap().unwrap().seal().unwrap();
+        assert_eq!((byte(&layer, 5), ready(&ram)), (3, None));
     }
 
     #[test]

@@ -16,17 +16,20 @@ use event_manager::EventOps;
 
 impl Driver {
     /// Has other vmms become clones of the VM. The answer comes when they are.
-    pub(super) fn fork(&mut self, mut request: VmFork, from: Pending) -> Result<(), RequestError> {
+    pub(super) fn fork(&mut self, request: VmFork, from: Pending) -> Result<(), RequestError> {
         if self.forking.is_some() {
             return Err(RequestError::Forking);
         }
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
         let limit = self.config.machine_config.max_private_mib;
         fork::check(&request)?;
-        // Before the guest stands still.
-        let giver = Giver::start(std::mem::take(&mut request.into), self.notifier.clone())?;
+        let giver = match &self.giver {
+            Some(giver) => giver,
+            // Before the guest stands still.
+            None => self.giver.insert(Giver::start(self.notifier.clone())?),
+        };
         let mut phases = Phases::of(TracedOperation::Fork);
-        fork::fork(machine, &request, limit, &self.signals, &mut phases, &self.notifier, giver)?;
+        fork::fork(machine, request, limit, &self.signals, &mut phases, &self.notifier, giver)?;
         self.keep_trace(phases);
         self.forking = Some(from);
         Ok(())

@@ -16,7 +16,7 @@ use super::backend::BackendError;
 use super::boot::BootError;
 use super::config::{self, ConfigError};
 use super::device_thread::Subscriber;
-use super::fork::ForkError;
+use super::fork::{ForkError, Giver};
 use super::phases::Phases;
 use super::private::PrivateWatch;
 use super::requests::{NotNow, Phase};
@@ -369,6 +369,8 @@ struct Driver {
     job: Option<Job>,
     /// Who waits for the clones of a fork.
     forking: Option<Pending>,
+    /// What gives them to others, once the VM was forked.
+    giver: Option<Giver>,
     /// How often the VM had been reset when it was begun.
     times_reset: u64,
     /// Who waits for it; nobody, once it is complete and only its layers are being folded.
@@ -437,6 +439,7 @@ impl Driver {
             private: PrivateWatch::new(notifier.clone()),
             job: None,
             forking: None,
+            giver: None,
             times_reset: 0,
             waiting: None,
             preparation: None,
