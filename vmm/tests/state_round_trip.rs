@@ -39,8 +39,56 @@ fn vcpu_round_trip(change: impl FnOnce(&mut VcpuState)) -> Option<(VcpuState, Vc
     let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
     change(&mut saved);
     let (_kvm, _ram, other, shape) = machine()?;
-    state::load(&other.vcpus[0], &other.fd, &saved, true, OtherTsc::Refused).unwrap();
+    state::load(&other.vcpus[0], &other.fd, &saved, None, true, OtherTsc::Refused).unwrap();
     Some((saved, state::save(&other.vcpus[0], &shape).unwrap()))
+}
+
+/// A vCPU that is known to hold some of it already is as any other afterwards.
+#[test]
+fn what_a_vcpu_holds_already_need_not_be_loaded() {
+    type Change = fn(&mut VcpuState);
+    let changes: [(&str, Change); 8] = [
+        ("nothing", |_| ()),
+        ("halted", |state| state.mp_state = kvm_bindings::KVM_MP_STATE_HALTED),
+        ("debug registers", |state| state.debug_regs.db[1] = 0x1234),
+        ("XCR0", |state| state.xcrs.iter_mut().filter(|xcr| xcr.xcr == 0).for_each(|xcr| xcr.value |= 3)),
+        ("CPUID", |state| {
+            state.cpuid.iter_mut().filter(|leaf| leaf.function == 0x8000_0002).for_each(|leaf| leaf.eax ^= 0x20);
+        }),
+        ("no leaf of CPUID for the name", |state| state.cpuid.retain(|leaf| leaf.function != 0x8000_0004)),
+        ("OSXSAVE in CR4 and CPUID", |state| {
+            state.sregs.cr4 |= 1 << 18;
+            state.cpuid.iter_mut().filter(|leaf| leaf.function == 1).for_each(|leaf| leaf.ecx |= 1 << 27);
+        }),
+        ("OSXSAVE in CR4, XCR0 and the size in CPUID", |state| {
+            state.sregs.cr4 |= 1 << 18;
+            state.xcrs.iter_mut().filter(|xcr| xcr.xcr == 0).for_each(|xcr| xcr.value |= 7);
+            state
+                .cpuid
+                .iter_mut()
+                .filter(|leaf| (leaf.function, leaf.index) == (0xd, 0))
+                .for_each(|leaf| leaf.ebx = 832);
+        }),
+    ];
+    let Some((_kvm, _ram, vm, shape)) = machine() else { return };
+    let saved = state::save(&vm.vcpus[0], &shape).unwrap();
+    for (what, change) in changes {
+        let mut wanted = saved.clone();
+        change(&mut wanted);
+        let loaded = [false, true].map(|knows| {
+            let (_kvm, _ram, vm, shape) = machine().unwrap();
+            let vcpu = &vm.vcpus[0];
+            let held = knows.then(|| state::save(vcpu, &shape).unwrap());
+            state::load(vcpu, &vm.fd, &wanted, held.as_ref(), true, OtherTsc::Refused).map_err(|e| e.to_string())?;
+            let mut loaded = state::save(vcpu, &shape).unwrap();
+            // These go on.
+            loaded.msrs.retain(|msr| ![0x10, 0x6e0].contains(&msr.index));
+            Ok::<_, String>(loaded)
+        });
+        let [without, with] = loaded;
+        assert!(without == with, "{what}: {without:?} {with:?}");
+        assert!(what != "nothing" || without.is_ok(), "{without:?}");
+    }
 }
 
 fn vm_round_trip(change: impl FnOnce(&VmFd, &mut VmState)) -> Option<(VmState, VmState)> {
@@ -228,7 +276,7 @@ fn a_refused_msr_is_named() {
     let Some((_kvm, _ram, vm, shape)) = machine() else { return };
     let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
     saved.msrs.push(Msr { index: 0x1234_5678, data: 1 });
-    let refused = state::load(&vm.vcpus[0], &vm.fd, &saved, true, OtherTsc::Refused).unwrap_err().to_string();
+    let refused = state::load(&vm.vcpus[0], &vm.fd, &saved, None, true, OtherTsc::Refused).unwrap_err().to_string();
     assert!(refused.contains("0x12345678"), "{refused}");
 }
 
@@ -238,7 +286,7 @@ fn an_unknown_msr_that_held_nothing_is_not_missed() {
     let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
     saved.msrs.insert(0, Msr { index: 0x1234_5678, data: 0 });
     set_msr(&mut saved, MSR_LSTAR, 0x1000);
-    state::load(&vm.vcpus[0], &vm.fd, &saved, true, OtherTsc::Refused).unwrap();
+    state::load(&vm.vcpus[0], &vm.fd, &saved, None, true, OtherTsc::Refused).unwrap();
     assert_eq!(msr(&state::save(&vm.vcpus[0], &shape).unwrap(), MSR_LSTAR), 0x1000, "those behind it are loaded");
 }
 
@@ -250,9 +298,9 @@ fn another_time_stamp_frequency_is_refused_where_it_cannot_be_had() {
     }
     let mut saved = state::save(&vm.vcpus[0], &shape).unwrap();
     saved.tsc_khz *= 2;
-    let refused = state::load(&vm.vcpus[0], &vm.fd, &saved, true, OtherTsc::Refused).unwrap_err().to_string();
+    let refused = state::load(&vm.vcpus[0], &vm.fd, &saved, None, true, OtherTsc::Refused).unwrap_err().to_string();
     assert!(refused.contains("kHz") && refused.contains("`tsc_khz`"), "{refused}");
-    state::load(&vm.vcpus[0], &vm.fd, &saved, true, OtherTsc::Allowed).unwrap();
+    state::load(&vm.vcpus[0], &vm.fd, &saved, None, true, OtherTsc::Allowed).unwrap();
 }
 
 #[test]
@@ -262,7 +310,7 @@ fn parts_of_another_size_are_refused() {
     let refused = |change: fn(&mut VcpuState)| {
         let mut state = saved.clone();
         change(&mut state);
-        state::load(&vm.vcpus[0], &vm.fd, &state, true, OtherTsc::Refused).unwrap_err().to_string()
+        state::load(&vm.vcpus[0], &vm.fd, &state, None, true, OtherTsc::Refused).unwrap_err().to_string()
     };
     assert!(refused(|s| s.xsave.truncate(100)).contains("FPU state"));
     assert!(refused(|s| s.xsave.resize(1 << 20, 0)).contains("FPU state"));

@@ -60,7 +60,7 @@ fn goes_on_from(age_ms: u64) {
     let (_other_ram, other, _) = machine().unwrap();
     let before = Instant::now();
     for (number, vcpu) in other.vcpus.iter().enumerate() {
-        state::load(vcpu, &other.fd, &states[number], number == 0, state::OtherTsc::Refused).unwrap();
+        state::load(vcpu, &other.fd, &states[number], None, number == 0, state::OtherTsc::Refused).unwrap();
     }
     let readings = [0, 1, 0, 1].map(|number| tsc(&other.vcpus[number]));
     let passed_ms = before.elapsed().as_millis() as u64;

@@ -14,6 +14,7 @@ use crate::memory::{GuestRam, MemoryError};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
 use api_spec::mac::MacAddr;
+use kvm_bindings::CpuId;
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
@@ -114,14 +115,17 @@ pub fn boot(plan: &BootPlan, outside: Outside, phases: &mut Phases) -> Result<Ma
     Ok(Machine::new(threads, devices, shape, vm.fd, ram, devices_plan))
 }
 
-/// Gives each vCPU its CPUID, and what firmware would set up.
-fn set_up_vcpus(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
+/// The CPUID of each vCPU of a machine that is booted here.
+pub(super) fn cpuids(kvm: &Kvm, count: u8) -> Result<Vec<CpuId>, BootError> {
     let supported = kvm::supported_cpuid(kvm)?;
     let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-    for (number, vcpu) in vcpus.iter().enumerate() {
-        let number = number as u8;
-        let cpuid =
-            cpuid::for_vcpu(&supported, number, vcpus.len() as u8, tsc_deadline).map_err(BootError::CpuidSize)?;
+    let of_vcpu = |number| cpuid::for_vcpu(&supported, number, count, tsc_deadline).map_err(BootError::CpuidSize);
+    (0..count).map(of_vcpu).collect()
+}
+
+/// Gives each vCPU its CPUID, and what firmware would set up.
+fn set_up_vcpus(kvm: &Kvm, vcpus: &[VcpuFd]) -> Result<(), BootError> {
+    for (number, (vcpu, cpuid)) in (0..).zip(vcpus.iter().zip(cpuids(kvm, vcpus.len() as u8)?)) {
         vcpu.set_cpuid2(&cpuid).map_err(|source| BootError::Cpuid { vcpu: number, source })?;
         msrs::set_up(vcpu, number == 0).map_err(|source| BootError::BootState { vcpu: number, source })?;
     }

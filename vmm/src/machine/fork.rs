@@ -736,7 +736,7 @@ impl Loadable for Offered {
         phases: &mut Phases,
     ) -> Result<Machine, RestoreError> {
         let Offered { state, layers, lowest, load, .. } = self;
-        let (mut machine, low) = shell.open();
+        let (mut machine, held, low) = shell.open();
         if let Some(served) = load.served {
             let ForkServed { snapshot_path, digest, mem_backend } = &served;
             let snapshot = Arc::new(load::open_without_memory(snapshot_path)?);
@@ -758,7 +758,7 @@ impl Loadable for Offered {
         let new_generation = load.new_generation;
         let how = HowToLoad { other_tsc: OtherTsc::Refused, clock: Clock::GoesOn, new_generation };
         let laid = laid.map_err(|e| BackendError::from(e).into());
-        let state_loaded = laid.and_then(|()| load_state(&machine, &state, how, phases));
+        let state_loaded = laid.and_then(|()| load_state(&machine, &state, &held, how, phases));
         machine.page_server.as_ref().map_or(Ok(()), loaded)?;
         state_loaded?;
         Ok(machine)

@@ -28,7 +28,7 @@ use api_spec::snapshot::{AllowedMismatch, MemBackend, NetworkOverride, OnHandler
 use snapshot::compat::{self, Field, Mismatch, Verdict};
 use snapshot::load::{Lease, LoadError, Snapshot};
 use snapshot::manifest::Manifest;
-use snapshot::state::MachineState;
+use snapshot::state::{MachineState, VcpuState};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -218,7 +218,7 @@ impl Loadable for Opened<'_> {
         phases: &mut Phases,
     ) -> Result<Machine, RestoreError> {
         let Opened { request, backend, snapshot, allowed, lease, .. } = self;
-        let (mut machine, low) = shell.open();
+        let (mut machine, held, low) = shell.open();
         let (snapshot, shares) = (Arc::new(snapshot), backend.shares());
         let policy = request.mem_backend.as_ref().and_then(|backend| backend.on_handler_loss);
         let replay_over = show(
@@ -235,7 +235,7 @@ impl Loadable for Opened<'_> {
             clock: if request.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn },
             new_generation: request.new_generation,
         };
-        let state_loaded = load_state(&machine, snapshot.state(), how, phases);
+        let state_loaded = load_state(&machine, snapshot.state(), &held, how, phases);
         // Whatever came of it: it may have been let go because pages do not come.
         machine.page_server.as_ref().map_or(Ok(()), loaded)?;
         state_loaded?;
@@ -315,13 +315,15 @@ pub(super) struct HowToLoad {
 pub(super) fn load_state(
     machine: &Machine,
     state: &MachineState,
+    held: &[VcpuState],
     how: HowToLoad,
     phases: &mut Phases,
 ) -> Result<(), RestoreError> {
     let HowToLoad { other_tsc, clock, new_generation } = how;
     for (number, (vcpu, saved)) in machine.vcpus.iter().zip(&state.vcpus).enumerate() {
         let fail = |source| RestoreError::VcpuState { vcpu: number, source };
-        crate::vcpu::state::load(&vcpu.lock(), &machine.vm, saved, number == 0, other_tsc).map_err(fail)?;
+        let (held, is_first) = (held.get(number), number == 0);
+        crate::vcpu::state::load(&vcpu.lock(), &machine.vm, saved, held, is_first, other_tsc).map_err(fail)?;
     }
     phases.end("vcpu_state");
     kvm::state::load(&machine.vm, &state.vm, clock)?;

@@ -8,6 +8,7 @@
 //! Every load goes through a shell: one that was built ahead (`vmm --shell`), or, if there is none or the snapshot does not
 //! fit it ([`Misfit`]), one that is built for the occasion.
 
+use super::boot::{self, BootError};
 use super::config::DevicePlan;
 use super::phases::Phases;
 use super::snapshot;
@@ -18,7 +19,7 @@ use crate::kvm::{self, KvmError};
 use crate::memory::{GuestRam, MemoryError, layout};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
-use ::snapshot::state;
+use ::snapshot::state::{self, VcpuState};
 use api_spec::snapshot::VsockOverride;
 use rustix::event::{EventfdFlags, eventfd};
 use std::io;
@@ -140,6 +141,8 @@ impl Shape {
 #[derive(Debug)]
 pub struct Shell {
     machine: Machine,
+    /// What is known of its vCPUs, by number, if anything is.
+    held: Vec<VcpuState>,
     /// Its number is lower than that of the VM, for the userfaultfd: see [`crate::memory::uffd::Service`].
     low: OwnedFd,
 }
@@ -163,7 +166,7 @@ impl Shell {
         let threads = start_threads(vm.vcpus, &devices, &notifier)?;
         phases.end("threads");
         let machine = Machine::new(threads, devices, shape, vm.fd, ram, plan);
-        Ok(Shell { machine, low })
+        Ok(Shell { machine, held: Vec::new(), low })
     }
 
     /// What it is built of.
@@ -172,17 +175,30 @@ impl Shell {
         Shape { vcpus: vcpus.len() as u8, memory_bytes: ram.size(), devices: plan.clone() }
     }
 
-    /// Saves the machine as it is, and reads that, as a load will read its state: the code and the memory for that are there then.
-    pub fn rehearse(&self) {
-        let bytes = snapshot::save(&self.machine).ok().and_then(|saved| state::encode(&saved).ok());
-        if let Some(Err(e)) = bytes.map(|bytes| state::decode(&bytes)) {
+    /// Gives the vCPUs the CPUID that most guests will have had, saves the machine as it is, and reads that, as a load will read its
+    /// state: the code and the memory for that are there then, and a load knows what the vCPUs hold.
+    pub fn rehearse(&mut self) {
+        if let Err(e) = self.give_cpuid() {
+            tracing::debug!("loads into this shell take longer: {e}");
+        }
+        let Ok(saved) = snapshot::save(&self.machine) else { return };
+        if let Some(Err(e)) = state::encode(&saved).ok().map(|bytes| state::decode(&bytes)) {
             tracing::debug!("a state of this vmm's own cannot be read: {e}");
         }
+        self.held = saved.vcpus;
     }
 
-    /// The machine, with nothing loaded into it, and a descriptor for its userfaultfd to take the number of.
-    pub(super) fn open(self) -> (Machine, OwnedFd) {
-        (self.machine, self.low)
+    fn give_cpuid(&self) -> Result<(), BootError> {
+        let vcpus = &self.machine.vcpus;
+        for (number, (vcpu, cpuid)) in (0..).zip(vcpus.iter().zip(boot::cpuids(&kvm::open()?, vcpus.len() as u8)?)) {
+            vcpu.lock().set_cpuid2(&cpuid).map_err(|source| BootError::Cpuid { vcpu: number, source })?;
+        }
+        Ok(())
+    }
+
+    /// The machine, with nothing loaded into it, what is known of its vCPUs, and a descriptor for its userfaultfd to take the number of.
+    pub(super) fn open(self) -> (Machine, Vec<VcpuState>, OwnedFd) {
+        (self.machine, self.held, self.low)
     }
 }
 

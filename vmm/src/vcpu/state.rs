@@ -155,20 +155,27 @@ pub fn save(vcpu: &VcpuFd, shape: &StateShape) -> Result<VcpuState, VcpuStateErr
     Ok(VcpuState { mp_state, regs, sregs, xsave, xcrs, debug_regs, lapic, msrs, events, cpuid, tsc_khz })
 }
 
-/// Loads a vCPU that has never run. vCPUs are loaded in order of their numbers, `first` first.
+/// Loads a vCPU that has never run. vCPUs are loaded in order of their numbers, `first` first. `held` is what was saved of it before,
+/// if it was: what it holds already is not loaded, where each call takes longer than to compare.
 pub fn load(
     vcpu: &VcpuFd,
     vm: &VmFd,
     state: &VcpuState,
+    held: Option<&VcpuState>,
     first: bool,
     other_tsc: OtherTsc,
 ) -> Result<(), VcpuStateError> {
     let VcpuState { mp_state, regs, sregs, xsave, xcrs, debug_regs, lapic, msrs, events, cpuid, tsc_khz } = state;
-    let cpuid: Vec<_> = cpuid.iter().map(load_cpuid).collect();
-    let too_many =
-        |_| VcpuStateError::Size { what: "CPUID", found: cpuid.len(), expected: kvm_bindings::KVM_MAX_CPUID_ENTRIES };
-    vcpu.set_cpuid2(&CpuId::from_entries(&cpuid).map_err(too_many)?).map_err(step("loading CPUID"))?;
-    match load_tsc_khz(vcpu, vm, *tsc_khz) {
+    // With another CPUID all may be another.
+    let held = held.filter(|held| is_same_cpuid(&held.cpuid, cpuid));
+    if held.is_none() {
+        let cpuid: Vec<_> = cpuid.iter().map(load_cpuid).collect();
+        let expected = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+        let too_many = |_| VcpuStateError::Size { what: "CPUID", found: cpuid.len(), expected };
+        vcpu.set_cpuid2(&CpuId::from_entries(&cpuid).map_err(too_many)?).map_err(step("loading CPUID"))?;
+    }
+    let host_khz = held.map_or_else(|| vcpu.get_tsc_khz().unwrap_or(0), |held| held.tsc_khz);
+    match load_tsc_khz(vcpu, vm, *tsc_khz, host_khz) {
         Err(e @ VcpuStateError::TscKhz { .. }) if other_tsc == OtherTsc::Allowed => {
             if first {
                 tracing::warn!("{e}; it is restored all the same");
@@ -176,21 +183,44 @@ pub fn load(
         }
         other => other?,
     }
-    vcpu.set_mp_state(kvm_mp_state { mp_state: *mp_state }).map_err(step("loading the run state"))?;
+    if held.is_none_or(|held| held.mp_state != *mp_state) {
+        vcpu.set_mp_state(kvm_mp_state { mp_state: *mp_state }).map_err(step("loading the run state"))?;
+    }
     vcpu.set_regs(&load_regs(regs)).map_err(step("loading general registers"))?;
     vcpu.set_sregs(&load_sregs(sregs)).map_err(step("loading special registers"))?;
     load_xsave(vcpu, xsave_size(vm), xsave)?;
     // A host without XSAVE has none, and refuses even to set none.
-    if !xcrs.is_empty() {
+    if !xcrs.is_empty() && held.is_none_or(|held| held.xcrs != *xcrs) {
         vcpu.set_xcrs(&load_xcrs(xcrs)?).map_err(step("loading extended control registers"))?;
     }
-    vcpu.set_debug_regs(&load_debug_regs(debug_regs)).map_err(step("loading debug registers"))?;
-    vcpu.set_lapic(&load_lapic(lapic)?).map_err(step("loading the local APIC"))?;
-    if first {
-        prime_tsc(vcpu, msrs, *tsc_khz)?;
+    if held.is_none_or(|held| held.debug_regs != *debug_regs) {
+        vcpu.set_debug_regs(&load_debug_regs(debug_regs)).map_err(step("loading debug registers"))?;
     }
-    load_msrs(vcpu, msrs)?;
+    vcpu.set_lapic(&load_lapic(lapic)?).map_err(step("loading the local APIC"))?;
+    load_msrs(vcpu, msrs, first.then(|| far_tsc(msrs, *tsc_khz)))?;
     vcpu.set_vcpu_events(&load_events(events)).map_err(step("loading pending events"))
+}
+
+/// Whether a vCPU that has the first of these tables can keep it in place of the second: they differ in nothing but what KVM derives
+/// from registers, and does when those are loaded (`kvm_update_cpuid_runtime`).
+fn is_same_cpuid(held: &[CpuidEntry], wanted: &[CpuidEntry]) -> bool {
+    let settled = |entries: &[CpuidEntry]| entries.iter().map(without_derived).collect::<Vec<_>>();
+    settled(held) == settled(wanted)
+}
+
+/// A leaf without the bits that follow registers: CR4, the APIC base, XCR0 and XSS.
+fn without_derived(entry: &CpuidEntry) -> CpuidEntry {
+    const OSXSAVE: u32 = 1 << 27;
+    const APIC: u32 = 1 << 9;
+    const OSPKE: u32 = 1 << 4;
+    let CpuidEntry { ecx, edx, .. } = *entry;
+    match (entry.function, entry.index) {
+        (1, _) => CpuidEntry { ecx: ecx & !OSXSAVE, edx: edx & !APIC, ..*entry },
+        (7, 0) => CpuidEntry { ecx: ecx & !OSPKE, ..*entry },
+        // The size of the XSAVE area with what is switched on.
+        (0xd, 0 | 1) => CpuidEntry { ebx: 0, ..*entry },
+        _ => *entry,
+    }
 }
 
 /// Tells the guest's paravirtual clock that time has passed while it stood still, so that its watchdogs stay calm.
@@ -201,8 +231,7 @@ pub fn note_pause(vcpu: &VcpuFd) {
 
 /// A guest keeps its TSC frequency. On a host whose own differs and that cannot scale, time in the guest would run at
 /// another speed, so that is refused.
-fn load_tsc_khz(vcpu: &VcpuFd, vm: &VmFd, guest: u32) -> Result<(), VcpuStateError> {
-    let host = vcpu.get_tsc_khz().unwrap_or(0);
+fn load_tsc_khz(vcpu: &VcpuFd, vm: &VmFd, guest: u32, host: u32) -> Result<(), VcpuStateError> {
     if same_tsc(guest, host) {
         return Ok(());
     }
@@ -226,9 +255,10 @@ pub(super) fn save_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, Vcpu
     Ok(saved)
 }
 
-fn load_msrs(vcpu: &VcpuFd, saved: &[Msr]) -> Result<(), VcpuStateError> {
-    let ours = saved.iter().filter(|msr| is_ours(msr));
-    let entries = ours.map(|msr| load_msr(msr, saved_tsc(saved))).collect();
+/// Loads MSRs, in order, after the `prime` of the time-stamp counter ([`far_tsc`]).
+fn load_msrs(vcpu: &VcpuFd, saved: &[Msr], prime: Option<kvm_msr_entry>) -> Result<(), VcpuStateError> {
+    let ours = saved.iter().filter(|msr| is_ours(msr)).map(|msr| load_msr(msr, saved_tsc(saved)));
+    let entries = prime.into_iter().chain(ours).collect();
     set_all(entries, |rest| vcpu.set_msrs(&msr_list(rest)?).map_err(step("loading MSRs")))
 }
 
@@ -290,15 +320,12 @@ pub(super) fn saved_tsc(saved: &[Msr]) -> u64 {
     saved.iter().find(|msr| msr.index == MSR_TSC).map_or(0, |msr| msr.data)
 }
 
+/// A write of the counter that is far away from what was saved.
+///
 /// Kernels before 6.8 take a first write of the TSC that is less than a second from where the counter stands for an
 /// attempt to synchronize vCPUs, and ignore its value: a guest that was snapshotted in its first second would see time
-/// go back. A write that is far away, before the real one, makes them believe the real one. The other vCPUs' values lie
+/// go back. This write, before the real one of the first vCPU, makes them believe the real one. The other vCPUs' values lie
 /// within a second of the first one's, and are synchronized with it as they should be.
-fn prime_tsc(vcpu: &VcpuFd, saved: &[Msr], tsc_khz: u32) -> Result<(), VcpuStateError> {
-    vcpu.set_msrs(&msr_list(&[far_tsc(saved, tsc_khz)])?).map(drop).map_err(step("loading the time-stamp counter"))
-}
-
-/// A write of the counter that is far away from what was saved.
 pub(super) fn far_tsc(saved: &[Msr], tsc_khz: u32) -> kvm_msr_entry {
     let far = saved_tsc(saved).wrapping_add(u64::from(tsc_khz) * 1000 * 10);
     kvm_msr_entry { index: MSR_TSC, data: far, ..Default::default() }
@@ -588,6 +615,27 @@ pub(super) fn load_events(events: &VcpuEvents) -> kvm_vcpu_events {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cpuid_may_differ_in_what_follows_registers_and_in_nothing_else() {
+        let leaf = |function, index| CpuidEntry { function, index, eax: !0, ebx: !0, ecx: !0, edx: !0, flags: 0 };
+        let held = [leaf(1, 0), leaf(7, 0), leaf(7, 1), leaf(0xd, 0), leaf(0xd, 1), leaf(0xd, 2)];
+        let derived = |number: usize, register: usize, bit: u32| match (number, register) {
+            (0, 2) => bit == 27,
+            (0, 3) => bit == 9,
+            (1, 2) => bit == 4,
+            (3 | 4, 1) => true,
+            _ => false,
+        };
+        assert!(is_same_cpuid(&held, &held) && !is_same_cpuid(&held, &held[1..]) && !is_same_cpuid(&[], &held));
+        for (number, register, bit) in (0..held.len()).flat_map(|n| (0..4 * 32).map(move |at| (n, at / 32, at % 32))) {
+            let mut other = held;
+            let CpuidEntry { eax, ebx, ecx, edx, .. } = &mut other[number];
+            *[eax, ebx, ecx, edx][register] ^= 1 << bit;
+            let same = is_same_cpuid(&held, &other);
+            assert_eq!(same, derived(number, register, bit as u32), "leaf {number}, register {register}, bit {bit}");
+        }
+    }
 
     #[test]
     fn unlisted_msrs_are_saved_once_and_the_deadline_is_loaded_last() {
