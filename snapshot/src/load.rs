@@ -1,10 +1,11 @@
 //! Reading a snapshot: everything but the memory is read and checked here, in an order that gives each fault its name.
 
+use crate::create::{Facts, describe};
 use crate::digests::Digests;
 use crate::dir::{Dir, FileError, Lock, told};
-use crate::manifest::{self, BadField, Manifest, StateFile};
+use crate::manifest::{self, BadField, Manifest, Memory, MemoryRegion, StateFile};
 use crate::state::{self, MachineState, StateError};
-use crate::{FORMAT_VERSION, OLDEST_FORMAT_VERSION, file};
+use crate::{CHUNK_BYTES, FORMAT_VERSION, OLDEST_FORMAT_VERSION, file};
 use serde::Deserialize;
 use std::ffi::OsStr;
 use std::fs::File;
@@ -343,6 +344,34 @@ pub(crate) fn open_dir(path: &Path) -> Result<Dir, LoadError> {
     })
 }
 
+/// Describes a machine as a snapshot of it would, and reads that as [`open_without_memory`] does, but for the files: a process that does
+/// this ahead has the code and the heap at hand when a snapshot comes.
+pub fn rehearse(
+    facts: Facts,
+    regions: Vec<MemoryRegion>,
+    machine: &MachineState,
+) -> Result<(Manifest, MachineState), LoadError> {
+    let path = || PathBuf::from("a rehearsal");
+    let bytes = state::encode(machine).map_err(|source| LoadError::State { path: path(), source })?;
+    let memory = Memory {
+        file: file::MEMORY.into(),
+        size_bytes: regions.iter().map(|region| region.size_bytes).sum(),
+        regions,
+        chunk_bytes: CHUNK_BYTES,
+        digests: file::DIGESTS.into(),
+        root: blake3::hash(&[]).to_hex().to_string(),
+        packed: None,
+        parent: None,
+        map: None,
+    };
+    let mut described = describe(memory, facts, machine, &bytes);
+    described.format_version = described.lowest_version();
+    described.seal();
+    let manifest = check_manifest(&path(), &described.to_json())?;
+    let state = decode_state(path, &manifest, &bytes)?;
+    Ok((manifest, state))
+}
+
 pub(crate) fn read_manifest(dir: &Dir) -> Result<Manifest, LoadError> {
     check_manifest(&dir.join(file::MANIFEST), &dir.read(file::MANIFEST, manifest::MAX_BYTES)?)
 }
@@ -370,9 +399,13 @@ fn read_state_bytes(dir: &Dir, manifest: &Manifest) -> Result<Vec<u8>, LoadError
 }
 
 fn read_state(dir: &Dir, manifest: &Manifest) -> Result<MachineState, LoadError> {
-    let path = || dir.join(&manifest.state.file);
     let bytes = read_state_bytes(dir, manifest)?;
-    let state = state::decode(&bytes).map_err(|source| LoadError::State { path: path(), source })?;
+    decode_state(|| dir.join(&manifest.state.file), manifest, &bytes)
+}
+
+/// Decodes the contents of a state file, and compares them with the manifest. `path` names it in messages.
+fn decode_state(path: impl Fn() -> PathBuf, manifest: &Manifest, bytes: &[u8]) -> Result<MachineState, LoadError> {
+    let state = state::decode(bytes).map_err(|source| LoadError::State { path: path(), source })?;
     if state.vcpus.len() as u64 != u64::from(manifest.machine.vcpus) {
         let (found, expected) = (state.vcpus.len(), manifest.machine.vcpus);
         return Err(LoadError::VcpuCount { path: path(), found, expected });

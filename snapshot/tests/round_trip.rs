@@ -8,7 +8,9 @@ use proptest::prelude::*;
 use serde_json::json;
 use snapshot::compat::{self, Field, Host, HostTsc, Report};
 use snapshot::cpu::GuestCpu;
+use snapshot::create::Facts;
 use snapshot::image::{Basis, MemoryImage, TrustedMemory, ensure_trusted};
+use snapshot::manifest::{Devices, MemoryRegion};
 use snapshot::state::CpuidEntry;
 use snapshot::{load, verify};
 use std::os::unix::fs::FileExt;
@@ -30,6 +32,18 @@ fn everything_comes_back() {
     }
     let report = verify::verify(&sample.dir).unwrap();
     assert_eq!((report.chunks, report.zero_chunks, report.vcpus), (5, 1, 4));
+}
+
+#[test]
+fn a_rehearsal_reads_what_a_snapshot_would_say() {
+    let regions = vec![MemoryRegion { guest_addr: 0, size_bytes: 1 << 20, offset: 0 }];
+    let facts =
+        Facts { vmm_version: "0.1.0".into(), host: host(), devices: Devices::default(), readiness: None, config: None };
+    let mut machine = state(2);
+    machine.devices.drives.clear();
+    let (manifest, read) = load::rehearse(facts, regions.clone(), &machine).unwrap();
+    assert_eq!((manifest.memory.regions, manifest.host_kernel), (regions, host().kernel));
+    assert_eq!(read, machine);
 }
 
 proptest! {

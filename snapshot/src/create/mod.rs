@@ -30,6 +30,7 @@ pub use memory::{MemoryDigest, Stored};
 pub use pack::Packing;
 pub(crate) use source::next_data;
 pub use source::{BytesSource, FileSource, LayerSource, MemorySource};
+pub(crate) use staging::describe;
 pub use staging::{Facts, Staging, clear_leftovers};
 
 use crate::dir::told;

@@ -7,7 +7,7 @@ use crate::compat::HostFacts;
 use crate::cpu::GuestCpu;
 use crate::dir::{Dir, Lock};
 use crate::file;
-use crate::manifest::{Devices, Machine, Manifest, Readiness, StateFile};
+use crate::manifest::{Devices, Machine, Manifest, Memory, Readiness, StateFile};
 use crate::stamp::Stamp;
 use crate::state::{self, MachineState};
 use crate::working_set::WorkingSet;
@@ -142,7 +142,7 @@ impl Staging {
     /// Writes everything else and gives the snapshot its name. Once this returns it survives a power cut.
     pub fn commit(self, memory: MemoryDigest, facts: Facts, state: &MachineState) -> Result<Manifest, CreateError> {
         let state_bytes = state::encode(state)?;
-        let manifest = describe(&memory, facts, state, &state_bytes);
+        let manifest = describe(memory.describe(), facts, state, &state_bytes);
         self.complete(memory, manifest, &state_bytes)
     }
 
@@ -274,7 +274,7 @@ impl Drop for Staging {
 }
 
 /// What the manifest says of all this; it is still to be sealed.
-fn describe(memory: &MemoryDigest, facts: Facts, machine: &MachineState, state: &[u8]) -> Manifest {
+pub(crate) fn describe(memory: Memory, facts: Facts, machine: &MachineState, state: &[u8]) -> Manifest {
     let Facts { vmm_version, host: HostFacts { arch, cpu, kernel }, devices, readiness, config } = facts;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Manifest {
@@ -286,7 +286,7 @@ fn describe(memory: &MemoryDigest, facts: Facts, machine: &MachineState, state: 
         guest_cpu: GuestCpu::of(machine),
         host_kernel: kernel,
         machine: Machine { vcpus: machine.vcpus.len() as u32, memory_bytes: memory.size_bytes },
-        memory: memory.describe(),
+        memory,
         state: StateFile {
             file: file::STATE.into(),
             size_bytes: state.len() as u64,

@@ -11,6 +11,7 @@
 use super::boot::{self, BootError};
 use super::config::DevicePlan;
 use super::phases::Phases;
+use super::restore::{self, RestoreError};
 use super::snapshot;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, start_threads};
@@ -19,7 +20,8 @@ use crate::kvm::{self, KvmError};
 use crate::memory::{GuestRam, MemoryError, layout};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
-use ::snapshot::state::{self, VcpuState};
+use ::snapshot::load;
+use ::snapshot::state::VcpuState;
 use api_spec::snapshot::VsockOverride;
 use rustix::event::{EventfdFlags, eventfd};
 use std::io;
@@ -182,8 +184,10 @@ impl Shell {
             tracing::debug!("loads into this shell take longer: {e}");
         }
         let Ok(saved) = snapshot::save(&self.machine) else { return };
-        if let Some(Err(e)) = state::encode(&saved).ok().map(|bytes| state::decode(&bytes)) {
-            tracing::debug!("a state of this vmm's own cannot be read: {e}");
+        let facts = snapshot::facts(&self.machine, None, None);
+        let read = load::rehearse(facts, self.machine.ram.regions().to_vec(), &saved).map_err(RestoreError::from);
+        if let Err(e) = read.and_then(|(manifest, state)| restore::check(&manifest, &state, &[])) {
+            tracing::debug!("a snapshot of this shell could not be loaded here: {e}");
         }
         self.held = saved.vcpus;
     }

@@ -394,7 +394,7 @@ fn write(
     Ok(Written { memory_bytes, digest: manifest.digest, parent })
 }
 
-fn facts(machine: &Machine, readiness: Option<Readiness>, saved: Option<&Configuration>) -> Facts {
+pub(super) fn facts(machine: &Machine, readiness: Option<Readiness>, saved: Option<&Configuration>) -> Facts {
     Facts {
         vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
         host: host::facts(),
