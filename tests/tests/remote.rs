@@ -51,7 +51,13 @@ fn a_clone_has_memory_that_this_host_has_not() {
     let fetched = web.answered() - before;
     assert!((1..20).contains(&fetched), "a quarter of a MiB was fetched with {fetched} requests");
     template.facts.check(&mut agent);
-    // Nobody but the page server can have it, so the clone waits for the next one.
+    // Nobody but the page server can have it, so the clone waits for the next one; if no chunk is being filled, which nobody could put right.
+    let mut last = None;
+    until("the page server rests", || {
+        std::thread::sleep(Duration::from_millis(100));
+        let now = Some((web.answered(), server.filled_pages()));
+        now == std::mem::replace(&mut last, now)
+    });
     let socket = server.socket.clone();
     server.process.kill();
     until("the clone is lost", || clone.info().page_server == Some(PageServerState::Lost));
