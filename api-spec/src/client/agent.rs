@@ -105,7 +105,7 @@ impl AgentClient {
         Ok(Asked { id, deadline })
     }
 
-    /// Waits for the answer to what was asked last.
+    /// Waits for the answer to the first of what was asked and is not answered.
     pub fn finish(&mut self, Asked { id, deadline }: Asked) -> Result<Response, AgentError> {
         let answer = self.greet(deadline).and_then(|()| self.answer_to(id, deadline)).map_err(|e| match e {
             AgentError::Io(e) if e.kind() == io::ErrorKind::TimedOut => AgentError::Slow(self.patience),
@@ -123,7 +123,7 @@ impl AgentClient {
         self.answer_to(id, deadline)
     }
 
-    /// Asks, once there is a connection; the number of the request.
+    /// Asks, and waits for the connection if there is none yet; the number of the request.
     fn post(&mut self, request: &AnyRequest, deadline: Instant) -> Result<u32, AgentError> {
         let id = self.number(request, deadline)?;
         self.greet(deadline)?;

@@ -376,17 +376,22 @@ impl Giver {
         let (is_there, there) = mpsc::sync_channel(1);
         let thread = sandbox::spawn("fork", Kind::Peer, move || {
             let _ = is_there.send(()); // Somebody waits for it.
-            let mut next = None;
+            let (mut next, mut shared) = (None, None);
             while let Some(forked) = next.take().or_else(|| taken.recv().ok()) {
                 let (spare, copied_bytes) = (forked.spare.clone(), forked.taken.own.count() * PAGE_SIZE);
                 let (given, kept) = match forked.give_all(&notifier) {
                     Ok((given, kept)) => (Ok(given), Some(kept)),
                     Err(e) => (Err(e.to_string()), None),
                 };
+                let before = std::mem::replace(&mut shared, kept);
                 notifier.send(Notice::Forked(given));
-                // Whoever waits is answered, and whoever has a clone asks it something.
+                // Whoever waits is answered, and whoever has a clone asks it something. A next fork does not wait for what is left to do.
                 next = taken.recv_timeout(BREATHER).ok();
-                drop(kept);
+                drop(before);
+                if next.is_some() {
+                    continue;
+                }
+                shared = None;
                 let idle = || {
                     next = next.take().or_else(|| taken.try_recv().ok());
                     next.is_none()
@@ -545,14 +550,14 @@ pub fn open(load: &ForkLoad, descriptors: Vec<OwnedFd>) -> Result<Offered, Resto
     let mut layers = Vec::new();
     for (ForkLayer { map_bytes, packed }, (number, file)) in told.iter().zip(files.by_ref()) {
         let pages = bundle.map(number, *map_bytes, *memory_bytes)?;
-        check_file(number, &file, if *packed { pages.data() * PAGE_SIZE } else { *memory_bytes })?;
         check_memory(number, &file, *packed)?;
+        check_file(number, &file, if *packed { pages.data() * PAGE_SIZE } else { *memory_bytes })?;
         layers.push(Layer { file, pages, packed: *packed });
     }
     let lowest = if load.served.is_none() { files.next() } else { None };
     if let Some((number, file)) = &lowest {
-        check_file(*number, file, *memory_bytes)?;
         check_memory(*number, file, false)?;
+        check_file(*number, file, *memory_bytes)?;
     }
     let lowest = lowest.map(|(_, file)| file);
     let disks = open_disks(&load.drives, &mut files, &mut bundle)?;
@@ -639,8 +644,8 @@ impl Bundle {
         if load.state_bytes > MAX_STATE || maps.iter().any(|(map, size)| *map > Clusters::max_encoded(*size)) {
             return Err(too_long());
         }
-        check_file(0, &file, load.state_bytes + maps.iter().map(|(map, _)| map).sum::<u64>())?;
         check_sealed(0, &file)?;
+        check_file(0, &file, load.state_bytes + maps.iter().map(|(map, _)| map).sum::<u64>())?;
         Ok(Bundle { file, at: 0 })
     }
 
@@ -672,7 +677,7 @@ fn take_host_side(plan: &mut DevicePlan, load: &ForkLoad, shell: DevicePlan) -> 
     Ok(())
 }
 
-/// Whether a descriptor is of a file that can be read and holds so much.
+/// Whether a descriptor is of a file that can be read and holds so much. Whether it is sealed is looked at first: the size stays then.
 fn check_file(number: usize, file: &File, bytes: u64) -> Result<(), ForkLoadError> {
     let bad = |problem: String| ForkLoadError::Descriptor { number, problem };
     let metadata = file.metadata().map_err(|e| bad(e.to_string()))?;

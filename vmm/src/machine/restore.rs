@@ -165,7 +165,7 @@ pub fn open<'a>(
     let snapshot = open(&request.snapshot_path)?;
     phases.end("snapshot");
     let allowed: Vec<Field> = request.allow_mismatch.iter().map(allowed_field).collect();
-    check(snapshot.manifest(), snapshot.state(), &allowed)?;
+    check(&snapshot, &allowed)?;
     let (devices, disks) = devices(&snapshot, request, in_place)?;
     let lease = lease(&snapshot, &backend)?;
     let machine = &snapshot.manifest().machine;
@@ -344,8 +344,9 @@ pub(super) fn load_state(
 }
 
 /// Whether this program on this host can run the snapshot, going by what can be known without KVM.
-pub(super) fn check(manifest: &Manifest, state: &MachineState, allowed: &[Field]) -> Result<(), RestoreError> {
-    for warning in compat::check(manifest, state, host::to_compare(), allowed)? {
+fn check(snapshot: &Snapshot, allowed: &[Field]) -> Result<(), RestoreError> {
+    let manifest = snapshot.manifest();
+    for warning in compat::check(manifest, snapshot.state(), host::to_compare(), allowed)? {
         // KVM knows the frequency, and is asked when it is loaded.
         if (warning.field, warning.verdict) != (Field::TscKhz, Verdict::Unknown) {
             tracing::warn!("{warning}; it is restored all the same");

@@ -16,12 +16,13 @@ use super::snapshot;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, start_threads};
 use crate::devices::virtio::block::Disk;
+use crate::host;
 use crate::kvm::{self, KvmError};
 use crate::memory::{GuestRam, MemoryError, layout};
 use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
-use ::snapshot::load;
 use ::snapshot::state::VcpuState;
+use ::snapshot::{compat, load};
 use api_spec::snapshot::VsockOverride;
 use rustix::event::{EventfdFlags, eventfd};
 use std::io;
@@ -183,10 +184,18 @@ impl Shell {
         if let Err(e) = self.give_cpuid() {
             tracing::debug!("loads into this shell take longer: {e}");
         }
-        let Ok(saved) = snapshot::save(&self.machine) else { return };
+        let saved = match snapshot::save(&self.machine) {
+            Ok(saved) => saved,
+            Err(e) => return tracing::debug!("loads into this shell take longer: {e}"),
+        };
         let facts = snapshot::facts(&self.machine, None, None);
         let read = load::rehearse(facts, self.machine.ram.regions().to_vec(), &saved).map_err(RestoreError::from);
-        if let Err(e) = read.and_then(|(manifest, state)| restore::check(&manifest, &state, &[])) {
+        let checked = read.and_then(|(manifest, state)| {
+            // Nothing is restored, so what cannot be told of this host concerns nobody yet.
+            compat::check(&manifest, &state, host::to_compare(), &[])?;
+            restore::check_machine(&manifest)
+        });
+        if let Err(e) = checked {
             tracing::debug!("a snapshot of this shell could not be loaded here: {e}");
         }
         self.held = saved.vcpus;

@@ -177,10 +177,9 @@ impl GuestRam {
         discarder.begin_anew();
         let view = |(number, layer): (usize, &Layer)| {
             let runs = short.iter().filter(|(_, _, of)| *of == number).count() as u64;
-            if runs < RUNS_PER_VIEW { Ok(None) } else { layer.view() }
+            if runs < RUNS_PER_VIEW { None } else { layer.view() }
         };
-        let views: Vec<Option<View>> =
-            layers.iter().enumerate().map(view).collect::<Result<_, _>>().map_err(LayError::Lay)?;
+        let views: Vec<Option<View>> = layers.iter().enumerate().map(view).collect();
         threads::split(short.len() as u64, RUNS_PER_THREAD, |some| {
             short[some.start as usize..some.end as usize].iter().try_for_each(|(region, pages, layer)| {
                 let place = places[*layer].of(pages.start);

@@ -51,16 +51,17 @@ impl Layer {
         Places(self.packed.then(|| data_runs(&self.pages).map(place).collect()))
     }
 
-    /// All of it, if it cannot become shorter meanwhile: whoever reads what is there no more dies of that.
-    pub fn view(&self) -> io::Result<Option<View>> {
-        if !fcntl_get_seals(&self.file).is_ok_and(is_sealed) {
-            return Ok(None);
+    /// All of it, if it is packed and cannot become shorter meanwhile: whoever reads what is there no more dies of that. `None` also if it
+    /// cannot be mapped; it can be read all the same.
+    pub fn view(&self) -> Option<View> {
+        let len = self.pages.data() * PAGE_SIZE;
+        let is_whole = || self.file.metadata().is_ok_and(|metadata| metadata.len() >= len);
+        if !self.packed || !fcntl_get_seals(&self.file).is_ok_and(is_sealed) || !is_whole() {
+            return None;
         }
-        let len = self.file.metadata()?.len();
-        let place = FileOffset::new(self.file.try_clone()?, 0);
-        let mapping =
-            Mapping::new(place, len as usize, libc::MAP_PRIVATE | libc::MAP_NORESERVE).map_err(mapping_error)?;
-        Ok(Some(View(mapping)))
+        let place = FileOffset::new(self.file.try_clone().ok()?, 0);
+        let mapping = Mapping::new(place, len as usize, libc::MAP_PRIVATE | libc::MAP_NORESERVE);
+        mapping.map(View).map_err(|e| tracing::debug!("a layer is read in pieces, as it cannot be mapped: {e}")).ok()
     }
 
     /// The same for another owner.
@@ -113,15 +114,11 @@ impl Room {
         let file = File::from(memfd_create("coppice-layer", flags)?);
         ftruncate(&file, size)?;
         let place = FileOffset::new(file.try_clone()?, 0);
-        let mapping = Mapping::new(place, size as usize, libc::MAP_SHARED).map_err(mapping_error)?;
+        let mapping = Mapping::new(place, size as usize, libc::MAP_SHARED).map_err(|e| match e {
+            MmapRegionError::Mmap(e) => e,
+            other => io::Error::other(other),
+        })?;
         Ok(Room { file, mapping, size, ready: 0 })
-    }
-}
-
-fn mapping_error(e: MmapRegionError) -> io::Error {
-    match e {
-        MmapRegionError::Mmap(e) => e,
-        other => io::Error::other(other),
     }
 }
 
@@ -135,8 +132,9 @@ impl Spare {
         let wanted = (bytes + bytes / 4).clamp(1, MAX_SPARE);
         let there = lock(&self.0).take_if(|room| room.size >= wanted);
         let mut room = there.map_or_else(|| Room::new(wanted), Ok)?;
-        while room.ready < room.size && goes_on() {
-            let end = (room.ready + PREPARED).min(room.size);
+        let wanted = wanted.next_multiple_of(STEP).min(room.size);
+        while room.ready < wanted && goes_on() {
+            let end = (room.ready + PREPARED).min(wanted);
             mmap::populate(room.mapping.region(), room.ready..end, Populate::Write)?;
             room.ready = end;
         }
@@ -276,7 +274,7 @@ mod tests {
         let unsealed = tempfile::tempfile().unwrap();
         std::io::copy(&mut layer.file.try_clone().unwrap(), &mut unsealed.try_clone().unwrap()).unwrap();
         let other = Layer { file: unsealed, pages: layer.pages.clone(), packed: true };
-        assert!(layer.view().unwrap().is_some() && other.view().unwrap().is_none());
+        assert!(layer.view().is_some() && other.view().is_none());
         for layer in [layer, other] {
             let mut clone = view();
             clone.show_above(vec![layer]).unwrap();
