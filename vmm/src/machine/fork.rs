@@ -679,6 +679,17 @@ fn take_host_side(plan: &mut DevicePlan, load: &ForkLoad, shell: DevicePlan) -> 
 
 /// Whether a descriptor is of a file that can be read and holds so much. Whether it is sealed is looked at first: the size stays then.
 fn check_file(number: usize, file: &File, bytes: u64) -> Result<(), ForkLoadError> {
+    match check_readable(number, file)? {
+        size if size < bytes => Err(ForkLoadError::Descriptor {
+            number,
+            problem: format!("its file has {size} bytes, and should have {bytes}"),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Whether a descriptor is of a file that can be read; its size in bytes.
+fn check_readable(number: usize, file: &File) -> Result<u64, ForkLoadError> {
     let bad = |problem: String| ForkLoadError::Descriptor { number, problem };
     let metadata = file.metadata().map_err(|e| bad(e.to_string()))?;
     if !metadata.is_file() {
@@ -688,10 +699,7 @@ fn check_file(number: usize, file: &File, bytes: u64) -> Result<(), ForkLoadErro
     if access == OFlags::WRONLY || access.contains(OFlags::PATH) {
         return Err(bad("it is not open for reading".into()));
     }
-    if metadata.len() < bytes {
-        return Err(bad(format!("its file has {} bytes, and should have {bytes}", metadata.len())));
-    }
-    Ok(())
+    Ok(metadata.len())
 }
 
 /// Whether nobody can change a file that is only in memory, as a layer that was packed always is. Files on a disk are those of snapshots.
@@ -712,6 +720,7 @@ fn check_unwritable(number: usize, file: &File) -> Result<(), ForkLoadError> {
 }
 
 fn check_sealed(number: usize, file: &File) -> Result<(), ForkLoadError> {
+    check_readable(number, file)?;
     match fcntl_get_seals(file) {
         Ok(seals) if is_sealed(seals) => Ok(()),
         _ => Err(ForkLoadError::Descriptor {
