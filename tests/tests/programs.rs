@@ -211,6 +211,36 @@ fn the_benchmark_of_faults_measures_our_page_server_and_another_one() {
 }
 
 #[test]
+fn another_vmm_is_measured_beside_ours() {
+    const QEMU: &str = "qemu-system-x86_64";
+    require!(Kvm);
+    if std::process::Command::new(QEMU).arg("--version").output().is_err() {
+        return test_skip::skip("qemu-system-x86_64 is not installed");
+    }
+    let place = Place::new();
+    // Where a shell finds it.
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut programs = std::env::split_paths(&path).map(|dir| dir.join(QEMU));
+    let peer = format!("qemu={}", programs.find(|program| program.exists()).expect("it was found").display());
+    let bench = ["bench", "restore", "--n", "2", "--backend", "file", "--working-set", "64", "--concurrency", "2"];
+    let done = run_vmm(&place, "bench", &[&bench[..], &["--peer", &peer, "--json"]].concat());
+    assert_eq!((done.code(), done.stderr.as_str()), (0, ""));
+    let document: Value = serde_json::from_str(&done.stdout).expect("one document");
+    let report = &document["reports"]["restore"];
+    assert_eq!(report["peers"][0][0], "qemu");
+    let figures = document["figures"].as_array().expect("a list");
+    let value = |name: String| {
+        let figure = figures.iter().find(|figure| figure["name"] == *name);
+        figure.unwrap_or_else(|| panic!("{name}: {document}"))["p50"].as_f64().expect("a number")
+    };
+    for (shell, touch) in [("none", "reply"), ("none", "scattered"), ("warm", "reply"), ("warm", "contiguous")] {
+        let [ours, theirs] = ["serial", "qemu"].map(|whose| value(format!("restore.{whose}.{shell}.file.{touch}")));
+        let ratio = value(format!("restore.serial.{shell}.file.{touch}-to-peer"));
+        assert!(ours > 0.0 && theirs > 0.0 && ratio > 0.0, "{shell}, {touch}: {report}");
+    }
+}
+
+#[test]
 fn the_benchmark_of_resets_has_figures_of_every_case() {
     require!(Kvm);
     let place = Place::new();
@@ -332,6 +362,13 @@ fn figures_can_be_kept_compared_drawn_and_shown() {
         let done = run_vmm(&place, "bad", &[&bench[..], &[option, &path(value)]].concat());
         assert!(done.code() == 1 && done.stdout.is_empty() && !done.stderr.is_empty(), "{option} {value}: {done:?}");
     }
-    let done = run_vmm(&place, "bad", &[&bench[..], &["--peer", "firecracker=/nowhere"]].concat());
-    assert!(done.code() == 1 && done.stderr.contains("other VMM"), "{done:?}");
+    for peer in ["firecracker=/nowhere", "qemu=/nowhere"] {
+        let done = run_vmm(&place, "bad", &[&bench[..], &["--peer", peer]].concat());
+        assert!(done.code() == 1 && done.stderr.contains("other VMM"), "{peer}: {done:?}");
+    }
+    // It ends at once.
+    for peer in ["firecracker=/bin/false", "qemu=/bin/false"] {
+        let done = run_vmm(&place, "bad", &[&bench[..], &["--peer", peer]].concat());
+        assert!(done.code() == 1 && done.stderr.contains("other VMM ended"), "{peer}: {done:?}");
+    }
 }

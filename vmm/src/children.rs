@@ -70,26 +70,38 @@ impl Children {
         Ok(Children { program })
     }
 
-    /// Starts this program with the arguments that `arguments` adds; its log goes to `log`.
+    /// Starts this program with what `arguments` adds; its log goes to `log`.
     pub fn start(&self, name: &str, log: &Path, arguments: impl FnOnce(&mut Command)) -> Result<Child, ChildError> {
-        let mut command = Command::new(&self.program);
-        arguments(&mut command);
-        command.arg("--end-with-parent");
-        // Ctrl-C is for us, who then end the children: in the order that leaves nothing behind.
-        command.process_group(0);
-        Children::spawn(name, log, command, false)
+        let add = |command: &mut Command| {
+            arguments(command);
+            command.arg("--end-with-parent");
+        };
+        Children::spawn((name, log), &self.program, add, false)
     }
 
     /// Starts another program; its log goes to `log`. How to end it in good order is not known, so that it is killed; it outlives this process
     /// if that is killed itself.
-    pub fn start_other(name: &str, log: &Path, mut command: Command) -> Result<Child, ChildError> {
-        command.process_group(0);
-        Children::spawn(name, log, command, true)
+    pub fn start_other(
+        name: &str,
+        log: &Path,
+        program: &Path,
+        arguments: impl FnOnce(&mut Command),
+    ) -> Result<Child, ChildError> {
+        Children::spawn((name, log), program, arguments, true)
     }
 
-    fn spawn(name: &str, log: &Path, mut command: Command, is_other: bool) -> Result<Child, ChildError> {
+    fn spawn(
+        (name, log): (&str, &Path),
+        program: &Path,
+        arguments: impl FnOnce(&mut Command),
+        is_other: bool,
+    ) -> Result<Child, ChildError> {
         let log_file = File::create(log).map_err(io_error(format!("cannot write {}", log.display())))?;
+        let mut command = Command::new(program);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log_file);
+        // Ctrl-C is for us, who then end the children: in the order that leaves nothing behind.
+        command.process_group(0);
+        arguments(&mut command);
         let process = command.spawn().map_err(io_error(format!("cannot start the process of the {name}")))?;
         Ok(Child { name: name.to_owned(), process, log: log.to_owned(), is_other })
     }

@@ -92,6 +92,14 @@ impl AgentClient {
         self.patience = patience;
     }
 
+    /// Waits until a guest that has no vsock device says over its serial port that it is ready.
+    pub fn ready(&mut self) -> Result<(), AgentError> {
+        match self.receive(Instant::now() + self.patience)?.body {
+            Either::Common(Response::Ready { .. }) => Ok(()),
+            other => Err(AgentError::Unexpected(other)),
+        }
+    }
+
     /// Asks and waits for the answer.
     pub fn call(&mut self, request: Request) -> Result<Response, AgentError> {
         let asked = self.begin(request)?;

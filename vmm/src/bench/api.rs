@@ -1,7 +1,7 @@
 //! How long a call of the REST API takes, and how soon after its start a vmm can be called.
 
 use super::figure::{Figure, Spread, Unit};
-use super::guest::{PATIENCE, Workplace, connect, write_config};
+use super::guest::{PATIENCE, Workplace, write_config};
 use super::{BenchError, io_error};
 use api_spec::vm::{BootSource, InstanceInfo, InstanceState, MachineConfig, VmConfig};
 use serde::Serialize;
@@ -110,7 +110,7 @@ fn measure_starts(place: &Workplace, starts: u32) -> Result<Spread, BenchError> 
         let mut child = place.children.start("vmm", &place.path("start.log"), |vmm| {
             vmm.arg("--api-sock").arg(&api);
         })?;
-        connect(&mut child, &api)?;
+        place.connect(&mut child, &api)?;
         durations.push(before.elapsed());
     }
     Ok(Spread::of(durations))
@@ -127,7 +127,7 @@ fn measure_calls(place: &Workplace, calls: u32) -> Result<Spread, BenchError> {
     let mut child = place.children.start("guest", &place.path("vm.log"), |vmm| {
         vmm.arg("--config").arg(&config).arg("--api-sock").arg(&api);
     })?;
-    let mut client = connect(&mut child, &api)?;
+    let mut client = place.connect(&mut child, &api)?;
     let mut ask = || client.get::<InstanceInfo>("/").map_err(|source| BenchError::Api { what: "GET /", source });
     let deadline = Instant::now() + PATIENCE;
     while ask()?.state != InstanceState::Running {

@@ -16,7 +16,6 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// How much longer a guest may take that touches pages, for each of them.
@@ -433,9 +432,9 @@ impl Bench<'_> {
 
     fn start_peer(&self, program: &Path, socket: &Path) -> Result<Child, BenchError> {
         let _ = std::fs::remove_file(socket);
-        let mut command = Command::new(program);
-        command.arg(socket).arg(self.path("snap").join(snapshot::file::MEMORY));
-        let mut server = Children::start_other("other page server", &self.path("peer.log"), command)?;
+        let mut server = Children::start_other("other page server", &self.path("peer.log"), program, |server| {
+            server.arg(socket).arg(self.path("snap").join(snapshot::file::MEMORY));
+        })?;
         wait_for_listener(&mut server, socket)?;
         Ok(server)
     }

@@ -6,7 +6,7 @@
 
 use super::BenchError;
 use super::figure::{Figure, Spread};
-use super::guest::{Guest, PATIENCE, Shell, Workplace};
+use super::guest::{Channel, Guest, PATIENCE, Shell, Workplace};
 use super::pattern::Case;
 use super::phases::{self, Median, Phases};
 use api_spec::agent::Request;
@@ -161,7 +161,7 @@ fn measure(case: Case, clones: u32, runs: u32, place: &Workplace) -> Result<Row,
         place.go_on()?;
         guest.fill(case.written(), SEED + u64::from(round))?;
         let shells: Result<Vec<Shell>, _> =
-            (0..clones).map(|number| place.shell(&format!("shell{number}"), machine.clone())).collect();
+            (0..clones).map(|number| place.shell(&format!("shell{number}"), machine.clone(), Channel::Vsock)).collect();
         let sample = fork(&guest, shells?, case, SEED + u64::from(round))?;
         if round > 0 {
             samples.push(sample);
@@ -206,7 +206,7 @@ fn fork(guest: &Guest, mut shells: Vec<Shell>, case: Case, seed: u64) -> Result<
     }
     // All are asked before the first is waited for.
     let ask = |shell: &Shell| {
-        let mut agent = AgentClient::connect(&shell.vsock, PATIENCE)?;
+        let mut agent = shell.agent()?;
         let asked = agent.begin(Request::Ping { token: 0 })?;
         Ok((agent, asked))
     };

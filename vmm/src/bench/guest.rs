@@ -3,10 +3,14 @@
 use super::{BenchError, io_error};
 use crate::children::{Child, Children};
 use api_spec::agent::{Pages, Request, Response};
+use api_spec::client::agent::AgentError;
 use api_spec::client::{AgentClient, RestClient, VmClient};
 use api_spec::snapshot::{SnapshotCreate, SnapshotStatus};
 use api_spec::vm::{BootSource, InstanceInfo, MachineConfig, VmConfig, Vsock};
+use serde::Serialize;
 use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -30,6 +34,16 @@ pub struct Workplace {
     patience: Duration,
 }
 
+/// How the agent of a guest is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Channel {
+    /// Over the socket of the vsock device.
+    Vsock,
+    /// Over COM1, which is a process's standard input and output.
+    Serial,
+}
+
 /// A guest that answers.
 pub struct Guest {
     /// Its process.
@@ -48,7 +62,9 @@ pub struct Shell {
     /// A connection to that.
     pub client: RestClient,
     /// Where the guest will be called.
-    pub vsock: PathBuf,
+    vsock: PathBuf,
+    /// The other end of its COM1, if that is how it will be called.
+    line: Option<UnixStream>,
 }
 
 /// The API of a vmm that runs.
@@ -134,7 +150,7 @@ impl Workplace {
             ..Default::default()
         };
         write_config(&config, &document)?;
-        self.start(name, &vsock, &[], |vmm| {
+        self.start((name, Channel::Vsock), &vsock, &[], |vmm| {
             vmm.arg("--config").arg(&config);
         })
     }
@@ -151,19 +167,19 @@ impl Workplace {
         snapshot: &Path,
         more: impl FnOnce(&mut Command),
     ) -> Result<Guest, BenchError> {
-        self.restore_and_ask(name, snapshot, &[], more)
+        self.restore_and_ask((name, Channel::Vsock), snapshot, &[], more)
     }
 
-    /// The same of one that is asked something first.
+    /// The same of one that is asked something first, in this way.
     pub fn restore_and_ask(
         &self,
-        name: &str,
+        (name, channel): (&str, Channel),
         snapshot: &Path,
         requests: &[Request],
         more: impl FnOnce(&mut Command),
     ) -> Result<Guest, BenchError> {
         let vsock = self.path(&format!("{name}.vsock"));
-        self.start(name, &vsock, requests, |vmm| {
+        self.start((name, channel), &vsock, requests, |vmm| {
             vmm.arg("--restore").arg(snapshot).arg("--vsock").arg(&vsock);
             // Nobody uses the clones for anything, so they need not become themselves first.
             vmm.arg("--same-generation");
@@ -171,8 +187,8 @@ impl Workplace {
         })
     }
 
-    /// Starts a shell for guests of this size, and waits until it is ready.
-    pub fn shell(&self, name: &str, machine_config: MachineConfig) -> Result<Shell, BenchError> {
+    /// Starts a shell for guests of this size, which will be called in this way, and waits until it is ready.
+    pub fn shell(&self, name: &str, machine_config: MachineConfig, channel: Channel) -> Result<Shell, BenchError> {
         let path = |kind: &str| self.path(&format!("{name}.{kind}"));
         let (config, api, vsock) = (path("json"), path("sock"), path("vsock"));
         let document = VmConfig {
@@ -181,26 +197,42 @@ impl Workplace {
             ..Default::default()
         };
         write_config(&config, &document)?;
+        let (line, theirs) = line(channel)?;
         let mut child = self.children.start(name, &path("log"), |vmm| {
             vmm.arg("--shell").arg(&config).arg("--api-sock").arg(&api);
+            lead(vmm, theirs);
         })?;
         wait_for_listener(&mut child, &vsock)?;
         let failed = |source| BenchError::Api { what: "a shell is not ready", source };
         let mut client = RestClient::connect(&api, PATIENCE).map_err(failed)?;
         // It answers once all of it is ready.
         client.get::<InstanceInfo>("/").map_err(failed)?;
-        Ok(Shell { _child: child, api, client, vsock })
+        Ok(Shell { _child: child, api, client, vsock, line })
     }
 
     /// Calls the agent of a guest that listens as soon as it runs.
     fn call(&self, child: &mut Child, vsock: &Path) -> Result<AgentClient, BenchError> {
-        const SOON: Duration = Duration::from_micros(100);
+        self.keep_trying(child, || AgentClient::connect(vsock, self.patience).map_err(BenchError::Agent))
+    }
+
+    /// Tries until the API of a process takes a connection.
+    pub fn connect(&self, child: &mut Child, api: &Path) -> Result<RestClient, BenchError> {
+        let failed = |source| BenchError::Api { what: "a VMM cannot be called", source };
+        self.keep_trying(child, || RestClient::connect(api, PATIENCE).map_err(failed))
+    }
+
+    /// Tries until it works, as long as a process lives.
+    pub fn keep_trying<T>(
+        &self,
+        child: &mut Child,
+        mut attempt: impl FnMut() -> Result<T, BenchError>,
+    ) -> Result<T, BenchError> {
+        const SOON: Duration = Duration::from_micros(50);
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match AgentClient::connect(vsock, self.patience) {
-                Ok(agent) => return Ok(agent),
+            match attempt() {
                 Err(_) if Instant::now() < deadline => std::thread::sleep(SOON),
-                Err(e) => return Err(BenchError::Agent(e)),
+                done => return done,
             }
             self.go_on()?;
             child.check_alive()?;
@@ -210,7 +242,7 @@ impl Workplace {
     /// Starts a vmm, asks its guest these, or else whether it is there, and waits for its replies.
     fn start(
         &self,
-        name: &str,
+        (name, channel): (&str, Channel),
         vsock: &Path,
         requests: &[Request],
         arguments: impl FnOnce(&mut Command),
@@ -219,18 +251,23 @@ impl Workplace {
         for socket in [vsock, &api.path] {
             let _ = std::fs::remove_file(socket);
         }
+        let (line, theirs) = line(channel)?;
         let mut child = self.children.start(name, &self.path(&format!("{name}.log")), |vmm| {
             arguments(vmm);
             vmm.arg("--api-sock").arg(&api.path);
+            lead(vmm, theirs);
         })?;
-        let agent = match requests {
-            [] => {
+        let agent = match (requests, line) {
+            ([], None) => {
                 let (times, ping) = ((self.patience, Instant::now() + PATIENCE), Request::Ping { token: 0 });
                 child.first_reply(vsock, times, ping, || self.go_on(), BenchError::Agent)?
             }
             // What takes its time is asked once only.
-            requests => {
-                let mut agent = self.call(&mut child, vsock)?;
+            (requests, line) => {
+                let mut agent = match line {
+                    Some(line) => AgentClient::over(line, self.patience),
+                    None => self.call(&mut child, vsock)?,
+                };
                 for request in requests {
                     agent.call(*request).map_err(BenchError::Agent)?;
                 }
@@ -243,6 +280,33 @@ impl Workplace {
     /// Fails if a signal has come.
     pub fn go_on(&self) -> Result<(), BenchError> {
         if self.signals.have_come() { Err(BenchError::Interrupted) } else { Ok(()) }
+    }
+}
+
+/// Our end of a guest's COM1, if that is how it is called, and those of its process: standard input and output.
+fn line(channel: Channel) -> Result<(Option<UnixStream>, Option<[OwnedFd; 2]>), BenchError> {
+    if channel != Channel::Serial {
+        return Ok((None, None));
+    }
+    let failed = io_error("cannot make a pair of sockets");
+    let ends = UnixStream::pair().and_then(|(ours, theirs)| Ok((ours, [theirs.try_clone()?.into(), theirs.into()])));
+    ends.map(|(ours, theirs)| (Some(ours), Some(theirs))).map_err(failed)
+}
+
+/// Has the console of a vmm lead there.
+fn lead(vmm: &mut Command, line: Option<[OwnedFd; 2]>) {
+    if let Some([input, output]) = line {
+        vmm.stdin(input).stdout(output);
+    }
+}
+
+impl Shell {
+    /// Calls the agent of the guest that runs in it.
+    pub fn agent(&self) -> Result<AgentClient, AgentError> {
+        match &self.line {
+            Some(line) => Ok(AgentClient::over(line.try_clone()?, PATIENCE)),
+            None => AgentClient::connect(&self.vsock, PATIENCE),
+        }
     }
 }
 
@@ -301,20 +365,6 @@ impl Api {
 pub fn write_config(path: &Path, config: &VmConfig) -> Result<(), BenchError> {
     let text = serde_json::to_vec(config).map_err(io::Error::from);
     text.and_then(|text| std::fs::write(path, text)).map_err(io_error("cannot write a configuration"))
-}
-
-/// Tries until the API of a process takes a connection.
-pub fn connect(child: &mut Child, api: &Path) -> Result<RestClient, BenchError> {
-    const SOON: Duration = Duration::from_micros(50);
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        match RestClient::connect(api, PATIENCE) {
-            Ok(client) => return Ok(client),
-            Err(_) if Instant::now() < deadline => std::thread::sleep(SOON),
-            Err(source) => return Err(BenchError::Api { what: "a VMM cannot be called", source }),
-        }
-        child.check_alive()?;
-    }
 }
 
 /// Waits until somebody listens, without connecting: some page servers serve the first who does, and nobody else.

@@ -25,6 +25,7 @@ pub mod reset;
 pub mod restore;
 pub mod sheet;
 pub mod snapshot;
+mod together;
 
 use self::conditions::Watch;
 use self::figure::{Figure, Series};
@@ -85,8 +86,9 @@ Of `restore`:
   --cold                  with memory from the file, throw that out of the page cache each time; a page server keeps it
 
 Of `all` and `restore`:
-  --peer firecracker=PROGRAM
-                          measure another VMM as well, with the same guest, memory from the file
+  --peer firecracker=PROGRAM, --peer qemu=PROGRAM
+                          measure another VMM as well, with the same guest, memory from the file; both can be named. QEMU's
+                          guest is called over COM1, and so are clones of ours beside it
 
 Of `all` and `faults`:
   --peer-handler PROGRAM  measure another page server of Firecracker's protocol as well; it is started with the path of
@@ -124,6 +126,9 @@ pub enum BenchError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// Another VMM says no.
+    #[error("{0}")]
+    Refused(String),
     /// A process does not do what it should in time.
     #[error("{0} within {1:?}")]
     Late(&'static str, Duration),
@@ -243,13 +248,13 @@ impl Benchmark {
 }
 
 /// Every benchmark as the published figures are made, or each with so many runs at most.
-pub fn all(most: u32, peer: Option<Peer>, peer_handler: Option<PathBuf>) -> Vec<Benchmark> {
+pub fn all(most: u32, peers: Vec<Peer>, peer_handler: Option<PathBuf>) -> Vec<Benchmark> {
     let api = api::Options::default();
     let (restore, fork, reset) = (restore::Options::default(), fork::Options::default(), reset::Options::default());
     let (faults, snapshot) = (faults::Options::default(), snapshot::Options::default());
     vec![
         Benchmark::Api(api::Options { calls: api.calls.min(most.saturating_mul(20)), starts: api.starts.min(most) }),
-        Benchmark::Restore(restore::Options { runs: restore.runs.min(most), working_set: 2048, peer, ..restore }),
+        Benchmark::Restore(restore::Options { runs: restore.runs.min(most), working_set: 2048, peers, ..restore }),
         Benchmark::Fork(fork::Options { runs: fork.runs.min(most) }),
         Benchmark::Reset(reset::Options { runs: reset.runs.min(most) }),
         Benchmark::Faults(faults::Options { runs: faults.runs.min(most), peer_handler, ..faults }),

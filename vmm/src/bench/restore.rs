@@ -12,11 +12,11 @@
 
 use super::compare::{self, Interval};
 use super::figure::{Figure, Spread, Unit};
-use super::guest::{self, Guest, PATIENCE, Workplace};
-use super::peer::{Peer, Prepared, Process};
+use super::guest::{self, Channel, Guest, PATIENCE, Workplace};
+use super::peer::{Kind, Peer, Prepared, Process};
 use super::phases::{self, Median, Phases};
+use super::together::{Gate, Member, Together};
 use super::{BenchError, io_error};
-use crate::devices::lock;
 use crate::machine::config;
 use crate::memory::layout;
 use api_spec::agent::{Pages, Request, Response, pattern};
@@ -29,7 +29,6 @@ use serde::Serialize;
 use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 /// Memory of the guest that it needs itself, in MiB.
@@ -62,8 +61,8 @@ pub struct Options {
     pub concurrency: u32,
     /// Whether the snapshot's files are thrown out of the page cache each time.
     pub cold: bool,
-    /// Another VMM.
-    pub peer: Option<Peer>,
+    /// Other VMMs, each of another kind.
+    pub peers: Vec<Peer>,
 }
 
 impl Default for Options {
@@ -78,7 +77,7 @@ impl Default for Options {
             write_fraction: 1.0,
             concurrency: 1,
             cold: false,
-            peer: None,
+            peers: Vec::new(),
         }
     }
 }
@@ -105,7 +104,15 @@ impl Options {
             _ if !(1..=MOST_AT_ONCE).contains(&concurrency) => {
                 Err(format!("--concurrency {concurrency}: must be 1 to {MOST_AT_ONCE}"))
             }
-            _ => Ok(()),
+            _ => self.check_peers(),
+        }
+    }
+
+    fn check_peers(&self) -> Result<(), String> {
+        let mut kinds = self.peers.iter().enumerate().map(|(number, Peer { kind, .. })| (number, kind));
+        match kinds.find(|(number, kind)| self.peers[..*number].iter().any(|peer| peer.kind == **kind)) {
+            Some((_, kind)) => Err(format!("--peer: `{}` is named twice", kind.name())),
+            None => Ok(()),
         }
     }
 
@@ -135,15 +142,23 @@ impl Options {
         let backends = Backend::ALL.into_iter().filter(|one| self.backend.is_none_or(|backend| backend == *one));
         let shells = [Shell::None, Shell::Warm].into_iter();
         let shells = shells.filter(|one| self.shell.is_none_or(|shell| shell == *one));
-        let ours = backends.flat_map(|backend| shells.clone().map(move |shell| (false, shell, backend)));
-        let theirs = shells.clone().map(|shell| (true, shell, Backend::File));
-        let vmms = ours.chain(theirs.filter(|_| self.peer.is_some()));
-        let touches = self.touches();
-        let all = vmms.flat_map(|(is_peer, shell, backend)| {
-            touches.iter().map(move |touch| Case { is_peer, shell, backend, touch: *touch })
-        });
+        let mut vmms: Vec<(Vmm, Channel, Backend)> = backends.map(|one| (Vmm::Ours, Channel::Vsock, one)).collect();
+        for kind in self.peers.iter().map(|peer| peer.kind) {
+            // Ours is called in the same way.
+            if !vmms.iter().any(|(vmm, channel, _)| (*vmm, *channel) == (Vmm::Ours, kind.channel())) {
+                vmms.push((Vmm::Ours, kind.channel(), self.backend.unwrap_or(Backend::File)));
+            }
+            vmms.push((Vmm::Peer(kind), kind.channel(), Backend::File));
+        }
+        let mut cases = Vec::new();
+        for (vmm, channel, backend) in vmms {
+            for shell in shells.clone() {
+                cases.extend(self.touches().into_iter().map(|touch| Case { vmm, channel, shell, backend, touch }));
+            }
+        }
         // A page server that copies gets nothing ready, and is not what a working set is for.
-        all.filter(|case| case.backend != Backend::Copy || case.touch == Touch::Nothing).collect()
+        cases.retain(|case| case.backend != Backend::Copy || case.touch == Touch::Nothing);
+        cases
     }
 
     /// The pages that a guest touches.
@@ -253,10 +268,21 @@ impl Touch {
     }
 }
 
+/// Whose a clone is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Vmm {
+    /// Ours.
+    Ours,
+    /// Another's.
+    Peer(Kind),
+}
+
 /// One way to get a clone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 struct Case {
-    is_peer: bool,
+    vmm: Vmm,
+    channel: Channel,
     shell: Shell,
     backend: Backend,
     touch: Touch,
@@ -264,14 +290,18 @@ struct Case {
 
 impl Case {
     fn name(&self) -> String {
-        let Case { is_peer, shell, backend, touch } = self;
-        let peer = if *is_peer { "peer." } else { "" };
-        format!("restore.{peer}{}.{}.{}", shell.name(), backend.name(), touch.name())
+        let Case { vmm, channel, shell, backend, touch } = self;
+        let whose = match (vmm, channel) {
+            (Vmm::Peer(kind), _) => format!("{}.", kind.name()),
+            (Vmm::Ours, Channel::Serial) => "serial.".to_owned(),
+            (Vmm::Ours, Channel::Vsock) => String::new(),
+        };
+        format!("restore.{whose}{}.{}.{}", shell.name(), backend.name(), touch.name())
     }
 
     /// Whether both differ in what VMM it is, and in nothing that matters.
     fn is_like(&self, other: &Case) -> bool {
-        (self.shell, self.touch) == (other.shell, other.touch)
+        (self.channel, self.shell, self.touch) == (other.channel, other.shell, other.touch)
     }
 }
 
@@ -332,9 +362,9 @@ pub struct Report {
     cases: Vec<Measured>,
     /// What a working set adds to the median, in microseconds.
     added_us: Vec<(String, String, f64)>,
-    /// The other VMM's version, if it tells.
-    peer: Option<String>,
-    /// Beside the other VMM.
+    /// The other VMMs, and what they say of their versions.
+    peers: Vec<(Kind, String)>,
+    /// Beside other VMMs.
     compared: Vec<Compared>,
 }
 
@@ -392,45 +422,44 @@ impl super::Report for Report {
 
 /// Measures.
 pub fn run(options: &Options) -> Result<Report, BenchError> {
-    let bench = Bench { place: Workplace::new(PATIENCE)?, options: options.clone() };
+    let mut bench = Bench { place: Workplace::new(PATIENCE)?, options: options.clone(), peers: Vec::new() };
     bench.write_snapshots()?;
-    let peer = match &options.peer {
-        Some(peer) => {
-            let prepare =
-                |agent: &mut AgentClient| bench.fill(|request| agent.call(request).map_err(BenchError::Agent));
-            Some(peer.prepare(&bench.place, bench.machine(), prepare)?)
-        }
-        None => None,
-    };
+    for peer in &options.peers {
+        let fill = |agent: &mut AgentClient| bench.fill(|request| agent.call(request).map_err(BenchError::Agent));
+        let prepared = peer.prepare(&bench.place, bench.machine(), fill)?;
+        bench.peers.push(prepared);
+    }
     let cases = options.cases();
     let _servers = bench.start_servers(&cases)?;
     // The first clones of each kind find nothing in any cache.
     for case in &cases {
-        bench.measure_at_once(*case, peer.as_ref())?;
+        bench.measure_at_once(*case)?;
     }
     let mut samples: Vec<Vec<Sample>> = cases.iter().map(|_| Vec::new()).collect();
     for _ in 0..options.clones() / options.concurrency {
         for (case, samples) in cases.iter().zip(&mut samples) {
-            samples.extend(bench.measure_at_once(*case, peer.as_ref())?);
+            samples.extend(bench.measure_at_once(*case)?);
         }
     }
-    let version = peer.map(|peer| peer.version);
-    Ok(bench.report(&cases, &samples, version))
+    Ok(bench.report(&cases, &samples))
 }
 
 struct Bench {
     place: Workplace,
     options: Options,
+    peers: Vec<Prepared>,
 }
 
 /// What is there before a clone is asked for.
-enum Ready {
+enum Ready<'a> {
     /// Nothing but what it is going to be called.
     Name(String),
     /// A shell.
     Shell(guest::Shell),
+    /// Nothing but what a process of another VMM is going to be called.
+    PeerName(&'a Prepared, String),
     /// A process of another VMM that waits.
-    Peer(Process),
+    Peer(&'a Prepared, Process),
 }
 
 impl Bench {
@@ -479,58 +508,61 @@ impl Bench {
         touches.map(|touch| self.place.start_page_server(&self.snapshot(touch), &self.socket(touch), &[])).collect()
     }
 
+    /// The other VMM whose clones these are, if they are.
+    fn peer(&self, case: Case) -> Option<&Prepared> {
+        self.peers.iter().find(|peer| case.vmm == Vmm::Peer(peer.kind))
+    }
+
     /// So many at once as are to be.
-    fn measure_at_once(&self, case: Case, peer: Option<&Prepared>) -> Result<Vec<Sample>, BenchError> {
+    fn measure_at_once(&self, case: Case) -> Result<Vec<Sample>, BenchError> {
         self.place.go_on()?;
         if self.options.cold && case.backend == Backend::File {
-            let dir =
-                if case.is_peer { peer.map(|peer| peer.snapshot.clone()) } else { Some(self.snapshot(case.touch)) };
-            forget(&dir.unwrap_or_default())?;
+            forget(&self.peer(case).map_or_else(|| self.snapshot(case.touch), |peer| peer.snapshot.clone()))?;
         }
         // Everything is there that is there before a clone is asked for, and stays until the last has replied.
         let mut ready = Vec::new();
         for number in 0..self.options.concurrency {
-            ready.push(self.get_ready(case, number, peer)?);
+            ready.push(self.get_ready(case, number)?);
         }
         let all = Together::new(ready.len());
         if let [only] = &mut ready[..] {
-            return Ok(vec![self.measure(case, only, peer, &mut all.member())?]);
+            return Ok(vec![self.measure(case, only, &mut all.member())?]);
         }
         std::thread::scope(|scope| {
             let all = &all;
-            let start = |ready| scope.spawn(move || self.measure(case, ready, peer, &mut all.member()));
+            let start = |ready| scope.spawn(move || self.measure(case, ready, &mut all.member()));
             let threads: Vec<_> = ready.iter_mut().map(start).collect();
             threads.into_iter().map(|one| one.join().unwrap_or_else(|e| std::panic::resume_unwind(e))).collect()
         })
     }
 
-    fn get_ready(&self, case: Case, number: u32, peer: Option<&Prepared>) -> Result<Ready, BenchError> {
-        Ok(match (peer.filter(|_| case.is_peer), case.shell) {
+    fn get_ready(&self, case: Case, number: u32) -> Result<Ready<'_>, BenchError> {
+        let peer = |peer| (peer, format!("clone{number}"));
+        Ok(match (self.peer(case).map(peer), case.shell) {
             (None, Shell::None) => Ready::Name(format!("clone{number}")),
-            (None, Shell::Warm) => Ready::Shell(self.place.shell(&format!("shell{number}"), self.machine())?),
-            (Some(_), Shell::None) => Ready::Name(format!("peer{number}")),
-            (Some(peer), Shell::Warm) => Ready::Peer(peer.start(&self.place, &format!("peer{number}"))?),
+            (None, Shell::Warm) => {
+                Ready::Shell(self.place.shell(&format!("shell{number}"), self.machine(), case.channel)?)
+            }
+            (Some((peer, name)), Shell::None) => Ready::PeerName(peer, name),
+            (Some((peer, name)), Shell::Warm) => Ready::Peer(peer, peer.start(&self.place, &name)?),
         })
     }
 
-    fn measure(
-        &self,
-        case: Case,
-        ready: &mut Ready,
-        peer: Option<&Prepared>,
-        all: &mut Member<'_>,
-    ) -> Result<Sample, BenchError> {
+    fn measure(&self, case: Case, ready: &mut Ready<'_>, all: &mut Member<'_>) -> Result<Sample, BenchError> {
         all.wait_at(Gate::Start);
-        match (ready, peer.filter(|_| case.is_peer)) {
-            (Ready::Name(name), None) => self.measure_process(case, name, all),
-            (Ready::Name(name), Some(peer)) => {
-                let before = Instant::now();
-                let mut process = peer.start(&self.place, name)?;
-                self.measure_peer(case, &mut process, peer, before, all)
+        let before = Instant::now();
+        match ready {
+            Ready::Name(name) => self.measure_process(case, name, before, all),
+            Ready::Shell(shell) => self.measure_shell(case, shell, before, all),
+            Ready::PeerName(peer, name) => {
+                let mut process = peer.restore(&self.place, name)?;
+                self.measure_peer(case, &mut process, (before, None), all)
             }
-            (Ready::Shell(shell), _) => self.measure_shell(case, shell, all),
-            (Ready::Peer(process), Some(peer)) => self.measure_peer(case, process, peer, Instant::now(), all),
-            (Ready::Peer(_), None) => Err(BenchError::WrongPages("restore")),
+            Ready::Peer(peer, process) => {
+                process.load(peer)?;
+                let to_answer = Some(before.elapsed());
+                self.measure_peer(case, process, (before, to_answer), all)
+            }
         }
     }
 
@@ -541,10 +573,16 @@ impl Bench {
         Ok(())
     }
 
-    fn measure_process(&self, case: Case, name: &str, all: &mut Member<'_>) -> Result<Sample, BenchError> {
-        let before = Instant::now();
+    fn measure_process(
+        &self,
+        case: Case,
+        name: &str,
+        before: Instant,
+        all: &mut Member<'_>,
+    ) -> Result<Sample, BenchError> {
         let first = self.options.requests(case.touch);
-        let mut guest = self.place.restore_and_ask(name, &self.snapshot(case.touch), &first, |vmm| {
+        let snapshot = self.snapshot(case.touch);
+        let mut guest = self.place.restore_and_ask((name, case.channel), &snapshot, &first, |vmm| {
             if case.backend != Backend::File {
                 vmm.arg("--uffd").arg(self.socket(case.touch));
             }
@@ -561,7 +599,13 @@ impl Bench {
         Ok(Sample { to_reply, to_answer: None, phases: load_phases(&mut client)? })
     }
 
-    fn measure_shell(&self, case: Case, shell: &mut guest::Shell, all: &mut Member<'_>) -> Result<Sample, BenchError> {
+    fn measure_shell(
+        &self,
+        case: Case,
+        shell: &mut guest::Shell,
+        before: Instant,
+        all: &mut Member<'_>,
+    ) -> Result<Sample, BenchError> {
         let failed = |source| BenchError::Api { what: "cannot load a snapshot into a shell", source };
         let backend_type = match case.backend {
             Backend::File => None,
@@ -574,10 +618,9 @@ impl Bench {
             mem_backend: backend_type.map(|backend_type| MemBackend::of(backend_type, self.socket(case.touch))),
             ..SnapshotLoad::of(self.snapshot(case.touch))
         };
-        let before = Instant::now();
         shell.client.put("/snapshot/load", &load).map_err(failed)?;
         let to_answer = Some(before.elapsed());
-        let mut agent = AgentClient::connect(&shell.vsock, PATIENCE).map_err(BenchError::Agent)?;
+        let mut agent = shell.agent().map_err(BenchError::Agent)?;
         self.ask(case, &mut agent)?;
         let to_reply = before.elapsed();
         all.wait_at(Gate::Reply);
@@ -589,13 +632,10 @@ impl Bench {
         &self,
         case: Case,
         process: &mut Process,
-        peer: &Prepared,
-        before: Instant,
+        (before, to_answer): (Instant, Option<Duration>),
         all: &mut Member<'_>,
     ) -> Result<Sample, BenchError> {
-        process.load(peer)?;
-        let to_answer = (case.shell == Shell::Warm).then(|| before.elapsed());
-        let mut agent = AgentClient::connect(&process.vsock, PATIENCE).map_err(BenchError::Agent)?;
+        let mut agent = process.agent()?;
         self.ask(case, &mut agent)?;
         let to_reply = before.elapsed();
         all.wait_at(Gate::Reply);
@@ -629,26 +669,24 @@ impl Bench {
     }
 
     fn title(&self, case: &Case) -> String {
-        let Case { is_peer, shell, backend, touch } = case;
-        let vmm = match (is_peer, shell) {
-            (false, Shell::None) => "vmm --restore".to_owned(),
-            (false, Shell::Warm) => "load into a warm shell".to_owned(),
-            (true, _) => {
-                let name = self.options.peer.as_ref().map_or("", |peer| peer.kind.title());
-                let how = if *shell == Shell::None { "from exec" } else { "load" };
-                format!("{name}, {how}")
-            }
+        let Case { vmm, channel, shell, backend, touch } = case;
+        let vmm = match (vmm, shell) {
+            (Vmm::Ours, Shell::None) => "vmm --restore".to_owned(),
+            (Vmm::Ours, Shell::Warm) => "load into a warm shell".to_owned(),
+            (Vmm::Peer(kind), Shell::None) => format!("{}, from exec", kind.title()),
+            (Vmm::Peer(kind), Shell::Warm) => format!("{}, load", kind.title()),
         };
+        let channel = if *channel == Channel::Serial { ", over COM1" } else { "" };
         let pages = self.options.working_set;
         let touched = match touch {
             Touch::Nothing => String::new(),
             Touch::Contiguous => format!(", {pages} pages in a row"),
             Touch::Scattered => format!(", {pages} scattered pages"),
         };
-        format!("{vmm}, {}{touched}", backend.title())
+        format!("{vmm}, {}{channel}{touched}", backend.title())
     }
 
-    fn report(&self, cases: &[Case], samples: &[Vec<Sample>], peer: Option<String>) -> Report {
+    fn report(&self, cases: &[Case], samples: &[Vec<Sample>]) -> Report {
         let times = |case: &Case| -> Vec<Duration> {
             let found = cases.iter().zip(samples).find(|(one, _)| *one == case);
             found.map(|(_, samples)| samples.iter().map(|sample| sample.to_reply).collect()).unwrap_or_default()
@@ -661,12 +699,14 @@ impl Bench {
             let what = format!("{}: added", self.title(case));
             (format!("{}-added", case.name()), what, of(case) - of(&plain(case)))
         });
-        let pairs = cases.iter().filter(|case| !case.is_peer).flat_map(|ours| {
-            cases.iter().filter(|theirs| theirs.is_peer && theirs.is_like(ours)).map(move |theirs| (ours, theirs))
+        let pairs = cases.iter().filter(|case| case.vmm == Vmm::Ours).flat_map(|ours| {
+            cases.iter().filter(|theirs| theirs.is_like(ours)).filter_map(move |theirs| match theirs.vmm {
+                Vmm::Peer(kind) => Some((ours, theirs, kind.title())),
+                Vmm::Ours => None,
+            })
         });
-        let peer_name = self.options.peer.as_ref().map_or("", |peer| peer.kind.title());
         let mut compared = Vec::new();
-        for (ours, theirs) in pairs {
+        for (ours, theirs, peer_name) in pairs {
             let what = format!("{}, beside {peer_name}", self.title(ours));
             let ratio = compare::medians(&times(ours), &times(theirs));
             compared.push(Compared { name: format!("{}-to-peer", ours.name()), what, ratio });
@@ -688,63 +728,9 @@ impl Bench {
             write_fraction,
             cases: measured,
             added_us: added.collect(),
-            peer,
+            peers: self.peers.iter().map(|peer| (peer.kind, peer.version.clone())).collect(),
             compared,
         }
-    }
-}
-
-/// Where clones that are asked for at once wait for each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Gate {
-    /// Before any is asked for.
-    Start,
-    /// Until all have replied, or cannot.
-    Reply,
-}
-
-/// Clones that are asked for at once.
-struct Together {
-    /// How many have not come to each gate yet.
-    missing: Mutex<[usize; 2]>,
-    came: Condvar,
-}
-
-/// One of them. Whatever becomes of it, nobody waits for it for ever.
-struct Member<'a> {
-    all: &'a Together,
-    came: [bool; 2],
-}
-
-impl Together {
-    fn new(count: usize) -> Self {
-        Together { missing: Mutex::new([count; 2]), came: Condvar::new() }
-    }
-
-    fn member(&self) -> Member<'_> {
-        Member { all: self, came: [false; 2] }
-    }
-}
-
-impl Member<'_> {
-    fn come_to(&mut self, gate: Gate) {
-        if !std::mem::replace(&mut self.came[gate as usize], true) {
-            lock(&self.all.missing)[gate as usize] -= 1;
-            self.all.came.notify_all();
-        }
-    }
-
-    fn wait_at(&mut self, gate: Gate) {
-        self.come_to(gate);
-        let missing = lock(&self.all.missing);
-        drop(self.all.came.wait_timeout_while(missing, PATIENCE, |missing| missing[gate as usize] > 0));
-    }
-}
-
-impl Drop for Member<'_> {
-    fn drop(&mut self) {
-        self.come_to(Gate::Start);
-        self.come_to(Gate::Reply);
     }
 }
 
@@ -779,7 +765,6 @@ fn load_phases(client: &mut RestClient) -> Result<Phases, BenchError> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::peer::Kind;
     use super::*;
 
     fn options() -> Options {
@@ -797,9 +782,16 @@ mod tests {
         assert_eq!(count(Options { backend: shared, shell: warm, ..Options::default() }), 1);
         assert_eq!(count(Options { backend: file, ..options() }), 6);
         assert_eq!(count(Options { backend: Some(Backend::Copy), ..options() }), 2);
-        let peer = Some(Peer { kind: Kind::Firecracker, program: "f".into() });
-        assert_eq!(count(Options { backend: file, peer, ..options() }), 12);
-        let names: Vec<String> = options().cases().iter().map(Case::name).collect();
+        let peer = |kind| Peer { kind, program: "p".into() };
+        let (firecracker, qemu) = (peer(Kind::Firecracker), peer(Kind::Qemu));
+        assert_eq!(count(Options { backend: file, peers: vec![firecracker.clone()], ..options() }), 12);
+        // Ours is called over COM1 as well.
+        assert_eq!(count(Options { backend: file, peers: vec![qemu.clone()], ..options() }), 18);
+        let all = Options { peers: vec![firecracker.clone(), qemu], ..options() };
+        assert!(all.check().is_ok());
+        let twice = Options { peers: vec![firecracker.clone(), firecracker], ..options() };
+        assert!(twice.check().unwrap_err().contains("named twice"));
+        let names: Vec<String> = all.cases().iter().map(Case::name).collect();
         assert!(names.iter().enumerate().all(|(number, name)| !names[..number].contains(name)), "{names:?}");
     }
 
@@ -817,28 +809,6 @@ mod tests {
                 assert!(options.pages(touch).fits((128 - GUEST_OWN_MIB as u32) * 256));
             }
         }
-    }
-
-    #[test]
-    fn whoever_fails_keeps_nobody_waiting() {
-        let all = Together::new(3);
-        let replied = std::sync::atomic::AtomicUsize::new(0);
-        std::thread::scope(|scope| {
-            for number in 0..3 {
-                let (all, replied) = (&all, &replied);
-                scope.spawn(move || {
-                    let mut member = all.member();
-                    member.wait_at(Gate::Start);
-                    if number == 0 {
-                        return;
-                    }
-                    replied.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
-                    member.wait_at(Gate::Reply);
-                    assert_eq!(replied.load(std::sync::atomic::Ordering::SeqCst), 2);
-                });
-            }
-        });
-        assert_eq!(*lock(&all.missing), [0, 0]);
     }
 
     #[test]

@@ -123,7 +123,7 @@ fn of_restore(options: &mut restore::Options, name: &str, parser: &mut Parser) -
         "write-fraction" => options.write_fraction = value(parser, "--write-fraction", "a number from 0 to 1")?,
         "concurrency" => options.concurrency = value(parser, "--concurrency", "a number")?,
         "cold" => options.cold = true,
-        "peer" => options.peer = Some(Peer::parse(&parser.value()?).map_err(choice)?),
+        "peer" => options.peers.push(Peer::parse(&parser.value()?).map_err(choice)?),
         "backend" => match parser.value()?.string()?.as_str() {
             "file" => options.backend = Some(Backend::File),
             "shared" => options.backend = Some(Backend::Shared),
@@ -142,11 +142,11 @@ fn of_restore(options: &mut restore::Options, name: &str, parser: &mut Parser) -
 
 /// Every benchmark, as the published figures are made.
 fn parse_all(args: &[OsString]) -> Result<Command, UsageError> {
-    let (mut most, mut peer, mut peer_handler) = (None, None, None);
+    let (mut most, mut peers, mut peer_handler) = (None, Vec::new(), None);
     let own = |name: &str, parser: &mut Parser| {
         match name {
             "n" => most = Some(value(parser, "--n", "a number")?),
-            "peer" => peer = Some(Peer::parse(&parser.value()?).map_err(choice)?),
+            "peer" => peers.push(Peer::parse(&parser.value()?).map_err(choice)?),
             "peer-handler" => peer_handler = Some(parser.value()?.into()),
             _ => return Ok(false),
         }
@@ -156,7 +156,7 @@ fn parse_all(args: &[OsString]) -> Result<Command, UsageError> {
     if most == Some(0) {
         return Err(choice("--n 0: must be at least 1".into()));
     }
-    let benchmarks = bench::all(most.unwrap_or(u32::MAX), peer, peer_handler);
+    let benchmarks = bench::all(most.unwrap_or(u32::MAX), peers, peer_handler);
     Ok(Command::Bench(bench::Request { benchmarks, output }))
 }
 
@@ -265,7 +265,7 @@ mod tests {
             write_fraction: 0.5,
             concurrency: 4,
             cold: true,
-            peer: Some(Peer::parse("firecracker=/f".as_ref()).unwrap()),
+            peers: vec![Peer::parse("firecracker=/f".as_ref()).unwrap()],
         };
         assert_eq!(benchmark(line), Benchmark::Restore(wanted));
         for bad in [
