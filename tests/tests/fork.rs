@@ -37,9 +37,16 @@ const ON_DISK: Pages = Pages { first: 10, count: 40, stride: 3 };
 
 /// A vmm with a shell that a guest of [`MIB`] fits.
 fn shell(place: &Place, name: &str) -> Vm {
+    shell_with(place, name, &[])
+}
+
+/// The same with drives of these names.
+fn shell_with(place: &Place, name: &str, drives: &[&str]) -> Vm {
+    let drive = |name: &&str| json!({ "drive_id": name, "path_on_host": "/nowhere" });
     let config = json!({
         "machine-config": { "vcpu_count": 1, "mem_size_mib": MIB },
         "vsock": { "guest_cid": 3, "uds_path": place.join(format!("{name}.vsock")) },
+        "drives": drives.iter().map(drive).collect::<Vec<_>>(),
     });
     let path = place.join(format!("{name}.json"));
     std::fs::write(&path, config.to_string()).expect("a file can be made in the test's directory");
@@ -372,10 +379,15 @@ fn disks_are_forked_at_the_same_instant_and_all_go_their_own_ways() {
     let boot = Boot::new(&place).memory_mib(MIB).drive(overlay("data", &image)).drive(read_only);
     let (mut parent, mut agent) = boot.ready("parent");
     put_on_disk(&mut agent, ON_DISK, SEED);
-    // A shell has no disks, so the clone is built anew, with the sockets of the shell.
-    let (mut first, mut second) = (shell(&place, "first"), empty(&place, "second"));
-    fork(&mut parent, &[as_it_is(&first), anew(&second)]);
-    let mut agents = [agent, first.agent(), second.agent()];
+    let mut first = shell_with(&place, "first", &["data", "constant"]);
+    let mut second = empty(&place, "second");
+    // One without drives makes way for a clone that is built anew, with the sockets of the shell.
+    let mut bare = shell(&place, "bare");
+    fork(&mut parent, &[as_it_is(&first), anew(&second), as_it_is(&bare)]);
+    for (vm, is_used) in [(&first, true), (&bare, false)] {
+        assert_eq!(!vm.process.log().contains("do not have the same drives"), is_used, "{}", vm.process.log());
+    }
+    let mut agents = [agent, first.agent(), second.agent(), bare.agent()];
     let half = Pages { count: ON_DISK.count / 2, ..ON_DISK };
     let rest = Pages { first: ON_DISK.first + half.count * half.stride, ..half };
     for (number, agent) in agents.iter_mut().enumerate() {

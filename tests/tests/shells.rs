@@ -2,13 +2,15 @@
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
+use api_spec::agent::{Pages, Request};
+use api_spec::devices::Drive;
 use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad, VsockOverride};
 use api_spec::stats::{TracedOperation, VmStats};
-use api_spec::vm::InstanceState;
+use api_spec::vm::{InstanceState, VmConfig};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use tests::vm::waiting_with;
-use tests::{PageServer, Place, Template, TemplateOptions, Vm, require, until};
+use tests::vm::{drive, waiting_with};
+use tests::{Agent, Boot, PageServer, Place, Restore, Template, TemplateOptions, Vm, require, until};
 
 /// A shell of so many vCPUs and so much memory, with a vsock device, and whatever else a configuration says.
 fn shell(place: &Place, name: &str, vcpus: u8, memory_mib: u64, more: Value) -> Vm {
@@ -79,7 +81,15 @@ fn a_snapshot_that_does_not_fit_the_shell_is_loaded_without_and_the_log_says_why
             16,
             json!({ "entropy": {} }),
             false,
-            "the shell's source of entropy is not that of the snapshot",
+            "the shell and the snapshot do not have the same source of entropy",
+        ),
+        (
+            "drives",
+            1,
+            16,
+            json!({ "drives": [{ "drive_id": "root", "path_on_host": "/nowhere" }] }),
+            false,
+            "the shell and the snapshot do not have the same drives",
         ),
         ("moved", 1, 16, json!({}), true, "vsock_override wants another host side than the shell has"),
     ] {
@@ -99,6 +109,82 @@ fn a_snapshot_that_does_not_fit_the_shell_is_loaded_without_and_the_log_says_why
         assert!(told.len() == 1 && told[0].contains(why), "{name}: {log}");
         vm.stop();
     }
+}
+
+/// Of its drives a shell needs to know no more than how they are called.
+#[test]
+fn disks_come_with_the_snapshot_into_drives_of_their_names() {
+    require!(Kvm);
+    const PAGES: Pages = Pages { first: 512, count: 40, stride: 3 };
+    const SEED: u64 = 11;
+    let place = Place::new();
+    let image = |name: &str| {
+        let path = place.join(name);
+        let made = std::fs::File::create(&path).and_then(|file| file.set_len(8 << 20));
+        made.expect("a file can be made in the test's directory");
+        path
+    };
+    // What is asked of the guest's disk is asked of the first.
+    let root = Drive { overlay: true, max_overlay_mib: Some(2), ..drive("root", &image("root.img")) };
+    let copied = drive("copied", &image("copied.img"));
+    let sealed = Drive { is_read_only: true, ..drive("sealed", &image("sealed.img")) };
+    let boot = Boot::new(&place).memory_mib(16).drive(root).drive(copied).drive(sealed);
+    let (mut original, mut agent) = boot.ready("original");
+    agent.fill(PAGES, SEED);
+    agent.disk_write(PAGES);
+    let snapshot = place.join("snapshot");
+    original.snapshot(&snapshot);
+    original.stop();
+
+    let wanted = {
+        let (mut clone, _) = Restore::new(&place, &snapshot).ready("plain");
+        let drives = clone.api().get::<VmConfig>("/vm/config").expect("a configuration").drives;
+        clone.stop();
+        drives
+    };
+    let named = |names: [&str; 3]| json!({ "drives": names.map(|name| json!({ "drive_id": name, "path_on_host": "/nowhere" })) });
+    let load = SnapshotLoad { resume_vm: true, ..SnapshotLoad::of(snapshot) };
+    let mut clones = ["first", "second"].map(|name| shell(&place, name, 1, 16, named(["root", "copied", "sealed"])));
+    let mut agents = clones.each_mut().map(|vm| {
+        vm.api().put("/snapshot/load", &load).expect("it fits");
+        let loaded = phases(vm, TracedOperation::Load);
+        assert!(!loaded.iter().any(|phase| BUILT.contains(&phase.as_str())), "the shell was used: {loaded:?}");
+        assert_eq!(vm.api().get::<VmConfig>("/vm/config").expect("a configuration").drives, wanted);
+        vm.agent()
+    });
+    let holds = |agent: &mut Agent, seed: u64| {
+        agent.fill(PAGES, !seed);
+        agent.disk_read(PAGES);
+        assert_eq!(agent.mismatches(PAGES, seed), 0, "{seed}");
+    };
+    for (agent, own) in agents.iter_mut().zip([1, 2]) {
+        holds(agent, SEED);
+        agent.fill(PAGES, own);
+        agent.disk_write(PAGES);
+    }
+    for ((vm, agent), own) in clones.iter_mut().zip(&mut agents).zip([1, 2]) {
+        holds(agent, own);
+        let stats = vm.client().stats().expect("counters");
+        let ids: Vec<_> = stats.drives.iter().map(|drive| (drive.drive_id.as_str(), drive.overlay_bytes)).collect();
+        assert_eq!(ids, [("root", 40 * 4096), ("copied", 0), ("sealed", 0)]);
+    }
+    // The bound of its overlay is that of the snapshot.
+    let [mut first, second] = clones;
+    let too_much = Pages::run(512, 600);
+    agents[0].fill(too_much, SEED);
+    let waits = agents[0].try_ask_within(std::time::Duration::from_millis(200), Request::DiskWrite { pages: too_much });
+    assert!(waits.is_err(), "{waits:?}");
+    until("the guest stands still", || first.state() == InstanceState::Paused);
+    first.stop();
+    second.stop();
+
+    // Another order is another machine.
+    let mut other = shell(&place, "other", 1, 16, named(["copied", "root", "sealed"]));
+    let vsock_override = Some(VsockOverride { uds_path: other.vsock.clone() });
+    other.api().put("/snapshot/load", &SnapshotLoad { vsock_override, ..load }).expect("loaded all the same");
+    holds(&mut other.agent(), SEED);
+    assert!(other.process.log().contains("do not have the same drives"), "{}", other.process.log());
+    other.stop();
 }
 
 #[test]
@@ -265,7 +351,11 @@ fn what_a_shell_cannot_have_is_refused_by_name() {
     let place = Place::new();
     for (name, more, why) in [
         ("boot", json!({ "boot-source": { "embedded_guest": true } }), "boot-source"),
-        ("drives", json!({ "drives": [{ "drive_id": "a", "path_on_host": "/a", "is_root_device": false }] }), "drives"),
+        (
+            "drives",
+            json!({ "drives": [{ "drive_id": "a", "path_on_host": "/a" }, { "drive_id": "a", "path_on_host": "/b" }] }),
+            "drive",
+        ),
         ("saved", json!({ "saved-state": { "path": "/a" } }), "saved-state"),
         (
             "private",

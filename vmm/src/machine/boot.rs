@@ -93,7 +93,8 @@ pub fn boot(plan: &BootPlan, outside: Outside, phases: &mut Phases) -> Result<Ma
     let vm = kvm::create(&kvm, &ram, plan.vcpus)?;
     phases.end("vm");
     let notifier = outside.notifier.clone();
-    let devices = wiring::wire(&vm.fd, &ram, &devices_plan, disks, outside)?;
+    let devices = wiring::wire(&vm.fd, &ram, &devices_plan, outside)?;
+    devices.insert_disks(&devices_plan.drives, disks);
     phases.end("devices");
     set_up_vcpus(&kvm, &vm.vcpus)?;
     phases.end("vcpu_state");

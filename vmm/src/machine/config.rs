@@ -559,14 +559,9 @@ pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
 
 /// Checks what a shell is to be built of: a configuration without what only a guest that is booted has.
 pub fn shape(config: &VmConfig) -> Result<Shape, ConfigError> {
-    let VmConfig { boot_source, drives, saved_state, machine_config, .. } = config;
+    let VmConfig { boot_source, saved_state, machine_config, .. } = config;
     let only_booted = "a shell has none: a snapshot brings its own; leave it out";
     refuse_if(boot_source.is_some(), "boot-source", only_booted)?;
-    refuse_if(
-        !drives.is_empty(),
-        "drives",
-        "a shell has none: a snapshot with disks is loaded without a shell; leave them out",
-    )?;
     refuse_if(saved_state.is_some(), "saved-state", "a shell has none: it loads what a request names; leave it out")?;
     refuse_if(
         machine_config.max_private_mib.is_some(),

@@ -739,7 +739,7 @@ impl Loadable for Offered {
     fn shell(&mut self, former: Option<Shape>, outside: Outside, phases: &mut Phases) -> Result<Shell, RestoreError> {
         let former = former.map(|shape| shape.devices).unwrap_or_default();
         take_host_side(&mut self.shape.devices, &self.load, former)?;
-        Ok(Shell::build(self.shape.clone(), std::mem::take(&mut self.disks), outside, phases)?)
+        Ok(Shell::build(self.shape.clone(), outside, phases)?)
     }
 
     fn load(
@@ -749,8 +749,9 @@ impl Loadable for Offered {
         signals: &Signals,
         phases: &mut Phases,
     ) -> Result<Machine, RestoreError> {
-        let Offered { state, layers, lowest, load, .. } = self;
+        let Offered { state, layers, lowest, load, shape, disks } = self;
         let (mut machine, held, low) = shell.open();
+        machine.insert_disks(shape.devices.drives, disks);
         if let Some(served) = load.served {
             let ForkServed { snapshot_path, digest, mem_backend } = &served;
             let snapshot = Arc::new(load::open_without_memory(snapshot_path)?);

@@ -49,6 +49,7 @@ pub mod turns;
 pub mod wiring;
 
 use crate::devices::lock;
+use crate::devices::virtio::block::Disk;
 use crate::devices::virtio::block::overlay::Folded;
 use crate::memory::kinds::Kinds;
 use crate::memory::replay::Replay;
@@ -281,6 +282,12 @@ impl Machine {
         stats.balloon = balloon.map(|(stats, _)| stats);
         stats.device_at_work = at_work;
         stats.console = lock(&self.devices.serial).stats();
+    }
+
+    /// Puts disks behind the drives, which nobody has used yet, and says how these are configured.
+    fn insert_disks(&mut self, drives: Vec<Drive>, disks: Vec<Disk>) {
+        self.devices.insert_disks(&drives, disks);
+        self.plan.drives = drives;
     }
 
     /// Gives the disk of this name the bounds that are said here.

@@ -207,7 +207,7 @@ impl Loadable for Opened<'_> {
     }
 
     fn shell(&mut self, _former: Option<Shape>, outside: Outside, phases: &mut Phases) -> Result<Shell, RestoreError> {
-        Ok(Shell::build(self.shape.clone(), std::mem::take(&mut self.disks), outside, phases)?)
+        Ok(Shell::build(self.shape.clone(), outside, phases)?)
     }
 
     fn load(
@@ -217,8 +217,9 @@ impl Loadable for Opened<'_> {
         signals: &Signals,
         phases: &mut Phases,
     ) -> Result<Machine, RestoreError> {
-        let Opened { request, backend, snapshot, allowed, lease, .. } = self;
+        let Opened { request, backend, snapshot, allowed, lease, shape, disks } = self;
         let (mut machine, held, low) = shell.open();
+        machine.insert_disks(shape.devices.drives, disks);
         let (snapshot, shares) = (Arc::new(snapshot), backend.shares());
         let policy = request.mem_backend.as_ref().and_then(|backend| backend.on_handler_loss);
         let replay_over = show(

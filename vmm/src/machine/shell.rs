@@ -15,7 +15,6 @@ use super::restore::{self, RestoreError};
 use super::snapshot;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, start_threads};
-use crate::devices::virtio::block::Disk;
 use crate::host;
 use crate::kvm::{self, KvmError};
 use crate::memory::{GuestRam, MemoryError, layout};
@@ -23,6 +22,7 @@ use crate::vcpu::VcpuError;
 use crate::vcpu::state::{StateShape, VcpuStateError};
 use ::snapshot::state::VcpuState;
 use ::snapshot::{compat, load};
+use api_spec::devices::Drive;
 use api_spec::snapshot::VsockOverride;
 use rustix::event::{EventfdFlags, eventfd};
 use std::io;
@@ -71,11 +71,8 @@ pub enum Misfit {
         snapshot: u64,
     },
     /// A device that one of them lacks, or that is another one.
-    #[error("the shell's {0} is not that of the snapshot")]
+    #[error("the shell and the snapshot do not have the same {0}")]
     Device(&'static str),
-    /// Disks, which are opened when it is known what is in them.
-    #[error("a shell has no disks, and the snapshot has")]
-    Drives,
     /// The request wants another host side of a device than the shell has.
     #[error("{0} wants another host side than the shell has")]
     HostSide(&'static str),
@@ -108,14 +105,13 @@ impl Shape {
             return Err(Misfit::Memory { shell: self.memory_bytes, snapshot: wanted.memory_bytes });
         }
         let DevicePlan { vsock, drives, network, entropy, balloon } = &wanted.devices;
-        if !drives.is_empty() {
-            return Err(Misfit::Drives);
-        }
         let own = &self.devices;
         let interfaces = |plan: &DevicePlan| -> Vec<_> {
             plan.network.iter().map(|interface| (interface.iface_id.clone(), interface.guest_mac)).collect()
         };
+        let ids = |drives: &[Drive]| -> Vec<String> { drives.iter().map(|drive| drive.drive_id.clone()).collect() };
         let same = [
+            ("drives", ids(&own.drives) == ids(drives)),
             ("vsock device", own.vsock.as_ref().map(|v| v.guest_cid) == vsock.as_ref().map(|v| v.guest_cid)),
             ("network interfaces", interfaces(own) == interfaces(&wanted.devices)),
             ("source of entropy", own.entropy.is_some() == entropy.is_some()),
@@ -151,8 +147,8 @@ pub struct Shell {
 }
 
 impl Shell {
-    /// Builds one. `disks` are what lies behind the drives of its shape.
-    pub fn build(shape: Shape, disks: Vec<Disk>, outside: Outside, phases: &mut Phases) -> Result<Self, ShellError> {
+    /// Builds one, with no disks behind its drives yet.
+    pub fn build(shape: Shape, outside: Outside, phases: &mut Phases) -> Result<Self, ShellError> {
         let Shape { vcpus, memory_bytes, devices: plan } = shape;
         // That is told of guests that are booted.
         let outside = Outside { boot_timer: false, ..outside };
@@ -163,7 +159,7 @@ impl Shell {
         let vm = kvm::create(&kvm, &ram, vcpus)?;
         phases.end("vm");
         let notifier = outside.notifier.clone();
-        let devices = wiring::wire(&vm.fd, &ram, &plan, disks, outside)?;
+        let devices = wiring::wire(&vm.fd, &ram, &plan, outside)?;
         phases.end("devices");
         let shape = StateShape::of_host(&kvm, &vm.fd).map_err(ShellError::Shape)?;
         let threads = start_threads(vm.vcpus, &devices, &notifier)?;
@@ -185,7 +181,11 @@ impl Shell {
             tracing::debug!("loads into this shell take longer: {e}");
         }
         let saved = match snapshot::save(&self.machine) {
-            Ok(saved) => saved,
+            // What is not there is in no manifest.
+            Ok(mut saved) => {
+                saved.devices.drives.clear();
+                saved
+            }
             Err(e) => return tracing::debug!("loads into this shell take longer: {e}"),
         };
         let facts = snapshot::facts(&self.machine, None, None);

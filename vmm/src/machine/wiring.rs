@@ -181,6 +181,13 @@ impl Devices {
         }
     }
 
+    /// Puts disks behind the drives, in the order of the plan. The guest must not have seen them yet.
+    pub fn insert_disks(&self, drives: &[Drive], disks: Vec<Disk>) {
+        for (slot, (drive, disk)) in self.drives.iter().zip(drives.iter().zip(disks)) {
+            lock(&slot.device).insert(block_config(drive), disk);
+        }
+    }
+
     /// Brings all devices of a machine whose vCPUs stand still to their saved state. The interrupt controllers must have theirs,
     /// since interrupts that were pending are raised again here. Devices leave guest memory alone until [`Devices::resume`].
     pub fn restore(&self, plan: &DevicePlan, saved: &DeviceState) -> Result<(), WireError> {
@@ -241,15 +248,9 @@ fn address(index: u32) -> u64 {
     MMIO_BASE + u64::from(index) * MMIO_STRIDE
 }
 
-/// Builds the devices of a machine, as after power-on, and connects them. `disks` are what lies behind the drives of the
-/// plan.
-pub fn wire(
-    vm: &VmFd,
-    ram: &GuestRam,
-    plan: &DevicePlan,
-    disks: Vec<Disk>,
-    outside: Outside,
-) -> Result<Devices, WireError> {
+/// Builds the devices of a machine, as after power-on, and connects them. There are no disks behind the drives yet
+/// ([`Devices::insert_disks`]).
+pub fn wire(vm: &VmFd, ram: &GuestRam, plan: &DevicePlan, outside: Outside) -> Result<Devices, WireError> {
     let Outside { notifier, console, reset, signals: _, boot_timer } = outside;
     let DevicePlan { vsock, drives, network, entropy, balloon } = plan;
     let mut pio = Bus::ports();
@@ -267,8 +268,7 @@ pub fn wire(
     }
     let mut virtio = Virtio { vm, memory, mmio, devices: Vec::new(), subscribers: Vec::new() };
     let vsock = vsock.as_ref().map(|config| virtio.add_vsock(config, notifier.clone())).transpose()?;
-    let drives = drives.iter().zip(disks).map(|(config, disk)| virtio.add_drive(config, disk, notifier.clone()));
-    let drives = drives.collect::<Result<_, _>>()?;
+    let drives = drives.iter().map(|drive| virtio.add_drive(drive, notifier.clone())).collect::<Result<_, _>>()?;
     let network = network.iter().map(|config| virtio.add_net(config)).collect::<Result<_, _>>()?;
     let entropy = entropy.as_ref().map(|config| virtio.add_entropy(config)).transpose()?;
     let balloon = balloon.map(|config| virtio.add_balloon(config, ram)).transpose()?;
@@ -291,6 +291,15 @@ fn check_saved(plan: &DevicePlan, saved: &DeviceState) -> Result<(), WireError> 
     match agree.into_iter().find(|(_, agree)| !agree) {
         Some((device, _)) => Err(WireError::DeviceMismatch(device)),
         None => Ok(()),
+    }
+}
+
+fn block_config(drive: &Drive) -> BlockConfig {
+    BlockConfig {
+        id: drive.drive_id.clone(),
+        flush: drive.cache_type == CacheType::Writeback,
+        rate_limiter: drive.rate_limiter,
+        max_overlay_mib: drive.max_overlay_mib,
     }
 }
 
@@ -342,15 +351,10 @@ impl Virtio<'_> {
         Ok(())
     }
 
-    fn add_drive(&mut self, config: &Drive, disk: Disk, notifier: Notifier) -> Result<Slot<Block>, WireError> {
+    fn add_drive(&mut self, drive: &Drive, notifier: Notifier) -> Result<Slot<Block>, WireError> {
         let halt = Box::new(move |halt| notifier.send(Notice::Halt(halt)));
-        let config = BlockConfig {
-            id: config.drive_id.clone(),
-            flush: config.cache_type == CacheType::Writeback,
-            rate_limiter: config.rate_limiter,
-            max_overlay_mib: config.max_overlay_mib,
-        };
-        let device = Block::new(config, disk, halt).map_err(WireError::Event)?;
+        let disk = Disk::absent().map_err(WireError::Event)?;
+        let device = Block::new(block_config(drive), disk, halt).map_err(WireError::Event)?;
         self.add(device)
     }
 

@@ -129,7 +129,7 @@ impl Driver {
         let shape = config::shape(&self.config)?;
         let (outside, input, pty) = self.outside()?;
         phases.end("console");
-        let mut shell = Shell::build(shape, Vec::new(), outside, &mut phases).map_err(RestoreError::from)?;
+        let mut shell = Shell::build(shape, outside, &mut phases).map_err(RestoreError::from)?;
         // What a load will need, and this process can find out and have at hand before.
         host::to_compare();
         program::populate();

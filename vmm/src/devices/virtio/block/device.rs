@@ -136,6 +136,10 @@ impl Outcome {
     }
 }
 
+fn limits(config: &BlockConfig, disk: &Disk) -> Limits {
+    Limits { size: disk.size(), read_only: disk.is_read_only(), flush: config.flush }
+}
+
 /// How a turn ended.
 enum Turn {
     /// The queue is empty.
@@ -154,7 +158,7 @@ impl Block {
     /// The result is both the device for a transport and a subscriber for the event manager.
     pub fn new(config: BlockConfig, disk: Disk, halt: HaltSink) -> io::Result<Arc<Mutex<Self>>> {
         Ok(Arc::new(Mutex::new(Block {
-            limits: Limits { size: disk.size(), read_only: disk.is_read_only(), flush: config.flush },
+            limits: limits(&config, &disk),
             event: Arc::new(EventFd::new(EFD_NONBLOCK)?),
             timer: Alarm::new()?,
             gate: Gate::Open,
@@ -167,6 +171,14 @@ impl Block {
             disk,
             halt,
         })))
+    }
+
+    /// Puts another disk behind it. Its driver must not have seen it yet.
+    pub fn insert(&mut self, config: BlockConfig, disk: Disk) {
+        self.limits = limits(&config, &disk);
+        self.rate = Rate::new(config.rate_limiter.as_ref(), Instant::now());
+        self.stats = DriveStats { drive_id: config.id.clone(), ..Default::default() };
+        (self.config, self.disk) = (config, disk);
     }
 
     /// What the disk has done.

@@ -254,6 +254,13 @@ pub enum Frozen {
 }
 
 impl Disk {
+    /// None: there is nothing to be read.
+    pub fn absent() -> io::Result<Disk> {
+        let file = rustix::fs::memfd_create("coppice-absent", rustix::fs::MemfdFlags::CLOEXEC)?;
+        let facts = ImageFacts { path: PathBuf::new(), size: 0, modified_ns: None };
+        Ok(Disk::raw(Image { file: Arc::new(file.into()), facts }, false))
+    }
+
     /// The image itself.
     pub fn raw(image: Image, writable: bool) -> Disk {
         Disk { size: image.facts.size, kind: Kind::Raw { image, writable } }
