@@ -1,5 +1,6 @@
 //! REST documents of a VM that is reset, in place, to what it was at a checkpoint.
 
+use crate::stats::PhaseTrace;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -47,7 +48,7 @@ impl Default for VmReset {
 }
 
 /// Answer to `PUT /vm/reset`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct VmResetDone {
     /// Pages that were brought back.
     pub dirty_pages: u64,
@@ -55,23 +56,6 @@ pub struct VmResetDone {
     pub fresh_pages: u64,
     /// Other pages that were dropped, since they were not written for several resets.
     pub dropped_pages: u64,
-    /// Where the time went.
-    pub phases: ResetPhases,
-}
-
-/// How long each part of a reset took, in microseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct ResetPhases {
-    /// Until the vCPUs stood still.
-    pub pause_us: u64,
-    /// To find out what was written.
-    pub harvest_us: u64,
-    /// To bring memory back.
-    pub memory_us: u64,
-    /// The same for vCPUs, interrupt controllers, timers and the clock.
-    pub state_us: u64,
-    /// The same for devices and disks.
-    pub devices_us: u64,
-    /// In all, until the vCPUs run again if they are to.
-    pub total_us: u64,
+    /// Where the time went, until the vCPUs ran again if they were to.
+    pub trace: PhaseTrace,
 }

@@ -111,6 +111,8 @@ pub enum TracedOperation {
     Load,
     /// The VM was forked: while it stood still.
     Fork,
+    /// The VM was reset.
+    Reset,
 }
 
 impl std::fmt::Display for TracedOperation {
@@ -120,6 +122,7 @@ impl std::fmt::Display for TracedOperation {
             TracedOperation::Shell => "shell",
             TracedOperation::Load => "load",
             TracedOperation::Fork => "fork",
+            TracedOperation::Reset => "reset",
         })
     }
 }

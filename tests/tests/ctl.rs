@@ -121,7 +121,7 @@ fn a_guest_is_configured_started_snapshotted_and_restored() {
     first.refused("reset", "there is no checkpoint");
     first.refused("loop --reset --count 1", "there is no checkpoint");
     assert!(first.told("checkpoint")["pause_us"].is_u64());
-    assert!(first.told("reset --max-dirty-pages 8192")["phases"]["total_us"].is_u64());
+    assert!(first.told("reset --max-dirty-pages 8192")["trace"]["total_ns"].is_u64());
     let rounds = first.told("loop --reset --count 3");
     assert!(rounds["rounds"] == 3 && rounds["reset_us"]["p50"].is_u64(), "{rounds}");
     assert!(first.told("loop --count 2").get("reset_us").is_none());

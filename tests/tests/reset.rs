@@ -31,7 +31,10 @@ fn try_reset(vm: &mut Vm, reset: VmReset) -> Result<VmResetDone, String> {
 }
 
 fn reset(vm: &mut Vm) -> VmResetDone {
-    try_reset(vm, VmReset::default()).unwrap_or_else(|e| panic!("{}: it is not reset: {e}", vm.name))
+    let done = try_reset(vm, VmReset::default()).unwrap_or_else(|e| panic!("{}: it is not reset: {e}", vm.name));
+    assert_eq!(done.trace.phases.iter().map(|phase| phase.ns).sum::<u64>(), done.trace.total_ns, "{:?}", done.trace);
+    assert!(vm.client().stats().expect("counters").traces.contains(&done.trace), "it is the last one");
+    done
 }
 
 fn reset_paused(vm: &mut Vm) -> VmResetDone {

@@ -1,7 +1,7 @@
 //! What a vmm says that an operation has spent its time on.
 
 use super::figure::Spread;
-use api_spec::stats::{TracedOperation, VmStats};
+use api_spec::stats::{PhaseTrace, TracedOperation, VmStats};
 use std::time::Duration;
 
 /// The phases of an operation, in order.
@@ -13,8 +13,12 @@ pub type Median = (String, f64);
 /// Those of the last operation of this kind.
 pub fn of(stats: VmStats, operation: TracedOperation) -> Phases {
     let trace = stats.traces.into_iter().find(|trace| trace.operation == operation);
-    let phases = trace.into_iter().flat_map(|trace| trace.phases);
-    phases.map(|phase| (phase.name, Duration::from_nanos(phase.ns))).collect()
+    trace.map(of_trace).unwrap_or_default()
+}
+
+/// Those of one.
+pub fn of_trace(trace: PhaseTrace) -> Phases {
+    trace.phases.into_iter().map(|phase| (phase.name, Duration::from_nanos(phase.ns))).collect()
 }
 
 /// Each phase with its median, as a report tells them.

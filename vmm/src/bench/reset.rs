@@ -7,10 +7,12 @@ use super::BenchError;
 use super::figure::{Figure, Spread, Unit};
 use super::guest::{Guest, PATIENCE, Workplace};
 use super::pattern::Case;
+use super::phases::{self, Median, Phases};
 use api_spec::agent::{Pages, Request};
 use api_spec::client::AgentClient;
 use api_spec::client::rest::RestError;
-use api_spec::reset::{ResetPhases, VmCheckpoint, VmReset};
+use api_spec::reset::{VmCheckpoint, VmReset};
+use api_spec::stats::PhaseTrace;
 use api_spec::vm::MachineConfig;
 use serde::Serialize;
 use std::fmt;
@@ -56,18 +58,10 @@ pub struct Row {
     pub memory_mib: u64,
     /// How many pages were brought back, in half of the resets no more.
     pub dirty_pages: u64,
-    /// Until the vCPUs stood still.
-    pub pause: Spread,
-    /// To find out what was written.
-    pub harvest: Spread,
-    /// To bring memory back.
-    pub memory: Spread,
-    /// To bring vCPUs and what else KVM holds back.
-    pub state: Spread,
-    /// To bring devices back.
-    pub devices: Spread,
-    /// All of it, as the vmm has it.
+    /// As the vmm has it.
     pub total: Spread,
+    /// Median of each phase of that, in microseconds, in order.
+    pub phases_us: Vec<Median>,
     /// As whoever asks has it.
     pub call: Spread,
     /// Only to copy as many pages.
@@ -90,19 +84,12 @@ impl fmt::Display for Report {
         for row in &self.resets {
             writeln!(f, "{}; {} MiB; {} brought back", row.case, row.memory_mib, row.dirty_pages)?;
             writeln!(f, "  {:<26} {}", "", Spread::heading())?;
-            for (name, spread) in [
-                ("pause", row.pause),
-                ("what was written", row.harvest),
-                ("memory", row.memory),
-                ("vCPUs and VM", row.state),
-                ("devices", row.devices),
-                ("in all", row.total),
-                ("for whoever asks", row.call),
-                ("a copy of as many pages", row.copy),
-            ] {
+            for (name, spread) in
+                [("inside the vmm", row.total), ("for whoever asks", row.call), ("a copy of as many pages", row.copy)]
+            {
                 writeln!(f, "  {name:<26} {}", spread.columns())?;
             }
-            writeln!(f)?;
+            writeln!(f, "  p50 of each phase: {}\n", phases::line(&row.phases_us))?;
         }
         writeln!(f, "GET / takes {:.1} us ({} resets of each kind)", self.get_info.p50_us, self.runs)
     }
@@ -113,17 +100,9 @@ impl super::Report for Report {
         let of_row = |row: &Row| {
             let name = |what: &str| format!("reset.{}.{what}", row.case.name());
             let title = |what: &str| format!("{}: {what}", row.case);
-            let parts = [
-                ("pause", row.pause),
-                ("what was written", row.harvest),
-                ("memory", row.memory),
-                ("vCPUs and VM", row.state),
-                ("devices", row.devices),
-            ]
-            .map(|(name, spread)| (name.to_owned(), spread.p50_us));
             let added = row.call.p50_us - row.total.p50_us;
             [
-                Figure::spread(name("inside"), title("inside the vmm"), &row.total).of_phases(&parts),
+                Figure::spread(name("inside"), title("inside the vmm"), &row.total).of_phases(&row.phases_us),
                 Figure::spread(name("client"), title("for whoever asks"), &row.call),
                 Figure::value(name("added"), title("what the call adds"), Unit::Us, added),
             ]
@@ -158,7 +137,7 @@ fn measure(
     let mut api = guest.api.client()?;
     until_quiet(&mut api)?;
     api.checkpoint(&VmCheckpoint {}).map_err(failed("no checkpoint"))?;
-    let (mut phases, mut calls, mut dirty): (Vec<ResetPhases>, Vec<Duration>, Vec<u64>) = Default::default();
+    let (mut traces, mut calls, mut dirty): (Vec<PhaseTrace>, Vec<Duration>, Vec<u64>) = Default::default();
     for round in 0..WARM_UP + runs {
         place.go_on()?;
         let _agent = ask(&vsock, Request::Write { pages, value: round.into() })?;
@@ -170,7 +149,7 @@ fn measure(
         if round >= WARM_UP {
             get_info.push(before.elapsed());
             calls.push(call);
-            phases.push(done.phases);
+            traces.push(done.trace);
             dirty.push(done.dirty_pages);
         }
     }
@@ -179,17 +158,14 @@ fn measure(
         return Err(BenchError::WrongPages("guest that was reset"));
     }
     dirty.sort_unstable();
-    let of = |part: fn(&ResetPhases) -> u64| Spread::of(phases.iter().map(part).map(Duration::from_micros).collect());
+    let total = Spread::of(traces.iter().map(|trace| Duration::from_nanos(trace.total_ns)).collect());
+    let phases: Vec<Phases> = traces.into_iter().map(phases::of_trace).collect();
     Ok(Row {
         case,
         memory_mib: case.memory_mib(),
         dirty_pages: dirty[dirty.len() / 2],
-        pause: of(|phases| phases.pause_us),
-        harvest: of(|phases| phases.harvest_us),
-        memory: of(|phases| phases.memory_us),
-        state: of(|phases| phases.state_us),
-        devices: of(|phases| phases.devices_us),
-        total: of(|phases| phases.total_us),
+        total,
+        phases_us: phases::medians(phases.iter()),
         call: Spread::of(calls),
         copy: copies(pages, runs),
     })

@@ -76,7 +76,7 @@ Options:
                          for each. The guest may fail at any time
   --same-generation      with --restore: keep the generation id, so that the guest takes itself for the original (tests)
   --strict               with --config: fail, instead of booting, if there is a saved state that cannot be used
-  --trace-phases         log what booting, and loading a snapshot, spends its time on (at level `info`, which is the default then)
+  --trace-phases         log what boots, loads, forks and resets spend their time on (at level `info`, which is the default then)
   --console PLACE        where the guest's COM1 leads: `stdio` (default), `pty`, or a file that output is appended to
   --api-sock PATH        Unix socket of the REST API; created, mode 0600, removed at the end
   --id NAME              the VM's name in the API (default `anonymous-instance`)

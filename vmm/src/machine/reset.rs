@@ -20,7 +20,7 @@ use super::Machine;
 use super::bases::Bases;
 use super::boot::{fresh_generation, write_generation};
 use super::keeper::Keeper;
-use super::phases::us_since;
+use super::phases::{Phases, us_since};
 use super::snapshot::{self, SnapshotError};
 use super::turns::AtWork;
 use super::wiring::{Devices, WireError};
@@ -35,7 +35,7 @@ use crate::vcpu::rewind::{Translations, VcpuMark};
 use crate::vcpu::state::VcpuStateError;
 use crate::vcpu::{self, VcpuError};
 use ::snapshot::state::{DeviceState, MachineState, VmState};
-use api_spec::reset::{ResetPhases, VmCheckpointed, VmReset, VmResetDone};
+use api_spec::reset::{VmCheckpointed, VmReset};
 use std::io;
 use std::time::Instant;
 use vm_memory::GuestMemoryError;
@@ -261,16 +261,27 @@ fn mark(machine: &mut Machine, may_fold: bool) -> Result<(Mark, Option<Frozen>),
     Ok((mark, frozen))
 }
 
+/// What a reset has undone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Undone {
+    /// Pages that were brought back.
+    pub pages: u64,
+    /// Of those, pages of the image of which there was no copy yet.
+    pub fresh: u64,
+    /// Other pages that were dropped, since they were not written for several resets.
+    pub dropped: u64,
+}
+
 /// Makes the machine what it was at its checkpoint. Its vCPUs stand still when this returns, unless there is no checkpoint, or one
 /// of them does not come to a standstill.
-pub fn reset(machine: &mut Machine, request: &VmReset) -> Result<VmResetDone, ResetError> {
-    let started = Instant::now();
+pub fn reset(machine: &mut Machine, request: &VmReset, phases: &mut Phases) -> Result<Undone, ResetError> {
     let was_running = machine.is_running();
     let mut mark = machine.resets.mark.take().ok_or(ResetError::NoCheckpoint)?;
     let turns = machine.turns().clone();
     let done = machine.pause().map_err(ResetError::from).and_then(|()| {
         let _turn = turns.take(vcpu::PAUSE_DEADLINE)?;
-        mark.reset(machine, request, us_since(started))
+        phases.end("pause");
+        mark.reset(machine, request, phases)
     });
     if !matches!(done, Err(ResetError::Broken(_))) {
         machine.resets.mark = Some(mark);
@@ -314,11 +325,10 @@ fn unmark(devices: &Devices) {
 
 impl Mark {
     /// Resets a machine whose vCPUs stand still.
-    fn reset(&mut self, machine: &mut Machine, request: &VmReset, pause_us: u64) -> Result<VmResetDone, ResetError> {
-        let mut lap = Lap(Instant::now());
+    fn reset(&mut self, machine: &mut Machine, request: &VmReset, phases: &mut Phases) -> Result<Undone, ResetError> {
         machine.take_written(&mut self.written).map_err(Broken::from)?;
         let pages = self.written.iter().map(Bits::count).sum();
-        let harvest_us = lap.us();
+        phases.end("written");
         if let Some(most) = request.max_dirty_pages.filter(|most| pages > *most) {
             return Err(ResetError::Dirty { pages, most });
         }
@@ -329,7 +339,7 @@ impl Mark {
         }
         let done = self.put_back_memory(machine)?;
         let dropped = if can_drop { self.memory.tidy(&machine.ram).map_err(Broken::from)? } else { 0 };
-        let memory_us = lap.us();
+        phases.end("memory");
         self.put_back_state(machine)?;
         machine.take_written(&mut self.written).map_err(Broken::from)?;
         if !can_drop && self.memory.has_to_drop(&self.written) {
@@ -339,15 +349,15 @@ impl Mark {
         if let Some(log) = &machine.resets.log {
             log.forget_tables(&machine.vm).map_err(Broken::from)?;
         }
-        let state_us = lap.us();
+        phases.end("state");
         self.put_back_devices(machine)?;
         if request.new_generation {
             renew_generation(machine)?;
         }
         machine.bases = self.bases.clone();
-        let phases = ResetPhases { pause_us, harvest_us, memory_us, state_us, devices_us: lap.us(), total_us: 0 };
-        let PutBack { pages: dirty_pages, fresh: fresh_pages } = done;
-        Ok(VmResetDone { dirty_pages, fresh_pages, dropped_pages: dropped, phases })
+        phases.end("device_state");
+        let PutBack { pages, fresh } = done;
+        Ok(Undone { pages, fresh, dropped })
     }
 
     fn put_back_memory(&mut self, machine: &Machine) -> Result<PutBack, Broken> {
@@ -390,15 +400,4 @@ fn renew_generation(machine: &Machine) -> Result<(), Broken> {
     let id = fresh_generation().map_err(Broken::Random)?;
     write_generation(machine.ram.memory(), &id).map_err(Broken::Generation)?;
     machine.devices.announce_generation().map_err(Broken::Announce)
-}
-
-/// Tells times apart that follow each other.
-struct Lap(Instant);
-
-impl Lap {
-    /// How long ago the last time began, in microseconds; the next begins.
-    fn us(&mut self) -> u64 {
-        let began = std::mem::replace(&mut self.0, Instant::now());
-        self.0.duration_since(began).as_micros() as u64
-    }
 }

@@ -64,7 +64,7 @@ impl Rounds {
                 let start = Instant::now();
                 let done = vm.reset(&VmReset::default()).map_err(refused("PUT /vm/reset"))?;
                 taken.reset.push(us_since(start));
-                taken.inside.push(done.phases.total_us);
+                taken.inside.push(done.trace.total_ns / 1000);
                 taken.dirty_pages.push(done.dirty_pages);
             }
         }
