@@ -227,7 +227,7 @@ impl Workplace {
         child: &mut Child,
         mut attempt: impl FnMut() -> Result<T, BenchError>,
     ) -> Result<T, BenchError> {
-        const SOON: Duration = Duration::from_micros(50);
+        const SOON: Duration = Duration::from_micros(100);
         let deadline = Instant::now() + PATIENCE;
         loop {
             match attempt() {

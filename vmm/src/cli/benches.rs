@@ -123,7 +123,7 @@ fn of_restore(options: &mut restore::Options, name: &str, parser: &mut Parser) -
         "write-fraction" => options.write_fraction = value(parser, "--write-fraction", "a number from 0 to 1")?,
         "concurrency" => options.concurrency = value(parser, "--concurrency", "a number")?,
         "cold" => options.cold = true,
-        "peer" => options.peers.push(Peer::parse(&parser.value()?).map_err(choice)?),
+        "peer" => Peer::add(&mut options.peers, &parser.value()?).map_err(choice)?,
         "backend" => match parser.value()?.string()?.as_str() {
             "file" => options.backend = Some(Backend::File),
             "shared" => options.backend = Some(Backend::Shared),
@@ -146,7 +146,7 @@ fn parse_all(args: &[OsString]) -> Result<Command, UsageError> {
     let own = |name: &str, parser: &mut Parser| {
         match name {
             "n" => most = Some(value(parser, "--n", "a number")?),
-            "peer" => peers.push(Peer::parse(&parser.value()?).map_err(choice)?),
+            "peer" => Peer::add(&mut peers, &parser.value()?).map_err(choice)?,
             "peer-handler" => peer_handler = Some(parser.value()?.into()),
             _ => return Ok(false),
         }

@@ -44,6 +44,14 @@ impl Kind {
         }
     }
 
+    /// Whether it has read all of memory before its guest runs, so that nothing that is touched then adds anything.
+    pub fn loads_all(self) -> bool {
+        match self {
+            Kind::Firecracker => false,
+            Kind::Qemu => true,
+        }
+    }
+
     /// How the agent of its guest is called. QEMU has no vsock device of its own, only one of the host's kernel, which many hosts do not
     /// have.
     pub fn channel(self) -> Channel {
@@ -64,7 +72,17 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// What `--peer` says: its name, and its program.
+    /// Adds what another `--peer` says; each kind can be named once.
+    pub fn add(peers: &mut Vec<Peer>, text: &OsStr) -> Result<(), String> {
+        let peer = Peer::parse(text)?;
+        if peers.iter().any(|known| known.kind == peer.kind) {
+            return Err(format!("--peer {}: {} is named already", text.display(), peer.kind.title()));
+        }
+        peers.push(peer);
+        Ok(())
+    }
+
+    /// Its name, and its program.
     pub fn parse(text: &OsStr) -> Result<Self, String> {
         let bytes = text.as_bytes();
         let program = |kind: Kind| bytes.strip_prefix(kind.name().as_bytes())?.strip_prefix(b"=");
@@ -189,5 +207,9 @@ mod tests {
             let refused = Peer::parse(bad.as_ref()).unwrap_err();
             assert!(refused.contains("`firecracker=PROGRAM` or `qemu=PROGRAM`"), "{bad}");
         }
+        let mut peers = Vec::new();
+        assert!(["firecracker=a", "qemu=b"].iter().all(|text| Peer::add(&mut peers, text.as_ref()).is_ok()));
+        assert!(Peer::add(&mut peers, "qemu=c".as_ref()).unwrap_err().contains("named already"));
+        assert_eq!(peers.len(), 2);
     }
 }
