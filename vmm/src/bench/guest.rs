@@ -227,6 +227,7 @@ impl Workplace {
         child: &mut Child,
         mut attempt: impl FnMut() -> Result<T, BenchError>,
     ) -> Result<T, BenchError> {
+        // Oftener would take the processor from the process that is waited for.
         const SOON: Duration = Duration::from_micros(100);
         let deadline = Instant::now() + PATIENCE;
         loop {
