@@ -356,6 +356,11 @@ fn what_a_shell_cannot_have_is_refused_by_name() {
             json!({ "drives": [{ "drive_id": "a", "path_on_host": "/a" }, { "drive_id": "a", "path_on_host": "/b" }] }),
             "drive",
         ),
+        (
+            "bounded",
+            json!({ "drives": [{ "drive_id": "a", "path_on_host": "/a", "overlay": true, "max_overlay_mib": 1 }] }),
+            "max_overlay_mib",
+        ),
         ("saved", json!({ "saved-state": { "path": "/a" } }), "saved-state"),
         (
             "private",

@@ -559,9 +559,15 @@ pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
 
 /// Checks what a shell is to be built of: a configuration without what only a guest that is booted has.
 pub fn shape(config: &VmConfig) -> Result<Shape, ConfigError> {
-    let VmConfig { boot_source, saved_state, machine_config, .. } = config;
+    let VmConfig { boot_source, drives, saved_state, machine_config, .. } = config;
     let only_booted = "a shell has none: a snapshot brings its own; leave it out";
     refuse_if(boot_source.is_some(), "boot-source", only_booted)?;
+    let bounded = drives.iter().any(|drive| drive.rate_limiter.is_some() || drive.max_overlay_mib.is_some());
+    refuse_if(
+        bounded,
+        "drives.rate_limiter or max_overlay_mib",
+        "a snapshot brings the bounds of its disks; leave it out",
+    )?;
     refuse_if(saved_state.is_some(), "saved-state", "a shell has none: it loads what a request names; leave it out")?;
     refuse_if(
         machine_config.max_private_mib.is_some(),

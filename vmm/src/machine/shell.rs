@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   before the request    VM, vCPUs and their threads, memory slots over reserved addresses, devices and their registrations
-//!   at the request        map memory over the addresses -> load vCPU, VM and device state -> run
+//!   at the request        disks behind the drives -> map memory over the addresses -> load vCPU, VM and device state -> run
 //! ```
 //!
 //! Every load goes through a shell: one that was built ahead (`vmm --shell`), or, if there is none or the snapshot does not
@@ -233,11 +233,17 @@ mod tests {
         }
     }
 
+    fn drive(id: &str, is_read_only: bool) -> Drive {
+        let drive = serde_json::json!({ "drive_id": id, "path_on_host": "/image", "is_read_only": is_read_only });
+        serde_json::from_value(drive).unwrap()
+    }
+
     fn shapes() -> impl Strategy<Value = Shape> {
         let vsock = prop::option::of((3..5u32, prop::sample::select(vec!["a", "b"])));
         let network = prop::option::of((prop::sample::select(vec!["tap0", "tap1"]), prop::option::of(1..3u8)));
-        (1..3u8, 1..3u64, vsock, network, prop::option::of(0..2u64), any::<bool>()).prop_map(
-            |(vcpus, mib, vsock, network, balloon, entropy)| Shape {
+        let drives = prop::collection::vec((prop::sample::select(vec!["a", "b"]), any::<bool>()), 0..3);
+        (1..3u8, 1..3u64, vsock, network, prop::option::of(0..2u64), any::<bool>(), drives).prop_map(
+            |(vcpus, mib, vsock, network, balloon, entropy, drives)| Shape {
                 vcpus,
                 memory_bytes: mib << 20,
                 devices: DevicePlan {
@@ -251,7 +257,7 @@ mod tests {
                         free_page_hinting: false,
                     }),
                     entropy: entropy.then(Default::default),
-                    drives: Vec::new(),
+                    drives: drives.into_iter().map(|(id, is_read_only)| drive(id, is_read_only)).collect(),
                 },
             },
         )
@@ -262,6 +268,8 @@ mod tests {
         let mut seen = shape.clone();
         seen.devices.vsock.iter_mut().for_each(|vsock| vsock.uds_path = "".into());
         seen.devices.network.iter_mut().for_each(|interface| interface.host_dev_name = String::new());
+        // What lies behind it is the snapshot's.
+        seen.devices.drives.iter_mut().for_each(|drive| drive.is_read_only = false);
         seen
     }
 

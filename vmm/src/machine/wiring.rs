@@ -59,8 +59,8 @@ pub enum WireError {
     /// Two devices in one place.
     #[error(transparent)]
     Bus(#[from] BusError),
-    /// No event descriptor.
-    #[error("cannot create an event descriptor: {0}; the limit on open files may be reached (ulimit -n)")]
+    /// No descriptor.
+    #[error("cannot create a descriptor for a device: {0}; the limit on open files may be reached (ulimit -n)")]
     Event(io::Error),
     /// KVM refused an interrupt or a kick.
     #[error("KVM refused the {what} of a device: {source}")]
@@ -353,8 +353,7 @@ impl Virtio<'_> {
 
     fn add_drive(&mut self, drive: &Drive, notifier: Notifier) -> Result<Slot<Block>, WireError> {
         let halt = Box::new(move |halt| notifier.send(Notice::Halt(halt)));
-        let disk = Disk::absent().map_err(WireError::Event)?;
-        let device = Block::new(block_config(drive), disk, halt).map_err(WireError::Event)?;
+        let device = Block::new(block_config(drive), halt).map_err(WireError::Event)?;
         self.add(device)
     }
 

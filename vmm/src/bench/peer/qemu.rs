@@ -72,13 +72,13 @@ pub fn prepare(
     something(&mut agent)?;
     // It goes on running until all is sent, so that clones run as well. The file's name needs no quotes: the shell works where it is.
     process.monitor.execute("migrate-set-parameters", json!({ "max-bandwidth": 1u64 << 40 }))?;
-    process.monitor.execute("migrate", json!({ "uri": format!("exec:cat > {STATE}") }))?;
+    process.monitor.execute("migrate", json!({ "uri": format!("exec:cat > part && mv part {STATE}") }))?;
     let deadline = Instant::now() + PATIENCE;
-    loop {
+    // Whoever writes the file may need a moment more than QEMU.
+    while !prepared.snapshot.join(STATE).exists() {
         place.go_on()?;
         let status = process.monitor.execute("query-migrate", json!({}))?;
         match status["status"].as_str() {
-            Some("completed") => break,
             Some("failed" | "cancelled") => return Err(refused("it takes no snapshot", &status)),
             _ if Instant::now() > deadline => return Err(BenchError::Late("QEMU has not taken a snapshot", PATIENCE)),
             _ => std::thread::sleep(Duration::from_millis(1)),
@@ -114,7 +114,8 @@ impl Process {
                 Start::Loading => drop(vmm.args(["-incoming", FROM_STANDARD_OUTPUT])),
             }
         })?;
-        let monitor = Monitor::connect(place, &mut child, &dir.join(QMP))?;
+        let monitor = Monitor::connect(place, &mut child, &dir.join(QMP));
+        let monitor = monitor.or_else(|e| why_it_ended(&mut child).and(Err(e)))?;
         Ok(Process { child, monitor, line })
     }
 
@@ -122,7 +123,7 @@ impl Process {
     pub fn load(&mut self) -> Result<(), BenchError> {
         let loading = self.monitor.execute("migrate-incoming", json!({ "uri": FROM_STANDARD_OUTPUT }));
         let runs = loading.and_then(|_| self.monitor.wait_until_resumed());
-        self.or_why_it_ended(runs)
+        runs.or_else(|e| why_it_ended(&mut self.child).and(Err(e)))
     }
 
     /// Waits until the guest runs, of which QMP tells once: before it was listened to, or after.
@@ -131,14 +132,7 @@ impl Process {
             Ok(status) if status["running"] == true => Ok(()),
             asked => asked.and_then(|_| self.monitor.wait_until_resumed()),
         };
-        self.or_why_it_ended(runs)
-    }
-
-    fn or_why_it_ended(&mut self, done: Result<(), BenchError>) -> Result<(), BenchError> {
-        if done.is_err() {
-            self.child.check_alive()?;
-        }
-        done
+        runs.or_else(|e| why_it_ended(&mut self.child).and(Err(e)))
     }
 
     /// The agent of the guest, over its COM1.
@@ -146,6 +140,16 @@ impl Process {
         let line = self.line.try_clone().map_err(io_error("cannot call a guest"))?;
         Ok(AgentClient::over(line, PATIENCE))
     }
+}
+
+/// An error if a process has ended, or does so at once: it closes its sockets before it can be waited for.
+fn why_it_ended(child: &mut Child) -> Result<(), BenchError> {
+    let deadline = Instant::now() + Duration::from_millis(200);
+    while Instant::now() < deadline {
+        child.check_alive()?;
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 /// A connection for QMP: a JSON document a line, requests and replies, and events in between.
@@ -164,16 +168,21 @@ impl Monitor {
             .and_then(|()| stream.set_write_timeout(Some(PATIENCE)))
             .map_err(failed)?;
         let mut monitor = Monitor { stream: BufReader::new(stream), version: String::new(), has_resumed: false };
-        let greeting = monitor.receive()?;
+        let greeting = monitor.receive(Instant::now() + PATIENCE)?;
         let number = |part| greeting["QMP"]["version"]["qemu"][part].as_u64().unwrap_or_default();
         monitor.version = format!("{}.{}.{}", number("major"), number("minor"), number("micro"));
         monitor.execute("qmp_capabilities", json!({}))?;
         Ok(monitor)
     }
 
-    fn receive(&mut self) -> Result<Value, BenchError> {
+    fn receive(&mut self, deadline: Instant) -> Result<Value, BenchError> {
+        if Instant::now() > deadline {
+            return Err(BenchError::Late("QEMU has not answered", PATIENCE));
+        }
         let mut line = Vec::new();
-        (&mut self.stream).take(LONGEST_LINE).read_until(b'\n', &mut line).map_err(failed)?;
+        if (&mut self.stream).take(LONGEST_LINE).read_until(b'\n', &mut line).map_err(failed)? == 0 {
+            return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+        }
         let message: Value = serde_json::from_slice(&line).map_err(|e| failed(e.into()))?;
         self.has_resumed |= message["event"] == "RESUME";
         Ok(message)
@@ -183,8 +192,9 @@ impl Monitor {
     fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, BenchError> {
         let request = json!({ "execute": command, "arguments": arguments });
         self.stream.get_mut().write_all(format!("{request}\n").as_bytes()).map_err(failed)?;
+        let deadline = Instant::now() + PATIENCE;
         loop {
-            let message = self.receive()?;
+            let message = self.receive(deadline)?;
             if let Some(why) = message.get("error") {
                 return Err(refused(command, why));
             }
@@ -195,8 +205,9 @@ impl Monitor {
     }
 
     fn wait_until_resumed(&mut self) -> Result<(), BenchError> {
+        let deadline = Instant::now() + PATIENCE;
         while !self.has_resumed {
-            self.receive()?;
+            self.receive(deadline)?;
         }
         Ok(())
     }

@@ -75,7 +75,6 @@ pub struct MmioTransport {
     // Facts about the device.
     name: String,
     device_type: u32,
-    device_features: u64,
     queue_events: Vec<Arc<EventFd>>,
 
     // Registers.
@@ -94,7 +93,6 @@ impl MmioTransport {
         let guard = lock(&*device);
         let name = guard.name();
         let device_type = guard.device_type();
-        let device_features = guard.features() | VERSION_1;
         let queue_events = guard.queue_events();
         let queues = guard.queue_max_sizes().iter().map(|&max| QueueConfig::new(max)).collect();
         drop(guard);
@@ -104,7 +102,6 @@ impl MmioTransport {
             interrupt,
             name,
             device_type,
-            device_features,
             queue_events,
             device_features_select: 0,
             driver_features_select: 0,
@@ -114,6 +111,11 @@ impl MmioTransport {
             config_generation: 0,
             queues,
         }
+    }
+
+    /// What the device offers, now: what lies behind it may have come after the transport.
+    fn device_features(&self) -> u64 {
+        lock(&*self.device).features() | VERSION_1
     }
 
     /// The event that tells the device of news in each queue, in order: to be registered as ioeventfds.
@@ -167,7 +169,7 @@ impl MmioTransport {
             config_generation,
             ref queues,
         } = *state;
-        let unknown = driver_features & !self.device_features;
+        let unknown = driver_features & !self.device_features();
         if unknown != 0 {
             return Err(TransportError::Features(unknown));
         }
@@ -216,7 +218,7 @@ impl MmioTransport {
             0x004 => VERSION,
             0x008 => self.device_type,
             0x00c => VENDOR,
-            0x010 => half(self.device_features, self.device_features_select),
+            0x010 => half(self.device_features(), self.device_features_select),
             0x034 => queue.map_or(0, |q| q.max_size.into()),
             0x044 => queue.is_some_and(|q| q.ready).into(),
             0x060 => self.interrupt.status(),
@@ -285,7 +287,7 @@ impl MmioTransport {
     }
 
     fn write_status(&mut self, value: u32) {
-        let acceptable = self.driver_features & !self.device_features == 0 && self.driver_features & VERSION_1 != 0;
+        let acceptable = self.driver_features & !self.device_features() == 0 && self.driver_features & VERSION_1 != 0;
         match self.status.write(value, acceptable) {
             Ok(Step::Reset) => self.reset(),
             Ok(Step::To(next)) => {

@@ -153,10 +153,11 @@ enum Turn {
 }
 
 impl Block {
-    /// A device in front of `disk`. `halt` hears of it when the guest should stand still, on the devices' thread.
+    /// A device with no disk behind it yet. `halt` hears of it when the guest should stand still, on the devices' thread.
     ///
     /// The result is both the device for a transport and a subscriber for the event manager.
-    pub fn new(config: BlockConfig, disk: Disk, halt: HaltSink) -> io::Result<Arc<Mutex<Self>>> {
+    pub fn new(config: BlockConfig, halt: HaltSink) -> io::Result<Arc<Mutex<Self>>> {
+        let disk = Disk::absent()?;
         Ok(Arc::new(Mutex::new(Block {
             limits: limits(&config, &disk),
             event: Arc::new(EventFd::new(EFD_NONBLOCK)?),
@@ -173,7 +174,7 @@ impl Block {
         })))
     }
 
-    /// Puts another disk behind it. Its driver must not have seen it yet.
+    /// Puts a disk behind it. Its driver must not have seen it yet.
     pub fn insert(&mut self, config: BlockConfig, disk: Disk) {
         self.limits = limits(&config, &disk);
         self.rate = Rate::new(config.rate_limiter.as_ref(), Instant::now());

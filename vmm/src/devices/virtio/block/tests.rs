@@ -88,8 +88,10 @@ impl Rig {
     /// A machine before its driver starts.
     fn cold(config: BlockConfig, disk: Disk, mem: GuestMemory, driver: Driver, event_idx: bool) -> Self {
         let (send, halts) = channel();
-        let block = Block::new(config, disk, Box::new(move |halt| send.send(halt).unwrap())).unwrap();
+        let block = Block::new(BlockConfig::default(), Box::new(move |halt| send.send(halt).unwrap())).unwrap();
         let transport = MmioTransport::new(block.clone(), mem.clone(), Arc::new(Interrupt::new().unwrap()));
+        // As in every machine: the disk comes last, and all that the guest sees of the device goes by it.
+        lock(&block).insert(config, disk);
         let mut events = EventManager::new().unwrap();
         events.add_subscriber(block.clone());
         Rig { mem, driver, block, transport, events, halts, event_idx }
