@@ -6,7 +6,7 @@ use super::bases::Bases;
 use super::boot::{fresh_generation, write_generation};
 use super::config::{self, ConfigError, DevicePlan, MAX_VCPUS};
 use super::disks::{self, RestoreDisksError};
-use super::fork::ForkLoadError;
+use super::fork::receive::ForkLoadError;
 use super::keeper::{Charge, GivenUp, Keeper};
 use super::phases::Phases;
 use super::shell::{Misfit, Shape, Shell, ShellError};

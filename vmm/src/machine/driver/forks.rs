@@ -6,7 +6,8 @@ use crate::api::server::Pending;
 use crate::devices::virtio::block::overlay::Folded;
 use crate::machine::Machine;
 use crate::machine::config;
-use crate::machine::fork::{self, Giver};
+use crate::machine::fork::give::{self, Giver};
+use crate::machine::fork::receive;
 use crate::machine::phases::Phases;
 use crate::machine::requests::NotNow;
 use crate::memory::uffd::has_hung_up;
@@ -22,14 +23,14 @@ impl Driver {
         }
         let machine = self.machine.as_mut().ok_or(NotNow::NotStarted)?;
         let limit = self.config.machine_config.max_private_mib;
-        fork::check(&request)?;
+        give::check(&request)?;
         let giver = match &self.giver {
             Some(giver) => giver,
             // Before the guest stands still.
             None => self.giver.insert(Giver::start(self.notifier.clone())?),
         };
         let mut phases = Phases::of(TracedOperation::Fork);
-        fork::fork(machine, request, limit, &self.signals, &mut phases, &self.notifier, giver)?;
+        give::fork(machine, request, limit, &self.signals, &mut phases, &self.notifier, giver)?;
         self.keep_trace(phases);
         self.forking = Some(from);
         Ok(())
@@ -79,7 +80,7 @@ impl Driver {
         config::check_max_private(load.max_private_mib)?;
         let descriptors = self.api.as_mut().map(|api| api.take_descriptors(from)).unwrap_or_default();
         let client = self.api.as_ref().and_then(|api| api.client_of(from));
-        let offered = fork::open(load, descriptors)?;
+        let offered = receive::open(load, descriptors)?;
         phases.end("check");
         self.private.set_limit(load.max_private_mib).map_err(RequestError::Limit)?;
         // One that was given up, and may have been forked into another vmm since, is not to run here as well.

@@ -16,7 +16,7 @@ use super::backend::BackendError;
 use super::boot::BootError;
 use super::config::{self, ConfigError};
 use super::device_thread::Subscriber;
-use super::fork::{ForkError, Giver};
+use super::fork::give::{ForkError, Giver};
 use super::phases::Phases;
 use super::private::PrivateWatch;
 use super::requests::{NotNow, Phase};
