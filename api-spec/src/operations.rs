@@ -443,7 +443,7 @@ pub static OPERATIONS: &[Operation] = &[
     .by(&[command("checkpoint")]),
     Operation {
         answer: Answer::Document(shape::<VmResetDone>(
-            r#"{"dirty_pages":64,"fresh_pages":0,"dropped_pages":0,"trace":{"operation":"reset","total_ns":90000,"phases":[{"name":"pause","ns":15000},{"name":"written","ns":4000},{"name":"memory","ns":20000},{"name":"state","ns":40000},{"name":"device_state","ns":5000},{"name":"resume","ns":6000}]}}"#,
+            r#"{"dirty_pages":64,"fresh_pages":0,"dropped_pages":0,"trace":{"operation":"reset","total_ns":90000,"phases":[{"name":"pause","ns":15000},{"name":"written","ns":4000},{"name":"memory","ns":20000},{"name":"state","ns":40000},{"name":"translations","ns":0},{"name":"device_state","ns":5000},{"name":"resume","ns":6000}]}}"#,
         )),
         ..put(
             "putVmReset",

@@ -260,7 +260,7 @@ fn the_benchmark_of_resets_has_figures_of_every_case() {
         }
         let phases = row["phases_us"].as_array().expect("a list");
         let names: Vec<_> = phases.iter().map(|phase| phase[0].as_str().expect("a name")).collect();
-        assert_eq!(names, ["pause", "written", "memory", "state", "device_state", "resume"]);
+        assert_eq!(names, ["pause", "written", "memory", "state", "translations", "device_state", "resume"]);
         let longest = number("total", "max_us");
         assert!(phases.iter().all(|phase| (0.0..=longest).contains(&phase[1].as_f64().expect("a number"))), "{row}");
         assert!(row["dirty_pages"].as_u64() >= row["pages"].as_u64(), "{row}");

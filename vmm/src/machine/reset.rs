@@ -346,10 +346,11 @@ impl Mark {
             return Err(Broken::Lost.into());
         }
         self.put_back_memory(machine)?;
+        phases.end("state");
         if let Some(log) = &machine.resets.log {
             log.forget_tables(&machine.vm).map_err(Broken::from)?;
         }
-        phases.end("state");
+        phases.end("translations");
         self.put_back_devices(machine)?;
         if request.new_generation {
             renew_generation(machine)?;
