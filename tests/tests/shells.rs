@@ -3,12 +3,13 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use api_spec::agent::{Pages, Request};
-use api_spec::devices::Drive;
+use api_spec::devices::{Drive, Entropy};
 use api_spec::snapshot::{MemBackend, MemBackendType, SnapshotLoad, VsockOverride};
 use api_spec::stats::{TracedOperation, VmStats};
 use api_spec::vm::{InstanceState, VmConfig};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use tests::taps::is_inside;
 use tests::vm::{drive, waiting_with};
 use tests::{Agent, Boot, PageServer, Place, Restore, Template, TemplateOptions, Vm, require, until};
 
@@ -187,6 +188,42 @@ fn disks_come_with_the_snapshot_into_drives_of_their_names() {
     other.stop();
 }
 
+/// A shell has the taps, and the snapshot how much may go over them.
+#[test]
+fn bounds_come_with_the_snapshot() {
+    require!(Kvm);
+    if !is_inside("bounds_come_with_the_snapshot", &["tap0", "tap1"]) {
+        return;
+    }
+    let place = Place::new();
+    let mac = "02:00:00:00:00:01".parse().expect("a MAC address");
+    let bounded = Boot::new(&place).memory_mib(16).network("eth0", "tap0", Some(mac)).entropy().configured(|config| {
+        let limit = |size| serde_json::from_value(json!({ "bandwidth": { "size": size, "refill_time": 100 } })).ok();
+        config.network_interfaces[0].rx_rate_limiter = limit(1 << 20);
+        config.network_interfaces[0].tx_rate_limiter = limit(2 << 20);
+        config.entropy = Some(Entropy { rate_limiter: limit(4096) });
+    });
+    let (mut original, _agent) = bounded.ready("original");
+    let snapshot = place.join("snapshot");
+    original.snapshot(&snapshot);
+    let VmConfig { network_interfaces: mut wanted, entropy, .. } =
+        original.api().get("/vm/config").expect("a configuration");
+    original.stop();
+
+    wanted[0].host_dev_name = "tap1".into();
+    let interface = json!({ "iface_id": "eth0", "host_dev_name": "tap1", "guest_mac": mac });
+    let mut clone = shell(&place, "clone", 1, 16, json!({ "network-interfaces": [interface], "entropy": {} }));
+    let load = SnapshotLoad { resume_vm: true, ..SnapshotLoad::of(snapshot) };
+    clone.api().put("/snapshot/load", &load).expect("it fits");
+    let loaded = phases(&mut clone, TracedOperation::Load);
+    assert!(!loaded.iter().any(|phase| BUILT.contains(&phase.as_str())), "the shell was used: {loaded:?}");
+    let found: VmConfig = clone.api().get("/vm/config").expect("a configuration");
+    assert!(wanted[0].rx_rate_limiter.is_some() && entropy.is_some_and(|entropy| entropy.rate_limiter.is_some()));
+    assert_eq!((found.network_interfaces, found.entropy), (wanted, entropy));
+    clone.agent();
+    clone.stop();
+}
+
 #[test]
 fn a_load_that_is_refused_before_it_touches_the_shell_leaves_it_as_it_was() {
     require!(Kvm);
@@ -359,8 +396,14 @@ fn what_a_shell_cannot_have_is_refused_by_name() {
         (
             "bounded",
             json!({ "drives": [{ "drive_id": "a", "path_on_host": "/a", "overlay": true, "max_overlay_mib": 1 }] }),
-            "max_overlay_mib",
+            "drives.a.max_overlay_mib",
         ),
+        (
+            "network",
+            json!({ "network-interfaces": [{ "iface_id": "eth0", "host_dev_name": "tap0", "tx_rate_limiter": {} }] }),
+            "eth0: tx_rate_limiter",
+        ),
+        ("entropy", json!({ "entropy": { "rate_limiter": {} } }), "entropy.rate_limiter"),
         ("saved", json!({ "saved-state": { "path": "/a" } }), "saved-state"),
         (
             "private",

@@ -559,15 +559,20 @@ pub fn plan(config: &VmConfig) -> Result<BootPlan, ConfigError> {
 
 /// Checks what a shell is to be built of: a configuration without what only a guest that is booted has.
 pub fn shape(config: &VmConfig) -> Result<Shape, ConfigError> {
-    let VmConfig { boot_source, drives, saved_state, machine_config, .. } = config;
+    let VmConfig { boot_source, drives, network_interfaces, entropy, saved_state, machine_config, .. } = config;
     let only_booted = "a shell has none: a snapshot brings its own; leave it out";
     refuse_if(boot_source.is_some(), "boot-source", only_booted)?;
-    let bounded = drives.iter().any(|drive| drive.rate_limiter.is_some() || drive.max_overlay_mib.is_some());
-    refuse_if(
-        bounded,
-        "drives.rate_limiter or max_overlay_mib",
-        "a snapshot brings the bounds of its disks; leave it out",
-    )?;
+    let bounds = "a snapshot brings the bounds of its devices; leave it out";
+    for Drive { drive_id, rate_limiter, max_overlay_mib, .. } in drives {
+        refuse_if(rate_limiter.is_some(), &format!("drives.{drive_id}.rate_limiter"), bounds)?;
+        refuse_if(max_overlay_mib.is_some(), &format!("drives.{drive_id}.max_overlay_mib"), bounds)?;
+    }
+    for NetworkInterface { iface_id, rx_rate_limiter, tx_rate_limiter, .. } in network_interfaces {
+        refuse_if(rx_rate_limiter.is_some(), &format!("network interface {iface_id}: rx_rate_limiter"), bounds)?;
+        refuse_if(tx_rate_limiter.is_some(), &format!("network interface {iface_id}: tx_rate_limiter"), bounds)?;
+    }
+    let limit = entropy.and_then(|entropy| entropy.rate_limiter);
+    refuse_if(limit.is_some(), "entropy.rate_limiter", bounds)?;
     refuse_if(saved_state.is_some(), "saved-state", "a shell has none: it loads what a request names; leave it out")?;
     refuse_if(
         machine_config.max_private_mib.is_some(),

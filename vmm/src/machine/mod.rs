@@ -284,10 +284,21 @@ impl Machine {
         stats.console = lock(&self.devices.serial).stats();
     }
 
-    /// Puts disks behind the drives, which nobody has used yet, and says how these are configured.
-    fn insert_disks(&mut self, drives: Vec<Drive>, disks: Vec<Disk>) {
+    /// Makes devices that nobody has used yet those of a guest that was configured so: puts disks behind the drives, and bounds all of
+    /// them as they were. Host sides stay what they are. The devices are the same ones, in the same order ([`shell::Shape::fits`]).
+    fn adopt(&mut self, guest: DevicePlan, disks: Vec<Disk>) {
+        let DevicePlan { drives, network, entropy, vsock: _, balloon: _ } = guest;
         self.devices.insert_disks(&drives, disks);
         self.plan.drives = drives;
+        let interfaces = self.plan.network.iter_mut().zip(&self.devices.network);
+        for ((own, slot), NetworkInterface { rx_rate_limiter, tx_rate_limiter, .. }) in interfaces.zip(network) {
+            lock(&slot.device).set_rates(rx_rate_limiter.as_ref(), tx_rate_limiter.as_ref());
+            (own.rx_rate_limiter, own.tx_rate_limiter) = (rx_rate_limiter, tx_rate_limiter);
+        }
+        if let Some(slot) = &self.devices.entropy {
+            lock(&slot.device).set_rate(entropy.and_then(|entropy| entropy.rate_limiter).as_ref());
+        }
+        self.plan.entropy = entropy;
     }
 
     /// Gives the disk of this name the bounds that are said here.

@@ -219,7 +219,7 @@ impl Loadable for Opened<'_> {
     ) -> Result<Machine, RestoreError> {
         let Opened { request, backend, snapshot, allowed, lease, shape, disks } = self;
         let (mut machine, held, low) = shell.open();
-        machine.insert_disks(shape.devices.drives, disks);
+        machine.adopt(shape.devices, disks);
         let (snapshot, shares) = (Arc::new(snapshot), backend.shares());
         let policy = request.mem_backend.as_ref().and_then(|backend| backend.on_handler_loss);
         let replay_over = show(

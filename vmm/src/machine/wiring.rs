@@ -183,6 +183,7 @@ impl Devices {
 
     /// Puts disks behind the drives, in the order of the plan. The guest must not have seen them yet.
     pub fn insert_disks(&self, drives: &[Drive], disks: Vec<Disk>) {
+        debug_assert!(self.drives.len() == drives.len() && drives.len() == disks.len());
         for (slot, (drive, disk)) in self.drives.iter().zip(drives.iter().zip(disks)) {
             lock(&slot.device).insert(block_config(drive), disk);
         }

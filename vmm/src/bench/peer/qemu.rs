@@ -67,23 +67,8 @@ pub fn prepare(
     something: impl FnOnce(&mut AgentClient) -> Result<(), BenchError>,
 ) -> Result<String, BenchError> {
     let mut process = Process::start(prepared, place, "parent", Start::Booting)?;
-    let mut agent = process.agent()?;
-    agent.ready().map_err(BenchError::Agent)?;
-    something(&mut agent)?;
-    // It goes on running until all is sent, so that clones run as well. The file's name needs no quotes: the shell works where it is.
-    process.monitor.execute("migrate-set-parameters", json!({ "max-bandwidth": 1u64 << 40 }))?;
-    process.monitor.execute("migrate", json!({ "uri": format!("exec:cat > part && mv part {STATE}") }))?;
-    let deadline = Instant::now() + PATIENCE;
-    // Whoever writes the file may need a moment more than QEMU.
-    while !prepared.snapshot.join(STATE).exists() {
-        place.go_on()?;
-        let status = process.monitor.execute("query-migrate", json!({}))?;
-        match status["status"].as_str() {
-            Some("failed" | "cancelled") => return Err(refused("it takes no snapshot", &status)),
-            _ if Instant::now() > deadline => return Err(BenchError::Late("QEMU has not taken a snapshot", PATIENCE)),
-            _ => std::thread::sleep(Duration::from_millis(1)),
-        }
-    }
+    let taken = process.give_snapshot(place, &prepared.snapshot.join(STATE), something);
+    taken.or_else(|e| why_it_ended(&mut process.child).and(Err(e)))?;
     Ok(process.monitor.version)
 }
 
@@ -117,6 +102,37 @@ impl Process {
         let monitor = Monitor::connect(place, &mut child, &dir.join(QMP));
         let monitor = monitor.or_else(|e| why_it_ended(&mut child).and(Err(e)))?;
         Ok(Process { child, monitor, line })
+    }
+
+    /// Has the guest do something, and waits until what it is then is in a file.
+    fn give_snapshot(
+        &mut self,
+        place: &Workplace,
+        file: &Path,
+        something: impl FnOnce(&mut AgentClient) -> Result<(), BenchError>,
+    ) -> Result<(), BenchError> {
+        let mut agent = self.agent()?;
+        agent.ready().map_err(BenchError::Agent)?;
+        something(&mut agent)?;
+        // It goes on running until all is sent, so that clones run as well. The file's name needs no quotes: the shell works where it is.
+        self.monitor.execute("migrate-set-parameters", json!({ "max-bandwidth": 1u64 << 40 }))?;
+        self.monitor.execute("migrate", json!({ "uri": format!("exec:cat > part && mv part {STATE}") }))?;
+        let deadline = Instant::now() + PATIENCE;
+        let mut is_complete = false;
+        // The file is there also if it fails, and whoever writes it may need a moment more than QEMU.
+        while !(is_complete && file.exists()) {
+            place.go_on()?;
+            if Instant::now() > deadline {
+                return Err(BenchError::Late("QEMU has not taken a snapshot", PATIENCE));
+            }
+            let status = self.monitor.execute("query-migrate", json!({}))?;
+            match status["status"].as_str() {
+                Some("failed" | "cancelled") => return Err(refused("it takes no snapshot", &status)),
+                status => is_complete = status == Some("completed"),
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 
     /// Loads the snapshot, and waits until the guest runs.
@@ -255,6 +271,9 @@ mod tests {
         far.write_all(&[b' '; 2 * LONGEST_LINE as usize]).unwrap();
         assert!(monitor.wait_until_resumed().is_err());
         drop(far);
+        // What is left of the blanks, and the end.
         assert!(monitor.wait_until_resumed().is_err());
+        let BenchError::Io { source, .. } = monitor.wait_until_resumed().unwrap_err() else { panic!("it is an end") };
+        assert_eq!(source.to_string(), io::Error::from(io::ErrorKind::UnexpectedEof).to_string());
     }
 }

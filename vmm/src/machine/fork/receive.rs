@@ -346,7 +346,7 @@ impl Loadable for Offered {
     ) -> Result<Machine, RestoreError> {
         let Offered { state, layers, lowest, load, shape, disks } = self;
         let (mut machine, held, low) = shell.open();
-        machine.insert_disks(shape.devices.drives, disks);
+        machine.adopt(shape.devices, disks);
         if let Some(served) = load.served {
             let ForkServed { snapshot_path, digest, mem_backend } = &served;
             let snapshot = Arc::new(load::open_without_memory(snapshot_path)?);

@@ -81,6 +81,11 @@ impl Rng {
         })))
     }
 
+    /// Sets another bound of what the guest gets, before it asks for anything.
+    pub fn set_rate(&mut self, limit: Option<&RateLimiter>) {
+        self.rate.change(limit, Instant::now());
+    }
+
     /// What the device has done.
     pub fn stats(&self) -> EntropyStats {
         self.stats
