@@ -19,8 +19,8 @@ const MAX_ANSWER: usize = 4 << 20;
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RestError {
-    /// The connection could not be made or broke.
-    #[error("no connection to the vmm's API: {0}")]
+    /// The connection could not be made, or broke, or there was no answer in time.
+    #[error("the vmm's API cannot be reached, or does not answer: {0}")]
     Io(#[from] io::Error),
     /// The vmm said no.
     #[error("{message}")]
