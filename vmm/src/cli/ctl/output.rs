@@ -76,7 +76,7 @@ fn rows_of(items: &[Value]) -> String {
         .map(|item| {
             let mut row = Flat::default();
             row.add("", item);
-            let lists = row.lists.into_iter().map(|(name, list)| (name, Value::Array(list.to_vec()).to_string()));
+            let lists = row.lists.into_iter().map(|(name, list)| (name, in_a_cell(list)));
             row.values.into_iter().chain(lists).map(|(name, value)| (name, value.into())).collect()
         })
         .collect();
@@ -91,6 +91,17 @@ fn rows_of(items: &[Value]) -> String {
     let rows = flat.iter().map(|row| columns.iter().map(|name| cell(row, name)).collect());
     let lines = aligned(std::iter::once(head).chain(rows).collect());
     lines.lines().map(|line| format!("  {line}\n")).collect()
+}
+
+/// A list of objects in one cell of a table: what each of them holds, without the names.
+fn in_a_cell(items: &[Value]) -> String {
+    let values = |item| {
+        let mut flat = Flat::default();
+        flat.add("", item);
+        let lists = flat.lists.into_iter().map(|(_, list)| format!("({})", in_a_cell(list)));
+        flat.values.into_iter().map(|(_, value)| value).chain(lists).collect::<Vec<_>>().join(" ")
+    };
+    items.iter().map(values).collect::<Vec<_>>().join(", ")
 }
 
 /// Rows of as many cells, in columns.
@@ -157,6 +168,8 @@ mod tests {
             "next     8192\nentropy  {}\nnone     []\n\n\
              runs\n  guest_addr  kind     more.a\n  0           private  -\n  4096        -        1, 2\n"
         );
+        let lists = json!({"traces": [{"of": "load", "phases": [{"name": "vm", "ns": 5}, {"name": "run", "ns": 6, "more": [{"a": 1}]}]}]});
+        assert_eq!(table(&lists), "\ntraces\n  of    phases\n  load  vm 5, run 6 (1)\n".trim_start_matches('\n'));
         assert_eq!(table(&json!({"reason": "a\u{1b}[2J\nb"})), "reason  a\\u{1b}[2J\\nb\n");
         assert_eq!(table(&json!({})), "{}\n".replace("{}\n", "  {}\n"));
     }
