@@ -3,7 +3,7 @@
 //! ```text
 //!   checkpoint:  pause -> device, vCPU and VM state -> disks -> freeze (if the guest writes its own file) -> copy of what is its own
 //!                -> logs of what is written -> resume
-//!   reset:       pause -> what was written -> memory -> vCPUs, VM -> what that has written -> devices, disks -> resume
+//!   reset:       pause -> what was written -> memory -> vCPUs, VM, what that has written -> translations -> devices, disks -> resume
 //! ```
 //!
 //! Memory goes first, as when a snapshot is restored: special registers may refer to it. KVM may write to it when it is given

@@ -93,13 +93,15 @@ fn rows_of(items: &[Value]) -> String {
     lines.lines().map(|line| format!("  {line}\n")).collect()
 }
 
-/// A list of objects in one cell of a table: what each of them holds, without the names.
+/// A list of objects in one cell of a table: what each of them holds. Text says itself what it is; of all else the name is told.
 fn in_a_cell(items: &[Value]) -> String {
-    let values = |item| {
+    let values = |item: &Value| {
         let mut flat = Flat::default();
         flat.add("", item);
-        let lists = flat.lists.into_iter().map(|(_, list)| format!("({})", in_a_cell(list)));
-        flat.values.into_iter().map(|(_, value)| value).chain(lists).collect::<Vec<_>>().join(" ")
+        let lists = flat.lists.into_iter().map(|(name, list)| format!("{name} ({})", in_a_cell(list)));
+        let value =
+            |(name, value): (String, String)| if item[&name].is_string() { value } else { format!("{value} {name}") };
+        flat.values.into_iter().map(value).chain(lists).collect::<Vec<_>>().join(" ")
     };
     items.iter().map(values).collect::<Vec<_>>().join(", ")
 }
@@ -169,7 +171,7 @@ mod tests {
              runs\n  guest_addr  kind     more.a\n  0           private  -\n  4096        -        1, 2\n"
         );
         let lists = json!({"traces": [{"of": "load", "phases": [{"name": "vm", "ns": 5}, {"name": "run", "ns": 6, "more": [{"a": 1}]}]}]});
-        assert_eq!(table(&lists), "\ntraces\n  of    phases\n  load  vm 5, run 6 (1)\n".trim_start_matches('\n'));
+        assert_eq!(table(&lists), "traces\n  of    phases\n  load  vm 5 ns, run 6 ns more (1 a)\n");
         assert_eq!(table(&json!({"reason": "a\u{1b}[2J\nb"})), "reason  a\\u{1b}[2J\\nb\n");
         assert_eq!(table(&json!({})), "{}\n".replace("{}\n", "  {}\n"));
     }

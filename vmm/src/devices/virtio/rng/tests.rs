@@ -121,23 +121,27 @@ fn a_reset_device_leaves_memory_alone() {
 #[test]
 fn a_rate_limit_makes_requests_wait() {
     let bandwidth = Some(TokenBucket { size: 100, one_time_burst: None, refill_time: 20 });
-    let limited = Rng::new(Some(&RateLimiter { bandwidth, ops: None })).unwrap();
-    let mut driver = Driver::started(limited, 0);
-    for id in 0..6 {
-        driver.offer(0, id, &[(FREE, 100, WRITE)]);
+    let limit = RateLimiter { bandwidth, ops: None };
+    let limited_later = Rng::new(None).unwrap();
+    lock(&limited_later).set_rate(Some(&limit));
+    for limited in [Rng::new(Some(&limit)).unwrap(), limited_later] {
+        let mut driver = Driver::started(limited, 0);
+        for id in 0..6 {
+            driver.offer(0, id, &[(FREE, 100, WRITE)]);
+        }
+        driver.run();
+        let mut used = std::iter::from_fn(|| driver.used(0)).count();
+        assert!(used < 6, "{used}");
+        driver.run_until(|driver| {
+            used += usize::from(driver.used(0).is_some());
+            used == 6
+        });
+        driver.run();
+        assert_eq!(driver.used(0), None);
+        let stats = lock(&driver.device).stats();
+        assert_eq!((stats.requests, stats.bytes), (6, 600));
+        assert!(stats.throttled > 0);
     }
-    driver.run();
-    let mut used = std::iter::from_fn(|| driver.used(0)).count();
-    assert!(used < 6, "{used}");
-    driver.run_until(|driver| {
-        used += usize::from(driver.used(0).is_some());
-        used == 6
-    });
-    driver.run();
-    assert_eq!(driver.used(0), None);
-    let stats = lock(&driver.device).stats();
-    assert_eq!((stats.requests, stats.bytes), (6, 600));
-    assert!(stats.throttled > 0);
 }
 
 #[test]
