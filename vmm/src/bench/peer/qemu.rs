@@ -270,7 +270,8 @@ mod tests {
         assert!(monitor.wait_until_resumed().is_err());
         far.write_all(&[b' '; 2 * LONGEST_LINE as usize]).unwrap();
         assert!(monitor.wait_until_resumed().is_err());
-        drop(far);
+        // Closed whole it would be reset: it has not read what it was told.
+        far.shutdown(std::net::Shutdown::Write).unwrap();
         // What is left of the blanks, and the end.
         assert!(monitor.wait_until_resumed().is_err());
         let BenchError::Io { source, .. } = monitor.wait_until_resumed().unwrap_err() else { panic!("it is an end") };
