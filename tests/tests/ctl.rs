@@ -263,7 +263,7 @@ fn a_vmm_that_is_gone_or_silent_is_named() {
     // One that goes while it is asked.
     let listener = UnixListener::bind(place.join("leaving")).expect("a socket can be made");
     let server = std::thread::spawn(move || (0..2).for_each(|_| drop(listener.accept())));
-    assert!(at(&place.join("leaving"), "").contains("GET /: the vmm's API cannot be reached"));
+    assert!(at(&place.join("leaving"), "").contains("GET /: the vmm's API does not answer"));
     server.join().expect("it was asked twice");
 }
 

@@ -12,7 +12,7 @@ const MAX_ANSWER: usize = 64 << 20;
 /// Reads the page server's counters from its metrics socket.
 pub fn read(path: &Path, patience: Duration) -> io::Result<Metrics> {
     fetch(path, patience).map_err(|error| match error {
-        RestError::Io(error) => error,
+        RestError::Connect(error) | RestError::Io(error) => error,
         RestError::Answer(what) => {
             io::Error::new(io::ErrorKind::InvalidData, format!("its answer is not understood: {what}"))
         }

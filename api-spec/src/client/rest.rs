@@ -19,9 +19,15 @@ const MAX_ANSWER: usize = 4 << 20;
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RestError {
-    /// The connection could not be made, or broke, or there was no answer in time.
-    #[error("the vmm's API cannot be reached, or does not answer: {0}")]
+    /// The connection could not be made. Nobody has heard of the call.
+    #[error("the vmm's API cannot be reached: {0}")]
+    Connect(io::Error),
+    /// The connection broke, or there was no answer in time. The call may have been heard.
+    #[error("the vmm's API does not answer: {0}")]
     Io(#[from] io::Error),
+    /// There cannot be such a call. Nothing was sent.
+    #[error("no such call can be made: {0}")]
+    Call(String),
     /// The vmm said no.
     #[error("{message}")]
     Refused {
@@ -89,7 +95,7 @@ impl From<RestError> for Failure {
 impl RestClient {
     /// Connects to the API at `path`. Each later call may take `patience`, all in all.
     pub fn connect(path: &Path, patience: Duration) -> Result<Self, RestError> {
-        let stream = Some(unix::connect(path, patience)?);
+        let stream = Some(unix::connect(path, patience).map_err(RestError::Connect)?);
         Ok(RestClient { path: path.to_owned(), stream, patience, max_answer: MAX_ANSWER })
     }
 
@@ -138,7 +144,7 @@ impl RestClient {
     }
 
     fn post(&mut self, method: &str, path: &str, document: &impl Serialize) -> Result<Response, RestError> {
-        let body = serde_json::to_vec(document).map_err(io::Error::from)?;
+        let body = json(document)?;
         self.request(method, path, &body)
     }
 
@@ -148,8 +154,7 @@ impl RestClient {
     /// another; a call that changes something never is, since nobody can tell whether it was heard.
     pub fn request(&mut self, method: &str, path: &str, body: &[u8]) -> Result<Response, RestError> {
         if let Some(odd) = path.chars().find(|c| !c.is_ascii_graphic()) {
-            let error = format!("{odd:?} cannot be in the path of a call");
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, error).into());
+            return Err(RestError::Call(format!("{odd:?} cannot be in its path")));
         }
         let deadline = Instant::now() + self.patience;
         let mut head = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n");
@@ -170,7 +175,7 @@ impl RestClient {
     fn exchange(&mut self, request: &[u8], deadline: Instant) -> Result<Response, Failure> {
         let mut stream = match self.stream.take() {
             Some(stream) => stream,
-            None => unix::connect(&self.path, left(deadline)).map_err(RestError::from)?,
+            None => unix::connect(&self.path, left(deadline)).map_err(RestError::Connect)?,
         };
         unix::limit(&stream, deadline).map_err(RestError::from)?;
         // A server that refuses a request may do so, and close, before it has read it all.
@@ -211,15 +216,14 @@ impl PassingCall {
         document: &impl Serialize,
         descriptors: &[BorrowedFd],
     ) -> Result<Self, RestError> {
-        let mut stream = unix::connect(api, CONNECTION.min(left(deadline)))?;
+        let mut stream = unix::connect(api, CONNECTION.min(left(deadline))).map_err(RestError::Connect)?;
         unix::limit(&stream, Instant::now() + CONNECTION)?;
-        let body = serde_json::to_vec(document).map_err(io::Error::from)?;
+        let body = json(document)?;
         let request = [put_head(path, body.len()).as_bytes(), &body].concat();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
-            let error = format!("more than {MAX_DESCRIPTORS} descriptors");
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, error).into());
+            return Err(RestError::Call(format!("it has more than {MAX_DESCRIPTORS} descriptors")));
         }
         let sent = sendmsg(&stream, &[IoSlice::new(&request)], &mut control, SendFlags::NOSIGNAL)
             .map_err(|e| in_time(e.into()))?;
@@ -233,6 +237,10 @@ impl PassingCall {
         let (response, _) = receive(&mut self.stream, deadline, MAX_ANSWER).map_err(|failure| failure.error)?;
         Ok(response)
     }
+}
+
+fn json(document: &impl Serialize) -> Result<Vec<u8>, RestError> {
+    serde_json::to_vec(document).map_err(|e| RestError::Call(e.to_string()))
 }
 
 /// The head of a call with a document, to its end.
@@ -367,7 +375,7 @@ mod tests {
         let (_place, mut client, server) = server(&[b"HTTP/1.1 2"]);
         assert!(matches!(client.get::<u8>("/"), Err(RestError::Io(e)) if e.to_string().contains("closed")));
         assert_eq!(server.join().unwrap(), 1);
-        assert!(matches!(client.get::<u8>("/"), Err(RestError::Io(_))), "nobody listens any more");
+        assert!(matches!(client.get::<u8>("/"), Err(RestError::Connect(_))), "nobody listens any more");
     }
 
     #[test]

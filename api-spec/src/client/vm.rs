@@ -21,8 +21,9 @@ use std::time::Duration;
 /// A connection to a vmm's API.
 ///
 /// A call that is refused has changed nothing and is a [`RestError::Refused`], whose message is the vmm's own words. A call
-/// fails with [`RestError::Io`] when the vmm is gone, or has not answered in time; of a call that changes something nobody
-/// can tell then whether it was done. After that the client can be used on: the next call makes a new connection.
+/// fails with [`RestError::Connect`] when the vmm is gone, and with [`RestError::Io`] when it went, or has not answered in time;
+/// of a call that changes something nobody can tell then whether it was done. After that the client can be used on: the next call
+/// makes a new connection.
 ///
 /// Each call may take as long as [`connect`](VmClient::connect) or, later, [`set_patience`](VmClient::set_patience) says.
 /// Most answer within milliseconds. [`snapshot_create`](VmClient::snapshot_create), [`save`](VmClient::save),

@@ -112,6 +112,7 @@ fn remedy(error: &io::Error) -> &'static str {
         ErrorKind::NotFound => "is a vmm running, with --api-sock naming this path?",
         ErrorKind::ConnectionRefused => "the vmm that made it is gone; start another",
         ErrorKind::PermissionDenied => "it is for the user alone as whom the vmm runs",
+        ErrorKind::TimedOut => "a vmm is there, and takes no connection; try again, or see its log",
         _ => "name the socket of a vmm that runs with --api-sock",
     }
 }
@@ -140,7 +141,7 @@ fn make(call: &Call, variable: Option<OsString>) -> Result<String, CtlError> {
     let (path, body) = call.message(read)?;
     let name = format!("{} {path}", call.operation.method);
     let mut client = RestClient::connect(&socket, call.patience).map_err(|error| match error {
-        RestError::Io(source) => CtlError::Connect { path: socket, source },
+        RestError::Connect(source) => CtlError::Connect { path: socket, source },
         source => CtlError::NoAnswer { call: name.clone(), source },
     })?;
     let is_text = matches!(call.operation.answer, Answer::Text(_));

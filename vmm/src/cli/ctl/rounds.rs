@@ -47,7 +47,7 @@ impl Rounds {
     /// Does it, over the vmm's API at `socket`. The document that tells how it went.
     pub fn run(&self, socket: &Path) -> Result<Value, CtlError> {
         let connect = |source| match source {
-            RestError::Io(source) => CtlError::Connect { path: socket.to_owned(), source },
+            RestError::Connect(source) => CtlError::Connect { path: socket.to_owned(), source },
             source => CtlError::NoAnswer { call: "GET /vm/config".into(), source },
         };
         let mut vm = VmClient::connect(socket, self.patience).map_err(connect)?;
