@@ -218,8 +218,7 @@ impl Loadable for Opened<'_> {
         phases: &mut Phases,
     ) -> Result<Machine, RestoreError> {
         let Opened { request, backend, snapshot, allowed, lease, shape, disks } = self;
-        let (mut machine, held, low) = shell.open();
-        machine.adopt(shape.devices, disks);
+        let (mut machine, held, low) = shell.open(shape.devices, disks);
         let (snapshot, shares) = (Arc::new(snapshot), backend.shares());
         let policy = request.mem_backend.as_ref().and_then(|backend| backend.on_handler_loss);
         let replay_over = show(

@@ -15,6 +15,7 @@ use super::restore::{self, RestoreError};
 use super::snapshot;
 use super::wiring::{self, Outside, WireError};
 use super::{Machine, start_threads};
+use crate::devices::virtio::block::Disk;
 use crate::host;
 use crate::kvm::{self, KvmError};
 use crate::memory::{GuestRam, MemoryError, layout};
@@ -209,8 +210,10 @@ impl Shell {
         Ok(())
     }
 
-    /// The machine, with nothing loaded into it, what is known of its vCPUs, and a descriptor for its userfaultfd to take the number of.
-    pub(super) fn open(self) -> (Machine, Vec<VcpuState>, OwnedFd) {
+    /// The machine, with the disks and the bounds of a guest that it fits and nothing else loaded into it, what is known of its vCPUs,
+    /// and a descriptor for its userfaultfd to take the number of.
+    pub(super) fn open(mut self, guest: DevicePlan, disks: Vec<Disk>) -> (Machine, Vec<VcpuState>, OwnedFd) {
+        self.machine.adopt(guest, disks);
         (self.machine, self.held, self.low)
     }
 }

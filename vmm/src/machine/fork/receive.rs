@@ -345,8 +345,7 @@ impl Loadable for Offered {
         phases: &mut Phases,
     ) -> Result<Machine, RestoreError> {
         let Offered { state, layers, lowest, load, shape, disks } = self;
-        let (mut machine, held, low) = shell.open();
-        machine.adopt(shape.devices, disks);
+        let (mut machine, held, low) = shell.open(shape.devices, disks);
         if let Some(served) = load.served {
             let ForkServed { snapshot_path, digest, mem_backend } = &served;
             let snapshot = Arc::new(load::open_without_memory(snapshot_path)?);
