@@ -3,6 +3,7 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use api_spec::agent::Request;
+use api_spec::devices::{Drive, Entropy, RateLimiter, TokenBucket};
 use api_spec::logger::{LogLevel, Logger};
 use api_spec::saved::{Saved, SavedState, StartMode, Started, StopMode, Stopped, VmStop, VmStopped};
 use api_spec::vm::{BootSource, InstanceState, MachineConfig, Vsock};
@@ -482,6 +483,33 @@ fn what_the_guest_cannot_tell_is_no_other_configuration_and_is_as_configured_now
     assert_eq!(started(&mut vm), Started { drift: true, ..RESTORED });
     facts.check(&mut agent);
     vm.stop();
+}
+
+/// Limits are nothing that a guest can tell, and those of today hold.
+#[test]
+fn bounds_are_as_configured_now() {
+    require!(Kvm);
+    let place = Place::new();
+    let image = place.join("image");
+    std::fs::write(&image, [0; 1 << 20]).expect("a file can be made in the test's directory");
+    let limit = |size| {
+        let bandwidth = Some(TokenBucket { size, one_time_burst: None, refill_time: 100 });
+        Some(RateLimiter { bandwidth, ops: None })
+    };
+    let bounded = |rate_limiter: Option<RateLimiter>| {
+        let disk = Drive { overlay: true, rate_limiter, ..drive("data", &image) };
+        machine(&place, false).drive(disk).configured(|config| config.entropy = Some(Entropy { rate_limiter }))
+    };
+    let (vm, _agent) = bounded(limit(4096)).ready("guest");
+    stop(vm, StopMode::Save);
+    for now in [limit(8192), None, limit(4096)] {
+        let (mut vm, _agent) = bounded(now).ready("guest");
+        assert_eq!(started(&mut vm), RESTORED);
+        let config = vm.client().config().expect("it tells");
+        assert_eq!(config.entropy, Some(Entropy { rate_limiter: now }));
+        assert_eq!(config.drives[0].rate_limiter, now);
+        stop(vm, StopMode::Save);
+    }
 }
 
 /// What `du` says.

@@ -59,7 +59,7 @@ use crate::vcpu::state::StateShape;
 use crate::vcpu::{self, Brake, Buses, Vcpu, VcpuError};
 use ::snapshot::load::Lease;
 use ::snapshot::state::DeviceState;
-use api_spec::devices::{BalloonStatistics, Drive, NetworkInterface};
+use api_spec::devices::{BalloonStatistics, Drive, Entropy, NetworkInterface};
 use api_spec::fork::ForkServed;
 use api_spec::stats::{DeviceAtWork, VmStats};
 use bases::Bases;
@@ -323,6 +323,18 @@ impl Machine {
             *interface = bounded;
             self.to_devices(move |devices| {
                 lock(&devices.network[number].device).set_rates(rx.as_ref(), tx.as_ref());
+            });
+        }
+    }
+
+    /// Bounds what the guest gets of its source of entropy, if it has one. The machine must not have been resumed yet.
+    pub fn set_entropy_bound(&mut self, bounded: Entropy) {
+        if let Some(entropy) = &mut self.plan.entropy {
+            *entropy = bounded;
+            self.to_devices(move |devices| {
+                if let Some(slot) = &devices.entropy {
+                    lock(&slot.device).set_rate(bounded.rate_limiter.as_ref());
+                }
             });
         }
     }

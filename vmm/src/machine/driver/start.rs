@@ -211,7 +211,7 @@ impl From<RequestError> for CannotGoOn {
     }
 }
 
-/// Gives a machine's disks and network interfaces the bounds that are configured now for those of the same names.
+/// Gives a machine's devices the bounds that are configured now for those of the same names.
 fn bound(machine: &mut Machine, configured: &VmConfig) {
     for mut drive in machine.plan().drives.clone() {
         if let Some(now) = configured.drives.iter().find(|now| now.drive_id == drive.drive_id) {
@@ -224,5 +224,8 @@ fn bound(machine: &mut Machine, configured: &VmConfig) {
             (interface.rx_rate_limiter, interface.tx_rate_limiter) = (now.rx_rate_limiter, now.tx_rate_limiter);
             machine.set_network_bounds(interface);
         }
+    }
+    if let Some(entropy) = configured.entropy {
+        machine.set_entropy_bound(entropy);
     }
 }

@@ -81,7 +81,7 @@ impl Rng {
         })))
     }
 
-    /// Sets another bound of what the guest gets, before it asks for anything.
+    /// Sets another bound of what the guest gets, before the device is resumed for the first time: requests that wait are looked at then.
     pub fn set_rate(&mut self, limit: Option<&RateLimiter>) {
         self.rate.change(limit, Instant::now());
     }
