@@ -256,6 +256,9 @@ fn a_vmm_that_is_gone_or_silent_is_named() {
             "GET /: no answer within 1 s; the vmm may still do it. Ask what became of it, or give --timeout"
         )
     );
+    // The one that gave up still stands in its queue.
+    rustix::net::listen(&listener, 0).expect("it may queue fewer");
+    assert!(at(&socket, "--timeout 1").ends_with("a vmm is there, and takes no connection; try again, or see its log"));
     drop(listener);
     assert!(at(&socket, "").contains("Connection refused (os error 111); the vmm that made it is gone"));
     assert!(at(&place.join("x".repeat(200)), "").contains("107 bytes"));

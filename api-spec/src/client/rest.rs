@@ -19,7 +19,7 @@ const MAX_ANSWER: usize = 4 << 20;
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RestError {
-    /// The connection could not be made. Nobody has heard of the call.
+    /// The connection could not be made. Nobody has heard of the call, unless it is a `GET` that was made once more.
     #[error("the vmm's API cannot be reached: {0}")]
     Connect(io::Error),
     /// The connection broke, or there was no answer in time. The call may have been heard.

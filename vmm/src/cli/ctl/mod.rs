@@ -19,13 +19,14 @@ pub use parse::{Call, Ctl, parse};
 use crate::machine::config::ConfigError;
 use api_spec::client::RestClient;
 use api_spec::client::agent::AgentError;
-use api_spec::client::rest::{Response, RestError};
+use api_spec::client::rest::RestError;
 use api_spec::operations::Answer;
 use fields::Source;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The variable of the environment that names the socket.
 pub const SOCKET_VARIABLE: &str = "COPPICE_API_SOCK";
@@ -140,24 +141,28 @@ fn make(call: &Call, variable: Option<OsString>) -> Result<String, CtlError> {
     let socket = socket(&call.api_sock, variable)?;
     let (path, body) = call.message(read)?;
     let name = format!("{} {path}", call.operation.method);
-    let mut client = RestClient::connect(&socket, call.patience).map_err(|error| match error {
-        RestError::Connect(source) => CtlError::Connect { path: socket, source },
-        source => CtlError::NoAnswer { call: name.clone(), source },
-    })?;
     let is_text = matches!(call.operation.answer, Answer::Text(_));
-    match client.request(call.operation.method, &path, &body).and_then(Response::body) {
-        Ok(body) => output::answer(&body, is_text, call.json)
-            .map_err(|e| CtlError::NoAnswer { call: name, source: RestError::Answer(e.to_string()) }),
-        Err(RestError::Refused { message, .. }) => {
+    let answer = RestClient::connect(&socket, call.patience)
+        .and_then(|mut client| client.request(call.operation.method, &path, &body)?.body())
+        .map_err(failed(&name, &socket, call.patience))?;
+    output::answer(&answer, is_text, call.json)
+        .map_err(|e| CtlError::NoAnswer { call: name, source: RestError::Answer(e.to_string()) })
+}
+
+/// Why a call of the vmm at `socket` failed, in words for whoever gave the command.
+fn failed(call: &str, socket: &Path, patience: Duration) -> impl FnOnce(RestError) -> CtlError {
+    move |error| match error {
+        RestError::Connect(source) => CtlError::Connect { path: socket.to_owned(), source },
+        RestError::Io(e) if e.kind() == ErrorKind::TimedOut => {
+            CtlError::Late { call: call.to_owned(), seconds: patience.as_secs() }
+        }
+        RestError::Refused { message, .. } => {
             // Some of the vmm's words name the call themselves.
-            let own = name.split('?').next().unwrap_or_default();
+            let own = call.split('?').next().unwrap_or_default();
             let message = message.strip_prefix(&format!("{own}: ")).map(str::to_owned).unwrap_or(message);
-            Err(CtlError::Refused { call: name, message })
+            CtlError::Refused { call: call.to_owned(), message }
         }
-        Err(RestError::Io(e)) if e.kind() == ErrorKind::TimedOut => {
-            Err(CtlError::Late { call: name, seconds: call.patience.as_secs() })
-        }
-        Err(source) => Err(CtlError::NoAnswer { call: name, source }),
+        source => CtlError::NoAnswer { call: call.to_owned(), source },
     }
 }
 

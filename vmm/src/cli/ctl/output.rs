@@ -93,7 +93,8 @@ fn rows_of(items: &[Value]) -> String {
     lines.lines().map(|line| format!("  {line}\n")).collect()
 }
 
-/// A list of objects in one cell of a table: what each of them holds. Text says itself what it is; of all else the name is told.
+/// A list of objects in one cell of a table: what each of them holds. Text says itself what it is; of all else, and of what lies deeper,
+/// the name is told.
 fn in_a_cell(items: &[Value]) -> String {
     let values = |item: &Value| {
         let mut flat = Flat::default();

@@ -1,10 +1,9 @@
 //! `vmm ctl loop`: asks a guest's agent something again and again, each time over a stream of its own, and has the guest reset after
 //! each answer.
 
-use super::CtlError;
+use super::{CtlError, failed};
 use crate::machine::phases::us_since;
 use api_spec::agent::Request;
-use api_spec::client::rest::RestError;
 use api_spec::client::{AgentClient, VmClient};
 use api_spec::reset::VmReset;
 use serde_json::{Value, json};
@@ -36,22 +35,12 @@ struct Taken {
     dirty_pages: Vec<u64>,
 }
 
-fn refused(call: &str) -> impl FnOnce(RestError) -> CtlError + '_ {
-    move |error| match error {
-        RestError::Refused { message, .. } => CtlError::Refused { call: call.to_owned(), message },
-        source => CtlError::NoAnswer { call: call.to_owned(), source },
-    }
-}
-
 impl Rounds {
     /// Does it, over the vmm's API at `socket`. The document that tells how it went.
     pub fn run(&self, socket: &Path) -> Result<Value, CtlError> {
-        let connect = |source| match source {
-            RestError::Connect(source) => CtlError::Connect { path: socket.to_owned(), source },
-            source => CtlError::NoAnswer { call: "GET /vm/config".into(), source },
-        };
-        let mut vm = VmClient::connect(socket, self.patience).map_err(connect)?;
-        let vsock = vm.config().map_err(refused("GET /vm/config"))?.vsock.ok_or(CtlError::NoVsock)?.uds_path;
+        let failed = |call| failed(call, socket, self.patience);
+        let mut vm = VmClient::connect(socket, self.patience).map_err(failed("GET /vm/config"))?;
+        let vsock = vm.config().map_err(failed("GET /vm/config"))?.vsock.ok_or(CtlError::NoVsock)?.uds_path;
         let (mut taken, started) = (Taken::default(), Instant::now());
         for round in 0..self.count {
             let start = Instant::now();
@@ -62,7 +51,7 @@ impl Rounds {
             taken.request.push(us_since(start));
             if self.resets {
                 let start = Instant::now();
-                let done = vm.reset(&VmReset::default()).map_err(refused("PUT /vm/reset"))?;
+                let done = vm.reset(&VmReset::default()).map_err(failed("PUT /vm/reset"))?;
                 taken.reset.push(us_since(start));
                 taken.inside.push(done.trace.total_ns / 1000);
                 taken.dirty_pages.push(done.dirty_pages);
