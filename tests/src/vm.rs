@@ -18,6 +18,7 @@ use api_spec::snapshot::{
 };
 use api_spec::stats::{PageServerState, PageServerStats};
 use api_spec::vm::{BootSource, InstanceInfo, InstanceState, MachineConfig, VmConfig, Vsock};
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -208,6 +209,21 @@ pub fn waiting_with(place: &Place, name: &str, arguments: impl FnOnce(&mut std::
         arguments(vmm);
     });
     Vm { process, name: name.to_owned(), vsock, api }
+}
+
+/// A vmm with a shell of so many vCPUs and so much memory, with a vsock device, and whatever else a configuration says.
+pub fn shell(place: &Place, name: &str, vcpus: u8, memory_mib: u64, more: Value) -> Vm {
+    let mut config = json!({
+        "machine-config": { "vcpu_count": vcpus, "mem_size_mib": memory_mib },
+        "vsock": { "guest_cid": 3, "uds_path": sockets(place, name).0 },
+    });
+    let fields = more.as_object().expect("more is an object").clone();
+    config.as_object_mut().expect("it is an object").extend(fields);
+    let path = place.join(format!("{name}.json"));
+    std::fs::write(&path, config.to_string()).expect("a file can be made in the test's directory");
+    waiting_with(place, name, |vmm| {
+        vmm.arg("--shell").arg(&path);
+    })
 }
 
 /// How to restore a guest: from its memory file, running, by the command line, unless told otherwise.

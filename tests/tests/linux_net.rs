@@ -3,15 +3,18 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use api_spec::agent::linux::{Address, Interface};
-use api_spec::devices::Drive;
+use api_spec::devices::{Drive, Entropy, RateLimiter, TokenBucket};
 use api_spec::mac::MacAddr;
+use api_spec::snapshot::SnapshotLoad;
+use api_spec::stats::TracedOperation;
 use api_spec::vm::Readiness;
+use serde_json::json;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use tests::linux::{Console, LinuxAgent, PATIENCE, assert_calm};
-use tests::vm::drive;
+use tests::linux::{self, Console, LinuxAgent, PATIENCE, assert_calm};
+use tests::vm::{drive, shell};
 use tests::{Boot, Linux, Place, Restore, Vm, holds_within};
 
 /// By this a test that was started again knows that it is inside.
@@ -19,6 +22,8 @@ const INSIDE: &str = "COPPICE_TEST_INSIDE";
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
 const PARENT: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
 const OTHER: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 3);
+/// How many random bytes a guest has each half second.
+const RANDOM_AT_A_TIME: u64 = 512;
 /// What is sent over one connection, in bytes.
 const BULK: usize = 4 << 20;
 
@@ -149,6 +154,27 @@ fn works_by_default(place: &Place, snapshot: &Path) {
     ends(clone);
 }
 
+/// A clone that is loaded into a shell has the parent's bound of random bytes, of which the shell knew nothing, and waits for more.
+fn is_bounded_in_a_shell(place: &Place, snapshot: &Path) {
+    let interface = json!({ "iface_id": "eth0", "host_dev_name": "tap-parent", "guest_mac": mac(2) });
+    let disk = json!({ "drive_id": "data", "path_on_host": "/nowhere" });
+    let more = json!({ "network-interfaces": [interface], "drives": [disk], "entropy": {} });
+    let mut clone = shell(place, "bounded", 1, linux::MEMORY_MIB, more);
+    let load = SnapshotLoad { resume_vm: true, ..SnapshotLoad::of(snapshot.to_owned()) };
+    clone.client().snapshot_load(&load).expect("it fits");
+    let stats = clone.client().stats().expect("it has counters");
+    let loaded = stats.traces.iter().find(|trace| trace.operation == TracedOperation::Load).expect("it was loaded");
+    assert!(loaded.phases.iter().all(|phase| phase.name != "vm"), "a VM was built: {}", clone.process.log());
+    let mut agent = clone.linux_agent();
+    agent.becomes_itself("bounded");
+    guest_reaches(&mut agent, HOST);
+    agent.shell(&format!("head -c {} /dev/hwrng | wc -c", 8 * RANDOM_AT_A_TIME));
+    let stats = clone.client().stats().expect("it has counters").entropy.expect("it has a source");
+    assert!(stats.throttled > 0, "{stats:?}");
+    drop(agent);
+    ends(clone);
+}
+
 fn clones_share_a_bridge(kernel: &str, test: &str) {
     let Some(linux) = Linux::guest(kernel) else { return };
     if !is_inside(test) {
@@ -160,7 +186,11 @@ fn clones_share_a_bridge(kernel: &str, test: &str) {
     let disk = place.join("disk");
     std::fs::write(&disk, vec![0; 16 << 20]).expect("a file can be made in the test's directory");
     let disk = Drive { overlay: true, ..drive("data", &disk) };
-    let boot = Boot::new(&place).linux(&linux, "").network("eth0", "tap-parent", Some(mac(2))).entropy().drive(disk);
+    let boot = Boot::new(&place).linux(&linux, "").network("eth0", "tap-parent", Some(mac(2))).drive(disk);
+    let boot = boot.configured(|config| {
+        let bandwidth = TokenBucket { size: RANDOM_AT_A_TIME, one_time_burst: None, refill_time: 500 };
+        config.entropy = Some(Entropy { rate_limiter: Some(RateLimiter { bandwidth: Some(bandwidth), ops: None }) });
+    });
     let mut parent = boot.start("parent");
     parent.becomes(Readiness::Full);
     let mut agent = parent.linux_agent();
@@ -177,6 +207,7 @@ fn clones_share_a_bridge(kernel: &str, test: &str) {
     drop(agent);
     ends(parent);
     works_by_default(&place, &path);
+    is_bounded_in_a_shell(&place, &path);
 
     // One is at the parent's address with a MAC address of its own, while the host may still believe in the parent's.
     let mut clones = Vec::new();

@@ -10,23 +10,8 @@ use api_spec::vm::{InstanceState, VmConfig};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use tests::taps::is_inside;
-use tests::vm::{drive, waiting_with};
+use tests::vm::{drive, shell};
 use tests::{Agent, Boot, PageServer, Place, Restore, Template, TemplateOptions, Vm, require, until};
-
-/// A shell of so many vCPUs and so much memory, with a vsock device, and whatever else a configuration says.
-fn shell(place: &Place, name: &str, vcpus: u8, memory_mib: u64, more: Value) -> Vm {
-    let mut config = json!({
-        "machine-config": { "vcpu_count": vcpus, "mem_size_mib": memory_mib },
-        "vsock": { "guest_cid": 3, "uds_path": place.join(format!("{name}.vsock")) },
-    });
-    let fields = more.as_object().expect("more is an object").clone();
-    config.as_object_mut().expect("it is an object").extend(fields);
-    let path = place.join(format!("{name}.json"));
-    std::fs::write(&path, config.to_string()).expect("a file can be made in the test's directory");
-    waiting_with(place, name, |vmm| {
-        vmm.arg("--shell").arg(&path);
-    })
-}
 
 fn load(template: &Template) -> SnapshotLoad {
     SnapshotLoad { resume_vm: true, ..SnapshotLoad::of(template.snapshot.clone()) }
